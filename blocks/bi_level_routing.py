@@ -1,0 +1,66 @@
+"""Bi-level routing attention (BiFormer)."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels import routed_attention
+
+
+@register_notrace_module
+class BiLevelRouting(nn.Module):
+    """Attention between each region and the few regions it is routed to; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    The map is cut into n_win x n_win regions. With region means q_R, k_R of the queries and keys, all heads together,
+
+        I = topk(q_R k_R^T)        y = proj(attention(q, k[I], v[I]) + lepe(v))
+
+    where logits are scaled by dim**-0.5 (the full width, not the head width) and `lepe` is a depthwise convolution
+    over the whole map (Zhu et al., arXiv 2303.08810, sec. 3.2, eq. 2-7). The choice I carries no gradient. Maps that
+    n_win does not divide are padded with zeros at the bottom and right before the projection, so that padding acts as
+    ordinary tokens, as in the published dense-prediction models.
+
+    Raises ValueError if num_heads does not divide dim or topk exceeds the n_win**2 regions.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, n_win: int = 7, topk: int = 4, local_kernel: int = 5):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"BiLevelRouting: dim={dim} must be divisible by num_heads={num_heads}")
+        if not 1 <= topk <= n_win**2:
+            raise ValueError(f"BiLevelRouting: topk={topk} must lie in 1..n_win**2={n_win**2}")
+        self.num_heads, self.n_win, self.topk = num_heads, n_win, topk
+        self.scale = dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.lepe = nn.Conv2d(dim, dim, local_kernel, padding=local_kernel // 2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        qkv = self._project(x)
+        grid = (self.n_win, self.n_win)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1))
+        y = routed_attention(heads, self._choose(qkv), grid=grid, scale=self.scale).flatten(3)
+        v = qkv.chunk(3, -1)[2]
+        y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(y[:, :height, :width]).permute(0, 3, 1, 2)
+
+    def route(self, x: Tensor) -> Tensor:
+        """The regions each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`, row-major, best first."""
+        return self._choose(self._project(x))
+
+    def _project(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % self.n_win, 0, -height % self.n_win))
+        return self.qkv(padded)
+
+    def _choose(self, qkv: Tensor) -> Tensor:
+        n = self.n_win
+        # half precision would flip choices between regions of nearly equal affinity
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        q, k, _ = qkv.detach().unflatten(2, (n, -1)).unflatten(1, (n, -1)).chunk(3, -1)
+        q_mean, k_mean = (t.mean((2, 4), dtype=dtype).flatten(1, 2) for t in (q, k))
+        with torch.autocast(qkv.device.type, enabled=False):
+            affinity = q_mean @ k_mean.mT
+        return affinity.topk(self.topk, dim=-1).indices

@@ -1,0 +1,34 @@
+"""Full attention: every position of a feature map attends to every other."""
+
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+
+@register_notrace_module
+class FullAttention(nn.Module):
+    """`proj(softmax(q k^T / sqrt(head_dim)) v + local(x))` over all H*W positions of `x: [B, C, H, W]`.
+
+    q, k, v are the thirds of one linear map, heads contiguous in each (Vaswani et al., arXiv 1706.03762, sec. 3.2).
+    `local` is an optional branch on the mixer's input, added before the projection (BiFormer's stage 4 puts a
+    depthwise convolution there).
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, qkv_bias: bool = True, local: nn.Module | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"FullAttention: dim={dim} must be divisible by num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.local = local
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        if self.local is not None:
+            y = y + self.local(x).permute(0, 2, 3, 1)
+        return self.proj(y).permute(0, 3, 1, 2)

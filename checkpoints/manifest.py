@@ -1,0 +1,129 @@
+"""The published weights as data: `manifest.toml`, read and checked."""
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from inspect import formatannotation
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+MANIFEST = Path(__file__).with_name("manifest.toml")
+_BOUNDS = {
+    "size": (0, math.inf),
+    "published_top1": (0, 100),
+    "reproduced_top1": (0, 100),
+    "crop_pct": (0.1, 1),
+    "num_classes": (1, math.inf),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One published weight file: a row of `manifest.toml`, which explains the fields."""
+
+    name: str
+    url: str
+    why_no_url: str = ""
+    sha256: str
+    size: int
+    licence: str
+    source: str
+    published_top1: float | None = None
+    reproduced_top1: float | None = None
+    input_size: tuple[int, int, int]
+    crop_pct: float
+    crop_mode: str = "center"
+    interpolation: str
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    num_classes: int
+    state_key: str
+    note: str = ""
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition(".")[2]
+
+
+def load_manifest(path: str | Path | None = None) -> dict[str, Weight]:
+    """The rows of `path`, by default the package's own manifest, by name and in file order.
+
+    Raises ValueError naming the row and the field that is unknown, missing or wrong.
+    """
+    return dict(_read(Path(path or MANIFEST)))
+
+
+def find_weight(name: str) -> Weight:
+    """The row called `name`; of a model named without a tag the first row."""
+    rows = load_manifest()
+    for row in rows.values():
+        if name in (row.name, row.model):
+            return row
+    close = difflib.get_close_matches(name, rows, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "`python -m tessel.checkpoints list` shows them"
+    raise ValueError(f"no row {name!r} among the published weights; {hint}")
+
+
+@cache
+def _read(path: Path) -> dict[str, Weight]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return {name: _row(name, table, path) for name, table in tables.items()}
+
+
+def _row(name: str, table: Any, path: Path) -> Weight:
+    where = f"{path}, row {name!r}"
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {table!r} is not a table")
+    fields = {field.name: field for field in dataclasses.fields(Weight) if field.name != "name"}
+    for key, value in table.items():
+        if key not in fields:
+            raise ValueError(f"{where}: unknown field {key!r}; known: {', '.join(fields)}")
+        if not _fits(value, fields[key].type):
+            raise ValueError(f"{where}: field {key!r} = {value!r} is not of type {formatannotation(fields[key].type)}")
+    for key, field in fields.items():
+        if key not in table and field.default is dataclasses.MISSING:
+            raise ValueError(f"{where}: field {key!r} is missing")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    weight = Weight(name=name, **values)
+    if problem := _problem(weight):
+        raise ValueError(f"{where}: {problem}")
+    return weight
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Exact types: TOML tells 1 from 1.0 and from true, and so does the manifest."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and [type(item) for item in value] == list(get_args(hint))
+    if isinstance(hint, UnionType):
+        return type(value) in get_args(hint)
+    return type(value) is hint
+
+
+def _problem(weight: Weight) -> str | None:
+    if not weight.model or not weight.tag:
+        return "the name must read model.tag"
+    if weight.url and not weight.url.startswith("https://"):
+        return f"field 'url' = {weight.url!r} must start with https:// or be empty"
+    if bool(weight.url) == bool(weight.why_no_url):
+        return "exactly one of the fields 'url' and 'why_no_url' must be filled"
+    if weight.sha256 and not re.fullmatch("[0-9a-f]{64}", weight.sha256):
+        return f"field 'sha256' = {weight.sha256!r} must be empty or 64 lower-case hex digits"
+    if not weight.licence or not weight.source:
+        return "the fields 'licence' and 'source' must be filled"
+    for key, (low, high) in _BOUNDS.items():
+        value = getattr(weight, key)
+        if value is not None and not low <= value <= high:
+            return f"field {key!r} = {value} must lie in [{low}, {high}]"
+    return None

@@ -1,0 +1,79 @@
+"""Augmentation: from a PIL image to a normalised tensor, and the mixing of a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_data_config
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
+from .config import Aug, Data, Task, UserError
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
+    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation, erasing. -> [3, size, size]"""
+    aug, cfg = data.aug, input_config(data, pretrained_cfg)
+    try:
+        policy = create_transform(
+            cfg["input_size"],
+            is_training=True,
+            scale=aug.scale,
+            ratio=aug.ratio,
+            hflip=aug.hflip,
+            vflip=aug.vflip,
+            color_jitter=aug.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=aug.auto_augment,
+            interpolation=cfg["interpolation"],
+            mean=cfg["mean"],
+            std=cfg["std"],
+            re_prob=aug.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"data.aug.auto_augment={aug.auto_augment!r} is no policy of timm; see timm.data.auto_augment") from error
+    return Compose([*_affine(aug), policy])
+
+
+def eval_transform(data: Data, pretrained_cfg: Any) -> Transform:
+    """Resize, centre crop, normalisation. -> [3, size, size]"""
+    cfg = input_config(data, pretrained_cfg)
+    cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])
+    return create_transform(**cfg)
+
+
+def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
+    """timm's input_size, interpolation, mean, std, crop_pct, crop_mode: the recipe's, else the model's own."""
+    cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
+    wanted = {"input_size": (3, data.size, data.size), "interpolation": data.interpolation, "crop_pct": data.crop_pct}
+    return resolve_data_config({key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg))
+
+
+def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of a batch with soft targets, label smoothing included; None where both are off."""
+    if not (aug.mixup or aug.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=aug.mixup,
+        cutmix_alpha=aug.cutmix,
+        prob=aug.mix_prob,
+        switch_prob=aug.switch_prob,
+        label_smoothing=task.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _affine(aug: Aug) -> list[RandomAffine]:
+    if not (aug.rotate or aug.translate or aug.zoom or aug.shear):
+        return []
+    return [
+        RandomAffine(
+            aug.rotate,
+            translate=(aug.translate, aug.translate),
+            scale=(1 - aug.zoom, 1 + aug.zoom),
+            shear=aug.shear or None,
+            interpolation=InterpolationMode.BILINEAR,
+        )
+    ]

@@ -1,0 +1,174 @@
+"""Checkpoints: complete or absent, verified before use, and the export that timm reads.
+
+A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size and
+sha256. It is written under a temporary name, synced, and renamed, so a crash at any instant leaves the previous one intact.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from .config import UserError
+from .launch import World, write_atomically
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints `step-XXXXXXXX` of a run."""
+
+    def __init__(self, path: Path, world: World, say: Callable[[str], None]):
+        self.path, self.world, self.say = path, world, say
+
+    def at(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of `step`.
+
+        Raises UserError where it cannot be written; what was there before stays as it was.
+        """
+        part = self.path / f".tmp-{self.at(step).name}"
+        try:
+            with self.world.together():
+                if self.world.main:
+                    _guarded(shutil.rmtree, part, ignore_errors=True)
+            with _alone():
+                _guarded(dcp.save, state, checkpoint_id=part, no_dist=self.world.size == 1)
+            with self.world.together():
+                if self.world.main:
+                    _guarded(self._publish, part, step, facts)
+        except UserError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(
+                f"checkpoint of step {step} cannot be written to {self.path}: {error}; earlier checkpoints are untouched: "
+                "free space there, then start the same command again"
+            ) from error
+
+    def _publish(self, part: Path, step: int, facts: dict[str, Any]) -> None:
+        files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
+        write_atomically(part / MANIFEST, json.dumps(facts | {"step": step, "files": files}, indent=1))
+        _sync(part)
+        if self.at(step).exists():  # a broken one, or resume would have taken it
+            shutil.rmtree(self.at(step))
+        os.replace(part, self.at(step))
+        _sync(self.path)
+
+    def prune(self, keep: set[int], last: int) -> None:
+        """Delete all but the `last` newest and the steps to `keep`, on rank 0, with what crashes left behind."""
+        if not self.world.main:
+            return
+        done = sorted(self.path.glob("step-*"))
+        kept = {self.at(step) for step in keep} | set(done[-last:])
+        for path in [*(p for p in done if p not in kept), *self.path.glob(".tmp-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies; broken ones are named and passed over."""
+        for path in sorted(self.path.glob("step-*"), reverse=True):
+            if not (problem := broken(path)):
+                return path
+            self.say(f"checkpoint {path} is broken ({problem}); falling back to the one before")
+        return None
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read."""
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint: its {MANIFEST} cannot be read ({error})") from error
+
+
+def broken(path: Path) -> str | None:
+    """Why the checkpoint at `path` must not be used, or None."""
+    try:
+        for name, file in manifest(path)["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != file["size"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {file['size']}"
+            if _sha256(path / name) != file["sha256"]:
+                return f"{name} does not match its sha256"
+    except (UserError, OSError, KeyError) as error:
+        return str(error)
+    return None
+
+
+def load(path: Path, state: dict[str, Any], world: World) -> None:
+    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError where a part is missing or differs."""
+    try:
+        with _alone():
+            dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+    except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
+
+
+def export(model: nn.Module, path: Path, *, classes: list[str], model_args: dict[str, Any], data_config: dict[str, Any]) -> None:
+    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them."""
+    part = path.with_name(f".tmp-{path.name}")
+    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        save_for_hf(
+            plain,
+            str(part),
+            model_config={"label_names": classes},
+            model_args=model_args,
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    # DCP warns that it runs in one process even when told so
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    try:
+        function(*args, **kwargs)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise UserError(str(_cause(error))) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of DCP's nested errors."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,167 @@
+"""Data: images of a split, in an order and with random numbers that depend on nothing but (seed, epoch, index).
+
+A run is one stream of samples: epoch after epoch, each a permutation of the data set. Position `consumed` in that stream
+is all there is to resume; which worker, process or restart loads a sample changes neither the sample nor its augmentation.
+"""
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from .config import Data, UserError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+Key = tuple[int, int]  # epoch, index
+
+
+def build_dataset(data: Data, split: str) -> Any:
+    """The "train" or "val" split as pairs (PIL.Image RGB, class), untransformed, with `classes: list[str]`.
+
+    Raises UserError naming a folder that is missing, unreadable or without images.
+    """
+    if data.source == "folder":
+        return Folder(Path(str(data.root)) / split)
+    from .demo_data import digits
+
+    try:
+        return digits(split)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+
+
+class Folder(Dataset[tuple[Image.Image, int]]):
+    """Images below `root/CLASS/`, classes in alphabetic order; paths in one array, so that workers share the memory."""
+
+    def __init__(self, root: Path):
+        try:
+            folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
+            files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in EXTENSIONS) for folder in folders]
+        except OSError as error:
+            raise UserError(
+                f"image folder {root} cannot be read ({error.strerror}); data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg"
+            ) from error
+        if empty := [folder.name for folder, found in zip(folders, files, strict=True) if not found]:
+            raise UserError(f"class {empty[0]} in {root} holds no images ({', '.join(sorted(EXTENSIONS))}); add some or remove it")
+        if not folders:
+            raise UserError(f"{root} holds no class folders, hence no images; data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg")
+        self.classes = [folder.name for folder in folders]
+        self.paths = np.array([str(file).encode() for found in files for file in found])
+        self.targets = np.repeat(np.arange(len(folders)), [len(found) for found in files])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.paths[index].decode()
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), int(self.targets[index])
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise UserError(f"image {path} cannot be decoded ({error}); repair or remove the file") from error
+
+
+class Seeded(Dataset[Any]):
+    """`[(epoch, index)]` -> (transformed image, class, index), drawn from generators seeded with (seed, epoch, index).
+
+    An unreadable sample is returned as the UserError that names it: raised here, a worker would bury it in a traceback.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Image.Image], torch.Tensor], seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | UserError:
+        epoch, index = key
+        seed_all(self.seed, epoch, index)
+        try:
+            image, target = self.dataset[index]
+        except UserError as error:
+            return error
+        return self.transform(image), target, index
+
+
+class GlobalOrder(Sampler[list[Key]]):
+    """Micro-batches of keys for one process: its share of every global batch from position `consumed` on.
+
+    A global batch is cut into `world_size * accumulate` chunks of `micro_batch`; process r takes the chunks
+    r * accumulate, ..., r * accumulate + accumulate - 1.
+    """
+
+    def __init__(self, *, length: int, seed: int, micro_batch: int, accumulate: int, rank: int, world_size: int, start: int, stop: int):
+        """length: of the data set; start, stop: first position and end of the stream, in samples."""
+        self.length, self.seed = length, seed
+        self.micro_batch, self.accumulate, self.rank = micro_batch, accumulate, rank
+        self.batch = micro_batch * accumulate * world_size
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for position in range(self.start, self.stop, self.batch):
+            keys = self.keys(position, position + self.batch)
+            for chunk in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                yield keys[chunk * self.micro_batch : (chunk + 1) * self.micro_batch]
+
+    def keys(self, start: int, stop: int) -> list[Key]:
+        """The (epoch, index) at positions start, ..., stop - 1 of the stream."""
+        places = (divmod(position, self.length) for position in range(start, stop))
+        return [(epoch, int(permutation(self.seed, epoch, self.length)[place])) for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order of one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def seed_all(*key: int, devices: bool = False) -> None:
+    """Seed random, numpy and torch (with `devices` also its accelerators) with a function of `key`."""
+    words = np.random.SeedSequence(key).generate_state(4, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3].view(np.uint32))
+    (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[3]))
+
+
+class Loader:
+    """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers."""
+
+    def __init__(self, dataset: Seeded, batches: Sampler[list[Key]] | Sequence[list[Key]], *, workers: int, ahead: int, pin: bool):
+        """ahead: batches each worker prepares in advance."""
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
+            collate_fn=_collate,
+            worker_init_fn=_deaf,
+            pin_memory=pin,
+        )
+        self.batches = iter(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers now rather than when the interpreter does."""
+        self.batches = iter(())
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
+
+
+def _deaf(worker: int) -> None:
+    # a signal to the whole process group is the trainer's to answer: it still needs its workers to finish the step
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,198 @@
+"""Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .config import Recipe, Run, UserError, decisive, dump, load_recipe, recipe_hash
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Its collectives use gloo on the CPU, so that none of them waits for a GPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, flag: bool = False, error: UserError | None = None) -> bool:
+        """True everywhere if `flag` is True anywhere; an `error` anywhere is raised everywhere."""
+        if self.size == 1:
+            if error:
+                raise error
+            return flag
+        code = torch.tensor(2 if error else int(flag))
+        dist.all_reduce(code, dist.ReduceOp.MAX)
+        if code == 2:
+            raise next(found for found in self.gather(error) if found)
+        return bool(code)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A section without collectives: a UserError in it on one process becomes everyone's."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.agree(error=problem)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's `value`, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`."""
+        return self.gather(value)[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, on the CPU."""
+        total = values.detach().cpu()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+
+@contextmanager
+def join(run: Run) -> Iterator[World]:
+    """The world that torchrun's environment describes, or this process alone."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
+    cuda = run.device != "cpu" and torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(run.deterministic)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        if size > 1:
+            dist.destroy_process_group()
+
+
+class Signals:
+    """`raised` turns True at SIGTERM, SIGINT or SIGUSR1; a second SIGINT interrupts at once."""
+
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+
+    @contextmanager
+    def caught(self) -> Iterator["Signals"]:
+        before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class RunDir:
+    """`out/name`: the recipe, the metrics, the checkpoints and the marker that says how the last start ended."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = Path(recipe.run.out) / recipe.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def open(self) -> str | None:
+        """Make the directory or accept the one that exists; a line on what was moved aside, if anything was.
+
+        Raises UserError rather than start over, or go on with another recipe, by accident.
+        """
+        notice = None
+        try:
+            if self.recipe.run.fresh and self.path.exists():
+                aside = next(p for n in range(1, 10**6) if not (p := self.path.with_name(f"{self.path.name}.old-{n}")).exists())
+                self.path.rename(aside)
+                notice = f"moved {self.path} aside to {aside}"
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not self.existing():
+                write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            (self.path / "PREEMPTED").unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"run directory {self.path} cannot be written ({error.strerror}); set run.out or free space") from error
+        return notice
+
+    def existing(self) -> Recipe | None:
+        """The recipe of the run that is already here, which must be this one in all that decides what is learned."""
+        if not self.path.is_dir() or not any(entry for entry in self.path.iterdir() if entry.name != "checkpoints"):
+            return None
+        remedy = f"run.fresh=true moves {self.path} aside and starts clean; another run.name leaves it alone"
+        if not (self.path / "recipe.yaml").is_file():
+            raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
+        try:
+            there = load_recipe(self.path / "recipe.yaml")
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        if recipe_hash(there) != recipe_hash(self.recipe):
+            old, new = decisive(there), decisive(self.recipe)
+            changed = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} now)" for key in new if old[key] != new[key])
+            raise UserError(f"{self.path} was started with another recipe: {changed}; {remedy}")
+        return there
+
+    def finished(self) -> dict[str, Any] | None:
+        """What DONE says, if the run that is already here is complete."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.path / "DONE").read_text())
+        return None
+
+    def mark(self, marker: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / marker, json.dumps(content) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics of later steps than `step`, and a line that a crash cut short."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a crash leaves the old content or the new, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
