@@ -4,10 +4,36 @@ Every module maps a feature map to a feature map: `forward(x: [B, C, H, W]) -> [
 any H, W >= 1, no other argument. `x.permute(0, 2, 3, 1)` is then a free contiguous view.
 """
 
+from .aggregated import Aggregated
 from .bi_level_routing import BiLevelRouting
+from .channel import Channel
+from .cross_shaped_window import CrossShapedWindow
+from .deform_merge import DeformableConv, deformable_merge
 from .embed import conv_norm
 from .full_attention import FullAttention
-from .mlp import Mlp
+from .halo import Halo
+from .hilo import HiLo
+from .length_scaled_cosine import LengthScaledCosine
+from .mlp import DepthwiseMlp, Mlp
 from .residual import Residual, block, drop_path_rates
+from .window import Window
 
-__all__ = ["BiLevelRouting", "FullAttention", "Mlp", "Residual", "block", "conv_norm", "drop_path_rates"]
+__all__ = [
+    "Aggregated",
+    "BiLevelRouting",
+    "Channel",
+    "CrossShapedWindow",
+    "DeformableConv",
+    "DepthwiseMlp",
+    "FullAttention",
+    "Halo",
+    "HiLo",
+    "LengthScaledCosine",
+    "Mlp",
+    "Residual",
+    "Window",
+    "block",
+    "conv_norm",
+    "deformable_merge",
+    "drop_path_rates",
+]

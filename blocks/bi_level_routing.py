@@ -1,11 +1,12 @@
 """Bi-level routing attention (BiFormer)."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
+from .padding import pad_to_multiple
+from .precision import without_autocast
 
 
 @register_notrace_module
@@ -51,9 +52,7 @@ class BiLevelRouting(nn.Module):
         return self._choose(self._project(x))
 
     def _project(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % self.n_win, 0, -height % self.n_win))
-        return self.qkv(padded)
+        return self.qkv(pad_to_multiple(x.permute(0, 2, 3, 1), self.n_win, self.n_win))
 
     def _choose(self, qkv: Tensor) -> Tensor:
         n = self.n_win
@@ -61,6 +60,6 @@ class BiLevelRouting(nn.Module):
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         q, k, _ = qkv.detach().unflatten(2, (n, -1)).unflatten(1, (n, -1)).chunk(3, -1)
         q_mean, k_mean = (t.mean((2, 4), dtype=dtype).flatten(1, 2) for t in (q, k))
-        with torch.autocast(qkv.device.type, enabled=False):
+        with without_autocast(qkv):
             affinity = q_mean @ k_mean.mT
         return affinity.topk(self.topk, dim=-1).indices

@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the next fetch resumes a broken download", file=sys.stderr)
+        return 130
     return 0
 
 

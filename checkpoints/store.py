@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -15,8 +16,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .manifest import Weight
@@ -26,19 +26,14 @@ try:
 except ImportError:  # not on windows: two processes that fetch one url at once are not kept apart there
     fcntl = None
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 _TIMEOUT = 30.0
 _BY_HAND = "pass it with pretrained_cfg_overlay=dict(file=...)"
 # where trainers put the weights. EMA copies are left out: whether a published number belongs to them is for
 # `state_key` to say (that of BiFormer belongs to `model`, not to `model_ema`).
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
-
-
-class _Config(dict):
-    """Stands in for yacs' CfgNode, a dict with attributes, so that yacs itself is neither needed nor run."""
-
-
-_PLAIN_DATA = [argparse.Namespace, (_Config, "yacs.config.CfgNode")]
+# settings that trainers store beside the weights; the dict of yacs is read as a plain one
+_SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 
 def fetch(
@@ -141,10 +136,11 @@ def write_state(state: Mapping[str, Tensor], path: str | Path, *, overwrite: boo
     flat = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(flat, temporary, metadata={"format": "pt"})
+        # not by save_file, which keeps the file from everybody else
+        temporary.write_bytes(save(flat, metadata={"format": "pt"}))
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path}: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -216,7 +212,10 @@ def _alone(part: Path) -> Iterator[None]:
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             # whoever held the lock before may have renamed or removed the file it is on
-            if part.exists() and os.path.samestat(os.fstat(lock.fileno()), part.stat()):
+            ours = False
+            with suppress(FileNotFoundError):
+                ours = os.path.samestat(os.fstat(lock.fileno()), part.stat())
+            if ours:
                 yield
                 return
 
@@ -240,7 +239,7 @@ def _receive(url: str, part: Path, progress: bool) -> None:
                     bar.update(len(chunk))
                     got += len(chunk)
                 if not got or got < (total or 0):
-                    raise ConnectionError(f"it broke off after {got} of {total} bytes")
+                    raise ConnectionError(f"it broke off after {got} of {total or 'unknown'} bytes")
             except ConnectionError:
                 if not resumable:
                     file.truncate(0)
@@ -271,19 +270,16 @@ def _chunks(reply: HTTPResponse) -> Iterator[bytes]:
 
 
 def _read(path: Path, state_key: str) -> Mapping[str, Any]:
+    flat = _is_safetensors(path)
     try:
-        if _is_safetensors(path):
-            return load_file(path)
-        with torch.serialization.safe_globals(_PLAIN_DATA):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with torch.serialization.safe_globals(_SETTINGS):
+            content = load_file(path) if flat else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             # torch's message goes on to explain how to run the code after all
             raise ValueError(f"{path}: refused, it asks for `{asked[1]}`, which can run code; none was run") from None
         raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
-    return _unwrap(content, state_key, path)
+    return content if flat else _unwrap(content, state_key, path)
 
 
 def _is_safetensors(path: Path) -> bool:

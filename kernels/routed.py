@@ -30,9 +30,9 @@ CASES = {
     "base-stage3-800x1344": (2, (64, 96), (16, 16), 12, 32, 16),
 }
 
-# plain PyTorch works through the query regions in groups whose buffers stay near this size (or one map of keys and
-# values, where that is larger): large enough to keep the matrix products busy, small against the model
-_GROUP_BYTES = 8 << 20
+# plain PyTorch works through the query regions in groups whose buffers stay near this size: large enough to keep the
+# matrix products busy, small against the model
+_GROUP_BYTES = 4 << 20
 
 
 def routed_attention(
@@ -119,16 +119,30 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return picked.unflatten(0, index.shape).transpose(2, 3).flatten(3, 4)
 
 
-def _groups(qkv: Tensor, index: Tensor) -> Iterator[slice]:
-    """Runs of query regions whose gathered keys, values and weights fit the working size."""
+def _groups(qkv: Tensor, index: Tensor) -> Iterator[Tensor]:
+    """Query regions in runs whose gathered keys, values and weights fit the working size."""
     batch, regions, topk = index.shape
     pixels = qkv.shape[1] * qkv.shape[2] // regions
     heads, width = qkv.shape[-2:]
-    one_map = batch * regions * pixels * 2 * heads * width * qkv.element_size()
     one_region = batch * heads * topk * pixels * 2 * (width + pixels) * qkv.element_size()
-    step = min(regions, max(1, max(_GROUP_BYTES, one_map) // one_region))
-    for start in range(0, regions, step):
-        yield slice(start, start + step)
+    step = min(regions, max(1, _GROUP_BYTES // max(1, one_region)))
+    yield from torch.arange(regions, device=qkv.device).split(step)
+
+
+class _RegionView:
+    """A map `[B, H, W, N, D]` read and written some regions at a time, as `[B, R', N, r, D]`."""
+
+    def __init__(self, x: Tensor, grid: tuple[int, int]):
+        self.cols = grid[1]
+        self.view = x.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)
+
+    def __getitem__(self, regions: Tensor) -> Tensor:
+        picked = self.view[:, regions // self.cols, regions % self.cols]  # [B, R', h, w, N, D]
+        return picked.flatten(2, 3).transpose(2, 3)
+
+    def __setitem__(self, regions: Tensor, value: Tensor) -> None:
+        pixels = value.transpose(2, 3).unflatten(2, self.view.shape[3:5])
+        self.view[:, regions // self.cols, regions % self.cols] = pixels
 
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -137,31 +151,36 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _forward_grouped(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
-    q, k, v = _to_regions(qkv, grid).unbind(3)
+    q, k, v = qkv.unbind(3)
+    k, v = _to_regions(k, grid), _to_regions(v, grid)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, y = _RegionView(q, grid), _RegionView(out, grid)
     for group in _groups(qkv, index):
         picked = index[:, group]
-        out[:, group] = _weights(q[:, group], _gather(k, picked), scale) @ _gather(v, picked)
-    return _from_regions(out, grid, qkv.shape[1:3]).contiguous()
+        y[group] = _weights(q[group], _gather(k, picked), scale) @ _gather(v, picked)
+    return out
 
 
 def _backward_grouped(qkv: Tensor, index: Tensor, grad: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
-    q, k, v = _to_regions(qkv, grid).unbind(3)
-    dy = _to_regions(grad, grid)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v = qkv.unbind(3)
+    k, v = _to_regions(k, grid), _to_regions(v, grid)
+    dqkv = torch.empty_like(qkv)
+    q, dy, dq = _RegionView(q, grid), _RegionView(grad, grid), _RegionView(dqkv[:, :, :, 0], grid)
     # many query regions add into one key region: sum in at least float32
-    dk, dv = (torch.zeros_like(q, dtype=_at_least_float32(q), memory_format=torch.contiguous_format) for _ in "kv")
+    dk, dv = (torch.zeros_like(k, dtype=_at_least_float32(k), memory_format=torch.contiguous_format) for _ in "kv")
     for group in _groups(qkv, index):
         picked = index[:, group]
-        q_g, k_g, v_g, dy_g = q[:, group], _gather(k, picked), _gather(v, picked), dy[:, group]
+        q_g, k_g, v_g, dy_g = q[group], _gather(k, picked), _gather(v, picked), dy[group]
         p = _weights(q_g, k_g, scale)
         _scatter_add(dv, picked, p.mT @ dy_g)
         dp = dy_g @ v_g.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq[:, group] = ds @ k_g
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        dq[group] = ds @ k_g
         _scatter_add(dk, picked, ds.mT @ q_g)
-    parts = (_from_regions(x, grid, qkv.shape[1:3]).to(qkv.dtype) for x in (dq, dk, dv))
-    return torch.stack(tuple(parts), dim=3)
+    dqkv[:, :, :, 1] = _from_regions(dk, grid, qkv.shape[1:3])
+    del dk
+    dqkv[:, :, :, 2] = _from_regions(dv, grid, qkv.shape[1:3])
+    return dqkv
 
 
 def _scatter_add(total: Tensor, index: Tensor, x: Tensor) -> None:

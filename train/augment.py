@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from .config import Aug, Data, Task, UserError
+from .schema import Aug, Data, Task, UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -33,7 +33,9 @@ def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
             re_mode="pixel",
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"data.aug.auto_augment={aug.auto_augment!r} is no policy of timm; see timm.data.auto_augment") from error
+        raise UserError(
+            f"data.aug.auto_augment={aug.auto_augment!r} is no policy of timm; see timm.data.auto_augment"
+        ) from error
     return Compose([*_affine(aug), policy])
 
 
@@ -41,14 +43,16 @@ def eval_transform(data: Data, pretrained_cfg: Any) -> Transform:
     """Resize, centre crop, normalisation. -> [3, size, size]"""
     cfg = input_config(data, pretrained_cfg)
     cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])
-    return create_transform(**cfg)
+    return Compose([create_transform(**cfg)])
 
 
 def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
     """timm's input_size, interpolation, mean, std, crop_pct, crop_mode: the recipe's, else the model's own."""
     cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
     wanted = {"input_size": (3, data.size, data.size), "interpolation": data.interpolation, "crop_pct": data.crop_pct}
-    return resolve_data_config({key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg))
+    return resolve_data_config(
+        {key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg)
+    )
 
 
 def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:

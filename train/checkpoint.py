@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, verified before use, and the export that timm reads.
 
-A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size and
-sha256. It is written under a temporary name, synced, and renamed, so a crash at any instant leaves the previous one intact.
+A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size
+and sha256. It is written under a temporary name, synced, and renamed: a crash at any instant leaves the others intact.
 """
 
 import copy
@@ -22,8 +22,8 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .config import UserError
 from .launch import World, write_atomically
+from .schema import UserError
 
 MANIFEST = "manifest.json"
 
@@ -55,8 +55,8 @@ class Checkpoints:
         except UserError as error:
             shutil.rmtree(part, ignore_errors=True)
             raise UserError(
-                f"checkpoint of step {step} cannot be written to {self.path}: {error}; earlier checkpoints are untouched: "
-                "free space there, then start the same command again"
+                f"checkpoint of step {step} cannot be written to {self.path}: {error}; earlier ones are untouched. "
+                "Free space there, then start the same command again"
             ) from error
 
     def _publish(self, part: Path, step: int, facts: dict[str, Any]) -> None:
@@ -78,11 +78,17 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; broken ones are named and passed over."""
-        for path in sorted(self.path.glob("step-*"), reverse=True):
+        """The newest checkpoint that verifies; broken ones are named and passed over.
+
+        Raises UserError if there are some and none is good: to start over is for the user to say.
+        """
+        found = sorted(self.path.glob("step-*"), reverse=True)
+        for path in found:
             if not (problem := broken(path)):
                 return path
             self.say(f"checkpoint {path} is broken ({problem}); falling back to the one before")
+        if found:
+            raise UserError(f"none of the checkpoints in {self.path} is good; run.fresh=true starts over")
         return None
 
 
@@ -110,7 +116,7 @@ def broken(path: Path) -> str | None:
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
-    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError where a part is missing or differs."""
+    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError where one is missing."""
     try:
         with _alone():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
@@ -118,7 +124,7 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
         raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
 
 
-def export(model: nn.Module, path: Path, *, classes: list[str], model_args: dict[str, Any], data_config: dict[str, Any]) -> None:
+def export(model: nn.Module, path: Path, *, classes: list[str], data_config: dict[str, Any]) -> None:
     """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them."""
     part = path.with_name(f".tmp-{path.name}")
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -128,7 +134,6 @@ def export(model: nn.Module, path: Path, *, classes: list[str], model_args: dict
             plain,
             str(part),
             model_config={"label_names": classes},
-            model_args=model_args,
             safe_serialization=True,
             data_config=data_config,
         )

@@ -1,8 +1,4 @@
-"""The recipe: a strict schema, read from YAML, overridden by `key=value`.
-
-Every key says here what it does; `python -m tessel.train --help` prints these lines. No torch in this file, so that
-help and mistakes in a recipe are answered at once.
-"""
+"""Recipes: read from YAML, overridden by `key=value`, checked against the schema, and what they come to in steps."""
 
 import dataclasses
 import difflib
@@ -14,163 +10,14 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
+
+from .schema import Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-UNIT = {"ge": 0.0, "le": 1.0}
-
-
-class UserError(ValueError):
-    """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Run:
-    name: str = Field("", pattern=r"^(\w[\w.+-]*)?$", description="directory of the run; empty: the recipe's file name")
-    out: str = Field("runs", description="directory that holds the runs")
-    seed: int = Field(0, ge=0, description="fixes weights, data order, augmentation and drop path")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
-    deterministic: bool = Field(False, description="allow deterministic torch kernels only (slower)")
-    fresh: bool = Field(False, description="move an existing run of this name aside and start clean")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Model:
-    name: str = Field(description="a timm or tessel model; local-dir:RUN/export takes an exported one")
-    pretrained: bool = Field(False, description="start from the model's published weights")
-    drop_path: float | None = Field(None, **UNIT, description="stochastic depth rate; null: the model's own")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Task:
-    kind: Literal["classify"] = Field("classify", description="what is learned")
-    num_classes: int | None = Field(None, ge=2, description="null: as many as the data has")
-    loss: Literal["ce", "bce"] = Field("ce", description="softmax or per-class sigmoid cross entropy")
-    smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="label smoothing")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Aug:
-    scale: tuple[float, float] = Field((1.0, 1.0), description="area range of the random resized crop; 1, 1: no crop")
-    ratio: tuple[float, float] = Field((1.0, 1.0), description="aspect ratio range of the crop")
-    hflip: float = Field(0.0, **UNIT, description="probability of a horizontal flip")
-    vflip: float = Field(0.0, **UNIT, description="probability of a vertical flip")
-    rotate: float = Field(0.0, ge=0.0, le=180.0, description="affine: rotation, up to +- degrees")
-    translate: float = Field(0.0, **UNIT, description="affine: shift, up to +- this share of the side")
-    zoom: float = Field(0.0, ge=0.0, lt=1.0, description="affine: scale within 1 +- this")
-    shear: float = Field(0.0, ge=0.0, lt=90.0, description="affine: shear, up to +- degrees")
-    color_jitter: float = Field(0.0, ge=0.0, description="brightness, contrast, saturation; not beside auto_augment")
-    auto_augment: str | None = Field(None, description="timm policy, for example rand-m9-mstd0.5-inc1")
-    erasing: float = Field(0.0, **UNIT, description="probability of random erasing")
-    mixup: float = Field(0.0, ge=0.0, description="mixup's beta parameter; 0: off")
-    cutmix: float = Field(0.0, ge=0.0, description="cutmix's beta parameter; 0: off")
-    mix_prob: float = Field(1.0, **UNIT, description="share of micro-batches that are mixed")
-    switch_prob: float = Field(0.5, **UNIT, description="share of cutmix where both are on")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Data:
-    source: Literal["digits", "folder"] = Field(description="embedded digits, or root/{train,val}/CLASS/*.jpg")
-    root: str | None = Field(None, description="image folder, with source=folder")
-    size: int = Field(224, ge=1, description="side of the input, pixels")
-    batch: int = Field(256, ge=1, description="images per update, over all processes")
-    micro_batch: int | None = Field(None, ge=1, description="images per forward and process; null: batch / processes")
-    eval_batch: int = Field(256, ge=1, description="images per forward in evaluation")
-    workers: int = Field(0, ge=0, description="loader processes per process")
-    interpolation: Literal["bilinear", "bicubic", "random"] | None = Field(None, description="null: the model's own")
-    crop_pct: float | None = Field(None, gt=0.0, le=1.0, description="centre crop in evaluation; null: the model's own")
-    aug: Aug = Field(default_factory=Aug, description="augmentation")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Optim:
-    name: str = Field("adamw", description="any optimizer of timm (python -c 'import timm.optim as o; o.list_optimizers()')")
-    lr: float = Field(1e-3, gt=0.0, description="peak learning rate, before lr_rule")
-    lr_rule: Literal["none", "linear", "sqrt"] = Field("none", description="scale lr by batch / lr_base_batch")
-    lr_base_batch: int = Field(256, ge=1, description="batch that lr is meant for, with an lr_rule")
-    weight_decay: float = Field(0.05, ge=0.0, description="not on biases, norms and the model's no_weight_decay list")
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0, description="lr factor from each layer to the one below")
-    clip: float | None = Field(None, gt=0.0, description="gradient clipping threshold")
-    clip_mode: Literal["norm", "value", "agc"] = Field("norm", description="what clip limits")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments, for example {betas: [0.9, 0.95]}")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Sched:
-    name: Literal["cosine", "poly", "tanh", "wsd", "rsqrt", "step", "multistep", "constant"] = Field(
-        "cosine", description="timm schedule, a function of the step alone"
-    )
-    epochs: float | None = Field(None, gt=0.0, description="length of the training; this or steps")
-    steps: int | None = Field(None, ge=1, description="length of the training in updates")
-    warmup: float = Field(0.0, ge=0.0, description="linear warm-up, in the unit of the length")
-    warmup_lr: float = Field(1e-6, ge=0.0, description="where the warm-up starts")
-    min_lr: float = Field(0.0, ge=0.0, description="where the schedule ends")
-    decay_rate: float | None = Field(None, gt=0.0, description="factor (step, multistep) or power (poly)")
-    decay_steps: int | None = Field(None, ge=1, description="interval (step) or length of the decay (wsd, rsqrt)")
-    milestones: tuple[int, ...] | None = Field(None, description="steps at which multistep decays")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Ema:
-    decay: float | None = Field(None, gt=0.0, lt=1.0, description="moving average of the weights; null: off")
-    warmup: bool = Field(True, description="begin with min(decay, (1 + step) / (10 + step))")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Parallel:
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; fp16 needs cuda")
-    compile: bool = Field(False, description="torch.compile the model")
-    channels_last: bool = Field(False, description="channels_last memory format")
-    grad_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Ckpt:
-    every: int | None = Field(None, ge=1, description="steps between checkpoints; null: an epoch")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    resume: str = Field("auto", description="auto: continue this run; PATH: begin with that checkpoint; never")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Log:
-    every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
-    progress: Literal["auto", "bar", "lines"] = Field("auto", description="auto: a bar on a terminal")
-    tensorboard: bool = Field(False, description="also write tensorboard/ into the run")
-    wandb: Literal["off", "auto", "online", "offline"] = Field("off", description="auto: online where a key is set")
-    wandb_project: str = Field("tessel", description="project of the wandb run")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Eval:
-    every: int | None = Field(None, ge=1, description="steps between evaluations; null: an epoch")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Guard:
-    max_skips: int = Field(0, ge=0, description="updates in a row skipped for a non-finite gradient before stopping")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Recipe:
-    run: Run = Field(default_factory=Run)
-    model: Model
-    task: Task = Field(default_factory=Task)
-    data: Data
-    optim: Optim = Field(default_factory=Optim)
-    sched: Sched
-    ema: Ema = Field(default_factory=Ema)
-    parallel: Parallel = Field(default_factory=Parallel)
-    ckpt: Ckpt = Field(default_factory=Ckpt)
-    log: Log = Field(default_factory=Log)
-    eval: Eval = Field(default_factory=Eval)
-    guard: Guard = Field(default_factory=Guard)
-
 
 # keys that may change between two starts of one run: they steer where and how it runs, not what it learns
 NEUTRAL = re.compile(
@@ -199,7 +46,11 @@ for tag, pattern, first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        list("-+.0123456789"),
+    ),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
 
@@ -243,7 +94,11 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
-        nested = flatten(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
+        nested = (
+            flatten(value, f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(value)
+            else {prefix + field.name: value}
+        )
         flat |= nested
     return flat
 
@@ -263,17 +118,6 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False)
 
 
-def schema(section: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, type, dataclass field) of every leaf of the recipe."""
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from schema(typing.cast(type, hint), f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, hint, field
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a recipe comes to on this data and this many processes, counted in steps (updates) and images."""
@@ -291,7 +135,9 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
     """Convert epochs, batches and the lr rule once. Raises UserError where they do not fit together."""
     batch, optim, sched = recipe.data.batch, recipe.optim, recipe.sched
     if batch > samples:
-        raise UserError(f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less")
+        raise UserError(
+            f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less"
+        )
     micro = recipe.data.micro_batch or batch // world_size
     if not micro or batch % (micro * world_size):
         raise UserError(
@@ -304,7 +150,9 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
     steps = sched.steps or math.ceil(typing.cast(float, sched.epochs) * per_unit)
     warmup = round(sched.warmup * per_unit)
     if warmup >= steps:
-        raise UserError(f"sched.warmup={sched.warmup:g} ({warmup} steps) leaves nothing of the {steps} steps; shorten it")
+        raise UserError(
+            f"sched.warmup={sched.warmup:g} ({warmup} steps) leaves nothing of the {steps} steps; shorten it"
+        )
     ratio = batch / optim.lr_base_batch
     factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_rule]
     text = f"{optim.lr * factor:.3g}"
@@ -325,7 +173,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"override {text!r} is not of the form key=value")
-    hints = {name: hint for name, hint, _ in schema()}
+    hints = {name: hint for name, hint, *_ in leaves()}
     owner = next((name for name in hints if key == name or key.startswith(f"{name}.")), None)
     if owner is None or (key != owner and typing.get_origin(hints[owner]) is not dict):
         raise UserError(f"override {text!r}: {_unknown(key)}")
@@ -367,7 +215,7 @@ def _explain(error: Any) -> str:
 
 
 def _unknown(key: str) -> str:
-    known = [name for name, _, _ in schema()]
+    known = [name for name, *_ in leaves()]
     last = {name: name.rpartition(".")[2] for name in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [name for name in known if last[name] == key.rpartition(".")[2]][:1]
@@ -383,17 +231,17 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for key in ("decay_rate", "decay_steps", "milestones"):
         if getattr(sched, key) is not None and key not in SCHED_KEYS.get(sched.name, ()):
             yield f"sched.{key} has no effect with sched.name={sched.name}; remove it"
-    if sched.name == "multistep" and not sched.milestones:
-        yield "sched.name=multistep needs sched.milestones"
+    for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
+        if sched.name == name and not getattr(sched, key):
+            yield f"sched.name={name} needs sched.{key}"
     if data.source == "folder" and not data.root:
         yield "data.source=folder needs data.root, a folder with train/CLASS/ and val/CLASS/"
     if data.source == "digits" and data.root:
         yield "data.root has no effect with data.source=digits; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
-    for key, low in (("scale", 0.0), ("ratio", 0.0)):
-        pair = getattr(aug, key)
-        if not low < pair[0] <= pair[1]:
-            yield f"data.aug.{key}={list(pair)} is no rising range above {low:g}"
+    for key, pair in (("scale", aug.scale), ("ratio", aug.ratio)):
+        if not 0 < pair[0] <= pair[1]:
+            yield f"data.aug.{key}={list(pair)} is no rising range above 0"
     if optim.name.startswith("lookahead"):
-        yield f"optim.name={optim.name} keeps weights that a checkpoint does not hold; use {optim.name.partition('_')[2]}"
+        yield f"optim.name={optim.name} keeps weights that no checkpoint holds; use {optim.name.partition('_')[2]}"

@@ -1,7 +1,7 @@
 """Data: images of a split, in an order and with random numbers that depend on nothing but (seed, epoch, index).
 
-A run is one stream of samples: epoch after epoch, each a permutation of the data set. Position `consumed` in that stream
-is all there is to resume; which worker, process or restart loads a sample changes neither the sample nor its augmentation.
+A run is one stream of samples: epoch after epoch, each a permutation of the data set. The position in that stream is
+all there is to resume; which worker, process or restart loads a sample changes neither the image nor its augmentation.
 """
 
 import random
@@ -16,9 +16,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .config import Data, UserError
+from .schema import Data, UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+LAYOUT = "data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg"
 Key = tuple[int, int]  # epoch, index
 
 
@@ -45,13 +46,13 @@ class Folder(Dataset[tuple[Image.Image, int]]):
             folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
             files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in EXTENSIONS) for folder in folders]
         except OSError as error:
-            raise UserError(
-                f"image folder {root} cannot be read ({error.strerror}); data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg"
-            ) from error
+            raise UserError(f"image folder {root} cannot be read ({error.strerror}); {LAYOUT}") from error
         if empty := [folder.name for folder, found in zip(folders, files, strict=True) if not found]:
-            raise UserError(f"class {empty[0]} in {root} holds no images ({', '.join(sorted(EXTENSIONS))}); add some or remove it")
+            raise UserError(
+                f"class {empty[0]} in {root} holds no images ({', '.join(sorted(EXTENSIONS))}); add some or remove it"
+            )
         if not folders:
-            raise UserError(f"{root} holds no class folders, hence no images; data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg")
+            raise UserError(f"{root} holds no class folders, hence no images; {LAYOUT}")
         self.classes = [folder.name for folder in folders]
         self.paths = np.array([str(file).encode() for found in files for file in found])
         self.targets = np.repeat(np.arange(len(folders)), [len(found) for found in files])
@@ -88,13 +89,24 @@ class Seeded(Dataset[Any]):
 
 
 class GlobalOrder(Sampler[list[Key]]):
-    """Micro-batches of keys for one process: its share of every global batch from position `consumed` on.
+    """Micro-batches of keys for one process: its share of every global batch from position `start` on.
 
     A global batch is cut into `world_size * accumulate` chunks of `micro_batch`; process r takes the chunks
     r * accumulate, ..., r * accumulate + accumulate - 1.
     """
 
-    def __init__(self, *, length: int, seed: int, micro_batch: int, accumulate: int, rank: int, world_size: int, start: int, stop: int):
+    def __init__(
+        self,
+        *,
+        length: int,
+        seed: int,
+        micro_batch: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        start: int,
+        stop: int,
+    ):
         """length: of the data set; start, stop: first position and end of the stream, in samples."""
         self.length, self.seed = length, seed
         self.micro_batch, self.accumulate, self.rank = micro_batch, accumulate, rank
@@ -130,7 +142,9 @@ def seed_all(*key: int, devices: bool = False) -> None:
 class Loader:
     """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers."""
 
-    def __init__(self, dataset: Seeded, batches: Sampler[list[Key]] | Sequence[list[Key]], *, workers: int, ahead: int, pin: bool):
+    def __init__(
+        self, dataset: Seeded, batches: Sampler[list[Key]] | Sequence[list[Key]], *, workers: int, ahead: int, pin: bool
+    ):
         """ahead: batches each worker prepares in advance."""
         self.loader = DataLoader(
             dataset,

@@ -49,7 +49,8 @@ def capture(model: nn.Module, images: Tensor) -> list[Capture]:
 
     hooks = [mixer.register_forward_pre_hook(remember) for _, _, mixer in chosen]
     try:
-        with torch.inference_mode():
+        # not inference_mode: what a mixer caches now must still serve training
+        with torch.no_grad():
             model(images)
     finally:
         for hook in hooks:
@@ -60,11 +61,11 @@ def capture(model: nn.Module, images: Tensor) -> list[Capture]:
 def region_boxes(n_win: int, map_size: tuple[int, int], stride: int, image_size: tuple[int, int]) -> list[Box]:
     """(left, top, right, bottom) in pixels of the n_win x n_win regions, row-major; sizes are (height, width).
 
-    The regions tile the map after padding at the bottom and right; what lies beyond the image is cut off, so a region
-    of padding alone is an empty box.
+    The regions tile the map after padding at the bottom and right; what lies beyond map or image is cut off, so a
+    region of padding alone is an empty box.
     """
     rows, columns = (
-        [min(i * -(-cells // n_win) * stride, pixels) for i in range(n_win + 1)]
+        [min(i * -(-cells // n_win) * stride, cells * stride, pixels) for i in range(n_win + 1)]
         for cells, pixels in zip(map_size, image_size, strict=True)
     )
     return [
@@ -77,22 +78,23 @@ def region_boxes(n_win: int, map_size: tuple[int, int], stride: int, image_size:
 def draw_routing(axes: Axes, picture: Tensor, seen: Capture, index: int, focus: Pixel) -> str:
     """Shade the regions that the region around `focus` was routed to (`BiLevelRouting`)."""
     mixer: Any = seen.mixer
-    height, width = picture.shape[:2]
-    boxes = region_boxes(mixer.n_win, (seen.x.shape[2], seen.x.shape[3]), seen.stride, (height, width))
-    y, x = focus
-    query = next(i for i, (left, top, right, bottom) in enumerate(boxes) if left <= x < right and top <= y < bottom)
-    with torch.inference_mode():
+    map_size, image_size = (seen.x.shape[2], seen.x.shape[3]), (picture.shape[0], picture.shape[1])
+    boxes, (y, x) = region_boxes(mixer.n_win, map_size, seen.stride, image_size), focus
+    # pixels that a stride dropped at the border belong to the last region before them
+    full = (i for i, (left, top, right, bottom) in enumerate(boxes) if left < right and top < bottom)
+    query = max(i for i in full if boxes[i][0] <= x and boxes[i][1] <= y)
+    with torch.no_grad():
         routed = set(mixer.route(seen.x[index : index + 1])[0, query].tolist())
 
-    def rectangle(region: int, **style: Any) -> None:
+    def frame(region: int, **style: Any) -> None:
         left, top, right, bottom = boxes[region]
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, clip_on=False, **style))
 
     for region in range(len(boxes)):
         if region in routed:
-            rectangle(region, facecolor="C0", alpha=0.55, linewidth=0)
-        rectangle(region, fill=False, edgecolor="0.5", alpha=0.6, linewidth=0.4)
-    rectangle(query, fill=False, edgecolor="C1", linewidth=2.2, joinstyle="miter")
+            frame(region, facecolor="C0", alpha=0.55, linewidth=0)
+        frame(region, fill=False, edgecolor="0.5", alpha=0.6, linewidth=0.4)
+    frame(query, fill=False, edgecolor="C1", linewidth=2, joinstyle="miter", zorder=3)
     return f"{len(routed)} of {len(boxes)} regions"
 
 
@@ -102,16 +104,13 @@ EXPLAINERS: dict[type[nn.Module], Callable[[Axes, Tensor, Capture, int, Pixel], 
 
 
 def focus_pixels(picture: Tensor) -> tuple[Pixel, Pixel]:
-    """(y, x) where `picture: [H, W, 3]` stands out most from its own median, and where it does least."""
-    grey = picture.mean(-1)
-    cell = max(1, min(grey.shape) // 8)
-    ink = F.avg_pool2d((grey - grey.median()).abs()[None], cell)[0]
-
-    def centre(flat: Tensor) -> Pixel:
-        row, column = divmod(int(flat), ink.shape[1])
-        return row * cell + cell // 2, column * cell + cell // 2
-
-    return centre(ink.argmax()), centre(ink.argmin())
+    """(y, x) in `picture: [H, W, 3]` amid most of what differs from its commonest grey, and amid least of it."""
+    grey = (picture.mean(-1) * 16).round()
+    side = max(1, min(grey.shape) // 10) * 2 + 1
+    ink = (grey - grey.flatten().mode().values).abs()[None]
+    amount = F.avg_pool2d(ink, side, stride=1, padding=side // 2, count_include_pad=False)[0]
+    subject, background = (divmod(int(place), amount.shape[1]) for place in (amount.argmax(), amount.argmin()))
+    return subject, background
 
 
 def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) -> Figure:
@@ -119,20 +118,30 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) ->
 
     `captures` come from the batch of the same images, in the same order.
     """
-    stages = len(captures)
-    figure = Figure(figsize=(1.15 * (1 + 2 * stages), 1.2 * len(pictures) + 0.6), layout="constrained")
-    parts = figure.subfigures(1, 3, width_ratios=[1, stages, stages], wspace=0.03)
-    grids = [part.subplots(len(pictures), n, squeeze=False) for part, n in zip(parts, (1, stages, stages), strict=True)]
-    for part, title in zip(parts, ("image", "a query on the subject", "a query on the background"), strict=True):
-        part.suptitle(title)
+    rows, stages, gap = len(pictures), len(captures), 0.2
+    widths = [1, gap, *[1] * stages, gap, *[1] * stages]
+    width, height = 1.3 * sum(widths), 1.37 * rows + 0.55
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.005, "bottom": 0.01, "right": 0.995, "top": 1 - 0.55 / height, "wspace": 0.06, "hspace": 0.06}
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **margins)
+
+    def show(index: int, column: int, heading: str) -> Axes:
+        axes = figure.add_subplot(grid[index, column])
+        axes.set_axis_off()
+        # the edges of pixels, not their centres, lie on whole numbers, where regions end
+        axes.imshow(pictures[index].numpy(), extent=(0, pictures[index].shape[1], pictures[index].shape[0], 0))
+        if index == 0:
+            axes.annotate(heading, (0, 1), (0, 33), "axes fraction", "offset points", fontweight="bold")
+        return axes
+
     for index, picture in enumerate(pictures):
-        for grid in grids:
-            for axes in grid[index]:
-                axes.imshow(picture.numpy(), interpolation="nearest")
-                axes.set_axis_off()
-        for grid, focus in zip(grids[1:], focus_pixels(picture), strict=True):
-            for axes, seen in zip(grid[index], captures, strict=True):
+        show(index, 0, "Image")
+        subject, background = focus_pixels(picture)
+        queries = (2, "A query on the subject", subject), (3 + stages, "A query on the background", background)
+        for start, heading, focus in queries:
+            for column, seen in enumerate(captures, start):
+                axes = show(index, column, heading if column == start else "")
                 words = EXPLAINERS[type(seen.mixer)](axes, picture, seen, index, focus)
                 if index == 0:
-                    axes.set_title(f"stage {seen.stage}\n{words}", fontsize="x-small")
+                    axes.set_title(f"stage {seen.stage}\n{words}", fontsize="small", fontweight="normal", pad=7)
     return figure

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .config import Recipe, Run, UserError, decisive, dump, load_recipe, recipe_hash
+from .config import decisive, dump, load_recipe, recipe_hash
+from .schema import Recipe, Run, UserError
 
 
 @dataclass(frozen=True)
@@ -126,30 +128,11 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
 
-    def open(self) -> str | None:
-        """Make the directory or accept the one that exists; a line on what was moved aside, if anything was.
-
-        Raises UserError rather than start over, or go on with another recipe, by accident.
-        """
-        notice = None
-        try:
-            if self.recipe.run.fresh and self.path.exists():
-                aside = next(p for n in range(1, 10**6) if not (p := self.path.with_name(f"{self.path.name}.old-{n}")).exists())
-                self.path.rename(aside)
-                notice = f"moved {self.path} aside to {aside}"
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not self.existing():
-                write_atomically(self.path / "recipe.yaml", dump(self.recipe))
-            (self.path / "PREEMPTED").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"run directory {self.path} cannot be written ({error.strerror}); set run.out or free space") from error
-        return notice
-
-    def existing(self) -> Recipe | None:
-        """The recipe of the run that is already here, which must be this one in all that decides what is learned."""
-        if not self.path.is_dir() or not any(entry for entry in self.path.iterdir() if entry.name != "checkpoints"):
-            return None
-        remedy = f"run.fresh=true moves {self.path} aside and starts clean; another run.name leaves it alone"
+    def check(self) -> bool:
+        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
+        if self.recipe.run.fresh or not self.path.is_dir() or not any(self.path.iterdir()):
+            return False
+        remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
         try:
@@ -158,12 +141,29 @@ class RunDir:
             raise UserError(f"{error}; {remedy}") from error
         if recipe_hash(there) != recipe_hash(self.recipe):
             old, new = decisive(there), decisive(self.recipe)
-            changed = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} now)" for key in new if old[key] != new[key])
+            changed = ", ".join(f"{key} (there {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key])
             raise UserError(f"{self.path} was started with another recipe: {changed}; {remedy}")
-        return there
+        return True
+
+    def open(self) -> Path | None:
+        """Make the directory, or take up the one `check` accepted; where an older run was moved to, if one was."""
+        aside = None
+        try:
+            if self.recipe.run.fresh and self.path.exists():
+                names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
+                aside = next(name for name in names if not name.exists())
+                self.path.rename(aside)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            (self.path / "PREEMPTED").unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.path} cannot be written ({error.strerror}); set run.out to a place that can"
+            ) from error
+        return aside
 
     def finished(self) -> dict[str, Any] | None:
-        """What DONE says, if the run that is already here is complete."""
+        """What DONE says, if the run is complete."""
         with suppress(OSError, ValueError):
             return json.loads((self.path / "DONE").read_text())
         return None

@@ -1,8 +1,7 @@
 """One model over several processes: replication, precision, and the moving average of its weights."""
 
-import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import Ema, Parallel, UserError
 from .launch import World
+from .schema import Ema, Parallel, UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +43,7 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
 def accumulating(replicas: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Around one micro-batch of an update: gradients are exchanged in the last one only."""
     if last or not isinstance(replicas, DistributedDataParallel):
-        return contextlib.nullcontext()
+        return nullcontext()
     return replicas.no_sync()
 
 
@@ -53,11 +52,18 @@ def autocast(parallel: Parallel, world: World) -> AbstractContextManager[Any]:
     return torch.autocast(world.device.type, dtype, enabled=dtype is not None)
 
 
-def share_buffers(model: nn.Module, world: World) -> None:
-    """Give every process rank 0's buffers, as DDP will before its next forward: what is saved and judged is one model."""
+def arithmetic(world: World, micro_batch: int) -> dict[str, Any]:
+    """What may change between two starts of a run and decides the order of its sums, hence their last bits."""
+    device = world.device.type
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    return {"processes": world.size, "micro_batch": micro_batch, "device": device, "threads": threads}
+
+
+def share(tensors: Iterable[torch.Tensor], world: World) -> None:
+    """Give every process rank 0's values, as DDP does with buffers before a forward."""
     if world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 class MovingAverage:
@@ -80,11 +86,11 @@ class MovingAverage:
             self.state[name].copy_(current[name])
 
     @contextmanager
-    def worn_by(self, model: nn.Module) -> Iterator[None]:
-        """Within: the model has the averaged weights."""
+    def worn_by(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within: `model`, which it yields, has the averaged weights."""
         own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(self.state)
         try:
-            yield
+            yield model
         finally:
             model.load_state_dict(own)

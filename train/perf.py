@@ -1,5 +1,6 @@
 """How fast: images a second, the share of time spent waiting for data, what a model costs."""
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within counts as waiting for data."""
+        """Around the wait for the data of one step."""
         start = time.perf_counter()
         yield
+        self.steps += 1
         self.waited += time.perf_counter() - start
 
     @contextmanager
@@ -49,12 +51,19 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def forward_flops(model: nn.Module, example: torch.Tensor) -> int:
-    """Floating-point operations of one forward in evaluation mode, two per multiply-add."""
+def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
+    """Floating-point operations of one image of `size` pixels in evaluation mode, two per multiply-add, in 1e9."""
     training = model.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(example)
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
         model.train(training)
-    return counter.get_total_flops()
+    return counter.get_total_flops() / 1e9
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, GB: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,8 +1,6 @@
 """What is learned. A task owns its model, its data, its loss and its figures; the engine knows only this protocol."""
 
 import difflib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,22 +12,25 @@ from torch.nn import functional as F
 
 from .. import zoo as zoo  # registers the models with timm
 from .augment import eval_transform, input_config, mixing, train_transform
-from .config import Plan, Recipe, UserError
+from .config import Plan
 from .data import GlobalOrder, Key, Loader, Seeded, build_dataset
 from .launch import World
 from .parallel import memory_format
+from .schema import Recipe, UserError
 
 
 class Scores(Protocol):
-    """Figures over a data set, summed batch by batch and exactly over the processes."""
+    """Figures over a data set, summed batch by batch, exact over the processes."""
 
     def update(self, model: nn.Module, batch: Any) -> None: ...
 
     def compute(self) -> dict[str, float]:
-        """The figures; the same on every process, which all must call it."""
+        """The figures, the same on every process; every process calls it."""
         ...
 
-    def save(self, path: Path, facts: dict[str, Any]) -> None: ...
+    def predictions(self) -> dict[str, np.ndarray]:
+        """What was kept, in data-set order, the same on every process; every process calls it."""
+        ...
 
 
 class Task(Protocol):
@@ -54,7 +55,9 @@ class Task(Protocol):
         """This process's share of the validation split, each image in it once over all processes."""
         ...
 
-    def scores(self) -> Scores: ...
+    def scores(self, *, keep: bool = False) -> Scores:
+        """New sums; `keep` holds on to every prediction, for `Scores.predictions`."""
+        ...
 
     def export_facts(self) -> dict[str, Any]:
         """Arguments of `checkpoint.export` beside model and path."""
@@ -77,7 +80,9 @@ class Classify:
         self.samples, self.classes = len(self.train), self.train.classes
         if self.val.classes != self.classes:
             odd = sorted(set(self.val.classes) ^ set(self.classes))
-            raise UserError(f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}; make them agree")
+            raise UserError(
+                f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}; make them agree"
+            )
         wanted = recipe.task.num_classes
         if wanted not in (None, len(self.classes)):
             raise UserError(
@@ -85,18 +90,20 @@ class Classify:
                 f"use {len(self.classes)} or leave it out"
             )
         self.mixing = mixing(recipe.data.aug, recipe.task, len(self.classes))
-        smoothing = recipe.task.smoothing
-        self.bce = BinaryCrossEntropy(smoothing=0.0 if self.mixing else smoothing) if recipe.task.loss == "bce" else None
-        self.pretrained_cfg: Any = {}
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixing else recipe.task.smoothing)
+        if recipe.task.loss == "bce":
+            self.criterion = BinaryCrossEntropy(smoothing=recipe.task.smoothing)
 
     def build_model(self) -> nn.Module:
         model = create_model(self.recipe, len(self.classes))
-        self.pretrained_cfg = model.pretrained_cfg
+        self.pretrained_cfg, data = model.pretrained_cfg, self.recipe.data
+        self.train_transform = train_transform(data, self.pretrained_cfg)
+        self.eval_transform = eval_transform(data, self.pretrained_cfg)
         return model
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
         data = self.recipe.data
-        dataset = Seeded(self.train, train_transform(data, self.pretrained_cfg), self.recipe.run.seed)
+        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed)
         ahead = max(2, -(-plan.accumulate // max(data.workers, 1)) + 1)  # an update's micro-batches and then some
         return self._loader(dataset, self._order(plan, step), ahead)
 
@@ -105,27 +112,24 @@ class Classify:
         return self._order(plan, step).keys(step * batch, (step + 1) * batch)
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        images, targets = self._placed(batch)
+        images, targets = self.placed(batch)
         if self.mixing:
             images, targets = self.mixing(images, targets)
-        logits = model(images).float()
-        if self.bce:
-            return {"loss": self.bce(logits, targets)}
-        return {"loss": F.cross_entropy(logits, targets, label_smoothing=0.0 if self.mixing else self.recipe.task.smoothing)}
+        return {"loss": self.criterion(model(images).float(), targets)}
 
     def eval_batches(self) -> Loader:
         size = self.recipe.data.eval_batch
         mine = [(0, index) for index in range(self.world.rank, len(self.val), self.world.size)]
         batches = [mine[at : at + size] for at in range(0, len(mine), size)]
-        dataset = Seeded(self.val, eval_transform(self.recipe.data, self.pretrained_cfg), self.recipe.run.seed)
+        dataset = Seeded(self.val, self.eval_transform, self.recipe.run.seed)
         return self._loader(dataset, batches, 2)
 
-    def scores(self) -> "ClassScores":
-        return ClassScores(self)
+    def scores(self, *, keep: bool = False) -> "ClassScores":
+        return ClassScores(self, keep)
 
     def export_facts(self) -> dict[str, Any]:
         config = input_config(self.recipe.data, self.pretrained_cfg)
-        return {"classes": self.classes, "model_args": model_args(self.recipe), "data_config": config}
+        return {"classes": self.classes, "data_config": config}
 
     def _order(self, plan: Plan, step: int) -> GlobalOrder:
         return GlobalOrder(
@@ -140,34 +144,65 @@ class Classify:
         )
 
     def _loader(self, dataset: Seeded, batches: Any, ahead: int) -> Loader:
-        return Loader(dataset, batches, workers=self.recipe.data.workers, ahead=ahead, pin=self.world.device.type == "cuda")
+        return Loader(
+            dataset, batches, workers=self.recipe.data.workers, ahead=ahead, pin=self.world.device.type == "cuda"
+        )
 
-    def _placed(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def placed(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
         return images, batch[1].to(self.world.device, non_blocking=True)
 
 
 class ClassScores:
-    """Top-1, top-5 (percent), cross entropy and the prediction for every image."""
+    """Top-1, top-5 (percent) and cross entropy over a data set; with `keep`, every prediction too."""
 
-    def __init__(self, task: Classify):
-        self.task = task
-        self.rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    def __init__(self, task: Classify, keep: bool):
+        self.task, self.keep = task, keep
+        self.sums = torch.zeros(4, dtype=torch.float64, device=task.world.device)
+        self.rows: list[list[np.ndarray]] = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        images, targets = self.task._placed(batch)
-        self.rows.append((batch[2], targets, model(images).float()))
+        images, targets = self.task.placed(batch)
+        logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="none").double()
+        count = torch.tensor(len(targets), device=loss.device)
+        self.sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss.sum(), count])
+        if self.keep:
+            columns = batch[2], targets, logits.argmax(1), logits.softmax(1)
+            self.rows.append([column.cpu().numpy() for column in columns])
 
     def compute(self) -> dict[str, float]:
-        local = [torch.cat(column).cpu() for column in zip(*self.rows, strict=True)] if self.rows else None
-        parts = [part for part in self.task.world.gather(local) if part]
-        index, self.targets, self.logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        top1, top5, loss, count = self.task.world.sum(self.sums).tolist()
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        rows = [row for part in self.task.world.gather(self.rows) for row in part]
+        index, target, prediction, probability = (np.concatenate(column) for column in zip(*rows, strict=True))
         order = index.argsort()
-        self.targets, self.logits = self.targets[order], self.logits[order]
-        hits = self.logits.topk(min(5, self.logits.shape[1])).indices == self.targets[:, None]
-        return {
-            "top1": 100 * hits[:, 0].double().mean().item(),
-            "top5": 100 * hits.any(1).double().mean().item(),
-            "loss": F.cross_entropy(self.logits.double(), self.targets).item(),
-            "count": len(index),
-        }
+        return {"target": target[order], "prediction": prediction[order], "probability": probability[order]}
+
+
+def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""
+    wanted = recipe.model
+    args: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
+    known = timm.models.get_pretrained_cfg(wanted.name) if ":" not in wanted.name else None
+    if known is not None and known.fixed_input_size:
+        args.setdefault("img_size", recipe.data.size)
+    try:
+        return timm.create_model(wanted.name, pretrained=wanted.pretrained, num_classes=num_classes, **args)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name={wanted.name} with {args} and pretrained={wanted.pretrained}: {reason}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises UserError with the nearest names for a model that neither timm nor tessel has."""
+    if ":" in name or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "is it spelled as there?"
+    raise UserError(
+        f"model.name={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}"
+    )

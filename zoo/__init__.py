@@ -3,7 +3,18 @@
 Importing this module registers every family; `timm.create_model("biformer_small")` then builds one.
 """
 
-from . import biformer
-from ._registry import from_published, list_models, to_published
+from . import biformer, cswin, davit, halonet, litv2, transnext
+from ._registry import from_published, list_families, list_models, to_published
 
-__all__ = ["biformer", "from_published", "list_models", "to_published"]
+__all__ = [
+    "biformer",
+    "cswin",
+    "davit",
+    "from_published",
+    "halonet",
+    "list_families",
+    "list_models",
+    "litv2",
+    "to_published",
+    "transnext",
+]

@@ -1,7 +1,7 @@
 """From a pretrained configuration to checked weights, before timm adapts them to the model at hand."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ def published_weights(
     cache_dir = kwargs.get("cache_dir")
     cached = None if cfg.file or not cfg.url else cached_path(cfg.url, cache_dir=cache_dir)
     fresh = cached is not None and not cached.exists()
-    path, state_key = _locate(name, cfg, cache_dir)
     try:
-        state = read_state(path, state_key=state_key)
+        state = _read(name, cfg, cache_dir)
         overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
         yield {**kwargs, "pretrained_cfg_overlay": overlay}, _without_state
     except Exception:
@@ -38,15 +37,19 @@ def published_weights(
         raise
 
 
-def _locate(name: str, cfg: Any, cache_dir: str | Path | None) -> tuple[Path, str]:
-    """The file that `cfg` points to, fetched if need be, and the entry of it that holds the weights."""
+def _read(name: str, cfg: Any, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """The weights in the file that `cfg` points to, fetched if need be."""
     row = load_manifest().get(f"{name}.{cfg.tag}")
     if cfg.file:
-        return Path(cfg.file), ""
+        if row is not None:
+            # a release may hold several sets of weights: the published number belongs to the manifest's entry
+            with suppress(ValueError):
+                return read_state(cfg.file, state_key=row.state_key)
+        return read_state(cfg.file)
     if row is not None and (cfg.url or "") == row.url:
-        return fetch_weight(row, cache_dir=cache_dir), row.state_key
+        return read_state(fetch_weight(row, cache_dir=cache_dir), state_key=row.state_key)
     if cfg.url:
-        return fetch(cfg.url, cache_dir=cache_dir), ""
+        return read_state(fetch(cfg.url, cache_dir=cache_dir))
     raise ValueError(
         f"{name} has no published weights; build it with pretrained=False, or pass a file with "
         "pretrained_cfg_overlay=dict(file=...)"

@@ -1,0 +1,50 @@
+# `make demo` and `make test` work on a fresh clone: they make .venv and install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+SEED ?= 0
+RUN := digits$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+FRESH ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo test test-slow lint tables clean
+
+help:
+	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
+	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
+	@echo "make test            the test suite; make test-slow runs what takes longer"
+	@echo "make lint            formatting, lint, types"
+	@echo "make tables          rewrite the generated tables in README.md and docs/"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tessel.train configs/demo/digits.yaml run.name=$(RUN) run.seed=$(SEED) \
+		$(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/$(RUN)
+	$(BIN)/python -m tessel.train.report runs/$(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+tables: $(INSTALLED)
+	$(BIN)/python docs/tables.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,64 @@
+"""Channel attention (DaViT's channel group attention): channels of a head attend to each other."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .precision import without_autocast
+
+
+@register_notrace_module
+class Channel(nn.Module):
+    """Attention between the channels of each head, global over space; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    With q, k, v the thirds of one linear map over the N = H*W positions, each head [N, d],
+
+        A = softmax(d**-0.5 k^T v)   [d, d], over the channels of v        y = proj(concat over heads of q A^T)
+
+    (Ding et al., arXiv 2204.03645, sec. 3.3, eq. 4, in the roles of the released code). The logits grow with N.
+
+    A acts on every position alike, so it merges with the linear maps around it into one matrix [C, C] per image,
+    y = (proj A q)(x). Where N >= 2*C that matrix is built, and neither q nor its mixture ever is.
+
+    Raises ValueError if num_heads does not divide dim.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"Channel: dim={dim} must be divisible by num_heads={num_heads}")
+        self.dim, self.num_heads = dim, num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]
+        y = self._merged(tokens) if height * width >= 2 * self.dim else self._direct(tokens)
+        return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def _direct(self, x: Tensor) -> Tensor:
+        q, kv = self.qkv(x).split((self.dim, 2 * self.dim), -1)
+        q = q.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)  # [B, heads, d, N]
+        y = self._attention(kv).to(q.dtype) @ q
+        return self.proj(y.permute(0, 3, 1, 2).flatten(2))
+
+    def _merged(self, x: Tensor) -> Tensor:
+        w_q, w_kv = self.qkv.weight.split((self.dim, 2 * self.dim))
+        b_q, b_kv = self.qkv.bias.split((self.dim, 2 * self.dim))
+        attention = self._attention(F.linear(x, w_kv, b_kv)).to(w_q.dtype)
+        with without_autocast(x):
+            per_head = self.proj.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [heads, C, d]
+            mix = (per_head @ attention).transpose(1, 2).flatten(2)  # [B, C, C]
+            weight, bias = mix @ w_q, mix @ b_q + self.proj.bias
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+    def _attention(self, kv: Tensor) -> Tensor:
+        """A of each head: `[B, N, 2*C] -> [B, heads, d, d]`, at least float32: its logits are sums over the map."""
+        kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        exact = torch.promote_types(kv.dtype, torch.float32)
+        k, v = kv.to(exact, memory_format=torch.contiguous_format).unbind(0)
+        with without_autocast(kv):
+            return (k.mT @ v * self.scale).softmax(-1)

@@ -1,0 +1,77 @@
+"""HiLo attention (LITv2): some heads attend inside small windows, the others to an average-pooled map."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .padding import pad_to_multiple
+from .window import attend
+
+
+@register_notrace_module
+class HiLo(nn.Module):
+    """High frequencies from windows, low ones from the pooled map; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    Of the n = num_heads heads, each C / n wide, l = int(n * alpha) are Lo-Fi and the other h = n - l are Hi-Fi:
+
+        y = concat(h_proj(windowed(h_qkv(x))), l_proj(attention(l_q(x), l_kv(pool(x)))))
+
+    `windowed` is attention among the window x window tokens of a window, `pool` the average over the same windows. With
+    window 1 there is nothing to split: every head is Lo-Fi, which is then full attention (Pan, Cai, Zhuang, arXiv
+    2205.13213, sec. 4). Maps that `window` does not divide are padded with zeros at the bottom and right before the
+    projections, so that padding acts as ordinary tokens, as in the published dense-prediction models.
+
+    Raises ValueError if num_heads does not divide dim, window is below 1, or alpha is outside [0, 1].
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, window: int = 2, alpha: float = 0.5):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"HiLo: dim={dim} must be divisible by num_heads={num_heads}")
+        if window < 1:
+            raise ValueError(f"HiLo: window={window} must be at least 1 (1: full attention)")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"HiLo: alpha={alpha}, the share of Lo-Fi heads, must lie in 0..1")
+        self.window, self.head_dim = window, dim // num_heads
+        self.low_heads = num_heads if window == 1 else int(num_heads * alpha)
+        self.high_heads = num_heads - self.low_heads
+        low, high = self.low_heads * self.head_dim, self.high_heads * self.head_dim
+        if high:
+            self.h_qkv = nn.Linear(dim, 3 * high)
+            self.h_proj = nn.Linear(high, high)
+        if low:
+            self.l_q = nn.Linear(dim, low)
+            self.l_kv = nn.Linear(dim, 2 * low)
+            self.l_proj = nn.Linear(low, low)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        padded = pad_to_multiple(x, self.window, self.window) if self.window > 1 else x
+        branches = [self._high(x, padded)] if self.high_heads else []
+        if self.low_heads:
+            branches.append(self._low(x, padded))
+        y = branches[0] if len(branches) == 1 else torch.cat(branches, -1)
+        return y.permute(0, 3, 1, 2)
+
+    def _high(self, x: Tensor, padded: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        qkv = self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
+        return self.h_proj(windowed(qkv, self.window)[:, :height, :width].flatten(3))
+
+    def _low(self, x: Tensor, padded: Tensor) -> Tensor:
+        # the padding asks nothing: its outputs would be cropped away
+        q = self.l_q(x).flatten(1, 2).unflatten(-1, (self.low_heads, self.head_dim))
+        if self.window > 1:
+            padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
+        kv = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, self.low_heads, self.head_dim))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        return self.l_proj(y.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+
+
+def windowed(qkv: Tensor, window: int) -> Tensor:
+    """Attention within each window x window cell: `[B, H, W, 3, n, d] -> [B, H, W, n, d]`; window divides H and W."""
+    cells = qkv.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, rows, cols, h, w, 3, n, d]
+    y = attend(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
+    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)

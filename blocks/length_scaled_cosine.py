@@ -1,0 +1,196 @@
+"""Length-scaled cosine attention with a position bias on log-spaced distances (TransNeXt)."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, wraps
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from .precision import without_autocast
+
+Grid = tuple[int, int]
+BiasTable = tuple[Tensor, Tensor, Tensor]
+
+# the hidden layer of the bias is worked through in slices of this many elements: 4 MB of float32 stay in the cache
+_SLICE = 1 << 20
+
+
+def kept(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`make`, whose tables depend on nothing but its arguments (sizes, device, dtype), remembering the last ones."""
+
+    @lru_cache(maxsize=64)
+    def cached(*args):
+        # a table made under inference mode could not serve a training step
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args)
+
+    @wraps(make)
+    def tables(*args):
+        # what a tracer makes must not outlive the trace
+        return make(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return tables
+
+
+@kept
+def _distances(queries: int, keys: int, trained_size: int, device: torch.device, dtype: torch.dtype):
+    """Every distance of a query from a key along one axis, as the MLP takes it `[n]`, and indices `[keys, queries]`.
+
+    Keys lie at the centres of the bins of an adaptive average pool, so twice a distance is a whole number.
+    """
+    j = torch.arange(keys, device=device)[:, None]
+    centre = j * queries // keys + ((j + 1) * queries + keys - 1) // keys - 1
+    lowest = -((keys - 1) * queries // keys + queries - 1)
+    highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
+    # bins of one size have centres a whole number apart
+    step = 1 if queries % keys else 2
+    index = (2 * torch.arange(queries, device=device) - centre - lowest) // step
+    exact = torch.promote_types(dtype, torch.float32)
+    u = torch.arange(lowest, highest + 1, step, device=device).to(exact) * (4 / (trained_size - 1))
+    return (u.sign() * (u.abs() + 1).log2() / 3).to(dtype), index
+
+
+class LogPositionBias(nn.Module):
+    """A bias per head for each pair of query and key positions, from their distance (dy, dx) = query - key:
+
+        bias = fc2(relu(fc1(c(dy), c(dx))))        c(d) = sign(d) log2(1 + 8 |d| / (trained_size - 1)) / 3
+
+    Distances are in pixels of the queries' grid; a coarser grid of keys has them at the centres of the bins that
+    adaptive average pooling makes. `trained_size` is the side of the feature map that the weights were trained on
+    (Shi, arXiv 2311.17132, sec. 3.3; the scaling is the released code's).
+
+    Raises ValueError if trained_size < 2.
+    """
+
+    def __init__(self, num_heads: int, *, trained_size: int, hidden: int = 512):
+        super().__init__()
+        if trained_size < 2:
+            raise ValueError(
+                f"LogPositionBias: trained_size={trained_size} must be at least 2, distances are scaled by it"
+            )
+        self.trained_size = trained_size
+        self.fc1_weight = nn.Parameter(torch.empty(hidden, 2))
+        self.fc1_bias = nn.Parameter(torch.empty(hidden))
+        self.fc2_weight = nn.Parameter(torch.empty(num_heads, hidden))
+        self.fc2_bias = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
+            trunc_normal_(weight, std=0.02)
+            nn.init.zeros_(bias)
+
+    def forward(self, size: Grid, keys: Grid, nominal: tuple[Grid, Grid] | None = None) -> BiasTable:
+        """The bias of queries on the grid `size` and keys on the grid `keys`, as a table and two indices.
+
+        The bias of query (y, x) for key (i, j) is `table[:, rows[i, y], columns[j, x]]`: table `[heads, n, m]`, rows
+        `[keys_y, H]`, columns `[keys_x, W]`.
+
+        With `nominal`, another pair of grids, the bias is computed on those and resized bilinearly.
+        """
+        if nominal is None or nominal == (size, keys):
+            return self._table(size, keys)
+        return _resize(expand(*self._table(*nominal)), size, keys)
+
+    def _table(self, size: Grid, keys: Grid) -> BiasTable:
+        weight = self.fc1_weight
+        (y, rows), (x, columns) = (
+            _distances(n, k, self.trained_size, weight.device, weight.dtype) for n, k in zip(size, keys, strict=True)
+        )
+        with without_autocast(weight):
+            # the first layer sees rows and columns apart: a sum of two thin tables
+            above = torch.outer(y, weight[:, 0])
+            left = torch.addcmul(self.fc1_bias, x[:, None], weight[:, 1])
+            slices = above.split(max(1, _SLICE // left.numel()))
+            parts = [self._second((part[:, None] + left).relu_()) for part in slices]
+        return torch.cat(parts, 1), rows, columns
+
+    def _second(self, hidden: Tensor) -> Tensor:
+        """`[n, m, hidden] -> [heads, n, m]`."""
+        y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.flatten(0, 1).T)
+        return y.unflatten(1, hidden.shape[:2])
+
+
+def expand(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The dense bias of a table, `[heads, keys_y, H, keys_x, W]`."""
+    dense = table.index_select(1, rows.flatten()).index_select(2, columns.flatten())
+    return dense.unflatten(2, columns.shape).unflatten(1, rows.shape)
+
+
+def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
+    """A dense bias `[heads, keys_y, H, keys_x, W]` on other grids, as a table that has each pair once."""
+    nominal = dense.shape[2::2]
+    bias = F.interpolate(dense.permute(0, 2, 4, 1, 3).flatten(1, 2), keys, mode="bilinear")
+    bias = F.interpolate(bias.flatten(2).mT.unflatten(2, nominal), size, mode="bilinear")
+    table = bias.unflatten(1, keys).transpose(2, 3).flatten(3).flatten(1, 2)
+    rows, columns = (torch.arange(k * n, device=dense.device).view(k, n) for k, n in zip(keys, size, strict=True))
+    return table, rows, columns
+
+
+def unit(x: Tensor, *, dim: int) -> Tensor:
+    """`x / max(|x|, 1e-12)` along `dim`, in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # the plain norm is slow where dim is not the last; the clamp stops the gradient of a zero vector, as it should
+    return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
+@register_notrace_module
+class LengthScaledCosine(nn.Module):
+    """Full attention whose logits are cosines, scaled with the number of keys; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    With q, k, v the thirds of one linear map, ^ division by the length per head, N = H*W,
+
+        y = proj(softmax((q^ + e) k^^T * softplus(t) * ln(N) + bias) v)
+
+    where e `query_embedding` and t `temperature` are learned per head and `bias` is that of `LogPositionBias` (Shi,
+    arXiv 2311.17132, sec. 3.3-3.4). `trained_size` is the side of the map that the weights were trained on. With
+    `nominal_size` the bias is computed for a square map of that side and resized, as the released dense-prediction
+    models do in their interpolation mode.
+
+    Raises ValueError if num_heads does not divide dim, trained_size < 2 or nominal_size < 1.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, trained_size: int, nominal_size: int | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"LengthScaledCosine: dim={dim} must be divisible by num_heads={num_heads}")
+        if nominal_size is not None and nominal_size < 1:
+            raise ValueError(f"LengthScaledCosine: nominal_size={nominal_size} must be at least 1, or None")
+        self.num_heads, self.nominal_size = num_heads, nominal_size
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, dim // num_heads))
+        self.position = LogPositionBias(num_heads, trained_size=trained_size)
+        self.proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_query(self.temperature, self.query_embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        nominal = None if self.nominal_size is None else ((self.nominal_size,) * 2,) * 2
+        bias = expand(*self.position(size, size, nominal)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+        y = length_scaled_cosine(qkv, bias, temperature=self.temperature, query_embedding=self.query_embedding)
+        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+
+
+def reset_query(temperature: Tensor, query_embedding: Tensor) -> None:
+    """The published initialisation: softplus(temperature) = 1/0.24."""
+    nn.init.constant_(temperature, math.log(math.exp(1 / 0.24) - 1))
+    trunc_normal_(query_embedding, std=0.02)
+
+
+def length_scaled_cosine(qkv: Tensor, bias: Tensor, *, temperature: Tensor, query_embedding: Tensor) -> Tensor:
+    """`qkv: [B, H, W, 3, N, D]`, `bias: [N, H*W, H*W]` -> `[B, H, W, N, D]`."""
+    height, width = qkv.shape[1:3]
+    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    with without_autocast(qkv):
+        scale = F.softplus(temperature) * math.log(height * width)
+        q, k = (unit(q, dim=-1) + query_embedding) * scale, unit(k, dim=-1)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias[None].to(v.dtype), scale=1.0)
+    return y.transpose(1, 2).unflatten(1, (height, width))

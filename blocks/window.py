@@ -1,0 +1,61 @@
+"""Window attention (DaViT's spatial attention, Swin's without shift and bias)."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+# the GPU's fused attention launches no more batch entries than this
+_MOST_WINDOWS = 65535
+
+
+@register_notrace_module
+class Window(nn.Module):
+    """Attention within the cells of a fixed window size; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    With q, k, v the thirds of one linear map, heads contiguous in each, every window w gives
+
+        y[w] = proj(softmax(q[w] k[w]^T / sqrt(head_dim)) v[w])
+
+    (Ding et al., arXiv 2204.03645, sec. 3.2, eq. 3). `window` is one side or (height, width). Maps that it does not
+    divide are padded with zeros at the bottom and right before the projection; padding is not masked: its keys and
+    values are the projection's bias, as in the published models.
+
+    Raises ValueError if num_heads does not divide dim or a side of the window is below 1.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, window: int | tuple[int, int] = 7):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"Window: dim={dim} must be divisible by num_heads={num_heads}")
+        self.window = (window, window) if isinstance(window, int) else window
+        if len(self.window) != 2 or min(self.window) < 1:
+            raise ValueError(f"Window: window={window} must be a side of at least 1, or two of them")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), (win_h, win_w) = x.shape[-2:], self.window
+        x = x.permute(0, 2, 3, 1)
+        bottom, right = -height % win_h, -width % win_w
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        # x is cut into windows while it is a third as wide as q, k and v
+        cells = x.unflatten(2, (-1, win_w)).unflatten(1, (-1, win_h)).transpose(2, 3)  # [B, rows, cols, h, w, C]
+        qkv = self.qkv(cells.flatten(0, 2)).unflatten(-1, (3, self.num_heads, -1))
+        y = self.proj(attend(qkv).flatten(3)).view(cells.shape)
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if bottom or right:
+            y = y[:, :height, :width]
+        return y.permute(0, 3, 1, 2)
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Attention among all positions of each of N windows: `[N, h, w, 3, heads, D] -> [N, h, w, heads, D]`."""
+    # an exported graph should not limit its batch
+    if not torch.compiler.is_exporting() and qkv.shape[0] > _MOST_WINDOWS:
+        return torch.cat([attend(part) for part in qkv.split(_MOST_WINDOWS)])
+    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return y.transpose(1, 2).unflatten(1, qkv.shape[1:3])

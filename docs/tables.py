@@ -1,0 +1,99 @@
+"""Write the generated tables of README.md and docs/models.md, or with --check say whether they are current.
+
+    python docs/tables.py [--check]
+
+Rows come from the registry (structure, parameters, multiply-adds counted on the meta device) and from the manifest of
+published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tessel.zoo
+from tessel.checkpoints import load_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
+
+
+@cache
+def cost(name: str) -> tuple[float, float, int]:
+    """Parameters in millions, multiply-adds in billions, and the input side they are counted at."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        size = model.default_cfg["input_size"]
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, *size))
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters / 1e6, counter.get_total_flops() / 2e9, size[-1]
+
+
+def families() -> str:
+    """One line a family: its mixer's paper and its models."""
+    lines = ["| family | models | parameters | paper |", "|---|---|---|---|"]
+    for family in tessel.zoo.list_families():
+        module, names = sys.modules[family.build.__module__], [n for n in family.variants if not n.endswith("_atto")]
+        sizes = [cost(name)[0] for name in names]
+        paper = family.cfg["paper_ids"].removeprefix("arXiv:")
+        title = module.__doc__.strip().splitlines()[0].rstrip(".")
+        span = f"{min(sizes):.1f} - {max(sizes):.1f} M"
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {title} | {listed} | {span} | [{paper}](https://arxiv.org/abs/{paper}) |")
+    return "\n".join(lines)
+
+
+def models() -> str:
+    """One line a published checkpoint, and one a model without any."""
+    head = "| model | parameters (M) | GMACs | input | published top-1 | ours | licence | weights |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for name in tessel.zoo.list_models():
+        parameters, macs, size = cost(name)
+        begin = f"| `{name}{{tag}}` | {parameters:.2f} | {macs:.2f} | {size} |"
+        weights = [w for w in load_manifest().values() if w.model == name]
+        for w in weights:
+            published, ours = (f"{x:.1f}" if x else "" for x in (w.published_top1, w.reproduced_top1))
+            source = f"[file]({w.url})" if w.url else f"none: {w.why_no_url}"
+            lines.append(f"{begin.format(tag='.' + w.tag)} {published} | {ours} | {w.licence} | {source} |")
+        if not weights:
+            lines.append(f"{begin.format(tag='')} | | | none published |")
+    return "\n".join(lines)
+
+
+TABLES = {"families": families, "models": models}
+
+
+def rewritten(text: str) -> str:
+    """`text` with every table made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
+    options = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = rewritten(before)
+        if after != before:
+            stale.append(page.name)
+            if not options.check:
+                page.write_text(after)
+    print("out of date: " + ", ".join(stale) + " (make tables)" if stale else "all tables are current")
+    return int(bool(stale) and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

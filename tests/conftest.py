@@ -1,0 +1,21 @@
+"""What every test shares: one thread, fixed seeds, and the models to hold against the contract."""
+
+import pytest
+import torch
+
+import tessel.zoo
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc):
+    """`model_name`: the smallest model of every family, which has all its mechanisms (test_timm.py takes all models)."""
+    if "model_name" in metafunc.fixturenames:
+        metafunc.parametrize("model_name", [n for n in tessel.zoo.list_models() if n.endswith("_atto")])

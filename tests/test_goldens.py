@@ -1,0 +1,65 @@
+"""Every golden record of a published model, through the public conversion, in float64."""
+
+import golden
+import pytest
+import timm
+import torch
+
+import tessel.zoo
+
+TOLERANCE = 1e-9
+
+NAMES = sorted(path.name.removesuffix(".json.gz") for path in golden.RECORDS.glob("*.json.gz"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def record(request):
+    return golden.load(request.param)
+
+
+def test_record_holds(record):
+    name, state = record["model"], golden.published_state(record)
+    model = timm.create_model(name).double().eval()
+    assert sum(p.numel() for p in model.parameters()) == record["n_params"]
+    model.load_state_dict(tessel.zoo.from_published(name, state), strict=True)
+    x = golden.draw("input", record["input_shape"]).requires_grad_()
+    final, features = model.forward_intermediates(x)
+    logits = model.forward_head(final)
+    found = golden.errors(record, logits=logits, features=features)
+    if "grad_norms" in record:
+        (logits * golden.draw("loss", logits.shape)).sum().backward()
+        grads = {key: p.grad for key, p in model.named_parameters()}
+        published = tessel.zoo.to_published(name, grads)
+        found |= golden.gradient_errors(record, input_grad=x.grad, grads=published)
+    assert max(found.values()) <= TOLERANCE, {k: v for k, v in found.items() if v > TOLERANCE}
+
+
+def test_key_map_is_total_both_ways(record):
+    name, state = record["model"], golden.published_state(record)
+    counters = {key: torch.zeros(shape, dtype=torch.int64) for key, shape, _ in record["index_buffers"]}
+    ours = tessel.zoo.from_published(name, {**state, **counters})
+    back = tessel.zoo.to_published(name, ours)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    own = timm.create_model(name).state_dict()
+    assert tessel.zoo.to_published(name, own).keys() == state.keys()
+
+
+def test_unknown_and_missing_keys_are_named(record):
+    name, state = record["model"], golden.published_state(record)
+    with pytest.raises(ValueError, match="no_such_layer.weight"):
+        tessel.zoo.from_published(name, {**state, "no_such_layer.weight": torch.zeros(1)})
+    first, *_, last = state
+    for key in (first, last):
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            tessel.zoo.from_published(name, {k: v for k, v in state.items() if k != key})
+    ours = tessel.zoo.from_published(name, state)
+    with pytest.raises(ValueError, match="head.fc.weight"):
+        tessel.zoo.to_published(name, {k: v for k, v in ours.items() if k != "head.fc.weight"})
+    with pytest.raises(ValueError, match="no_such_layer"):
+        tessel.zoo.to_published(name, {**ours, "no_such_layer": torch.zeros(1)})
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(ValueError, match="biformer_tyni.*biformer_tiny"):
+        tessel.zoo.from_published("biformer_tyni", {})

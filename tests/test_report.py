@@ -1,0 +1,430 @@
+"""The report: what it shows, what it leaves out and says so, and the pictures of attention in it."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from torch import nn
+
+from tessel.blocks import BiLevelRouting
+from tessel.train import explain, report
+from tessel.train.checkpoint import export
+from tessel.train.demo_data import digits
+
+SECTIONS = {
+    "Training": ["learning", "optimisation"],
+    "Confusion": ["confusion"],
+    "Hardest images": ["hardest"],
+    "What the mixers attended to": ["attention"],
+}
+PICTURES = sum(SECTIONS.values(), [])
+STEPS, EVERY, STEP_SECONDS = 20, 5, 0.25
+DATA = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 32, 32), "crop_pct": 1.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def coarse_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(report.STYLE, "savefig.dpi", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the digits with three mistakes and an untrained model."""
+    return make_run(tmp_path_factory.mktemp("runs") / "demo", wrong=[7, 90, 200])
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    assert report.main([str(finished)]) == 0
+    return Page(finished / "report" / "index.html")
+
+
+@pytest.fixture
+def run(finished, page, tmp_path):
+    """A run to spoil, with its report."""
+    return shutil.copytree(finished, tmp_path / "demo")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the drawing out where the words are what matters."""
+    monkeypatch.setattr(report, "picture", lambda folder, name, words, draw: f"<i>{name}</i>")
+
+
+def make_run(path, *, wrong):
+    """wrong: positions in the data set that are taken for the next class."""
+    path.mkdir()
+    recipe = {
+        "run": {"name": path.name, "out": str(path.parent), "seed": 3},
+        "model": {"name": "biformer_atto"},
+        "data": {"source": "digits", "size": 32, "batch": 64},
+        "sched": {"steps": STEPS},
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lines = []
+    for step in range(EVERY, STEPS + 1, EVERY):
+        figures = {"step": step, "epoch": step / 22, "loss": 3 / step, "time": 1.8e9 + step}
+        speed = {"images_per_second": 256.0, "data_wait": 0.03, "step_seconds": STEP_SECONDS}
+        lines += [{"kind": "train", "lr": 1e-3, "grad_norm": 1.5, **speed, **figures}]
+        lines += [{"kind": "eval", "top1": 80.0 + step / 2, "top5": 99.0, "count": 360, **figures}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_predictions(path, wrong)
+    model = timm.create_model("biformer_atto", num_classes=10)
+    export(model, path / "export", classes=digits("val").classes, data_config=DATA)
+    (path / "DONE").write_text("{}")
+    return path
+
+
+def save_predictions(path, wrong):
+    target = np.array(digits("val").targets)
+    prediction = target.copy()
+    prediction[wrong] = (target[wrong] + 1) % 10
+    probability = np.full((360, 10), 0.02)
+    probability[np.arange(360), prediction] = 0.82 - np.arange(360) / 1000
+    (path / "evaluation").mkdir(exist_ok=True)
+    np.savez(path / "evaluation/predictions.npz", target=target, prediction=prediction, probability=probability)
+    scores = {"top1": 100 * (1 - len(wrong) / 360), "top5": 100.0, "loss": 0.1, "count": 360, "step": STEPS}
+    (path / "evaluation/evaluation.json").write_text(json.dumps(scores))
+
+
+class Page(HTMLParser):
+    """A page that is known to be well formed: its texts by element, its sections, its pictures."""
+
+    VOID = {"meta", "img", "source"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.texts, self.sections, self.links = [], {}, {}, []
+        self.feed(self.source)
+        assert not self.open, "elements left open"
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "srcset", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        inside = self.open[-1] if self.open else ""
+        self.texts.setdefault(inside, []).append(data)
+        if inside == "p":
+            self.sections[self.texts["h2"][-1]] = data
+
+
+def test_the_page_is_whole(page):
+    assert page.source.startswith("<!DOCTYPE html>")
+    assert page.texts["h2"] == list(SECTIONS)
+    assert not [text for text in page.sections.values() if "Left out" in text]
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    assert len(page.links) == 2 * len(PICTURES), "one picture for light screens and one for dark"
+    for link in page.links:
+        head, _, data = link.partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+    assert not re.search("https?:|//|url\\(|@import", re.sub('data:image/png;base64,[^"]*', "", page.source))
+
+
+def test_the_pictures_lie_beside_the_page(page, finished):
+    names = sorted(path.name for path in (finished / "report").iterdir())
+    assert names == sorted([f"{name}{ending}.png" for name in PICTURES for ending in ("", "-dark")] + ["index.html"])
+    for light in PICTURES:
+        files = [(finished / "report" / f"{light}{ending}.png").read_bytes() for ending in ("", "-dark")]
+        assert files[0] != files[1]
+        assert [base64.b64encode(file).decode() in page.source for file in files] == [True, True]
+
+
+def test_the_header_tells_the_run(page):
+    parameters = sum(p.numel() for p in timm.create_model("biformer_atto", num_classes=10).parameters())
+    assert page.texts["b"] == ["99.2 %", f"{parameters / 1e6:.2f} M", "5 s", "20"]
+    assert page.texts["span"][0] == "top-1 on 360 held-out images, ± 0.5"
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert facts["Model"] == "biformer_atto"
+    assert facts["Data"] == "digits, 32 × 32 pixels"
+    assert re.fullmatch(r"\d\d January 2027, \d\d:\d\d", facts["Last step"])
+    assert f"torch {torch.__version__}" in facts["Reported with"]
+    assert facts["Command"].startswith("python -m tessel.train ") and facts["Command"].endswith("run.name=demo-again")
+
+
+def test_the_sections_tell_what_was_found(page):
+    assert "Waiting for data took 3% of the time" in page.sections["Training"]
+    assert page.sections["Confusion"].startswith("3 of 360 held-out images are taken for another class.")
+    assert page.sections["Hardest images"].startswith("First the 3 mistakes, as true → predicted class")
+
+
+def test_the_command_says_where_and_what_next(run, undrawn, capsys):
+    assert report.main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"report: {run}/report/index.html" in said
+    for command in ("tessel.train.evaluate", "tessel.train ", "tessel.train.report"):
+        assert f"python -m {command}" in said
+    assert "run.seed=4" in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "silent", "why"),
+    [
+        ("metrics.jsonl", {"Training"}, "no training step is logged yet"),
+        ("evaluation", {"Confusion", "Hardest images"}, "python -m tessel.train.evaluate"),
+        ("DONE", {"What the mixers attended to"}, "not finished"),
+        ("export", {"What the mixers attended to"}, "export"),
+        ("export/model.safetensors", {"What the mixers attended to"}, "export"),
+    ],
+)
+def test_missing_pieces_are_left_out_with_a_sentence(run, undrawn, missing, silent, why):
+    path = run / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert page.texts["h2"] == list(SECTIONS)
+    left_out = {name: text for name, text in page.sections.items() if text.startswith("Left out: ")}
+    assert set(left_out) == silent
+    assert all(why in text for text in left_out.values())
+    assert page.texts.get("i") == [name for title in SECTIONS if title not in silent for name in SECTIONS[title]]
+
+
+def test_a_run_that_has_just_begun(run):
+    for name in ("metrics.jsonl", "DONE"):
+        (run / name).unlink()
+    for name in ("evaluation", "export"):
+        shutil.rmtree(run / name)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert set(page.sections) == set(SECTIONS) and "b" not in page.texts and not page.links
+
+
+def test_half_a_line_at_the_end_is_passed_over(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(report.read_run(run).train) == STEPS // EVERY
+
+
+def test_an_evaluation_of_other_images_shows_none_of_them(run, undrawn):
+    file = run / "evaluation/predictions.npz"
+    arrays = dict(np.load(file))
+    np.savez(file, **{name: array[:100] for name, array in arrays.items()})
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert "made on other data" in page.sections["Hardest images"] and "Left out" not in page.sections["Confusion"]
+
+
+def test_no_mistakes(run, undrawn):
+    save_predictions(run, wrong=[])
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert page.sections["Confusion"] == "0 of 360 held-out images are taken for another class."
+    assert page.sections["Hardest images"].startswith("There are no mistakes.")
+
+
+def test_several_runs_are_laid_over_each_other(finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "<other> & more")
+    (other / "metrics.jsonl").unlink()
+    out = tmp_path / "compared"
+    assert report.main([str(finished), str(other), "--out", str(out)]) == 0
+    page = Page(out / "index.html")
+    assert page.texts["h1"] == ["2 runs compared"]
+    assert {"demo", "<other> & more", "biformer_atto", "99.2 %"} <= set(page.texts["td"])
+    assert sorted(path.name for path in out.glob("*.png") if "dark" not in path.name) == [
+        "learning.png",
+        "optimisation.png",
+    ]
+    runs = [report.read_run(path) for path in (finished, finished)]
+    loss, accuracy = report.draw_learning(runs).axes
+    assert len([line for line in loss.lines if len(line.get_xdata())]) == 4
+    np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "recipe.yaml").unlink(), "is not a run directory: it has no recipe.yaml"),
+        (lambda run: (run / "metrics.jsonl").write_text("nonsense\n"), "cannot be read"),
+        (lambda run: (run / "evaluation/predictions.npz").write_text("nonsense"), "cannot be read"),
+        (lambda run: (run / "report").rename(run / "old") and (run / "report").touch(), "cannot be written"),
+    ],
+    ids=["no recipe", "damaged metrics", "damaged predictions", "unwritable"],
+)
+def test_mistakes_are_answered_with_one_line(run, spoil, message, capsys):
+    spoil(run)
+    assert report.main([str(run)]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("error: ")
+    assert str(run) in said.err and message in said.err
+
+
+def test_several_runs_need_a_place(finished, capsys):
+    assert report.main([str(finished), str(finished)]) == 1
+    assert "--out DIR" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_the_old_report_as_it_was(run, monkeypatch, capsys):
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    assert report.main([str(run)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (112, "1 min 52 s"), (3725, "1 h 2 min")]
+)
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("size", "written"), [(3, 3), (20, 20), (30, 0), (100, 0)])
+def test_confusion_matrices_of_every_size(size, written):
+    matrix, recall = report.draw_confusion(5 * np.eye(size, dtype=int), ["a rather long name"] * size).axes
+    assert [text.get_text() for text in matrix.texts] == ["5"] * written
+    assert len(matrix.get_xticklabels()) == (size if size <= report.NAMED else 0)
+    np.testing.assert_array_equal(recall.lines[1].get_xdata(), 100)
+
+
+def test_confusion_with_a_class_without_images_and_one_always_wrong():
+    matrix, recall = report.draw_confusion(np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")).axes
+    cells = {text.get_position(): text.get_text() for text in matrix.texts}
+    assert cells == {(0, 0): "4", (0, 2): "1", (1, 2): "3"}
+    np.testing.assert_array_equal(recall.lines[1].get_xdata(), [100, np.nan, 0])
+    assert recall.get_xlim()[0] < 0
+
+
+@pytest.mark.parametrize("map_size", [(8, 8), (7, 9), (1, 5), (13, 30)])
+@pytest.mark.parametrize("n_win", [1, 2, 7])
+def test_regions_tile_the_image(map_size, n_win):
+    stride, image = 4, (4 * map_size[0] - 1, 4 * map_size[1] - 3)
+    boxes = explain.region_boxes(n_win, map_size, stride, image)
+    covered = np.zeros(image, dtype=int)
+    for left, top, right, bottom in boxes:
+        covered[top:bottom, left:right] += 1
+    assert len(boxes) == n_win**2
+    np.testing.assert_array_equal(covered, 1)
+
+
+def test_a_region_spans_its_cells():
+    assert explain.region_boxes(2, (4, 5), 8, (32, 40)) == [
+        (0, 0, 24, 16),
+        (24, 0, 40, 16),
+        (0, 16, 24, 32),
+        (24, 16, 40, 32),
+    ]
+
+
+def test_focus_is_on_the_subject_and_on_the_background():
+    picture = torch.zeros(40, 60, 3)
+    picture[20:35, 5:20] = 1
+    (y, x), (away_y, away_x) = explain.focus_pixels(picture)
+    assert 20 <= y < 35 and 5 <= x < 20
+    assert picture[away_y, away_x].sum() == 0
+
+
+class StandIn(nn.Module):
+    """Doubles its input; routes every region to the next two."""
+
+    n_win, topk = 3, 2
+
+    def forward(self, x):
+        return 2 * x
+
+    def route(self, x):
+        regions = torch.arange(self.n_win**2)
+        return ((regions[:, None] + torch.arange(1, 3)) % self.n_win**2).expand(len(x), -1, -1)
+
+
+class Toy(nn.Module):
+    """Two stages: two stand-ins at stride 2, none at stride 4."""
+
+    feature_info = [{"module": "stages.0", "reduction": 2}, {"module": "stages.1", "reduction": 4}]
+
+    def __init__(self):
+        super().__init__()
+        pool = nn.AvgPool2d(2, ceil_mode=True)
+        self.stages = nn.Sequential(nn.Sequential(pool, StandIn(), StandIn()), nn.Sequential(pool))
+
+    def forward(self, x):
+        return self.stages(x)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setitem(explain.EXPLAINERS, StandIn, explain.draw_routing)
+    return Toy()
+
+
+def test_the_last_mixer_of_a_stage_is_captured_with_its_input(stand_in):
+    images = torch.rand(2, 3, 18, 18)
+    (seen,) = explain.capture(stand_in, images)
+    assert (seen.stage, seen.stride) == (1, 2)
+    assert seen.mixer is stand_in.stages[0][2]
+    torch.testing.assert_close(seen.x, 2 * nn.functional.avg_pool2d(images, 2))
+    assert not seen.mixer._forward_pre_hooks
+
+
+def test_a_model_without_such_mixers_has_nothing_to_explain():
+    assert explain.capture(Toy(), torch.rand(1, 3, 8, 8)) == []
+    assert explain.capture(nn.Identity(), torch.rand(1, 3, 8, 8)) == []
+
+
+def rectangles(axes, colour):
+    """(left, top, width, height) of what is filled with or outlined in `colour`."""
+    return sorted(
+        patch.get_bbox().bounds
+        for patch in axes.patches
+        if to_hex(patch.get_facecolor() if patch.get_fill() else patch.get_edgecolor()) == to_hex(colour)
+    )
+
+
+def test_routing_is_drawn_where_it_goes(stand_in):
+    picture = torch.zeros(18, 18, 3)
+    picture[7:11, 13:17] = 1
+    captures = explain.capture(stand_in, torch.rand(1, 3, 18, 18))
+    figure = explain.attention_figure([picture], captures)
+    subject = next(axes for axes in figure.axes if axes.patches)
+    assert rectangles(subject, "C1") == [(12, 6, 6, 6)]
+    assert rectangles(subject, "C0") == [(0, 12, 6, 6), (6, 12, 6, 6)]
+    assert subject.get_title(loc="left") == "" and "2 of 9 regions" in subject.get_title()
+
+
+def test_pixels_beyond_the_map_belong_to_the_last_region():
+    seen = explain.Capture(1, 4, StandIn(), torch.zeros(1, 3, 4, 4))
+    axes = Figure().subplots()
+    explain.draw_routing(axes, torch.zeros(19, 19, 3), seen, 0, (18, 18))
+    assert rectangles(axes, "C1") == [(8, 8, 8, 8)]
+
+
+@pytest.mark.parametrize("size", [64, 50])
+def test_a_real_model_shows_what_its_mixers_chose(size):
+    model = timm.create_model("biformer_atto", num_classes=10).eval()
+    images = torch.rand(2, 3, size, size)
+    captures = explain.capture(model, images)
+    assert [(seen.stage, seen.stride, type(seen.mixer)) for seen in captures] == [
+        (stage, stride, BiLevelRouting) for stage, stride in ((1, 4), (2, 8), (3, 16))
+    ]
+    for seen in captures:
+        mixer = seen.mixer
+        axes = SimpleNamespace(patches=[], add_patch=lambda patch, into=(drawn := []): into.append(patch))
+        explain.draw_routing(axes, images[1].permute(1, 2, 0), seen, 1, (0, 0))
+        boxes = explain.region_boxes(mixer.n_win, tuple(seen.x.shape[2:]), seen.stride, (size, size))
+        chosen = {boxes[i] for i in mixer.route(seen.x)[1, 0].tolist()}
+        axes.patches = drawn
+        shaded = {(x, y, x + w, y + h) for x, y, w, h in rectangles(axes, "C0")}
+        assert shaded == chosen

@@ -1,0 +1,58 @@
+"""timm's own model tests, from its source distribution, on every model of ours: the yardstick of the contract."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import timm
+from timm_yardstick import CORE_TESTS
+
+import tessel.zoo
+
+FAMILIES = [tuple(family.variants) for family in tessel.zoo.list_families()]
+ATTO = tuple(name for names in FAMILIES for name in names if name.endswith("_atto"))
+
+
+@pytest.fixture(scope="session")
+def model_tests() -> Path:
+    """`tests/test_models.py` of the installed timm; skips where its source distribution cannot be had."""
+    home = Path(tempfile.gettempdir()) / f"timm-{timm.__version__}-tests"
+    file = home / f"timm-{timm.__version__}" / "tests" / "test_models.py"
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=home.parent) as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+            run = subprocess.run([*pip, "--dest", folder, f"timm=={timm.__version__}"], capture_output=True, text=True)
+            if run.returncode:
+                pytest.skip(f"no source distribution of timm {timm.__version__}: {run.stderr.strip()[-200:]}")
+            (archive,) = Path(folder).glob("*.tar.gz")
+            with tarfile.open(archive) as tar:
+                tar.extractall(Path(folder) / "source", filter="data")
+            if not file.exists():
+                (Path(folder) / "source").rename(home)
+    return file
+
+
+def passed(models: tuple[str, ...], file: Path) -> int:
+    """How many of timm's core tests pass for `models`; fails with their output if one does not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "timm_yardstick", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["--rootdir", str(file.parent), "-c", os.devnull, str(file)]
+    here = Path(__file__).parent
+    environment = {**os.environ, "TESSEL_YARDSTICK": ",".join(models), "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:]
+    return int(re.findall(r"(\d+) passed", run.stdout)[-1])
+
+
+def test_small_models_pass_timms_tests(model_tests):
+    assert passed(ATTO, model_tests) == len(CORE_TESTS) * len(ATTO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("models", FAMILIES, ids=lambda names: names[0].removesuffix("_atto"))
+def test_all_models_pass_timms_tests(models, model_tests):
+    assert passed(models[1:], model_tests) >= len(CORE_TESTS) * len(models[1:])

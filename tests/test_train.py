@@ -1,0 +1,460 @@
+"""The trainer's promises: exact resume, one result on any number of processes, nothing lost or begun by accident."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import trainer
+
+from tessel.train import checkpoint, engine, evaluate, loggers
+from tessel.train.config import load_recipe
+from tessel.train.data import GlobalOrder, Seeded, build_dataset, seed_all
+from tessel.train.launch import Signals, World
+from tessel.train.optim import Guard, NonFinite, build_optimizer, build_schedule, clip
+from tessel.train.parallel import MovingAverage
+from tessel.train.schema import Ema, Optim
+
+TRAIN = Path(engine.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return trainer.draw_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, images):
+    """A run of 9 steps without interruption."""
+    recipe = trainer.write_recipe(tmp_path_factory.mktemp("straight") / "tiny.yaml", data={"root": str(images)})
+    assert trainer.train(recipe) == 0
+    return recipe.parent / "runs" / "tiny"
+
+
+@pytest.fixture
+def recipe(tmp_path, images):
+    return trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
+
+
+def before_step(monkeypatch, number, action):
+    """Call `action` when the engine is about to begin update `number` (from 0)."""
+    step = engine.Engine.step
+
+    def hooked(self):
+        if self.progress.step == number:
+            action()
+        return step(self)
+
+    monkeypatch.setattr(engine.Engine, "step", hooked)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, workers):
+    run = recipe.parent / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        before_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert json.loads((run / "PREEMPTED").read_text()) == {"step": 5} and not (run / "DONE").exists()
+    assert "the same command goes on" in capsys.readouterr().out
+
+    assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert f"resuming {run} at step 5 (exact); run.fresh=true starts clean" in capsys.readouterr().out
+    assert (run / "DONE").exists() and not (run / "PREEMPTED").exists()
+    trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
+    assert trainer.learning(run) == trainer.learning(straight)
+
+
+def test_crash_and_broken_checkpoint_fall_back(recipe, straight, monkeypatch, capsys):
+    run = recipe.parent / "runs" / "tiny"
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 8, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            trainer.train(recipe)
+    newest = run / "checkpoints/step-00000006"
+    weights = next(newest.glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    (run / "checkpoints/.tmp-step-00000009").mkdir()
+
+    assert trainer.train(recipe) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint {newest} is broken ({weights.name} does not match its sha256)" in out
+    assert "at step 3 (exact)" in out
+    trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
+    assert trainer.learning(run) == trainer.learning(straight)
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "file", "manifest"])
+def test_incomplete_checkpoints_are_named(straight, tmp_path, harm):
+    copy = tmp_path / "step-00000009"
+    subprocess.run(["cp", "-r", straight / "checkpoints/step-00000009", copy], check=True)
+    assert checkpoint.broken(copy) is None
+    victim = copy / "manifest.json" if harm == "manifest" else next(copy.glob("*.distcp"))
+    if harm == "cut":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    else:
+        victim.unlink()
+    assert victim.name in str(checkpoint.broken(copy))
+
+
+def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, monkeypatch, capsys):
+    before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert trainer.train(recipe) == 0
+    for manifest in (recipe.parent / "runs/tiny/checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert trainer.train(recipe) == 1
+    assert "none of the checkpoints" in capsys.readouterr().err
+
+
+def test_finished_run_is_left_alone(straight, capsys):
+    before = trainer.metrics(straight)
+    recipe = straight.parent.parent / "tiny.yaml"
+    assert trainer.train(recipe, "data.workers=1", "log.every=1") == 0
+    out = capsys.readouterr().out
+    assert "is finished: top1" in out and "tessel.train.evaluate" in out and "run.fresh=true" in out
+    assert trainer.metrics(straight) == before
+
+
+def test_another_recipe_is_refused_by_key(straight, capsys):
+    recipe = straight.parent.parent / "tiny.yaml"
+    assert trainer.train(recipe, "optim.lr=1e-4", "data.size=48") == 1
+    error = capsys.readouterr().err
+    for fragment in (
+        "optim.lr (there 0.002, now 0.0001)",
+        "data.size (there 32, now 48)",
+        "run.fresh=true",
+        "run.name",
+    ):
+        assert fragment in error
+
+
+def test_fresh_moves_the_old_run_aside(recipe, monkeypatch, capsys):
+    runs = recipe.parent / "runs"
+    before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for _ in range(3):
+        assert trainer.train(recipe, "run.fresh=true", "optim.lr=1e-4") == 0
+    assert sorted(path.name for path in runs.iterdir()) == ["tiny", "tiny.old-1", "tiny.old-2"]
+    assert all((run / "checkpoints/step-00000001/manifest.json").exists() for run in runs.iterdir())
+    assert f"moved the old run to {runs / 'tiny.old-2'}" in capsys.readouterr().out
+
+
+def test_resume_never_and_from_a_path(recipe, straight, monkeypatch, capsys):
+    source = straight / "checkpoints/step-00000009"
+    assert trainer.train(recipe, "run.name=longer", f"ckpt.resume={source}", "sched.steps=10") == 0
+    assert "at step 9" in (out := capsys.readouterr().out) and "not the recipe of that checkpoint" in out
+    assert [record["step"] for record in trainer.metrics(recipe.parent / "runs/longer")] == [10, 10]
+
+    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}") == 1
+    assert "is no good checkpoint" in capsys.readouterr().err
+    before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert trainer.train(recipe, "ckpt.resume=never") == 0
+    assert trainer.train(recipe, "ckpt.resume=never") == 1
+    assert "ckpt.resume=never" in capsys.readouterr().err
+
+
+def test_kept_checkpoints_are_the_last_and_the_best(straight):
+    evaluations = [record for record in trainer.metrics(straight) if record["kind"] == "eval"]
+    best = max(evaluations, key=lambda record: record["top1"])["step"]
+    kept = {int(path.name.split("-")[1]) for path in (straight / "checkpoints").glob("step-*")}
+    assert kept == {best, 6, 9}
+
+
+def test_metrics_have_the_promised_fields(straight):
+    steps = {"train": [2, 4, 6, 8, 9], "eval": [3, 6, 9]}
+    fields = {
+        "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds",
+        "eval": "epoch top1 top5 loss count",
+    }
+    for kind in steps:
+        records = [record for record in trainer.metrics(straight) if record["kind"] == kind]
+        assert [record["step"] for record in records] == steps[kind]
+        assert all(set(record) == {"kind", "step", "time", *fields[kind].split()} for record in records)
+    assert all(record["images_per_second"] > 0 for record in trainer.metrics(straight) if record["kind"] == "train")
+
+
+def test_run_directory_reads_back(straight):
+    recipe, model = evaluate.load_run(straight)
+    assert recipe == load_recipe(straight / "recipe.yaml") and not model.training
+    done = json.loads((straight / "DONE").read_text())
+    figures = json.loads((straight / "evaluation/evaluation.json").read_text())
+    assert done == figures and done["step"] == 9 and done["count"] == 15
+    state = trainer.tensors(straight / "checkpoints/step-00000009")
+    for name, tensor in model.state_dict().items():  # the export holds the averaged weights
+        assert torch.equal(tensor, state[f"ema.{name}"]), name
+    assert model.pretrained_cfg["label_names"] == ["class_0", "class_1", "class_2"]
+
+
+def test_evaluation_of_run_and_checkpoint(straight, capsys):
+    last = [record for record in trainer.metrics(straight) if record["kind"] == "eval"][-1]
+    for target in (straight, straight / "checkpoints/step-00000009"):
+        assert evaluate.main([str(target), "--data", "eval_batch=4"]) == 0
+        assert f"top1 {last['top1']:.2f}" in capsys.readouterr().out
+        figures = json.loads((straight / "evaluation/evaluation.json").read_text())
+        assert figures["loss"] == pytest.approx(last["loss"], abs=1e-6) and figures["step"] == 9
+        arrays = np.load(straight / "evaluation/predictions.npz")
+        assert arrays["target"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+        assert arrays["probability"].shape == (15, 3) and np.allclose(arrays["probability"].sum(1), 1)
+        assert (arrays["prediction"] == arrays["probability"].argmax(1)).all()
+        assert 100 * (arrays["prediction"] == arrays["target"]).mean() == pytest.approx(last["top1"])
+
+
+def test_dry_run_writes_nothing(recipe, capsys):
+    assert trainer.train(recipe, "--dry-run") == 0
+    out = capsys.readouterr().out
+    for fragment in ("0.10 M parameters", "GFLOP", "36 images, 9 steps of 8", "lr 0.002, rule none", "loss"):
+        assert fragment in out
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_reduced_precision_checkpointing_and_layout(recipe):
+    switches = ["parallel.precision=bf16", "parallel.channels_last=true", "parallel.grad_checkpointing=true"]
+    losses = ["task.loss=bce", "task.smoothing=0.1", "optim.name=lamb", "optim.clip_mode=agc", "sched.name=poly"]
+    assert trainer.train(recipe, "sched.steps=3", *switches, *losses) == 0
+    timm.create_model(f"local-dir:{recipe.parent / 'runs/tiny/export'}", pretrained=True)
+
+
+def torchrun(recipe: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tessel.train", str(recipe), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_learn_the_same(recipe):
+    """Without batch statistics; with drop path, mixing and augmentation, which follow the chunk, not the rank."""
+    shared = ["model.name=test_convnext", "sched.steps=4", "ckpt.every=4", "eval.every=2", "log.every=1"]
+    done = torchrun(recipe, *shared, "run.name=two")
+    assert done.returncode == 0, done.stderr
+    assert trainer.train(recipe, *shared, "run.name=one") == 0
+    one, two = (trainer.metrics(recipe.parent / "runs" / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for left, right in zip(one, two, strict=True):
+        assert left["kind"] == right["kind"] and left.get("count") == right.get("count")
+        for key in left.keys() & {"loss", "grad_norm", "top1", "top5"}:
+            assert right[key] == pytest.approx(left[key], abs=1e-5, rel=1e-5), key
+    states = [trainer.tensors(recipe.parent / f"runs/{name}/checkpoints/step-00000004") for name in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_signal_to_torchrun_and_resume_on_another_number_of_processes(recipe):
+    """Preempted with two processes, gone on with one; a signal reaches the whole process group, loader workers too."""
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessel.train"]
+    overrides = ["sched.steps=2000", "data.workers=1", "log.every=1"]
+    command = [sys.executable, *arguments, str(recipe), *overrides]
+    run = recipe.parent / "runs/tiny"
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    process.communicate(timeout=120)
+    stopped = json.loads((run / "PREEMPTED").read_text())["step"]
+    assert 4 <= stopped < 2000 and checkpoint.broken(run / f"checkpoints/step-{stopped:08d}") is None
+    single = subprocess.Popen(
+        [sys.executable, "-m", "tessel.train", str(recipe), *overrides], stdout=subprocess.PIPE, text=True
+    )
+    assert single.stdout
+    lines = []
+    for line in single.stdout:
+        lines.append(line)
+        if line.startswith(f"step {stopped + 2}/"):
+            single.send_signal(signal.SIGINT)
+            break
+    single.communicate(timeout=120)
+    assert single.returncode == 0 and "not bitwise: processes 2 then, 1 now" in "".join(lines)
+    assert json.loads((run / "PREEMPTED").read_text())["step"] >= stopped + 2
+
+
+@pytest.mark.slow
+def test_resume_is_exact_on_two_processes(recipe, images):
+    shared = ["ckpt.every=3", "model.name=test_efficientnet"]
+    assert torchrun(recipe, *shared, "run.name=straight").returncode == 0
+    assert torchrun(recipe, *shared, "run.name=broken").returncode == 0
+    runs = recipe.parent / "runs"
+    for marker in ("DONE", "checkpoints/step-00000009/manifest.json"):
+        (runs / "broken" / marker).unlink()
+    done = torchrun(recipe, *shared, "run.name=broken")
+    assert done.returncode == 0 and "at step 6 (exact)" in done.stdout, done.stderr
+    trainer.assert_same_checkpoint(*(runs / name / "checkpoints/step-00000009" for name in ("straight", "broken")))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_model_trains_and_exports(recipe):
+    overrides = ["parallel.compile=true", "sched.steps=2", "model.name=test_resnet", "model.drop_path=null"]
+    assert trainer.train(recipe, *overrides) == 0
+    timm.create_model(f"local-dir:{recipe.parent / 'runs/tiny/export'}", pretrained=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_and_offline_wandb(recipe, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert trainer.train(recipe, "sched.steps=2", "log.tensorboard=true", "log.wandb=offline") == 0
+    run = recipe.parent / "runs/tiny"
+    assert list(run.glob("tensorboard/events.*")) and list(run.glob("wandb/offline-run-*"))
+
+
+def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):
+    def refuse(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(loggers, "Wandb", refuse)
+    assert trainer.train(recipe, "sched.steps=3", "log.wandb=auto") == 0
+    assert "warning: log.wandb is left out, it did not start: no network" in capsys.readouterr().out
+
+
+def test_progress_bar(recipe, capsys):
+    assert trainer.train(recipe, "sched.steps=4", "log.progress=bar") == 0
+    out = capsys.readouterr().out
+    assert "4/4" in out and "images/s" in out and "top1" in out
+
+
+def test_order_is_one_stream_for_any_number_of_processes():
+    def stream(rank, world_size, start=0):
+        accumulate = 4 // world_size
+        sizes = {"micro_batch": 3, "accumulate": accumulate, "rank": rank, "world_size": world_size}
+        order = GlobalOrder(length=17, seed=5, start=start, stop=120, **sizes)
+        flat = [key for keys in order for key in keys]
+        return [flat[at : at + 3 * accumulate] for at in range(0, len(flat), 3 * accumulate)]
+
+    whole = [key for step in stream(0, 1) for key in step]
+    assert [key[0] for key in whole] == sorted(key[0] for key in whole)
+    for epoch in range(7):
+        assert sorted(index for number, index in whole if number == epoch) == list(range(17))
+    assert whole[:17] != [(0, index) for index in range(17)] and whole[:17] != [(0, i) for _, i in whole[17:34]]
+    for world_size in (2, 4):
+        ranks = [stream(rank, world_size) for rank in range(world_size)]
+        assert [key for step in zip(*ranks, strict=True) for part in step for key in part] == whole
+    assert [key for step in stream(0, 1, start=48) for key in step] == whole[48:]
+
+
+def test_samples_depend_on_their_key_alone(images):
+    data = load_recipe(trainer.write_recipe(images.parent / "keys.yaml", data={"root": str(images)})).data
+    from tessel.train.augment import train_transform
+
+    dataset = Seeded(build_dataset(data, "train"), train_transform(data, {"input_size": (3, 32, 32)}), seed=1)
+    keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
+    first = {key: dataset[key][0] for key in keys}
+    seed_all(99)
+    assert all(torch.equal(dataset[key][0], first[key]) for key in reversed(keys))
+    assert not torch.equal(first[0, 7], first[1, 7])
+
+
+def test_signals_are_noted_and_a_second_interrupt_interrupts():
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        with Signals().caught() as signals:
+            assert not signals.raised
+            os.kill(os.getpid(), number)
+            assert signals.raised
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_guard_skips_then_stops():
+    good, bad, loss = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)
+    guard = Guard(2, torch.amp.GradScaler("cpu", enabled=False))
+    assert [guard.admits(i, norm, loss) for i, norm in enumerate([good, bad, bad, good, bad, bad])] == [
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+    ]
+    with pytest.raises(NonFinite, match="gradient norm nan at step 6"):
+        guard.admits(6, bad, loss)
+
+
+def test_schedule_is_a_function_of_the_step(recipe):
+    loaded = load_recipe(recipe)
+    plan = engine.Plan(steps=20, warmup=4, epoch_steps=5, micro_batch=4, accumulate=1, lr=1e-2, lr_text="")
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, Optim(name="sgd"), plan.lr)
+    schedule = build_schedule(optimizer, loaded, plan)
+
+    def lr(step):
+        schedule.step_update(step)
+        return optimizer.param_groups[0]["lr"]
+
+    forwards = [lr(step) for step in range(20)]
+    assert [lr(step) for step in reversed(range(20))] == forwards[::-1]
+    assert forwards[0] == pytest.approx(1e-6) and max(forwards) == pytest.approx(1e-2, rel=0.1) and forwards[-1] < 1e-3
+
+
+def test_parameter_groups_decay_and_layers():
+    model = timm.create_model("test_vit")
+    optimizer = build_optimizer(model, Optim(weight_decay=0.1, layer_decay=0.5), 1e-3)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or name in model.no_weight_decay()
+        assert groups[id(parameter)]["weight_decay"] == (0 if exempt else 0.1), name
+    assert groups[id(model.head.weight)]["lr_scale"] == 1
+    assert (
+        groups[id(model.patch_embed.proj.weight)]["lr_scale"] < groups[id(model.blocks[-1].mlp.fc1.weight)]["lr_scale"]
+    )
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_clip_returns_the_norm_before_it(mode):
+    model = torch.nn.Linear(3, 3)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 10.0)
+    before = 10 * 12**0.5
+    assert clip(model, Optim(clip=0.5, clip_mode=mode)).item() == pytest.approx(before)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    assert after.norm() < before and (mode != "norm" or after.norm() == pytest.approx(0.5, rel=1e-4))
+    assert mode != "value" or after.max() == 0.5
+
+
+def test_moving_average_and_its_loan():
+    model = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(model, Ema(decay=0.75, warmup=False))
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.num_batches_tracked.fill_(3)
+    average.update(model, 1)
+    assert average.state["weight"].tolist() == [2.0, 2.0] and average.state["num_batches_tracked"] == 3
+    with average.worn_by(model):
+        assert model.weight.tolist() == [2.0, 2.0]
+    assert model.weight.tolist() == [5.0, 5.0]
+
+
+def test_agreement_of_one():
+    world = World()
+    assert world.agree(True) and not world.agree(False) and world.share(3) == 3 and world.gather("x") == ["x"]
+
+
+def test_engine_is_short_and_knows_no_task():
+    source = (TRAIN / "engine.py").read_text()
+    assert not re.search("segment|detect|classif", source, re.IGNORECASE)
+    assert len(source.splitlines()) <= 250
+    for verb in ("step", "evaluate", "save", "log"):
+        assert callable(getattr(engine.Engine, verb))
+
+
+def test_models_are_reached_through_timm_alone():
+    for path in TRAIN.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and path.name != "explain.py":
+                assert node.module is None and {name.name for name in node.names} <= {"zoo", "__version__"}, path

@@ -1,0 +1,187 @@
+"""Recipes: typed by the schema, refused by name, the same in every form they can be given."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import trainer
+import yaml
+
+from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, plan, recipe_hash
+from tessel.train.schema import Recipe, UserError, leaves
+
+MINIMAL = {"model": {"name": "test_resnet"}, "data": {"source": "digits"}, "sched": {"epochs": 2}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_defaults_and_name(recipe):
+    loaded = load_recipe(recipe)
+    assert (loaded.run.name, loaded.model.name) == ("small", "test_resnet")
+    assert (loaded.optim.lr, loaded.sched.epochs) == (1e-3, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.run.seed = 1  # type: ignore[misc]
+
+
+def test_dump_reads_back_equal(tmp_path):
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml")
+    loaded = load_recipe(recipe, ["data.root=x", "optim.kwargs={betas: [0.9, 0.99]}"])
+    (tmp_path / "again.yaml").write_text(dump(loaded))
+    assert load_recipe(tmp_path / "again.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("run.name=007", "run.name", "007"),
+        ("log.wandb=off", "log.wandb", "off"),
+        ("data.root=null", "data.root", None),
+        ("optim.clip=null", "optim.clip", None),
+        ("data.aug.scale=[0.5, 1]", "data.aug.scale", (0.5, 1.0)),
+        ("model.kwargs.depth=3", "model.kwargs", {"depth": 3}),
+        ("run.fresh=true", "run.fresh", True),
+    ],
+)
+def test_override_is_typed_by_the_schema(recipe, text, key, value):
+    found = flatten(load_recipe(recipe, [text]))[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_yaml_numbers_and_words(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: no}\ndata: {source: digits}\nsched: {epochs: 1e1}\noptim: {lr: 5e-4}\n")
+    loaded = load_recipe(path)
+    assert (loaded.model.name, loaded.sched.epochs, loaded.optim.lr) == ("no", 10.0, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean optim.lr?"]),
+        ("lr=1", ["unknown key lr", "optim.lr?"]),
+        ("optim.lr=fast", ["optim.lr='fast'", "number"]),
+        ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
+        ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
+        ("data.size=2.5", ["data.size=2.5", "integer"]),
+        ("run.fresh=yes", ["run.fresh='yes'", "boolean"]),
+        ("data.source=imgs", ["data.source='imgs'", "'digits' or 'folder'"]),
+        ("run.name=a/b", ["run.name='a/b'"]),
+        ("optim.lr.x=3", ["optim.lr.x"]),
+        ("data=4", ["unknown key data"]),
+        ("nonsense", ["'nonsense'", "key=value"]),
+        ("sched.steps=5", ["one of sched.epochs and sched.steps"]),
+        ("sched.decay_rate=0.5", ["sched.decay_rate", "no effect", "cosine"]),
+        ("sched.name=step", ["sched.decay_steps"]),
+        ("data.root=x", ["data.root has no effect"]),
+        ("data.source=folder", ["needs data.root"]),
+        ("data.aug.scale=[1, 0.5]", ["data.aug.scale=[1.0, 0.5]"]),
+        ("optim.name=lookahead_adamw", ["lookahead_adamw", "use adamw"]),
+    ],
+)
+def test_mistaken_override_is_refused_by_name(recipe, text, fragments):
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, [text])
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("optimizer: {lr: 1}", ["unknown key optimizer"]),
+        ("optim: {lr: 1, lr: 2}", ["'lr' occurs twice"]),
+        ("optim: 3", ["optim is a section"]),
+        ("optim: [", ["cannot be read"]),
+        ("data: {aug: {mixup: much}}", ["data.aug.mixup='much'"]),
+    ],
+)
+def test_mistaken_file_is_refused_by_name(tmp_path, text, fragments):
+    path = tmp_path / "bad.yaml"
+    sections = [f"{name}: {yaml.safe_dump(body, default_flow_style=True)}" for name, body in MINIMAL.items()]
+    path.write_text("\n".join([line for line in sections if not text.startswith(line.split(":")[0])] + [text]))
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert all(fragment in str(caught.value) for fragment in [*fragments, str(path)]), str(caught.value)
+
+
+def test_missing_keys_and_files(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "part.yaml").write_text("run: {seed: 1}")
+    for name, fragment in [("empty", "model.name"), ("part", "model is missing"), ("none", "demo/digits.yaml")]:
+        with pytest.raises(UserError, match=fragment):
+            load_recipe(tmp_path / f"{name}.yaml")
+
+
+def test_packaged_recipe_by_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo/digits") == find_recipe("demo/digits.yaml")
+    assert load_recipe("demo/digits").run.name == "digits"
+
+
+@pytest.mark.parametrize("path", sorted(str(p) for p in find_recipe("demo/digits").parent.parent.rglob("*.yaml")))
+def test_packaged_recipes_load_and_say_what_to_expect(path):
+    load_recipe(path)
+    with open(path) as file:
+        head = [line for line in file if line.startswith("#")]
+    for word in ("command", "hardware", "time", "expect"):
+        assert any(word in line.lower() for line in head), f"{path} does not open with its {word}"
+
+
+def test_what_decides_the_training(recipe):
+    base = load_recipe(recipe)
+    neutral = ["run.out=x", "data.workers=4", "ckpt.every=7", "log.every=3", "eval.every=2", "parallel.compile=true"]
+    assert recipe_hash(load_recipe(recipe, neutral)) == recipe_hash(base)
+    for text in ("run.seed=1", "optim.lr=0.1", "data.batch=8", "ema.decay=0.9", "parallel.precision=bf16"):
+        changed = load_recipe(recipe, [text])
+        assert recipe_hash(changed) != recipe_hash(base)
+        assert [key for key in decisive(base) if decisive(base)[key] != decisive(changed)[key]] == [text.split("=")[0]]
+
+
+def test_plan_counts_once(recipe):
+    loaded = load_recipe(recipe, ["data.batch=32", "sched.epochs=1.5", "sched.warmup=0.5", "data.micro_batch=4"])
+    counted = plan(loaded, samples=100, world_size=2)
+    assert (counted.steps, counted.warmup, counted.epoch_steps, counted.accumulate) == (5, 2, 3, 4)
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("none", 1e-3), ("linear", 5e-4), ("sqrt", 1e-3 * 0.5**0.5)])
+def test_lr_rule_is_applied_and_told(recipe, rule, lr):
+    loaded = load_recipe(recipe, [f"optim.lr_rule={rule}", "data.batch=128"])
+    counted = plan(loaded, samples=1000, world_size=1)
+    assert counted.lr == pytest.approx(lr)
+    assert f"rule {rule}" in counted.lr_text and "global batch 128" in counted.lr_text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["data.batch=101"], "data.batch=101 is larger than the 100"),
+        (["data.batch=10", "data.micro_batch=4"], "no multiple"),
+        (["data.batch=10", "data.micro_batch=5", "data.aug.mixup=1"], "even"),
+        (["data.batch=10", "sched.warmup=2"], "sched.warmup=2"),
+    ],
+)
+def test_plan_refuses_what_does_not_fit(recipe, overrides, fragment):
+    with pytest.raises(UserError, match=fragment):
+        plan(load_recipe(recipe, overrides), samples=100, world_size=1)
+
+
+def test_every_key_is_documented():
+    keys = list(leaves())
+    assert len(keys) == len({key for key, *_ in keys}) and all(meaning for *_, meaning in keys)
+    sections = {field.name for field in dataclasses.fields(Recipe)}
+    assert {key.split(".")[0] for key, *_ in keys} == sections
+
+
+def test_help_lists_keys_without_loading_torch():
+    code = "import sys, tessel.train.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "optim.lr: 0.001" in done.stdout and "examples" in done.stdout

@@ -1,0 +1,343 @@
+"""The contract of every family, on its smallest model: what users of timm and PyTorch may ask of it."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+import tessel.zoo
+from tessel.zoo._backbone import Backbone, Stage
+
+
+def make(name: str, **kwargs) -> Backbone:
+    model = timm.create_model(name, **kwargs)
+    assert isinstance(model, Backbone)
+    return model
+
+
+def small(name: str, **kwargs) -> nn.Module:
+    """The model with ten classes, so that heads weigh little."""
+    return timm.create_model(name, num_classes=10, **kwargs)
+
+
+def images(*sizes: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *sizes)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_names_are_not_timms():
+    listing = subprocess.run(
+        [sys.executable, "-c", "import json, timm; print(json.dumps(timm.list_models()))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not set(tessel.zoo.list_models()) & set(json.loads(listing.stdout))
+
+
+def test_every_family_has_an_atto_row():
+    for family in tessel.zoo.list_families():
+        assert sum(name.endswith("_atto") for name in family.variants) == 1, family.variants
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 13), (33, 65), (40, 52), (64, 64)], ids=str)
+def test_takes_any_size(model_name, size):
+    model = small(model_name).eval()
+    with torch.inference_mode():
+        assert model(images(*size)).isfinite().all()
+        taps = model.forward_intermediates(images(*size), intermediates_only=True)
+    for tap, info in zip(taps, model.feature_info, strict=True):
+        assert tap.shape[1] == info["num_chs"]
+        for got, side in zip(tap.shape[2:], size, strict=True):
+            assert side // info["reduction"] <= got <= -(-side // info["reduction"]) + 1, (tap.shape, info)
+
+
+def test_samples_do_not_see_each_other(model_name):
+    model = small(model_name).double().eval()
+    x = images(64, 48).double()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-9, atol=1e-9)
+
+
+def test_memory_format_does_not_matter(model_name):
+    model = small(model_name).double().eval()
+    x = images(64, 48).double()
+    with torch.inference_mode():
+        y = model(x)
+        torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), y, rtol=1e-9, atol=1e-9)
+        sliced = torch.cat([x, x], dim=3)[..., : x.shape[3]]
+        torch.testing.assert_close(model(sliced), y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
+def test_constructor_arguments(model_name, pool):
+    classes = 7 if pool else 0
+    model = make(
+        model_name, num_classes=classes, in_chans=1, global_pool=pool, drop_rate=0.1, drop_path_rate=0.1
+    ).eval()
+    x = torch.randn(2, 1, 64, 64)
+    y = model(x)
+    assert y.shape == (2, 7) if pool else y.dim() == 4
+    assert model.num_classes == classes and model.in_chans == 1
+    assert model.num_features == model.feature_info[-1]["num_chs"]
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape[1] == model.head_hidden_size
+
+
+def test_unknown_arguments_are_named(model_name):
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model(model_name, no_such_argument=1)
+
+
+def test_unsupported_pooling_is_refused(model_name):
+    with pytest.raises(AssertionError):
+        timm.create_model(model_name, global_pool="median")
+
+
+def test_drop_path_reaches_the_blocks(model_name):
+    model = small(model_name, drop_path_rate=0.5).train()
+    x = images(64, 64)
+    model.eval()
+    still = model(x)
+    torch.testing.assert_close(model(x), still)
+    rates = [m.drop_prob for m in model.modules() if m.__class__.__name__ == "DropPath"]
+    assert rates and max(rates) == pytest.approx(0.5) and rates == sorted(rates)
+
+
+def test_classifier_is_reset_and_removed(model_name):
+    model = make(model_name, num_classes=10).eval()
+    x = images(64, 64)
+    assert model.get_classifier() is model.head.fc
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5) and model.num_classes == 5
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert model(x).dim() == 4
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (2, 3)
+    model.double().reset_classifier(4)
+    assert model(x.double()).dtype == torch.float64
+
+
+def test_intermediates(model_name):
+    model = make(model_name, num_classes=10).eval()
+    x = images(96, 64)
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        final, taps = model.forward_intermediates(x)
+        torch.testing.assert_close(final, features)
+        assert len(taps) == len(model.feature_info)
+        last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(last[0], features)
+        picked = model.forward_intermediates(x, indices=[0, -2], intermediates_only=True)
+        torch.testing.assert_close(picked[0], taps[0])
+        torch.testing.assert_close(picked[1], taps[-2])
+        early, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
+        torch.testing.assert_close(early, first)
+    with pytest.raises(AssertionError, match="NHWC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    with pytest.raises(AssertionError):
+        model.forward_intermediates(x, indices=[9])
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "list", "fx"])
+def test_features_only(model_name, feature_cls):
+    whole = small(model_name).eval()
+    model = timm.create_model(model_name, features_only=True, out_indices=(1, 3), feature_cls=feature_cls).eval()
+    maps = model(images(64, 96))
+    info = [whole.feature_info[i] for i in (1, 3)]
+    assert [m.shape[1] for m in maps] == model.feature_info.channels() == [i["num_chs"] for i in info]
+    assert model.feature_info.reduction() == [i["reduction"] for i in info]
+    if feature_cls == "getter":
+        assert isinstance(model, FeatureGetterNet)
+
+
+def test_features_only_leaves_no_unused_parameter(model_name):
+    model = timm.create_model(model_name, features_only=True, out_indices=(0, 2)).train()
+    sum(m.square().mean() for m in model(images(64, 64))).backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not unused
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_pruning_keeps_the_taps(model_name, level):
+    model = make(model_name, num_classes=10).eval()
+    x = images(64, 64)
+    with torch.inference_mode():
+        (expected,) = model.forward_intermediates(x, indices=[level], intermediates_only=True)
+        assert model.prune_intermediate_layers([level], prune_norm=True) == [level]
+        torch.testing.assert_close(model.forward_features(x), expected)
+    assert model.num_features == model.head_hidden_size == expected.shape[1]
+    model.reset_classifier(7, "avg")
+    assert model(x).shape == (2, 7)
+
+
+def test_every_parameter_gets_a_gradient(model_name):
+    model = small(model_name).train()
+    grads = gradients(model, images(128, 128))
+    assert [name for name, g in grads.items() if g is None] == []
+    assert all(g.isfinite().all() for g in grads.values() if g is not None)
+
+
+def test_gradient_checkpointing_changes_nothing(model_name):
+    model = make(model_name, num_classes=10).double().train()
+    x = images(64, 64).double()
+    state = copy.deepcopy(model.state_dict())
+    plain = gradients(model, x)
+    model.load_state_dict(state)
+    model.set_grad_checkpointing()
+    assert sum(stage.checkpointing for stage in model.stages) == len(model.stages)
+    for name, grad in gradients(model, x).items():
+        torch.testing.assert_close(grad, plain[name], rtol=1e-9, atol=1e-12, msg=name)
+    model.set_grad_checkpointing(False)
+    assert not any(stage.checkpointing for stage in model.stages)
+
+
+def test_gradient_checkpointing_is_not_nested(model_name, monkeypatch):
+    depth, deepest = 0, 0
+    original = torch.utils.checkpoint.checkpoint
+
+    def counting(function, *args, **kwargs):
+        def run(*inputs):
+            nonlocal depth, deepest
+            depth += 1
+            deepest = max(deepest, depth)
+            try:
+                return function(*inputs)
+            finally:
+                depth -= 1
+
+        return original(run, *args, **kwargs)
+
+    monkeypatch.setattr("timm.models._manipulate.torch.utils.checkpoint.checkpoint", counting)
+    model = make(model_name, num_classes=10).train()
+    model.set_grad_checkpointing()
+    model(images(64, 64)).sum().backward()
+    assert deepest == 1
+
+
+def test_bfloat16_autocast(model_name):
+    model = small(model_name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(images(64, 64))
+    y.float().square().mean().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_bfloat16_weights(model_name):
+    model = small(model_name, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    y = model(images(64, 64).bfloat16())
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+
+
+def test_initialisation_is_total(model_name):
+    model = make(model_name, num_classes=10, device="meta")
+    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+    torch.manual_seed(0)
+    model.init_weights()
+    assert all(t.isfinite().all() for t in [*model.parameters(), *model.buffers()])
+    # and it is the initialisation that construction gives: same values where no random number is drawn, same spread
+    fresh = dict(small(model_name).named_parameters())
+    for name, p in model.named_parameters():
+        assert p.std(unbiased=False).item() == pytest.approx(fresh[name].std(unbiased=False).item(), rel=0.5, abs=1e-2)
+    fresh_buffers = dict(small(model_name).named_buffers())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, fresh_buffers[name])
+    assert model.eval()(images(64, 64)).isfinite().all()
+
+
+def test_deep_copies_are_independent(model_name):
+    model = small(model_name).eval()
+    x = images(64, 64)
+    with torch.inference_mode():
+        model(x)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), model(x))
+    with torch.no_grad():
+        next(twin.parameters()).add_(1.0)
+    assert not torch.equal(next(twin.parameters()), next(model.parameters()))
+    # tables made under inference mode must not stop a later training step
+    model.train()(x).sum().backward()
+
+
+def test_state_dict_round_trip(model_name, tmp_path):
+    model = small(model_name).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again = small(model_name, checkpoint_path=str(tmp_path / "model.pt")).eval()
+    x = images(64, 64)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_layer_groups_cover_every_parameter_once(model_name):
+    model = make(model_name)
+    names = [name for name, _ in model.named_parameters()]
+    for coarse in (False, True):
+        groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+        listed = [name for group in groups.values() for name in group]
+        assert sorted(listed) == sorted(names) and len(groups) > 3
+    stem, head = min(groups), max(groups)
+    assert all(n.startswith("stem") for n in groups[stem]) and any(n.startswith("head") for n in groups[head])
+    for decayed in (param_groups_layer_decay(model, layer_decay=0.8), param_groups_weight_decay(model)):
+        parameters = [id(p) for group in decayed for p in group["params"]]
+        assert len(parameters) == len(set(parameters)) == len(names)
+
+
+def test_no_weight_decay_names_parameters(model_name):
+    model = make(model_name)
+    named = dict(model.named_parameters())
+    assert all(named[name].dim() > 1 for name in model.no_weight_decay())
+
+
+def test_compiles_as_one_graph(model_name):
+    model = small(model_name).train()
+    x = images(64, 64)
+    expected = gradients(model, x)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    compiled(x).square().mean().backward()
+    for name, p in compiled._orig_mod.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    torch._dynamo.reset()
+
+
+def test_exports(model_name):
+    model = small(model_name).eval()
+    x = images(64, 64)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not any("tessel" in str(node.target) for node in program.graph.nodes), "the graph must not need tessel"
+
+
+def test_stages_own_the_checkpointing(model_name):
+    model = make(model_name)
+    assert all(isinstance(stage, Stage) for stage in model.stages)
+    assert type(model) is Backbone, "Backbone is never subclassed"
+
+
+def test_default_cfg_names_layers_that_exist(model_name):
+    model = make(model_name)
+    cfg = model.default_cfg
+    for path in (cfg["first_conv"], cfg["classifier"]):
+        for name in [path] if isinstance(path, str) else path:
+            assert hasattr(model.get_submodule(name), "weight")
+    with torch.device("meta"):
+        features = make(model_name).forward_features(torch.empty(1, *cfg["input_size"]))
+    assert tuple(features.shape[2:]) == tuple(cfg["pool_size"])

@@ -1,0 +1,99 @@
+"""A few dozen images, a tiny model and short runs of the trainer, for its tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tessel.train.__main__ import main
+from tessel.train.checkpoint import load
+from tessel.train.launch import World
+
+SIZE = 32
+
+
+def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) -> Path:
+    """`root/{train,val}/CLASS/*.png`: noisy stripes, whose direction and colour are the class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
+                pixels[:: label + 2, :, label % 3] += 150
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe of 9 steps of 8 images, with augmentation, drop path, mixing and moving average on."""
+    recipe: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
+        "model": {"name": "test_efficientnet", "drop_path": 0.1},
+        "data": {
+            "source": "folder",
+            "size": SIZE,
+            "batch": 8,
+            "micro_batch": 4,
+            "aug": {
+                "hflip": 0.5,
+                "rotate": 10,
+                "erasing": 0.3,
+                "auto_augment": "rand-m5-n1",
+                "mixup": 0.2,
+                "cutmix": 0.5,
+            },
+        },
+        "optim": {"lr": 2e-3, "clip": 1.0, "layer_decay": 0.9},
+        "sched": {"steps": 9, "warmup": 2},
+        "ema": {"decay": 0.9},
+        "log": {"every": 2},
+        "ckpt": {"every": 3},
+        "eval": {"every": 3},
+    }
+    for name, section in sections.items():
+        recipe.setdefault(name, {}).update(section)
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train(recipe: Path, *overrides: str) -> int:
+    """Run the command line in this process; its exit code."""
+    return main([str(recipe), *overrides])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning(run: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock."""
+    clock = {"time", "images_per_second", "data_wait", "step_seconds"}
+    return [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name."""
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(checkpoint, state, World())
+    return state
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Bitwise equal in every tensor: weights, optimizer state, moving average."""
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys() and left
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different

@@ -1,0 +1,209 @@
+"""The command line: `python -m tessel.train RECIPE [key=value ...] [--dry-run]`, also as `tessel-train`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from .config import Plan, load_recipe, plan
+from .schema import Recipe, UserError, leaves, report_errors
+
+if typing.TYPE_CHECKING:
+    from .checkpoint import Checkpoints
+    from .engine import Engine
+    from .launch import RunDir, World
+    from .tasks import Task
+
+EXAMPLES = """\
+examples:
+  python -m tessel.train demo/digits                            a packaged recipe: on the CPU, without a download
+  python -m tessel.train my.yaml optim.lr=1e-3 run.name=fast    any key can be given here too
+  torchrun --nproc-per-node 8 -m tessel.train my.yaml           on eight GPUs; data.batch stays the global batch
+  python -m tessel.train my.yaml                                again: goes on from the last checkpoint
+  python -m tessel.train my.yaml run.fresh=true                 starts over; the old run is moved aside
+  python -m tessel.train.evaluate runs/my                       judges the result
+
+sections and keys of a recipe, with default, meaning and type:
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tessel-train",
+        usage="python -m tessel.train RECIPE [key=value ...] [--dry-run]",
+        description="Train a model as a recipe says. Started again, it goes on where it stopped.",
+        epilog=EXAMPLES + "\n".join(describe_keys()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, here or below the packaged tessel.configs")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a key of the recipe, like optim.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, try one batch, write nothing")
+    options = parser.parse_intermixed_args(argv)
+    with report_errors() as outcome:
+        recipe = load_recipe(options.recipe, options.overrides)
+        (dry_run if options.dry_run else train)(recipe)
+    return outcome.code
+
+
+def train(recipe: Recipe) -> None:
+    """Train, or go on training, the run that `recipe` names; evaluate and export it at its end."""
+    # torch and timm are loaded from here on, after help and mistakes in the recipe
+    from .launch import RunDir, Signals, join
+    from .loggers import Loggers
+
+    with join(recipe.run) as world, Signals().caught() as signals:
+        run, say = RunDir(recipe), print if world.main else lambda text: None
+        begun = run.check()
+        if begun and (done := run.finished()):
+            say(f"{run.path} is finished: {_figures(done)}\n{_next(run.path)}")
+            return
+        task, schedule, engine = build(recipe, world)
+        with world.together():
+            aside = run.open() if world.main else None
+        if aside:
+            say(f"moved the old run to {aside}")
+        checkpoints = take_up(engine, run, world, say, begun)
+        loggers = Loggers(recipe, run.path, world, total=schedule.steps, step=engine.progress.step)
+        try:
+            for line in describe(engine):
+                loggers.say(line)
+            complete = engine.train(checkpoints, loggers, signals) and finish(engine, run)
+        finally:
+            loggers.close()
+        step = engine.progress.step
+        if complete:
+            say(f"finished {run.path}: {_figures(engine.progress.figures)}\n{_next(run.path)}")
+            return
+        if world.main:
+            run.mark("PREEMPTED", {"step": step})
+        say(f"stopped by a signal at step {step}, which is saved; the same command goes on from there")
+
+
+def build(recipe: Recipe, world: "World") -> "tuple[Task, Plan, Engine]":
+    """Task, plan and engine of a recipe; nothing is written."""
+    from .engine import Engine
+    from .tasks import build_task
+
+    with world.together():
+        task = build_task(recipe, world)
+    schedule = plan(recipe, samples=task.samples, world_size=world.size)
+    return task, schedule, Engine(recipe, task, world, schedule)
+
+
+def take_up(
+    engine: "Engine", run: "RunDir", world: "World", say: typing.Callable[[str], None], begun: bool
+) -> "Checkpoints":
+    """Bring the engine to where the run stopped, and the run's metrics with it."""
+    from .checkpoint import Checkpoints, broken
+
+    checkpoints, resume, start = Checkpoints(run.checkpoints, world, say), run.recipe.ckpt.resume, None
+    with world.together():
+        if world.main:
+            start = checkpoints.newest()
+            if start and resume == "never":
+                raise UserError(f"{run.path} is unfinished and ckpt.resume=never; run.fresh=true starts clean")
+            if start is None and resume not in ("auto", "never"):
+                start = Path(resume)
+                if problem := broken(start):
+                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem})")
+    if start := world.share(start):
+        exactness = engine.resume(start)
+        source = "" if start.parent == run.checkpoints else f" from {start}"
+        say(f"resuming {run.path} at step {engine.progress.step}{source} ({exactness}); run.fresh=true starts clean")
+    elif begun:
+        say(f"{run.path} was begun but holds no checkpoint yet; starting at step 0")
+    if world.main:
+        run.rewind(engine.progress.step)
+    return checkpoints
+
+
+def finish(engine: "Engine", run: "RunDir") -> bool:
+    """Final evaluation, export and DONE; False if a signal came first."""
+    from .checkpoint import export
+    from .evaluate import save_evaluation
+
+    scores = engine.scores(keep=True)
+    if scores is None:
+        return False
+    world, step = engine.world, engine.progress.step
+    with world.together(), engine.final_weights() as model:
+        if world.main:
+            export(model, run.path / "export", **engine.task.export_facts())
+    facts = {"step": step, "checkpoint": str(run.path / "export")}
+    engine.progress.figures = save_evaluation(run.path, scores, facts, world)
+    if world.main:
+        run.mark("DONE", engine.progress.figures)
+    return True
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Build everything, say what it comes to, try one micro-batch; nothing is written."""
+    from .launch import join
+    from .perf import forward_gflops, peak_memory
+
+    with join(recipe.run) as world:
+        task, schedule, engine = build(recipe, world)
+        batches = task.train_batches(schedule, 0)
+        try:
+            with world.together():
+                batch = next(batches)
+            loss = float(engine.backward([batch]))
+        finally:
+            batches.close()
+        if world.main:
+            print("\n".join(describe(engine)))
+            print(f"forward: {forward_gflops(engine.model, recipe.data.size, world.device):.3f} GFLOP an image")
+            print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
+            print("dry run: nothing was written")
+
+
+def describe(engine: "Engine") -> Iterator[str]:
+    """What is about to be trained, in a few lines."""
+    from .perf import parameters
+
+    recipe, schedule, world = engine.recipe, engine.plan, engine.world
+    size, precision = recipe.data.size, recipe.parallel.precision
+    yield f"{recipe.model.name}: {parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
+    yield (
+        f"{engine.task.samples} images, {schedule.steps} steps of {recipe.data.batch} = {world.size} processes "
+        f"x {schedule.accumulate} x {schedule.micro_batch} on {world.device.type}"
+    )
+    yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
+
+
+def describe_keys() -> Iterator[str]:
+    """A line for each key of a recipe."""
+    for key, hint, default, meaning in leaves():
+        value = "required" if default is dataclasses.MISSING else json.dumps(default)
+        yield f"  {key + ': ' + value:36s}  {meaning} [{_kind(hint)}]"
+
+
+def _kind(hint: typing.Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _kind(part) for part in arguments)
+    return f"{'list' if hint.__name__ == 'tuple' else hint.__name__}"
+
+
+def _figures(figures: dict[str, typing.Any]) -> str:
+    return ", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float))
+
+
+def _next(run: Path) -> str:
+    return (
+        f"  python -m tessel.train.report {run}       curves, confusion matrix, mistakes\n"
+        f"  python -m tessel.train.evaluate {run}     judge it again, also on other data (--data)\n"
+        f"  timm.create_model('local-dir:{run}/export', pretrained=True)\n"
+        "  run.fresh=true trains it anew and keeps this one aside"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

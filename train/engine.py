@@ -1,0 +1,244 @@
+"""The loop: step, evaluate, save, log. It knows no task; what is learned is behind `tasks.Task`.
+
+State is model, optimizer, scaler, moving average and `Progress`. The schedule is a function of the step, randomness one
+of (seed, step, chunk of the global batch), so a resumed run repeats an uninterrupted one bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from . import checkpoint
+from .checkpoint import Checkpoints
+from .config import Plan, recipe_hash
+from .data import seed_all
+from .evaluate import measure
+from .launch import Signals, World, write_atomically
+from .loggers import Loggers
+from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
+from .parallel import MovingAverage, accumulating, arithmetic, autocast, place, replicate, share
+from .perf import Meter
+from .schema import Recipe, UserError
+from .tasks import Scores, Task
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; part of every checkpoint."""
+
+    step: int = 0
+    evaluated: int = 0
+    best_step: int = 0
+    best: float | None = None
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Engine:
+    """Trains the model of one task."""
+
+    def __init__(self, recipe: Recipe, task: Task, world: World, plan: Plan):
+        self.recipe, self.task, self.world, self.plan = recipe, task, world, plan
+        seed_all(recipe.run.seed, devices=True)
+        with world.together():
+            self.model = place(task.build_model(), recipe.parallel, world)
+            self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
+        self.schedule = build_schedule(self.optimizer, recipe, plan)
+        self.replicas = replicate(self.model, world)
+        self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
+        self.guard = Guard(recipe.guard.max_skips, self.scaler)
+        self.meter = Meter(recipe.data.batch)
+        self.progress = Progress()
+        self.saved = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.norm = torch.zeros(())
+
+    def train(self, checkpoints: Checkpoints, loggers: Loggers, signals: Signals) -> bool:
+        """Train to the last step: True; or until a signal: False. The state is saved either way."""
+        self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
+        self.batches = self.task.train_batches(self.plan, self.progress.step)
+        self.meter.restart()
+        try:
+            while self.review():
+                if self.progress.step >= self.plan.steps:
+                    return True
+                if not self.step():
+                    break
+            self.save()
+            return False
+        except NonFinite as error:
+            raise self.stopped(error) from error
+        finally:
+            self.batches.close()
+
+    def step(self) -> bool:
+        """One update on one global batch; False, and no update, after a signal to any process."""
+        batches, problem = [], None
+        with self.meter.waiting():
+            try:
+                batches = [next(self.batches) for _ in range(self.plan.accumulate)]
+            except UserError as error:
+                problem = error
+        if self.world.agree(self.signals.raised, problem):
+            return False
+        step = self.progress.step
+        self.schedule.step_update(step)
+        loss = self.backward(batches)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip(self.model, self.recipe.optim)
+        if self.guard.admits(step, norm, loss):
+            self.scaler.step(self.optimizer)
+            self.loss_sum += loss
+            self.progress.loss_steps += 1
+            self.norm = norm
+        else:
+            self.loggers.say(f"update {step} skipped: its gradient norm is {norm:g}")
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.progress.step = step + 1
+        if self.average:
+            self.average.update(self.model, step + 1)
+        return True
+
+    def backward(self, batches: list[Any]) -> torch.Tensor:
+        """Gradients of the mean loss of this process's micro-batches; that mean."""
+        total = torch.zeros_like(self.loss_sum)
+        for number, batch in enumerate(batches):
+            chunk = self.world.rank * len(batches) + number
+            seed_all(self.recipe.run.seed, self.progress.step, chunk, devices=True)
+            with accumulating(self.replicas, last=number == len(batches) - 1):
+                with autocast(self.recipe.parallel, self.world):
+                    parts = self.task.loss(self.replicas, batch)
+                loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum() / len(batches)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def settle(self) -> None:
+        """Before the weights are judged or kept: they are sound, and one model on all processes."""
+        self.guard.settle()
+        tensors = dict(self.model.named_buffers())
+        averaged = self.average.state if self.average else {}
+        share([*tensors.values(), *(averaged[name] for name in tensors if name in averaged)], self.world)
+
+    def review(self) -> bool:
+        """What is due at this step: log, evaluate, save; False if a signal cut the evaluation short."""
+        recipe, progress, epoch = self.recipe, self.progress, self.plan.epoch_steps
+        self.loggers.advance(progress.step)
+        if self.due(recipe.log.every) and progress.loss_steps:
+            self.log()
+        if self.due(recipe.eval.every or epoch) and progress.evaluated < progress.step and not self.evaluate():
+            return False
+        if self.due(recipe.ckpt.every or epoch) or progress.best_step == progress.step:
+            self.save()
+        return True
+
+    def due(self, every: int) -> bool:
+        step = self.progress.step
+        return step > 0 and (step % every == 0 or step >= self.plan.steps)
+
+    def log(self) -> None:
+        """One line of figures on the updates since the last one."""
+        self.guard.settle()
+        norm = float(self.norm)
+        figures = {
+            "loss": self.summed_loss() / max(self.progress.loss_steps, 1),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "grad_norm": norm if math.isfinite(norm) else None,
+        }
+        self.loggers.log({"kind": "train", **self.place_in_run(), **figures, **self.meter.read()})
+        self.loss_sum.zero_()
+        self.progress.loss_steps = 0
+
+    def evaluate(self) -> bool:
+        """Judge the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
+        with self.meter.paused():
+            scores = self.scores()
+            if scores is None:
+                return False
+            figures, progress = scores.compute(), self.progress
+        self.loggers.log({"kind": "eval", **self.place_in_run(), **figures})
+        progress.evaluated, progress.figures = progress.step, figures
+        if progress.best is None or figures[self.task.metric] > progress.best:
+            progress.best, progress.best_step = figures[self.task.metric], progress.step
+        return True
+
+    def scores(self, *, keep: bool = False) -> Scores | None:
+        self.settle()
+        with self.final_weights() as model:
+            return measure(
+                self.task, model, self.world, self.recipe.parallel, keep=keep, stop=lambda: self.signals.raised
+            )
+
+    def final_weights(self) -> AbstractContextManager[nn.Module]:
+        """Within: the model as it would be exported now."""
+        return self.average.worn_by(self.model) if self.average else nullcontext(self.model)
+
+    def save(self) -> None:
+        """Keep this step, the best one and the last ones."""
+        if (progress := self.progress).step == self.saved:
+            return
+        with self.meter.paused():
+            self.settle()
+            progress.loss_sum = self.summed_loss()
+            facts = {
+                "consumed_samples": progress.step * self.recipe.data.batch,
+                "recipe_hash": recipe_hash(self.recipe),
+                "arithmetic": arithmetic(self.world, self.plan.micro_batch),
+                "averaged": self.average is not None,
+                "progress": dataclasses.asdict(progress),
+            }
+            self.checkpoints.save(progress.step, self.state(), facts)
+            self.checkpoints.prune({progress.best_step}, self.recipe.ckpt.keep_last)
+            self.saved = progress.step
+
+    def resume(self, path: Path) -> str:
+        """Go on from the checkpoint at `path`; a sentence on how exactly that repeats the uninterrupted run."""
+        facts, state = checkpoint.manifest(path), self.state()
+        checkpoint.load(path, state, self.world)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**facts["progress"])
+        self.saved = self.progress.step
+        self.loss_sum.fill_(self.progress.loss_sum)
+        if facts["recipe_hash"] != recipe_hash(self.recipe):
+            self.progress.best, self.progress.best_step = None, 0
+            return "not the recipe of that checkpoint"
+        then, now = facts["arithmetic"], arithmetic(self.world, self.plan.micro_batch)
+        changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if now[key] != then[key]]
+        return f"not bitwise: {', '.join(changed)}" if changed else "exact"
+
+    def state(self) -> dict[str, Any]:
+        """The tensors of a checkpoint, to be saved or to be filled in place."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        return state | ({"ema": self.average.state} if self.average else {})
+
+    def summed_loss(self) -> float:
+        return float(self.world.sum(self.loss_sum)) / self.world.size
+
+    def place_in_run(self) -> dict[str, float]:
+        step = self.progress.step
+        return {"step": step, "epoch": round(step * self.recipe.data.batch / self.task.samples, 4)}
+
+    def stopped(self, error: NonFinite) -> UserError:
+        """What to tell about a non-finite update, whose images are written down."""
+        dump = self.checkpoints.path.parent / f"nonfinite-{error.step:08d}.json"
+        if self.world.main:
+            keys = self.task.sample_keys(self.plan, error.step)
+            facts = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.norm)}
+            write_atomically(dump, json.dumps(facts | {"samples (epoch, index)": keys}) + "\n")
+        return UserError(
+            f"{error}: stopped; {dump} lists the images of that update and the checkpoints up to step {self.saved} are "
+            "good. ckpt.resume=CHECKPOINT with another run.name goes on from one, with a lower optim.lr or optim.clip "
+            "or with guard.max_skips"
+        )

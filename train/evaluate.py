@@ -1,0 +1,139 @@
+"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT [--data key=value ...]`.
+
+Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import load_recipe
+from .launch import World, join, write_atomically
+from .parallel import autocast, place
+from .schema import Parallel, Recipe, UserError, report_errors
+from .tasks import Scores, Task, build_task
+
+
+def measure(
+    task: Task,
+    model: nn.Module,
+    world: World,
+    parallel: Parallel,
+    *,
+    keep: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Scores | None:
+    """The task's scores over the validation split; None if `stop()` turned true on any process."""
+    scores, batches, training = task.scores(keep=keep), task.eval_batches(), model.training
+    model.eval()
+    try:
+        # no_grad rather than inference_mode: tables that a model caches here serve its training too
+        with world.together(), torch.no_grad(), autocast(parallel, world):
+            for batch in batches:
+                if stop():
+                    break
+                scores.update(model, batch)
+    finally:
+        model.train(training)
+        batches.close()
+    return None if world.agree(stop()) else scores
+
+
+def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
+    """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
+    figures, predictions = scores.compute() | facts, scores.predictions()
+    path, part = run / "evaluation", run / ".tmp-evaluation"
+    with world.together():
+        if world.main:
+            try:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]
+                write_atomically(part / "evaluation.json", json.dumps(figures, indent=1) + "\n")
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(part, path)
+            except OSError as error:
+                shutil.rmtree(part, ignore_errors=True)
+                raise UserError(
+                    f"evaluation cannot be written to {path} ({error.strerror}); free space there"
+                ) from error
+    return figures
+
+
+def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
+    """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
+    path = Path(run)
+    recipe = load_recipe(_recipe_file(path))
+    if not (path / "DONE").is_file():
+        raise UserError(
+            f"{path} is not finished and has no export: go on training it, or evaluate one of {path}/checkpoints/step-*"
+        )
+    return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
+
+
+def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
+    """Give `model` the weights of a checkpoint, averaged ones if it has them; its step."""
+    if problem := checkpoint.broken(path):
+        raise UserError(f"checkpoint {path} is broken ({problem}); evaluate another")
+    facts = checkpoint.manifest(path)
+    part = "ema" if facts["averaged"] else "model"
+    state = {part: model.state_dict()}
+    checkpoint.load(path, state, world)
+    model.load_state_dict(state[part])
+    return facts["step"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tessel.train.evaluate", description=__doc__)
+    parser.add_argument("target", type=Path, help="a run directory, or one of its checkpoints/step-*")
+    parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
+    options = parser.parse_args(argv)
+    with report_errors() as outcome:
+        evaluate(options.target, [f"data.{text.removeprefix('data.')}" for text in options.data])
+    return outcome.code
+
+
+def evaluate(target: Path, overrides: list[str]) -> None:
+    """Judge a run or a checkpoint and print what was found."""
+    at_checkpoint = (target / checkpoint.MANIFEST).is_file()
+    run = target.parent.parent if at_checkpoint else target
+    recipe = load_recipe(_recipe_file(run), overrides)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False))
+    with join(recipe.run) as world:
+        task = build_task(recipe, world)
+        model = task.build_model()
+        if at_checkpoint:
+            step = load_checkpoint(target, model, world)
+        else:
+            model.load_state_dict(load_run(run)[1].state_dict())
+            step = json.loads((run / "DONE").read_text())["step"]
+        place(model, recipe.parallel, world)
+        scores = measure(task, model, world, recipe.parallel, keep=True)
+        assert scores is not None
+        facts = {"step": step, "checkpoint": str(target if at_checkpoint else run / "export")}
+        figures = save_evaluation(run, scores, facts, world)
+        if world.main:
+            print(", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float)))
+            print(f"{figures['count']} images; written to {run / 'evaluation'}")
+
+
+def _recipe_file(run: Path) -> Path:
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml")
+    return run / "recipe.yaml"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The recipe's schema: a section a concern, strict in keys and types.
+
+Every key says here what it does; `python -m tessel.train --help` prints these lines. No torch in this file and in
+`config`, so that help and mistakes in a recipe are answered at once.
+"""
+
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class UserError(ValueError):
+    """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """The exit code of a command."""
+
+    code: int = 0
+
+
+@contextmanager
+def report_errors() -> Iterator[Outcome]:
+    """Turn a UserError into one message on stderr, from rank 0 alone, and a non-zero exit code."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except UserError as error:
+        outcome.code = 1
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Run:
+    name: Annotated[str, Field(pattern=r"^(\w[\w.+-]*)?$")] = ""
+    """directory of the run; empty: the recipe's file name"""
+    out: str = "runs"
+    """directory that holds the runs"""
+    seed: NonNegativeInt = 0
+    """fixes weights, data order, augmentation and drop path"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU"""
+    deterministic: bool = False
+    """allow deterministic torch kernels only (slower)"""
+    fresh: bool = False
+    """move an existing run of this name aside and start clean"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    name: str
+    """a timm or tessel model; local-dir:RUN/export takes an exported one"""
+    pretrained: bool = False
+    """start from the model's published weights"""
+    drop_path: Share | None = None
+    """stochastic depth rate; null: the model's own"""
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """further arguments of timm.create_model"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Task:
+    kind: Literal["classify"] = "classify"
+    """what is learned"""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """null: as many as the data has"""
+    loss: Literal["ce", "bce"] = "ce"
+    """softmax or per-class sigmoid cross entropy"""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """label smoothing"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Aug:
+    scale: tuple[float, float] = (1.0, 1.0)
+    """area range of the random resized crop; 1, 1: no crop"""
+    ratio: tuple[float, float] = (1.0, 1.0)
+    """aspect ratio range of the crop"""
+    hflip: Share = 0.0
+    """probability of a horizontal flip"""
+    vflip: Share = 0.0
+    """probability of a vertical flip"""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """affine: rotation, up to +- degrees"""
+    translate: Share = 0.0
+    """affine: shift, up to +- this share of the side"""
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """affine: scale within 1 +- this"""
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
+    """affine: shear, up to +- degrees"""
+    color_jitter: NonNegativeFloat = 0.0
+    """brightness, contrast, saturation; not beside auto_augment"""
+    auto_augment: str | None = None
+    """timm policy, for example rand-m9-mstd0.5-inc1"""
+    erasing: Share = 0.0
+    """probability of random erasing"""
+    mixup: NonNegativeFloat = 0.0
+    """mixup's beta parameter; 0: off"""
+    cutmix: NonNegativeFloat = 0.0
+    """cutmix's beta parameter; 0: off"""
+    mix_prob: Share = 1.0
+    """share of micro-batches that are mixed"""
+    switch_prob: Share = 0.5
+    """share of cutmix where both are on"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    source: Literal["digits", "folder"]
+    """embedded digits, or root/{train,val}/CLASS/*.jpg"""
+    root: str | None = None
+    """image folder, with source=folder"""
+    size: PositiveInt = 224
+    """side of the input, pixels"""
+    batch: PositiveInt = 256
+    """images per update, over all processes"""
+    micro_batch: PositiveInt | None = None
+    """images per forward and process; null: batch / processes"""
+    eval_batch: PositiveInt = 256
+    """images per forward in evaluation"""
+    workers: NonNegativeInt = 0
+    """loader processes per process"""
+    interpolation: Literal["bilinear", "bicubic", "random"] | None = None
+    """null: the model's own"""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    """centre crop in evaluation; null: the model's own"""
+    aug: Aug = Aug()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optim:
+    name: str = "adamw"
+    """any of timm.optim.list_optimizers()"""
+    lr: PositiveFloat = 1e-3
+    """peak learning rate, before lr_rule"""
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    """scale lr by batch / lr_base_batch"""
+    lr_base_batch: PositiveInt = 256
+    """batch that lr is meant for, with an lr_rule"""
+    weight_decay: NonNegativeFloat = 0.05
+    """not on biases, norms and the model's no_weight_decay list"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """lr factor from each layer to the one below"""
+    clip: PositiveFloat | None = None
+    """gradient clipping threshold"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """what clip limits"""
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """further arguments, for example {betas: [0.9, 0.95]}"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sched:
+    name: Literal["cosine", "poly", "tanh", "wsd", "rsqrt", "step", "multistep", "constant"] = "cosine"
+    """timm schedule, a function of the step alone"""
+    epochs: PositiveFloat | None = None
+    """length of the training; this or steps"""
+    steps: PositiveInt | None = None
+    """length of the training in updates"""
+    warmup: NonNegativeFloat = 0.0
+    """linear warm-up, in the unit of the length"""
+    warmup_lr: NonNegativeFloat = 1e-6
+    """where the warm-up starts"""
+    min_lr: NonNegativeFloat = 0.0
+    """where the schedule ends"""
+    decay_rate: PositiveFloat | None = None
+    """factor (step, multistep; null: 0.1) or power (poly; null: 1)"""
+    decay_steps: PositiveInt | None = None
+    """interval (step) or length of the decay (wsd, rsqrt)"""
+    milestones: tuple[int, ...] | None = None
+    """steps at which multistep decays"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Ema:
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """moving average of the weights; null: off"""
+    warmup: bool = True
+    """begin with min(decay, (1 + step) / (10 + step))"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Parallel:
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """autocast type; fp16 needs cuda"""
+    compile: bool = False
+    """torch.compile the model"""
+    channels_last: bool = False
+    """channels_last memory format"""
+    grad_checkpointing: bool = False
+    """recompute activations: less memory, more time"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Ckpt:
+    every: PositiveInt | None = None
+    """steps between checkpoints; null: an epoch"""
+    keep_last: PositiveInt = 2
+    """newest checkpoints kept, beside the best one"""
+    resume: str = "auto"
+    """auto: continue this run; PATH: begin with that checkpoint; never"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Log:
+    every: PositiveInt = 50
+    """steps between lines of metrics.jsonl"""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """auto: a bar on a terminal"""
+    tensorboard: bool = False
+    """also write tensorboard/ into the run"""
+    wandb: Literal["off", "auto", "online", "offline"] = "off"
+    """auto: online where a key is set"""
+    wandb_project: str = "tessel"
+    """project of the wandb run"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Eval:
+    every: PositiveInt | None = None
+    """steps between evaluations; null: an epoch"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Guard:
+    max_skips: NonNegativeInt = 0
+    """updates in a row skipped for a non-finite gradient before stopping"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    run: Run = Run()
+    model: Model
+    task: Task = Task()
+    data: Data
+    optim: Optim = Optim()
+    sched: Sched
+    ema: Ema = Ema()
+    parallel: Parallel = Parallel()
+    ckpt: Ckpt = Ckpt()
+    log: Log = Log()
+    eval: Eval = Eval()
+    guard: Guard = Guard()
+
+
+def leaves(section: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted key, type, default, meaning) of every key of the recipe; the default of a required one is MISSING."""
+    hints, documented = typing.get_type_hints(section), vars(section)["__pydantic_fields__"]
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
+        else:
+            default = {} if field.default_factory is not dataclasses.MISSING else field.default
+            yield prefix + field.name, hint, default, documented[field.name].description

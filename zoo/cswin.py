@@ -1,0 +1,127 @@
+"""CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows.
+
+Dong, Bao, Chen, Zhang, Yu, Yuan, Chen, Guo, CVPR 2022, arXiv 2107.00652: sec. 3 (3.2: cross-shaped windows, LePE) and
+the released code github.com/microsoft/CSWin-Transformer (MIT), whose keys and weights these models share. The head
+counts are those of the code and the released weights, which differ from the paper's for the base model.
+
+Deviations: the released classifiers refuse maps that the stripes do not divide; here they are padded by the rule of
+the released dense-prediction models. Stages 1-3 have two directions of stripes at every size, also where one stripe
+covers the map (the released classifiers then build other parameters, into which no released weights fit). The large
+models double their width at every stage, as the released classifiers do and the dense-prediction code does not. The
+norms that dense prediction puts on each output belong to what it adds. Images with a side below 3 pixels are padded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
+from ._backbone import Parts, Stage
+from ._keymap import Rule
+from ._registry import Family, register
+
+
+@dataclass(frozen=True)
+class CSWin:
+    """Columns of the paper's architecture table; `stripe_widths` of stages 1-3, stage 4 attends to all."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    stripe_widths: tuple[int, ...] = (1, 2, 7)
+    mlp_ratio: float = 4.0
+
+
+VARIANTS = {
+    "cswin_atto": CSWin((16, 32, 64, 96), (1, 1, 2, 1), (2, 4, 8, 6), stripe_widths=(1, 2, 4), mlp_ratio=3.0),
+    "cswin_tiny": CSWin((64, 128, 256, 512), (1, 2, 21, 1), (2, 4, 8, 16)),
+    "cswin_small": CSWin((64, 128, 256, 512), (2, 4, 32, 2), (2, 4, 8, 16)),
+    "cswin_base": CSWin((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32)),
+    "cswin_base_384": CSWin((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32), stripe_widths=(1, 2, 12)),
+    "cswin_large": CSWin((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24)),
+    "cswin_large_384": CSWin((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24), stripe_widths=(1, 2, 12)),
+}
+
+norm = partial(LayerNorm2d, eps=1e-5)
+
+
+@register_notrace_module
+class StemConv(nn.Conv2d):
+    """7x7 convolution, stride 4, padding 2: side `n` to `(n - 3) // 4 + 1`; sides below 3 pixels are padded to 3."""
+
+    def __init__(self, in_chs: int, out_chs: int):
+        super().__init__(in_chs, out_chs, 7, stride=4, padding=2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = input.shape[-2:]
+        if height < 3 or width < 3:
+            input = F.pad(input, (0, max(0, 3 - width), 0, max(0, 3 - height)))
+        return super().forward(input)
+
+
+def build(
+    row: CSWin, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    rates = drop_path_rates(drop_path_rate, row.depths)
+    widths = (*row.stripe_widths, None)
+    stages = []
+    for i, dim in enumerate(row.dims):
+        blocks = [
+            block(
+                mixer=Residual(
+                    CrossShapedWindow(dim, num_heads=row.num_heads[i], stripe_width=widths[i]),
+                    norm=norm(dim),
+                    drop_path=rate,
+                ),
+                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+            )
+            for rate in rates[i]
+        ]
+        down = conv_norm(row.dims[i - 1], dim, kernel=3, stride=2, norm=norm) if i else None
+        stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
+    return Parts(
+        stem=block(conv=StemConv(in_chans, row.dims[0]), norm=norm(row.dims[0])),
+        stages=stages,
+        norm=norm(row.dims[-1]),
+        head=ClassifierHead(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        init=initialise,
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def keys(row: CSWin) -> Sequence[Rule]:
+    theirs, ours = "stage{s+1}.{b}.", "stages.{s}.blocks.{b}."
+    return [
+        Rule("stage1_conv_embed.0.{p}", "stem.conv.{p}"),
+        Rule("stage1_conv_embed.2.{p}", "stem.norm.{p}"),
+        Rule("merge{s}.conv.{p}", "stages.{s}.down.conv.{p}"),
+        Rule("merge{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        Rule(theirs + "norm1.{p}", ours + "mixer.norm.{p}"),
+        Rule(theirs + "qkv.{p}", ours + "mixer.fn.qkv.{p}"),
+        Rule(theirs + "attns.{h}.get_v.{p}", ours + "mixer.fn.lepe.{h}.{p}"),
+        Rule(theirs + "proj.{p}", ours + "mixer.fn.proj.{p}"),
+        Rule(theirs + "norm2.{p}", ours + "mlp.norm.{p}"),
+        Rule(theirs + "mlp.fc{n}.{p}", ours + "mlp.fn.fc{n}.{p}"),
+        Rule("norm.{p}", "norm.{p}"),
+        Rule("head.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2107.00652", "crop_pct": 0.9},
+    ),
+    __name__,
+)

@@ -1,0 +1,276 @@
+"""HaloNet: Scaling Local Self-Attention for Parameter Efficient Visual Backbones.
+
+Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, CVPR 2021, arXiv 2103.12731: sec. 2 (halo attention), 3.3
+(architecture), tables of H0 to H7. There is no released code; the reference is timm's reading (Apache-2.0), whose keys
+and weights these models share: its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here under the
+same names behind `tessel_`.
+
+Deviations: timm refuses maps that the block size does not divide; here they are padded inside the attention. Heads and
+activation of H0 and H2 to H7 follow timm's H1 (8 in every stage, ReLU).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from timm.layers import ClassifierHead, DropPath, SEModule, get_act_layer, make_divisible
+from torch import Tensor, nn
+
+from ..blocks import Halo, block, drop_path_rates
+from ._backbone import Parts, Stage
+from ._keymap import Edit, Rule
+from ._registry import Family, register
+
+
+@dataclass(frozen=True)
+class HaloNet:
+    """Columns of the paper's table of variants; tuples over `stages` and `widths` have one entry a stage.
+
+    `stages` spells each stage's blocks: A for attention, C for a 3x3 convolution in its place. With base width w, the
+    attention asks with width w, its values have width `rv` * w and the block ends in `rb` * w channels; `df` is the
+    width of a final 1x1 convolution (0: none). `stem` lists the widths of its convolutions, `stem_pool` says whether
+    max pooling follows them; `se` adds squeeze-and-excitation to C blocks; `mask_border` keeps positions outside the
+    map out of the attention, where the published models count them as zero keys and values.
+    """
+
+    stages: tuple[str, ...]
+    block_size: int = 8
+    halo_size: int = 3
+    rv: float = 1.0
+    rb: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    df: int = 0
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    stem: tuple[int, ...] = (64,)
+    stem_kernel: int = 7
+    stem_pool: bool = True
+    act: str = "relu"
+    se: bool = False
+    mask_border: bool = False
+
+    def __post_init__(self):
+        for stage in self.stages:
+            if not stage or set(stage) - set("AC"):
+                raise ValueError(f"HaloNet: stages={self.stages} must spell every stage in A (attention) and C (conv)")
+        for column in ("rb", "widths", "num_heads"):
+            if len(getattr(self, column)) != len(self.stages):
+                raise ValueError(f"HaloNet: {column}={getattr(self, column)} must have {len(self.stages)} entries")
+
+
+VARIANTS = {
+    "tessel_halonet_atto": HaloNet(
+        ("C", "CA", "AA", "A"),
+        block_size=4,
+        halo_size=1,
+        rv=1.5,
+        rb=(2.0,) * 4,
+        df=128,
+        widths=(16, 24, 32, 48),
+        num_heads=(2, 4, 4, 4),
+        stem=(8, 12, 16),
+        stem_kernel=3,
+        act="silu",
+        se=True,
+    ),
+    "tessel_halonet_h0": HaloNet(("AAA", "AAA", "A" * 7, "AAA"), rb=(0.5,) * 4),
+    "tessel_halonet_h1": HaloNet(("AAA", "AAA", "A" * 10, "AAA")),
+    "tessel_halonet_h2": HaloNet(("AAA", "AAA", "A" * 11, "AAA"), rb=(1.25,) * 4),
+    "tessel_halonet_h3": HaloNet(("AAA", "AAA", "A" * 12, "AAA"), block_size=10, rb=(1.5,) * 4, df=1024),
+    "tessel_halonet_h4": HaloNet(("AAA", "AAA", "A" * 12, "AAA"), block_size=12, halo_size=2, rb=(3.0,) * 4, df=1280),
+    "tessel_halonet_h5": HaloNet(("AAA", "AAA", "A" * 23, "AAA"), 14, 2, rv=2.5, rb=(2.0,) * 4, df=1536),
+    "tessel_halonet_h6": HaloNet(("AAA", "AAA", "A" * 24, "AAA"), 8, 4, rv=3.0, rb=(2.75,) * 4, df=1536),
+    "tessel_halonet_h7": HaloNet(("AAA", "AAA", "A" * 26, "AAA"), 10, 3, rv=4.0, rb=(3.5,) * 4, df=2048),
+    "tessel_halonet26t": HaloNet(
+        ("CC", "CC", "CA", "AA"), halo_size=2, rb=(4.0,) * 4, stem=(24, 32, 64), stem_kernel=3
+    ),
+    "tessel_halonet50ts": HaloNet(
+        ("CCC", "CCCA", "CACACA", "CAC"),
+        rb=(4.0,) * 4,
+        num_heads=(8, 4, 8, 8),
+        stem=(24, 32, 64),
+        stem_kernel=3,
+        act="silu",
+    ),
+    "tessel_sehalonet33ts": HaloNet(
+        ("CC", "CCA", "CCA", "AA"),
+        rb=(4.0, 4.0, 4.0, 3.0),
+        df=1280,
+        stem=(24, 32, 64),
+        stem_kernel=3,
+        stem_pool=False,
+        act="silu",
+        se=True,
+    ),
+}
+
+
+class Conv(nn.Conv2d):
+    """A convolution without bias that keeps H and W, or divides them by its stride rounding up (odd kernels)."""
+
+    def __init__(self, in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1):
+        super().__init__(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+def activation(name: str) -> nn.Module:
+    layer = get_act_layer(name)
+    assert layer is not None
+    return layer(inplace=True)
+
+
+def conv_norm(in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1, act: str = "") -> nn.Sequential:
+    """Convolution, batch norm, then `act` where one is named."""
+    layer = block(conv=Conv(in_chs, out_chs, kernel=kernel, stride=stride), norm=nn.BatchNorm2d(out_chs))
+    if act:
+        layer.add_module("act", activation(act))
+    return layer
+
+
+class Bottleneck(nn.Module):
+    """`act(branch(x) + shortcut(x))`: `[B, in_chs, H, W] -> [B, out_chs, ceil(H/stride), ceil(W/stride)]`."""
+
+    def __init__(self, branch: nn.Module, *, in_chs: int, out_chs: int, stride: int, act: str, drop_path: float):
+        super().__init__()
+        self.branch = branch
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        changes = in_chs != out_chs or stride != 1
+        self.shortcut = conv_norm(in_chs, out_chs, stride=stride) if changes else nn.Identity()
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop_path(self.branch(x))
+        # nothing else holds the branch's result, and a new map of this size costs more than the sum
+        y += self.shortcut(x)
+        return self.act(y)
+
+
+class FinalConvHead(ClassifierHead):
+    """timm's classifier behind a last 1x1 convolution to `width` channels, batch norm and activation.
+
+    A head without classifier and pooling passes the last stage's map on, so it has no such convolution either.
+    """
+
+    def __init__(self, in_chs: int, width: int, num_classes: int, *, act: str, pool_type: str, drop_rate: float):
+        super().__init__(width, num_classes, pool_type=pool_type, drop_rate=drop_rate)
+        self.final_conv = conv_norm(in_chs, width, act=act)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, *, in_features: int, **factory):
+        pool_after = self.global_pool.pool_type if pool_type is None else pool_type
+        if not num_classes and not pool_after:
+            self.final_conv = nn.Identity()
+        width = in_features if isinstance(self.final_conv, nn.Identity) else self.in_features
+        super().reset(num_classes, pool_type, in_features=width, **factory)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward(self.final_conv(x), pre_logits=pre_logits)
+
+
+def stem(row: HaloNet, in_chans: int) -> nn.Sequential:
+    """Convolutions, the first of stride 2, then max pooling or another stride: a quarter of the image."""
+    layers = block()
+    last = len(row.stem) - 1
+    for i, (in_chs, width) in enumerate(zip((in_chans, *row.stem), row.stem, strict=False)):
+        stride = 2 if i == 0 or (i == last and not row.stem_pool) else 1
+        conv = conv_norm(in_chs, width, kernel=row.stem_kernel, stride=stride, act=row.act)
+        layers.add_module(f"conv{i + 1}", conv)
+    if row.stem_pool:
+        layers.add_module("pool", nn.MaxPool2d(3, 2, 1))
+    return layers
+
+
+def bottleneck(row: HaloNet, stage: int, kind: str, *, in_chs: int, stride: int, drop_path: float) -> Bottleneck:
+    width, heads = row.widths[stage], row.num_heads[stage]
+    out_chs = make_divisible(width * row.rb[stage])
+    parts: dict[str, nn.Module] = {"reduce": conv_norm(in_chs, width, act=row.act)}
+    if kind == "A":
+        mixed = int(width * row.rv)
+        parts["mixer"] = Halo(
+            width,
+            num_heads=heads,
+            out_dim=mixed,
+            head_dim=width // heads,
+            block_size=row.block_size,
+            halo_size=row.halo_size,
+            stride=stride,
+            mask_border=row.mask_border,
+        )
+        parts["norm"], parts["act"] = nn.BatchNorm2d(mixed), activation(row.act)
+    else:
+        mixed = width
+        parts["conv"] = conv_norm(width, width, kernel=3, stride=stride, act=row.act)
+        if row.se:
+            parts["se"] = SEModule(width)
+    branch = block(**parts, expand=conv_norm(mixed, out_chs))
+    return Bottleneck(branch, in_chs=in_chs, out_chs=out_chs, stride=stride, act=row.act, drop_path=drop_path)
+
+
+def build(
+    row: HaloNet, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    rates = drop_path_rates(drop_path_rate, [len(kinds) for kinds in row.stages])
+    stages, in_chs = [], row.stem[-1]
+    for i, kinds in enumerate(row.stages):
+        blocks = []
+        for j, (kind, rate) in enumerate(zip(kinds, rates[i], strict=True)):
+            stride = 2 if i and not j else 1
+            blocks.append(bottleneck(row, i, kind, in_chs=in_chs, stride=stride, drop_path=rate))
+            in_chs = make_divisible(row.widths[i] * row.rb[i])
+        stages.append(Stage(blocks, dim=in_chs, stride=2 if i else 1))
+    if row.df and (num_classes or global_pool):
+        head = FinalConvHead(in_chs, row.df, num_classes, act=row.act, pool_type=global_pool, drop_rate=drop_rate)
+    else:
+        head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+    return Parts(stem=stem(row, in_chans), stages=stages, head=head, init=initialise)
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, Bottleneck):
+        # a block starts as its shortcut
+        nn.init.zeros_(module.branch.get_parameter("expand.norm.weight"))
+    elif isinstance(module, SEModule):
+        for conv in (module.fc1, module.fc2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+    elif isinstance(module, ClassifierHead) and isinstance(module.fc, nn.Linear):
+        nn.init.normal_(module.fc.weight, std=0.01)
+        nn.init.zeros_(module.fc.bias)
+
+
+# 1x1 convolutions there, linear maps here
+as_linear = Edit(lambda w: (w.flatten(1),), lambda w: (w[:, :, None, None],))
+
+
+def conv_norm_rules(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(theirs + "conv.{p}", ours + "conv.{p}"), Rule(theirs + "bn.{p}", ours + "norm.{p}")]
+
+
+def keys(row: HaloNet) -> Sequence[Rule]:
+    theirs, ours = "stages.{s}.{b}.", "stages.{s}.blocks.{b}."
+    return [
+        *conv_norm_rules("stem.conv{i}.", "stem.conv{i}."),
+        *conv_norm_rules(theirs + "conv1_1x1.", ours + "branch.reduce."),
+        *conv_norm_rules(theirs + "conv2_kxk.", ours + "branch.conv."),
+        Rule(theirs + "attn.fc1.{p}", ours + "branch.se.fc1.{p}"),
+        Rule(theirs + "attn.fc2.{p}", ours + "branch.se.fc2.{p}"),
+        Rule(theirs + "self_attn.q.weight", ours + "branch.mixer.q.weight", as_linear),
+        Rule(theirs + "self_attn.kv.weight", ours + "branch.mixer.kv.weight", as_linear),
+        Rule(theirs + "self_attn.pos_embed.{p}", ours + "branch.mixer.{p}"),
+        Rule(theirs + "post_attn.{p}", ours + "branch.norm.{p}"),
+        *conv_norm_rules(theirs + "conv3_1x1.", ours + "branch.expand."),
+        *conv_norm_rules(theirs + "shortcut.", ours + "shortcut."),
+        *conv_norm_rules("final_conv.", "head.final_conv."),
+        Rule("head.fc.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={"first_conv": "stem.conv1.conv", "crop_pct": 0.94, "paper_ids": "arXiv:2103.12731"},
+    ),
+    __name__,
+)

@@ -1,0 +1,129 @@
+"""LITv2: Fast Vision Transformers with HiLo Attention.
+
+Pan, Cai, Zhuang, NeurIPS 2022, arXiv 2205.13213: sec. 4 (HiLo), 5 and table 1 of the appendix (architecture); the
+deformable merge is LITv1's (arXiv 2105.14217, sec. 3.3); and the released code github.com/ziplab/LITv2 (Apache-2.0),
+whose keys and weights these models share.
+
+Deviations: the released classifiers take square images of one size; here every size is taken by the rule of the
+released dense-prediction models, which give the same numbers where both work. Their merge leaves nothing of a side of
+one pixel; here it is padded to two. The norms that dense prediction puts on each output belong to what it adds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge, drop_path_rates
+from ..blocks.padding import pad_to_multiple
+from ._backbone import Parts, Stage
+from ._keymap import Edit, Rule
+from ._registry import Family, register
+
+
+@dataclass(frozen=True)
+class LITv2:
+    """Columns of the paper's architecture table, by stage; stages of window 0 have no attention.
+
+    `alpha` is the share of Lo-Fi heads. The released detectors use the same weights with window 2 or 4 in stage 3.
+    """
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    windows: tuple[int, ...] = (0, 0, 2, 1)
+    alpha: float = 0.9
+    mlp_ratio: float = 4.0
+
+
+VARIANTS = {
+    "litv2_atto": LITv2((16, 32, 64, 96), (1, 1, 2, 1), (1, 2, 4, 6)),
+    "litv2_small": LITv2((96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24)),
+    "litv2_medium": LITv2((96, 192, 384, 768), (2, 2, 18, 2), (3, 6, 12, 24)),
+    "litv2_base": LITv2((128, 256, 512, 1024), (2, 2, 18, 2), (4, 8, 16, 32)),
+    "litv2_base_384": LITv2((128, 256, 512, 1024), (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+norm = partial(LayerNorm2d, eps=1e-5)
+
+
+@register_notrace_module
+class PatchConv(nn.Conv2d):
+    """4x4 convolution of stride 4; images are padded with zeros, right and bottom, to multiples of 4."""
+
+    def __init__(self, in_chs: int, out_chs: int):
+        super().__init__(in_chs, out_chs, 4, stride=4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(pad_to_multiple(input.permute(0, 2, 3, 1), 4, 4).permute(0, 3, 1, 2))
+
+
+def build(
+    row: LITv2, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    rates = drop_path_rates(drop_path_rate, row.depths)
+    stages = []
+    for i, (dim, heads, window) in enumerate(zip(row.dims, row.num_heads, row.windows, strict=True)):
+        blocks = []
+        for rate in rates[i]:
+            mlp = Residual(DepthwiseMlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate)
+            if window:
+                hilo = HiLo(dim, num_heads=heads, window=window, alpha=row.alpha)
+                blocks.append(block(mixer=Residual(hilo, norm=norm(dim), drop_path=rate), mlp=mlp))
+            else:
+                blocks.append(block(mlp=mlp))
+        down = deformable_merge(row.dims[i - 1], dim) if i else None
+        stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
+    return Parts(
+        stem=block(conv=PatchConv(in_chans, row.dims[0]), norm=norm(row.dims[0])),
+        stages=stages,
+        norm=norm(row.dims[-1]),
+        head=ClassifierHead(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        init=initialise,
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d) and module.groups > 1:
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def keys(row: LITv2) -> Sequence[Rule]:
+    merge = "layers.{s}.downsample.dconv."
+    theirs, ours = "layers.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
+    taps_before_channels = Edit(
+        lambda weight: (weight.permute(0, 2, 3, 1).contiguous(),),
+        lambda weight: (weight.permute(0, 3, 1, 2).contiguous(),),
+    )
+    return [
+        Rule("patch_embed.proj.{p}", "stem.conv.{p}"),
+        Rule("patch_embed.norm.{p}", "stem.norm.{p}"),
+        Rule(merge + "weight", "stages.{s+1}.down.conv.weight", taps_before_channels),
+        Rule(merge + "bias", "stages.{s+1}.down.conv.bias"),
+        Rule(merge + "conv_offset.{p}", "stages.{s+1}.down.conv.offset.{p}"),
+        Rule("layers.{s}.downsample.norm_layer.{p}", "stages.{s+1}.down.norm.{p}"),
+        Rule(theirs + "norm1.{p}", ours + "mixer.norm.{p}"),
+        *(
+            Rule(theirs + f"attn.{layer}.{{p}}", ours + f"mixer.fn.{layer}.{{p}}")
+            for layer in ("h_qkv", "h_proj", "l_q", "l_kv", "l_proj")
+        ),
+        Rule(theirs + "norm2.{p}", ours + "mlp.norm.{p}"),
+        Rule(theirs + "mlp.fc1.{p}", ours + "mlp.fn.fc1.{p}"),
+        Rule(theirs + "mlp.dwconv.dwconv.{p}", ours + "mlp.fn.dwconv.{p}"),
+        Rule(theirs + "mlp.fc2.{p}", ours + "mlp.fn.fc2.{p}"),
+        Rule("norm.{p}", "norm.{p}"),
+        Rule("head.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2205.13213"}),
+    __name__,
+)

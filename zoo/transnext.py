@@ -1,0 +1,175 @@
+"""TransNeXt: Robust Foveal Visual Perception for Vision Transformers.
+
+Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (3.2: aggregated attention, 3.4: length scaling, 3.5: convolutional GLU) and
+the released code github.com/DaiShiResearch/TransNeXt (Apache-2.0), whose keys and weights these models share.
+
+One model serves what the released code has twice. As in its dense-prediction models, position biases, length scales
+and pooled grids follow the size of the map. `pretrain_size` is the image size that distances are measured by: a
+property of the weights, 224 for the models fine-tuned at 384 too. `img_size` is None for the released extrapolation
+mode; a number selects the interpolation mode: biases are computed for images of that size and resized to others.
+`fixed_pool_size` is the released linear inference mode (7 for the weights trained at 224).
+
+Deviations: the released code fails where a pooled grid is empty (sides under 29 pixels); here it has at least one
+pixel, and at most as many as the map where `fixed_pool_size` asks for more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from torch import Tensor, nn
+
+from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
+from ._backbone import Parts, Stage
+from ._keymap import Edit, Rule
+from ._registry import Family, register
+
+
+@dataclass(frozen=True)
+class TransNeXt:
+    """Columns of the paper's architecture table; where `reductions` is None the stage attends to all."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    reductions: tuple[int | None, ...] = (8, 4, 2, None)
+    mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+    window: int = 3
+    pretrain_size: int = 224
+    img_size: int | None = None
+    fixed_pool_size: int | None = None
+
+
+MICRO = TransNeXt((48, 96, 192, 384), (2, 2, 15, 2), (2, 4, 8, 16))
+SMALL = TransNeXt((72, 144, 288, 576), (5, 5, 22, 5), (3, 6, 12, 24))
+BASE = TransNeXt((96, 192, 384, 768), (5, 5, 23, 5), (4, 8, 16, 32))
+
+VARIANTS = {
+    "transnext_atto": TransNeXt((24, 24, 48, 96), (1, 1, 2, 1), (1, 1, 2, 4)),
+    "transnext_micro": MICRO,
+    "transnext_tiny": TransNeXt((72, 144, 288, 576), (2, 2, 15, 2), (3, 6, 12, 24)),
+    "transnext_small": SMALL,
+    "transnext_base": BASE,
+    "transnext_small_384": SMALL,
+    "transnext_base_384": BASE,
+    "transnext_micro_aaaa_256": replace(MICRO, reductions=(16, 8, 4, 2), pretrain_size=256),
+}
+
+norm = partial(LayerNorm2d, eps=1e-6)
+embed_norm = partial(LayerNorm2d, eps=1e-5)
+
+
+class ConvGlu(nn.Module):
+    """`fc2(gelu(dwconv(gate(x))) * value(x))` on a feature map `[B, C, H, W]`, `dwconv` 3x3 (sec. 3.5).
+
+    The hidden width is int(2/3 * ratio * C).
+    """
+
+    def __init__(self, dim: int, *, ratio: float):
+        super().__init__()
+        hidden = int(2 * (dim * ratio) / 3)
+        # two maps of one input: halves of one map would reach the convolution as a strided view, and be copied
+        self.gate = nn.Linear(dim, hidden)
+        self.value = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        gate = F.gelu(self.dwconv(self.gate(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return self.fc2(gate * self.value(x)).permute(0, 3, 1, 2)
+
+
+def mixer(row: TransNeXt, stage: int) -> nn.Module:
+    stride = 4 * 2**stage
+    nominal = None if row.img_size is None else max(1, row.img_size // stride)
+    dim, heads, trained = row.dims[stage], row.num_heads[stage], row.pretrain_size // stride
+    reduction = row.reductions[stage]
+    if reduction is None:
+        return LengthScaledCosine(dim, num_heads=heads, trained_size=trained, nominal_size=nominal)
+    return Aggregated(
+        dim,
+        num_heads=heads,
+        reduction=reduction,
+        trained_size=trained,
+        window=row.window,
+        pool_size=row.fixed_pool_size,
+        nominal_size=nominal,
+    )
+
+
+def build(
+    row: TransNeXt, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    rates = drop_path_rates(drop_path_rate, row.depths)
+    stages = []
+    for i, dim in enumerate(row.dims):
+        blocks = [
+            block(
+                mixer=Residual(mixer(row, i), norm=norm(dim), drop_path=rate),
+                mlp=Residual(ConvGlu(dim, ratio=row.mlp_ratios[i]), norm=norm(dim), drop_path=rate),
+            )
+            for rate in rates[i]
+        ]
+        down = conv_norm(row.dims[i - 1], dim, kernel=3, stride=2, norm=embed_norm) if i else None
+        stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down, norm=norm(dim)))
+    return Parts(
+        stem=conv_norm(in_chans, row.dims[0], kernel=7, stride=4, norm=embed_norm),
+        stages=stages,
+        head=ClassifierHead(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        # the tables' weights are those of the position bias
+        no_decay=frozenset({"temperature", "query_embedding", "relative_pos_bias_local", "fc1_weight", "fc2_weight"}),
+        init=initialise,
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# queries, then keys and values: one map of three
+PACK = Edit(lambda q, kv: (torch.cat([q, kv]),), lambda qkv: qkv.tensor_split([len(qkv) // 3]))
+HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))
+
+
+def keys(row: TransNeXt) -> Sequence[Rule]:
+    theirs, ours = "block{s+1}.{b}.", "stages.{s}.blocks.{b}."
+    plain = [i for i, reduction in enumerate(row.reductions) if reduction is None]
+    return [
+        # one map in the stages of full attention, two in the others
+        *(Rule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
+        Rule([theirs + "attn.q.{p}", theirs + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK),
+        Rule("patch_embed1.proj.{p}", "stem.conv.{p}"),
+        Rule("patch_embed1.norm.{p}", "stem.norm.{p}"),
+        Rule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),
+        Rule("patch_embed{s+1}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        Rule("norm{s+1}.{p}", "stages.{s}.norm.{p}"),
+        Rule(theirs + "norm1.{p}", ours + "mixer.norm.{p}"),
+        Rule(theirs + "attn.cpb_fc1.{p}", ours + "mixer.fn.position.fc1_{p}"),
+        Rule(theirs + "attn.cpb_fc2.{p}", ours + "mixer.fn.position.fc2_{p}"),
+        *(Rule(f"{theirs}attn.{part}.{{p}}", f"{ours}mixer.fn.{part}.{{p}}") for part in ("sr", "norm", "proj")),
+        # what the published mixer holds itself: temperature, query_embedding and the local tables
+        Rule(theirs + "attn.{p}", ours + "mixer.fn.{p}"),
+        Rule(theirs + "norm2.{p}", ours + "mlp.norm.{p}"),
+        Rule(theirs + "mlp.fc1.{p}", [ours + "mlp.fn.gate.{p}", ours + "mlp.fn.value.{p}"], HALVES),
+        Rule(theirs + "mlp.dwconv.dwconv.{p}", ours + "mlp.fn.dwconv.{p}"),
+        Rule(theirs + "mlp.fc2.{p}", ours + "mlp.fn.fc2.{p}"),
+        Rule("head.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2311.17132"}),
+    __name__,
+)
