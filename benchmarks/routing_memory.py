@@ -45,7 +45,7 @@ def expand_and_gather(qkv: Tensor, index: Tensor, *, grid: tuple[int, int], scal
         return expanded.gather(2, where).transpose(2, 3).flatten(3, 4)
 
     weights = ((q * scale) @ gathered(k).mT).softmax(-1)
-    return _from_regions(weights @ gathered(v), grid, qkv.shape[1:3])
+    return _from_regions(weights @ gathered(v), grid, (qkv.shape[1], qkv.shape[2]))
 
 
 def resident() -> int:

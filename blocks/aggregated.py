@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .length_scaled_cosine import BiasTable, Grid, LogPositionBias, expand, kept, reset_query, unit
 from .precision import without_autocast
 
-# plain PyTorch works through the rows of queries in groups with at most this many weights of pooled keys
-_GROUP = 1 << 25
+# the rows of queries are worked through in groups with about this many weights of pooled keys in each image (not each
+# batch: the number of groups would then depend on the batch size, and a program exported for one could serve no other)
+_GROUP = 1 << 20
 
 
 @kept
@@ -181,7 +182,7 @@ def _joint_softmax(
     table, rows, columns = bias
     size, grid = q.shape[3:], (rows.shape[0], columns.shape[0])
     batch, heads, keys = k_pooled.shape[:3]
-    step = max(1, _GROUP // (batch * heads * keys * size[1]))
+    step = max(1, _GROUP // (heads * keys * size[1]))
     near, far = [], []
     for part, q_part, rows_part in zip(scores.split(step, 3), q.split(step, 3), rows.split(step, 1), strict=True):
         pooled = (k_pooled @ q_part.flatten(3)).view(batch, heads, *grid, *part.shape[3:])

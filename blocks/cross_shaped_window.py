@@ -1,6 +1,7 @@
 """Cross-shaped window attention (CSWin)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,12 @@ class CrossShapedWindow(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         directions = 1 if stripe_width is None else 2
         part = dim // directions
-        self.lepe = nn.ModuleList(nn.Conv2d(part, part, 3, padding=1, groups=part) for _ in range(directions))
+        self.lepe: Any = nn.ModuleList(nn.Conv2d(part, part, 3, padding=1, groups=part) for _ in range(directions))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
-        lepe = [(conv.get_parameter("weight"), conv.get_parameter("bias")) for conv in self.lepe]
+        lepe = [(conv.weight, conv.bias) for conv in self.lepe]
         y = cross_shaped_attention(qkv, lepe, stripe_width=self.stripe_width)
         return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
 

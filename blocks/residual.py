@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 
@@ -51,7 +51,6 @@ def block(**branches: nn.Module) -> nn.Sequential:
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Drop path rates by stage and block: linear from 0 at the first block to `rate` at the last (stochastic depth)."""
-    flat = calculate_drop_path_rates(rate, sum(depths))
-    assert isinstance(flat, list)
+    flat = [float(r) for r in torch.linspace(0, rate, sum(depths), device="cpu")]
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [flat[start : start + depth] for start, depth in zip(starts, depths, strict=True)]

@@ -36,18 +36,19 @@ class Window(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        (height, width), (win_h, win_w) = x.shape[-2:], self.window
+        (batch, dim, height, width), (win_h, win_w) = x.shape, self.window
+        rows, cols = -(-height // win_h), -(-width // win_w)
+        bottom, right = rows * win_h - height, cols * win_w - width
         x = x.permute(0, 2, 3, 1)
-        bottom, right = -height % win_h, -width % win_w
-        if bottom or right:
+        # a compiler folds an empty padding into the copy below, and one graph then serves all sizes
+        if torch.compiler.is_dynamo_compiling() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         # x is cut into windows while it is a third as wide as q, k and v
-        cells = x.unflatten(2, (-1, win_w)).unflatten(1, (-1, win_h)).transpose(2, 3)  # [B, rows, cols, h, w, C]
-        qkv = self.qkv(cells.flatten(0, 2)).unflatten(-1, (3, self.num_heads, -1))
-        y = self.proj(attend(qkv).flatten(3)).view(cells.shape)
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if bottom or right:
-            y = y[:, :height, :width]
+        cells = x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3)
+        qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim))
+        y = self.proj(attend(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(3))
+        y = y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
+        y = y.reshape(batch, rows * win_h, cols * win_w, dim)[:, :height, :width]
         return y.permute(0, 3, 1, 2)
 
 

@@ -70,7 +70,7 @@ def routed_attention_reference(qkv: Tensor, index: Tensor, *, grid: tuple[int, i
     k_BRNjD, v_BRNjD = _gather(k_BRNrD, index), _gather(v_BRNrD, index)
     logits_BRNrj = (q_BRNrD * scale) @ k_BRNjD.mT
     weights_BRNrj = logits_BRNrj.softmax(-1, dtype=_at_least_float32(qkv)).to(qkv.dtype)
-    return _from_regions(weights_BRNrj @ v_BRNjD, grid, qkv.shape[1:3])
+    return _from_regions(weights_BRNrj @ v_BRNjD, grid, (qkv.shape[1], qkv.shape[2]))
 
 
 def routed_attention_unsupported(qkv: Tensor, index: Tensor, *, grid: tuple[int, int]) -> list[str]:
@@ -177,9 +177,10 @@ def _backward_grouped(qkv: Tensor, index: Tensor, grad: Tensor, grid: tuple[int,
         ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale)
         dq[group] = ds @ k_g
         _scatter_add(dk, picked, ds.mT @ q_g)
-    dqkv[:, :, :, 1] = _from_regions(dk, grid, qkv.shape[1:3])
+    size = (qkv.shape[1], qkv.shape[2])
+    dqkv[:, :, :, 1] = _from_regions(dk, grid, size)
     del dk
-    dqkv[:, :, :, 2] = _from_regions(dv, grid, qkv.shape[1:3])
+    dqkv[:, :, :, 2] = _from_regions(dv, grid, size)
     return dqkv
 
 

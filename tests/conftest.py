@@ -16,6 +16,6 @@ def fixed_seed():
 
 
 def pytest_generate_tests(metafunc):
-    """`model_name`: the smallest model of every family, which has all its mechanisms (test_timm.py takes all models)."""
+    """`model_name`: the smallest model of every family, with all its mechanisms (test_timm.py takes all models)."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", [n for n in tessel.zoo.list_models() if n.endswith("_atto")])

@@ -9,6 +9,7 @@ from torch import nn
 
 import tessel.zoo
 from tessel.blocks import Channel, conv_norm
+from tessel.zoo._backbone import Backbone
 from tessel.zoo.davit import VARIANTS, DaViT, Head, Merge, norm, pair
 
 # ours -> the released code's, inside a module
@@ -60,6 +61,12 @@ def test_modules_return_what_the_released_code_returns(case):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-11)
 
 
+def make(name: str) -> Backbone:
+    model = timm.create_model(name)
+    assert isinstance(model, Backbone)
+    return model
+
+
 def timms(row: DaViT) -> DaVit:
     return DaVit(
         depths=row.depths,
@@ -77,7 +84,7 @@ def test_timms_weights_give_timms_outputs(name, size):
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
-    ours = timm.create_model(name).double().eval()
+    ours = make(name).double().eval()
     ours.load_state_dict(tessel.zoo.from_published(name, theirs.state_dict()))
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.inference_mode():
@@ -145,5 +152,5 @@ def test_head_without_a_job_holds_nothing():
 
 def test_feature_extractor_has_no_idle_parameter():
     model = timm.create_model("tessel_davit_atto", features_only=True)
-    sum(m.square().mean() for m in model(torch.randn(1, 3, 64, 64))).backward()
+    torch.stack([m.square().mean() for m in model(torch.randn(1, 3, 64, 64))]).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

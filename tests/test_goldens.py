@@ -9,10 +9,16 @@ import tessel.zoo
 
 TOLERANCE = 1e-9
 
-NAMES = sorted(path.name.removesuffix(".json.gz") for path in golden.RECORDS.glob("*.json.gz"))
+# the smallest record of a family by default
+SMALLEST = ("affnet_extra_tiny", "biformer_tiny", "cswin_tiny", "litv2_small", "tessel_davit_tiny", "tessel_halonet_h1")
+SMALLEST += ("transnext_micro",)
+PARAMS = [
+    pytest.param(name, marks=() if name in SMALLEST else pytest.mark.slow)
+    for name in sorted(path.name.removesuffix(".json.gz") for path in golden.RECORDS.glob("*.json.gz"))
+]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=PARAMS)
 def record(request):
     return golden.load(request.param)
 

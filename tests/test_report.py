@@ -20,6 +20,7 @@ from tessel.blocks import BiLevelRouting
 from tessel.train import explain, report
 from tessel.train.checkpoint import export
 from tessel.train.demo_data import digits
+from tessel.train.schema import Data, UserError
 
 SECTIONS = {
     "Training": ["learning", "optimisation"],
@@ -165,7 +166,7 @@ def test_the_header_tells_the_run(page):
 def test_the_sections_tell_what_was_found(page):
     assert "Waiting for data took 3% of the time" in page.sections["Training"]
     assert page.sections["Confusion"].startswith("3 of 360 held-out images are taken for another class.")
-    assert page.sections["Hardest images"].startswith("First the 3 mistakes, as true → predicted class")
+    assert page.sections["Hardest images"].startswith("First the mistakes, as true → predicted class; then")
 
 
 def test_the_command_says_where_and_what_next(run, undrawn, capsys):
@@ -229,7 +230,30 @@ def test_no_mistakes(run, undrawn):
     assert report.main([str(run)]) == 0
     page = Page(run / "report/index.html")
     assert page.sections["Confusion"] == "0 of 360 held-out images are taken for another class."
-    assert page.sections["Hardest images"].startswith("There are no mistakes.")
+    assert page.sections["Hardest images"].startswith("There are no mistakes;")
+
+
+def test_more_mistakes_than_there_is_room_for(run, undrawn):
+    save_predictions(run, wrong=list(range(0, 360, 9)))
+    assert report.main([str(run)]) == 0
+    words = Page(run / "report/index.html").sections["Hardest images"]
+    assert words.startswith("The worst 24 of 40 mistakes, as true → predicted class.") and "right answers" not in words
+
+
+def test_the_hardest_images_come_in_order(run, monkeypatch):
+    save_predictions(run, wrong=[7, 200])
+    drawn = []
+    monkeypatch.setattr(report, "picture", lambda folder, name, words, draw: drawn.append(draw) or "")
+    monkeypatch.setattr(report, "draw_hardest", drawn.append)
+    report.hardest(report.read_run(run), run)
+    drawn[0]()
+    data, cards = digits("val"), drawn[1]
+    assert [(true, taken) for _, true, taken, _ in cards[:2]] == [
+        (str(data.targets[i]), str((data.targets[i] + 1) % 10)) for i in (7, 200)
+    ]
+    # the fixture makes right answers less certain the later they stand in the data set
+    assert [image.tobytes() for image, *_ in cards[2:]] == [data[i][0].tobytes() for i in range(359, 337, -1)]
+    assert cards[2][3] == pytest.approx(0.82 - 0.359)
 
 
 def test_several_runs_are_laid_over_each_other(finished, tmp_path):
@@ -382,6 +406,12 @@ def test_the_last_mixer_of_a_stage_is_captured_with_its_input(stand_in):
 def test_a_model_without_such_mixers_has_nothing_to_explain():
     assert explain.capture(Toy(), torch.rand(1, 3, 8, 8)) == []
     assert explain.capture(nn.Identity(), torch.rand(1, 3, 8, 8)) == []
+
+
+def test_a_model_without_such_mixers_is_refused():
+    model = timm.create_model("test_efficientnet", num_classes=10).eval()
+    with pytest.raises(UserError, match="no mixer that can be explained"):
+        explain.explain(model, digits("val"), Data(source="digits", size=32))
 
 
 def rectangles(axes, colour):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,7 +301,7 @@ def test_resume_is_exact_on_two_processes(recipe, images):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_model_trains_and_exports(recipe):
-    overrides = ["parallel.compile=true", "sched.steps=2", "model.name=test_resnet", "model.drop_path=null"]
+    overrides = ["parallel.compile=true", "sched.steps=3", "model.name=test_resnet", "model.drop_path=null"]
     assert trainer.train(recipe, *overrides) == 0
     timm.create_model(f"local-dir:{recipe.parent / 'runs/tiny/export'}", pretrained=True)
 
@@ -309,7 +310,7 @@ def test_compiled_model_trains_and_exports(recipe):
 @pytest.mark.filterwarnings("default")
 def test_tensorboard_and_offline_wandb(recipe, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert trainer.train(recipe, "sched.steps=2", "log.tensorboard=true", "log.wandb=offline") == 0
+    assert trainer.train(recipe, "sched.steps=3", "log.tensorboard=true", "log.wandb=offline") == 0
     run = recipe.parent / "runs/tiny"
     assert list(run.glob("tensorboard/events.*")) and list(run.glob("wandb/offline-run-*"))
 
@@ -403,7 +404,7 @@ def test_schedule_is_a_function_of_the_step(recipe):
 
 
 def test_parameter_groups_decay_and_layers():
-    model = timm.create_model("test_vit")
+    model: Any = timm.create_model("test_vit")
     optimizer = build_optimizer(model, Optim(weight_decay=0.1, layer_decay=0.5), 1e-3)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -428,7 +429,7 @@ def test_clip_returns_the_norm_before_it(mode):
 
 
 def test_moving_average_and_its_loan():
-    model = torch.nn.BatchNorm1d(2)
+    model: Any = torch.nn.BatchNorm1d(2)
     average = MovingAverage(model, Ema(decay=0.75, warmup=False))
     with torch.no_grad():
         model.weight.fill_(5.0)

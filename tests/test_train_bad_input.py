@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import trainer
+from torch.distributed.checkpoint import FileSystemWriter
 
 from tessel.train import checkpoint, evaluate, loggers, tasks
 from tessel.train.engine import Engine
@@ -122,7 +123,7 @@ def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage
         def hooked(self):
             if self.progress.step == 4:
                 if stage == "tensors":
-                    patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", half_written)
+                    patch.setattr(FileSystemWriter, "write_data", half_written)
                 elif stage == "manifest":
                     patch.setattr(checkpoint, "write_atomically", no_space)
                 else:
@@ -139,9 +140,9 @@ def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage
 
 
 def test_full_disk_while_logging(recipe, monkeypatch, capsys):
-    full = open("/dev/full", "wb", buffering=0)
-    monkeypatch.setattr(loggers.Jsonl, "__init__", lambda self, path: setattr(self, "file", full))
-    message = refusal(capsys, trainer.train(recipe))
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(loggers.Jsonl, "__init__", lambda self, path: setattr(self, "file", full))
+        message = refusal(capsys, trainer.train(recipe))
     assert "/dev/full cannot be written (No space left on device)" in message
 
 

@@ -33,7 +33,8 @@ def _list_models(*args, include_tags: bool = False, pretrained: bool = False, fi
     return [full for name in names for full in (get_arch_pretrained_cfgs(name) or [name])] if include_tags else names
 
 
-timm.list_models = _list_models
+def pytest_configure(config):
+    timm.list_models = _list_models
 
 
 def pytest_collection_modifyitems(config, items):

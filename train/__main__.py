@@ -170,8 +170,8 @@ def describe(engine: "Engine") -> Iterator[str]:
     size, precision = recipe.data.size, recipe.parallel.precision
     yield f"{recipe.model.name}: {parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
     yield (
-        f"{engine.task.samples} images, {schedule.steps} steps of {recipe.data.batch} = {world.size} processes "
-        f"x {schedule.accumulate} x {schedule.micro_batch} on {world.device.type}"
+        f"{engine.task.samples} images, {schedule.steps} steps of {recipe.data.batch} = {world.size} x "
+        f"{schedule.accumulate} x {schedule.micro_batch} (processes, accumulated, micro-batch) on {world.device.type}"
     )
     yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
 
@@ -189,7 +189,7 @@ def _kind(hint: typing.Any) -> str:
         return " | ".join(map(str, arguments))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join("null" if part is type(None) else _kind(part) for part in arguments)
-    return f"{'list' if hint.__name__ == 'tuple' else hint.__name__}"
+    return "list" if hint.__name__ == "tuple" else hint.__name__
 
 
 def _figures(figures: dict[str, typing.Any]) -> str:

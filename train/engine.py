@@ -20,7 +20,7 @@ from .checkpoint import Checkpoints
 from .config import Plan, recipe_hash
 from .data import seed_all
 from .evaluate import measure
-from .launch import Signals, World, write_atomically
+from .launch import Signals, World, write_atomically, writing
 from .loggers import Loggers
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, place, replicate, share
@@ -236,7 +236,8 @@ class Engine:
         if self.world.main:
             keys = self.task.sample_keys(self.plan, error.step)
             facts = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.norm)}
-            write_atomically(dump, json.dumps(facts | {"samples (epoch, index)": keys}) + "\n")
+            with writing(dump):
+                write_atomically(dump, json.dumps(facts | {"samples (epoch, index)": keys}) + "\n")
         return UserError(
             f"{error}: stopped; {dump} lists the images of that update and the checkpoints up to step {self.saved} are "
             "good. ckpt.resume=CHECKPOINT with another run.name goes on from one, with a lower optim.lr or optim.clip "

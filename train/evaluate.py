@@ -20,7 +20,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import load_recipe
-from .launch import World, join, write_atomically
+from .launch import World, join, write_atomically, writing
 from .parallel import autocast, place
 from .schema import Parallel, Recipe, UserError, report_errors
 from .tasks import Scores, Task, build_task
@@ -57,18 +57,13 @@ def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: Wor
     path, part = run / "evaluation", run / ".tmp-evaluation"
     with world.together():
         if world.main:
-            try:
+            with writing(path):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
                 np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]
                 write_atomically(part / "evaluation.json", json.dumps(figures, indent=1) + "\n")
                 shutil.rmtree(path, ignore_errors=True)
                 os.replace(part, path)
-            except OSError as error:
-                shutil.rmtree(part, ignore_errors=True)
-                raise UserError(
-                    f"evaluation cannot be written to {path} ({error.strerror}); free space there"
-                ) from error
     return figures
 
 

@@ -5,8 +5,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -15,7 +17,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from ..blocks import BiLevelRouting
+from .augment import eval_transform, input_config
+from .schema import Data, UserError
 
+EXAMPLES = 4  # images that are shown
 Box = tuple[int, int, int, int]
 Pixel = tuple[int, int]
 
@@ -145,3 +150,21 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) ->
                 if index == 0:
                     axes.set_title(f"stage {seen.stage}\n{words}", fontsize="small", fontweight="normal", pad=7)
     return figure
+
+
+def explain(model: Any, dataset: Any, data: Data) -> Callable[[], Figure]:
+    """A function that draws what the mixers of `model` attend to in a few images of `dataset`, of different classes.
+
+    Raises UserError if no mixer of the model can be explained.
+    """
+    examples: dict[int, Any] = {}
+    for index in np.linspace(0, len(dataset) - 1, 8 * EXAMPLES, dtype=int):
+        image, target = dataset[int(index)]
+        examples.setdefault(target, image)
+    transform, config = eval_transform(data, model.pretrained_cfg), input_config(data, model.pretrained_cfg)
+    images = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
+    captures = capture(model, images)
+    if not captures:
+        raise UserError("the model has no mixer that can be explained")
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    return partial(attention_figure, [(image.permute(1, 2, 0) * std + mean).clamp(0, 1) for image in images], captures)

@@ -97,7 +97,11 @@ def join(run: Run) -> Iterator[World]:
 
 
 class Signals:
-    """`raised` turns True at SIGTERM, SIGINT or SIGUSR1; a second SIGINT interrupts at once."""
+    """`raised` turns True at SIGTERM, SIGINT or SIGUSR1; a second SIGINT interrupts at once.
+
+    torchrun passes SIGTERM on and kills after 30 s: `--shutdown-timeout` gives a large model the time to be saved, and
+    `--signals-to-handle SIGTERM,SIGINT,SIGUSR1` lets it pass SIGUSR1 on. It exits 1 all the same: look for DONE.
+    """
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -148,7 +152,7 @@ class RunDir:
     def open(self) -> Path | None:
         """Make the directory, or take up the one `check` accepted; where an older run was moved to, if one was."""
         aside = None
-        try:
+        with writing(self.path):
             if self.recipe.run.fresh and self.path.exists():
                 names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
@@ -156,10 +160,6 @@ class RunDir:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "recipe.yaml", dump(self.recipe))
             (self.path / "PREEMPTED").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run directory {self.path} cannot be written ({error.strerror}); set run.out to a place that can"
-            ) from error
         return aside
 
     def finished(self) -> dict[str, Any] | None:
@@ -169,12 +169,25 @@ class RunDir:
         return None
 
     def mark(self, marker: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / marker, json.dumps(content) + "\n")
+        with writing(self.path / marker):
+            write_atomically(self.path / marker, json.dumps(content) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop metrics of later steps than `step`, and a line that a crash cut short."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+        with writing(self.metrics):
+            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+            write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn an OSError within into the UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); free space there or set run.out to another place"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

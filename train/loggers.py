@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import flatten
-from .launch import World
-from .schema import Log, Recipe, UserError
+from .launch import World, writing
+from .schema import Log, Recipe
 
 
 class Logger(Protocol):
@@ -28,10 +28,8 @@ class Jsonl:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def log(self, record: dict[str, Any]) -> None:
-        try:
+        with writing(self.file.name):
             self.file.write(json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"{self.file.name} cannot be written ({error.strerror}); free space there") from error
 
     def close(self) -> None:
         self.file.close()
@@ -45,7 +43,13 @@ class Screen:
         self.total = total
         self.bar: Progress | None = None
         if log.progress == "bar" or (log.progress == "auto" and self.console.is_terminal):
-            columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("", total=total, completed=step)
             self.figures: dict[str, str] = {}

@@ -30,14 +30,14 @@ from matplotlib import rc_context, rcParams
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from safetensors import SafetensorError
 from torch import nn
 
-from .augment import eval_transform, input_config
 from .config import load_recipe
 from .data import build_dataset
 from .evaluate import load_run
-from .explain import attention_figure, capture
+from .explain import explain
 from .launch import write_atomically
 from .perf import parameters
 from .schema import Recipe, UserError, report_errors
@@ -45,7 +45,6 @@ from .schema import Recipe, UserError, report_errors
 WIDTH = 9.2  # inches of a picture as wide as the page
 NAMED, COUNTED = 60, 20  # most classes that a confusion matrix names, and that it writes the counts of
 COLUMNS, SHOWN = 8, 24  # images a row and in all among the hardest ones
-EXPLAINED = 4  # images in the attention picture
 Contents = Callable[[], tuple[str, str]]  # of a section: text, and HTML below it
 
 STYLE: dict[str, Any] = {
@@ -272,32 +271,22 @@ def hardest(run: Run, folder: Path) -> tuple[str, str]:
         (image, data.classes[target[i]], data.classes[prediction[i]], float(probability[i, prediction[i]]))
         for i, (image, _) in zip(chosen, samples, strict=True)
     ]
-    mistakes, shown = (~right).sum(), (~right[chosen]).sum()
-    first = f"{shown} of the {mistakes:,}" if shown < mistakes else f"the {mistakes}"
-    text = (
-        f"First {first} mistakes, as true → predicted class; then" if mistakes else "There are no mistakes. These are"
-    )
-    text += " the right answers that were least certain. Below each image, the probability of the predicted class."
+    mistakes, rest = (~right).sum(), "the right answers that were least certain"
+    if not mistakes:
+        text = f"There are no mistakes; these are {rest}."
+    elif mistakes < len(cards):
+        text = f"First the mistakes, as true → predicted class; then {rest}."
+    else:
+        text = f"The worst {len(cards)} of {mistakes:,} mistakes, as true → predicted class."
+    text += " Below each image stands the probability of the predicted class."
     return text, picture(folder, "hardest", "the hardest images", lambda: draw_hardest(cards))
 
 
 def attention(run: Run, folder: Path) -> tuple[str, str]:
-    """What the mixers attended to in a few held-out images of different classes."""
-    model, data = run.model, run.held_out
-    samples: dict[int, Any] = {}
-    for index in np.linspace(0, len(data) - 1, 8 * EXPLAINED, dtype=int):
-        image, target = data[int(index)]
-        samples.setdefault(target, image)
-    transform = eval_transform(run.recipe.data, model.pretrained_cfg)
-    images = torch.stack([transform(samples[target]) for target in sorted(samples)[:EXPLAINED]])
-    captures = capture(model, images)
-    if not captures:
-        raise UserError(f"{run.recipe.model.name} has no mixer that can be explained")
-    config = input_config(run.recipe.data, model.pretrained_cfg)
-    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    pictures = [(image.permute(1, 2, 0) * std + mean).clamp(0, 1) for image in images]
+    """What the mixers attended to in a few held-out images."""
+    draw = explain(run.model, run.held_out, run.recipe.data)
     text = "A query, outlined in orange, attends to what is shaded blue; shown for the last such mixer of each stage."
-    return text, picture(folder, "attention", "what queries attend to", lambda: attention_figure(pictures, captures))
+    return text, picture(folder, "attention", "what queries attend to", draw)
 
 
 def _evaluation(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,7 +308,8 @@ def draw_learning(runs: Sequence[Run]) -> Figure:
         for step, top1 in list(zip(*series(run.evals, "top1"), strict=True))[-1:]:
             accuracy.annotate(f"{top1:.1f}", (step, top1), (6, -3), textcoords="offset points", color=colour)
     loss.set(title="Loss", xlabel="step", ylabel="cross entropy, nats", yscale="log")
-    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    loss.minorticks_off()
     accuracy.set(title="Held-out accuracy", xlabel="step", ylabel="top-1, %")
     trained, judged = ("C0", "C1") if len(runs) == 1 else ("0.5", "0.5")
     loss.plot([], [], color=trained, linewidth=1.1, label="training")

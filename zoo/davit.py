@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, SelectAdaptivePool2d, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
@@ -58,8 +59,11 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        bottom, right = (side % 2 for side in x.shape[-2:])
-        return self.conv(F.pad(x, (0, right, 0, bottom)) if bottom or right else x)
+        bottom, right = x.shape[2] % 2, x.shape[3] % 2
+        # compiled, one graph serves even and odd sizes
+        if torch.compiler.is_dynamo_compiling() or bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        return self.conv(x)
 
 
 class Head(nn.Module):

@@ -114,8 +114,12 @@ class Conv(nn.Conv2d):
 
 
 def activation(name: str) -> nn.Module:
-    layer = get_act_layer(name)
-    assert layer is not None
+    try:
+        layer = get_act_layer(name)
+    except KeyError:
+        layer = None
+    if layer is None:
+        raise ValueError(f"HaloNet: act={name!r} is not an activation that timm knows, such as 'relu' or 'silu'")
     return layer(inplace=True)
 
 
