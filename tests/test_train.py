@@ -360,6 +360,13 @@ def test_samples_depend_on_their_key_alone(images):
     assert all(torch.equal(dataset[key][0], first[key]) for key in reversed(keys))
     assert not torch.equal(first[0, 7], first[1, 7])
 
+    class OneImage:
+        def __getitem__(self, index):
+            return None, 0
+
+    numbers = Seeded(OneImage(), lambda image: torch.rand(1), seed=1)
+    assert len({float(numbers[key][0]) for key in keys}) == len(keys)
+
 
 def test_signals_are_noted_and_a_second_interrupt_interrupts():
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
