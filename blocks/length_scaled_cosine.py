@@ -29,7 +29,7 @@ def kept(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor,
 
     @wraps(make)
     def tables(*args):
-        # what a tracer makes must not outlive the trace: under a fake mode, say, even an empty tensor is of another type
+        # what a tracer makes must not outlive the trace; under a fake mode even an empty tensor is of another type
         tracing = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
         return make(*args) if tracing else cached(*args)
 

@@ -107,8 +107,8 @@ def test_zero_input_has_finite_gradients():
     mixer = make(4)
     nn.init.zeros_(mixer.qkv.bias)
     x = torch.zeros(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
-    mixer(x).sum().backward()
-    assert all(t.grad.isfinite().all() for t in (x, *mixer.parameters()))
+    grads = torch.autograd.grad(mixer(x).sum(), [x, *mixer.parameters()])
+    assert all(g.isfinite().all() for g in grads)
 
 
 def test_tables_follow_dtype_and_mode():
@@ -123,6 +123,7 @@ def test_tables_follow_dtype_and_mode():
     torch.testing.assert_close(mixer.bfloat16()(x.bfloat16()).float(), expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.slow
 def test_exported_program_takes_any_batch():
     mixer = Aggregated(8, num_heads=2, reduction=2, trained_size=7).eval()
     batch = torch.export.Dim("batch", min=1, max=1024)

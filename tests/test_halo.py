@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +13,10 @@ from timm.layers.halo_attn import HaloAttn
 import tessel.zoo
 from tessel.blocks import Halo, halo
 from tessel.zoo import from_published, to_published
+
+
+def create(name: str, **options) -> Any:
+    return timm.create_model(name, **options)
 
 
 def reference(mixer, x, *, block, radius, stride=1, masked=False):
@@ -236,7 +241,7 @@ def drawn(model):
 
 @pytest.mark.parametrize("name", ["halonet26t", "sehalonet33ts"])
 def test_model_matches_timm(name):
-    theirs, ours = (timm.create_model(n).double().eval() for n in (name, "tessel_" + name))
+    theirs, ours = (create(n).double().eval() for n in (name, "tessel_" + name))
     state = drawn(theirs)
     theirs.load_state_dict(state)
     ours.load_state_dict(from_published("tessel_" + name, state))
@@ -259,13 +264,13 @@ def test_model_matches_timm(name):
     [("h0", 5.5), ("h1", 8.1), ("h2", 9.4), ("h3", 11.8), ("h4", 19.1), ("h5", 30.7), ("h6", 43.4), ("h7", 67.4)],
 )
 def test_paper_sizes(name, millions):
-    model = timm.create_model(f"tessel_halonet_{name}", device="meta")
+    model = create(f"tessel_halonet_{name}", device="meta")
     # the published 43.4 of h6 is 43.46 cut off
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 def test_starts_as_shortcuts_and_keeps_its_final_convolution():
-    model = timm.create_model("tessel_halonet_atto")
+    model = create("tessel_halonet_atto")
     last_norms = [value for key, value in model.named_parameters() if key.endswith("expand.norm.weight")]
     assert len(last_norms) == 6 and not any(value.detach().any() for value in last_norms)
     final = model.head.final_conv.conv.weight.clone()
@@ -276,7 +281,7 @@ def test_starts_as_shortcuts_and_keeps_its_final_convolution():
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_without_classifier_and_pooling_the_last_stage_is_the_output(reset):
-    model = timm.create_model("tessel_halonet_atto", **({} if reset else {"num_classes": 0, "global_pool": ""})).eval()
+    model = create("tessel_halonet_atto", **({} if reset else {"num_classes": 0, "global_pool": ""})).eval()
     if reset:
         model.reset_classifier(0, "")
     x = torch.randn(1, 3, 40, 52)
@@ -299,4 +304,4 @@ def test_without_classifier_and_pooling_the_last_stage_is_the_output(reset):
 def test_rows_that_do_not_fit_are_refused(options, message):
     assert "tessel_halonet_atto" in tessel.zoo.list_models()
     with pytest.raises(ValueError, match=message):
-        timm.create_model("tessel_halonet_atto", **options)
+        create("tessel_halonet_atto", **options)

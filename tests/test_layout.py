@@ -109,9 +109,3 @@ def test_sizes(capsys):
         for length, where in long_functions:
             print(f"\n  {where}: {length} lines", end="")
     assert not [entry for entry in too_long if entry[0] > entry[1]]
-
-
-def test_the_engine_knows_no_task():
-    source = (ROOT / "train" / "engine.py").read_text().lower()
-    assert "segment" not in source and "detect" not in source and "classif" not in source
-    assert len(source.splitlines()) <= 250

@@ -109,12 +109,15 @@ EXPLAINERS: dict[type[nn.Module], Callable[[Axes, Tensor, Capture, int, Pixel], 
 
 
 def focus_pixels(picture: Tensor) -> tuple[Pixel, Pixel]:
-    """(y, x) in `picture: [H, W, 3]` amid most of what differs from its commonest grey, and amid least of it."""
+    """(y, x) of the subject and of the background in `picture: [H, W, 3]`.
+
+    They are the centres of those sixteenths of the picture that differ most and least from its commonest grey.
+    """
     grey = (picture.mean(-1) * 16).round()
-    side = max(1, min(grey.shape) // 10) * 2 + 1
-    ink = (grey - grey.flatten().mode().values).abs()[None]
-    amount = F.avg_pool2d(ink, side, stride=1, padding=side // 2, count_include_pad=False)[0]
-    subject, background = (divmod(int(place), amount.shape[1]) for place in (amount.argmax(), amount.argmin()))
+    ink = F.adaptive_avg_pool2d((grey - grey.flatten().mode().values).abs()[None], 4)[0]
+    height, width = grey.shape
+    places = (divmod(int(place), 4) for place in (ink.argmax(), ink.argmin()))
+    subject, background = (((2 * row + 1) * height // 8, (2 * column + 1) * width // 8) for row, column in places)
     return subject, background
 
 
