@@ -16,6 +16,7 @@ from .hilo import HiLo
 from .length_scaled_cosine import LengthScaledCosine
 from .mlp import DepthwiseMlp, Mlp
 from .residual import Residual, block, drop_path_rates
+from .strip import Strip
 from .window import Window
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LengthScaledCosine",
     "Mlp",
     "Residual",
+    "Strip",
     "Window",
     "block",
     "conv_norm",

@@ -37,7 +37,7 @@ class Window(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (batch, dim, height, width), (win_h, win_w) = x.shape, self.window
-        rows, cols = -(-height // win_h), -(-width // win_w)
+        rows, cols = (height + win_h - 1) // win_h, (width + win_w - 1) // win_w
         bottom, right = rows * win_h - height, cols * win_w - width
         x = x.permute(0, 2, 3, 1)
         # a compiler folds an empty padding into the copy below, and one graph then serves all sizes

@@ -3,7 +3,7 @@
 Importing this module registers every family; `timm.create_model("biformer_small")` then builds one.
 """
 
-from . import biformer, cswin, davit, halonet, litv2, transnext
+from . import biformer, cswin, davit, halonet, litv2, s2aformer, transnext
 from ._registry import from_published, list_families, list_models, to_published
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "list_families",
     "list_models",
     "litv2",
+    "s2aformer",
     "to_published",
     "transnext",
 ]

@@ -50,8 +50,9 @@ def keep_initialisation(module: nn.Module) -> None:
 class Parts:
     """What a family hands over.
 
-    `head` has `fc`, `num_features`, `reset(num_classes, pool_type)` and `forward(x, pre_logits=...)`, as timm's heads
-    do. `no_decay` names parameters (last part of the key) with two or more dimensions that take no weight decay.
+    `head` has `fc`, `num_features`, `reset(num_classes, pool_type, in_features=...)` and `forward(x, pre_logits=...)`,
+    as timm's heads do. `no_decay` names parameters (last part of the key) with two or more dimensions that take no
+    weight decay.
     `init(module)` is called on every module after its class has initialised it.
     """
 
@@ -144,7 +145,10 @@ class Backbone(nn.Module):
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
-            self.reset_classifier(0, "")
+            self.num_classes = 0
+            # `reset_other`: what stands between pooling and classifier goes too
+            self.head.reset(0, "", reset_other=True, in_features=self.num_features, **get_device_dtype(self))
+            self.head_hidden_size = self.head.num_features
         return take
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,0 +1,147 @@
+"""S2AFormer: Strip Self-Attention for Efficient Vision Transformer.
+
+Xu, Huang, Jia, Li, Gao, Qi, IEEE TIP 2025, arXiv 2505.22195. No code or weights were released. Published are the order
+of a block (convolution, strip attention, local interaction, MLP, each as a residual), a stem of three convolutions, and
+the size, cost and accuracy of five models.
+
+Deviations: dims, depths, heads, the width of the strips, the local interaction module (that of XCiT) and the head are
+our choice, the same rules for all five, within 1.5 % of every published size and cost. Accuracies the paper reports
+belong to the paper's models.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
+from torch import nn
+
+from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
+from ._backbone import Parts, Stage
+from ._keymap import Edit, Rule
+from ._registry import Family, register
+
+
+@dataclass(frozen=True)
+class S2AFormer:
+    """Columns of our table of variants; `qk_dim` is the width of a query and key head, `head_width` of the last MLP."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    qk_dim: int = 1
+    mlp_ratio: float = 4.0
+    head_width: int = 1280
+
+
+VARIANTS = {
+    "s2aformer_atto": S2AFormer((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), head_width=128),
+    "s2aformer_mini": S2AFormer((32, 64, 160, 320), (1, 2, 2, 2), (1, 2, 5, 10)),
+    "s2aformer_tiny": S2AFormer((32, 64, 160, 320), (3, 3, 5, 2), (1, 2, 5, 10)),
+    "s2aformer_xsmall": S2AFormer((32, 64, 160, 320), (3, 4, 7, 2), (1, 2, 5, 10)),
+    "s2aformer_small": S2AFormer((32, 64, 192, 384), (3, 3, 13, 2), (1, 2, 6, 12)),
+    "s2aformer_medium": S2AFormer((64, 128, 256, 512), (4, 4, 19, 3), (2, 4, 8, 16)),
+}
+
+norm = partial(LayerNorm2d, eps=1e-6)
+
+
+def depthwise(dim: int) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+
+def local_interaction(dim: int) -> nn.Sequential:
+    return block(conv1=depthwise(dim), act=nn.GELU(), norm=nn.BatchNorm2d(dim), conv2=depthwise(dim))
+
+
+def stem(in_chans: int, width: int) -> nn.Sequential:
+    """Three 3x3 convolutions, the first of stride 2."""
+    layers = [
+        block(
+            conv=nn.Conv2d(width if i else in_chans, width, 3, 1 if i else 2, 1, bias=False),
+            norm=nn.BatchNorm2d(width),
+            act=nn.GELU(),
+        )
+        for i in range(3)
+    ]
+    return nn.Sequential(*layers)
+
+
+def build(
+    row: S2AFormer, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    rates = drop_path_rates(drop_path_rate, row.depths)
+    stages, previous = [], row.dims[0] // 2
+    for i, dim in enumerate(row.dims):
+        heads, reduction = row.num_heads[i], row.reductions[i]
+        blocks = [
+            block(
+                conv=Residual(depthwise(dim)),
+                mixer=Residual(
+                    Strip(dim, num_heads=heads, reduction=reduction, qk_dim=row.qk_dim), norm=norm(dim), drop_path=rate
+                ),
+                local=Residual(local_interaction(dim), norm=norm(dim), drop_path=rate),
+                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+            )
+            for rate in rates[i]
+        ]
+        down = conv_norm(previous, dim, kernel=3, stride=2, norm=norm)
+        stages.append(Stage(blocks, dim=dim, stride=2, down=down))
+        previous = dim
+    head = NormMlpClassifierHead(
+        row.dims[-1], num_classes, row.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
+    )
+    if not num_classes and not global_pool:
+        # a head that passes the map on has nothing to normalise or to widen
+        head.reset(0, "", reset_other=True)
+    return Parts(stem=stem(in_chans, row.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialise)
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Strip):
+        # logits are products of few channels: they start at order one, or attention would stay an average
+        for weight in (module.get_parameter("q.weight"), module.get_parameter("k.weight")):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+# 1x1 convolutions there, linear maps here
+AS_LINEAR = Edit(
+    lambda t: (t.flatten(1) if t.dim() == 4 else t,), lambda t: (t[:, :, None, None] if t.dim() == 2 else t,)
+)
+
+
+def keys(row: S2AFormer) -> Sequence[Rule]:
+    """The layout of 1x1 convolutions, as such a model is usually written."""
+    theirs, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
+    linear = {f"attn.{name}": f"mixer.fn.{name}" for name in ("q", "k", "v", "proj")}
+    linear |= {f"mlp.{name}": f"mlp.fn.{name}" for name in ("fc1", "fc2")}
+    plain = {"dwconv": "conv.fn", "norm1": "mixer.norm", "norm2": "local.norm", "norm3": "mlp.norm"}
+    plain |= {"attn.reduce.conv": "mixer.fn.reduce.conv", "attn.reduce.bn": "mixer.fn.reduce.norm"}
+    plain |= {"lim.conv1": "local.fn.conv1", "lim.bn": "local.fn.norm", "lim.conv2": "local.fn.conv2"}
+    return [
+        Rule("stem.{i}.conv.{p}", "stem.{i}.conv.{p}"),
+        Rule("stem.{i}.bn.{p}", "stem.{i}.norm.{p}"),
+        Rule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
+        Rule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
+        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}", AS_LINEAR) for a, b in linear.items()),
+        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}") for a, b in plain.items()),
+        Rule("head.norm.{p}", "head.norm.{p}"),
+        Rule("head.pre_logits.fc.{p}", "head.pre_logits.fc.{p}"),
+        Rule("head.fc.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"}),
+    __name__,
+)
