@@ -10,6 +10,7 @@ from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
 from .deform_merge import DeformableConv, deformable_merge
 from .embed import conv_norm
+from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
 from .hilo import HiLo
@@ -20,6 +21,7 @@ from .strip import Strip
 from .window import Window
 
 __all__ = [
+    "AdaptiveFrequencyFilter",
     "Aggregated",
     "BiLevelRouting",
     "Channel",

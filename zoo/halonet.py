@@ -1,9 +1,9 @@
 """HaloNet: Scaling Local Self-Attention for Parameter Efficient Visual Backbones.
 
-Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, CVPR 2021, arXiv 2103.12731: sec. 2 (halo attention), 3.3
-(architecture), tables of H0 to H7. There is no released code; the reference is timm's reading (Apache-2.0), whose keys
-and weights these models share: its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here under the
-same names behind `tessel_`.
+Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, CVPR 2021, arXiv 2103.12731: halo attention and the
+table of variants H0 to H7. There is no released code; the reference is timm's reading (Apache-2.0), whose keys and
+weights these models share: its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here under the same
+names behind `tessel_`.
 
 Deviations: timm refuses maps that the block size does not divide; here they are padded inside the attention. Heads and
 activation of H0 and H2 to H7 follow timm's H1 (8 in every stage, ReLU).

@@ -1,0 +1,85 @@
+"""Adaptive frequency filter (AFFNet): the spectrum of a map computes the mask that filters it."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .precision import without_autocast
+
+
+@register_notrace_module
+class AdaptiveFrequencyFilter(nn.Module):
+    """Global circular convolution with a kernel made from the input; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+    With Z the orthonormal half spectrum of x and complex maps W1, W2 [c, c] in each of G groups of c = C/G channels,
+
+        M = shrink(W2 silu(W1 Z + b1) + b2)        y = irfft2(M * Z)
+
+    at every frequency; silu and shrink(a) = sign(a) * max(|a| - shrinkage, 0) act on real and imaginary part apart
+    (Huang et al., arXiv 2307.14008, sec. 3.2 and 3.3; the activation and the shrinkage are the released code's).
+    `w1, w2: [2, G, c_in, c_out]` and `b1, b2: [2, G, c]` hold real, then imaginary parts.
+
+    The transforms run in float32 at least. Columns of M * Z that a real signal would have conjugate symmetric are
+    made so, which is what the CPU's inverse transform does by itself and a GPU's leaves undefined.
+
+    Raises ValueError if num_groups does not divide dim or shrinkage is negative.
+    """
+
+    def __init__(self, dim: int, *, num_groups: int = 8, shrinkage: float = 0.01):
+        super().__init__()
+        if num_groups < 1 or dim < 1 or dim % num_groups:
+            raise ValueError(
+                f"AdaptiveFrequencyFilter: dim={dim} must be positive and divisible by num_groups={num_groups}"
+            )
+        if not shrinkage >= 0:
+            raise ValueError(f"AdaptiveFrequencyFilter: shrinkage={shrinkage} must be zero or positive")
+        self.dim, self.num_groups, self.shrinkage = dim, num_groups, shrinkage
+        width = dim // num_groups
+        self.w1 = nn.Parameter(torch.empty(2, num_groups, width, width))
+        self.b1 = nn.Parameter(torch.empty(2, num_groups, width))
+        self.w2 = nn.Parameter(torch.empty(2, num_groups, width, width))
+        self.b2 = nn.Parameter(torch.empty(2, num_groups, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x):
+            spectrum = torch.fft.rfft2(x.to(exact), norm="ortho")
+            filtered = symmetric(self._filter(spectrum), x.shape[-1])
+            return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
+
+    def _filter(self, spectrum: Tensor) -> Tensor:
+        """M * Z: `[B, C, H, W//2 + 1] -> [B, C, H, W//2 + 1]`, complex, computed by real products."""
+        groups, batch, (rows, columns) = self.num_groups, len(spectrum), spectrum.shape[-2:]
+        # [B, G, c, H, F, 2] -> [G, 2, c, B, H, F]: a complex layer is one product for all images and frequencies
+        parts = torch.view_as_real(spectrum).unflatten(1, (groups, -1)).permute(1, 5, 2, 0, 3, 4)
+        z = parts.reshape(groups, 2 * (self.dim // groups), batch * rows * columns)
+        hidden = F.silu(torch.baddbmm(*as_real(self.b1.to(z.dtype), self.w1.to(z.dtype)), z))
+        mask = torch.baddbmm(*as_real(self.b2.to(z.dtype), self.w2.to(z.dtype)), hidden)
+        m_real, m_imag = F.softshrink(mask, self.shrinkage).chunk(2, 1)
+        z_real, z_imag = z.chunk(2, 1)
+        real = torch.addcmul(m_real * z_real, m_imag, z_imag, value=-1)
+        imag = torch.addcmul(m_real * z_imag, m_imag, z_real)
+        filtered = torch.complex(real, imag).unflatten(2, (batch, rows, columns))
+        return filtered.permute(2, 0, 1, 3, 4).reshape(batch, self.dim, rows, columns)
+
+
+def as_real(bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A complex layer as a real one on stacked parts: `[2, G, c], [2, G, i, o] -> [G, 2*c, 1], [G, 2*o, 2*i]`."""
+    real, imag = weight.mT.unbind(0)
+    matrix = torch.cat([torch.cat([real, -imag], 2), torch.cat([imag, real], 2)], 1)
+    return bias.transpose(0, 1).flatten(1).unsqueeze(2), matrix
+
+
+def symmetric(spectrum: Tensor, width: int) -> Tensor:
+    """Changes the half spectrum `[..., H, width//2 + 1]`, in place, to the nearest one of a real signal."""
+    # the first column, and the last of an even width, are their own mirror images
+    own = spectrum[..., : width // 2 + 1 : max(width // 2, 1)] if width % 2 == 0 else spectrum[..., :1]
+    mirrored = own.flip(-2).roll(1, -2).conj()
+    own.copy_((own + mirrored) / 2)
+    return spectrum

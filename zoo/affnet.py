@@ -1,0 +1,190 @@
+"""AFFNet: Adaptive Frequency Filters As Efficient Global Token Mixers.
+
+Huang, Zhang, Lan, Zha, Lu, Guo, ICCV 2023, arXiv 2307.14008: sec. 3.2 and 3.3 (the filter), 3.4 (architecture) and the
+released code github.com/microsoft/TokenMixers (MIT, derived from Apple's CVNets), whose keys and weights these models
+share. Activations, norms and the order inside a block follow the released code and configuration of AFFNet-ET; the
+paper's figures draw neither the inner shortcuts nor the last norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import ClassifierHead, GroupNorm1, trunc_normal_
+from timm.models._efficientnet_blocks import InvertedResidual
+from torch import Tensor, nn
+
+from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
+from ._backbone import Parts, Stage
+from ._keymap import Rule
+from ._registry import Family, register
+from .halonet import FinalConvHead, conv_norm
+
+
+@dataclass(frozen=True)
+class AFFNet:
+    """Columns of the released model table.
+
+    `stem` holds the widths of the first convolution and of the inverted residual behind it, `dims` those of the four
+    stages. `depths` counts the inverted residuals of the first stage, then the inner blocks of the others. `expansion`
+    is that of the inverted residuals, `mlp_ratio` that of the channel mixers; the head's width is `head_ratio` times
+    the last stage's, at most `max_head_width`. An `output_stride` of 16 or 8 keeps the last one or two stages at that
+    stride, for dense prediction.
+    """
+
+    stem: tuple[int, int]
+    dims: tuple[int, ...]
+    expansion: float = 4.0
+    depths: tuple[int, ...] = (3, 2, 4, 3)
+    mlp_ratio: float = 2.0
+    num_groups: int = 8
+    head_ratio: int = 4
+    max_head_width: int = 960
+    output_stride: int = 32
+
+    def __post_init__(self):
+        if self.output_stride not in (8, 16, 32):
+            raise ValueError(f"AFFNet: output_stride={self.output_stride} must be 8, 16 or 32")
+        if not len(self.dims) == len(self.depths) == 4 or min(self.depths) < 1:
+            raise ValueError(f"AFFNet: dims={self.dims} and depths={self.depths} must have four positive entries each")
+
+
+VARIANTS = {
+    "affnet_atto": AFFNet((8, 16), (24, 32, 48, 64), expansion=2.0, depths=(2, 1, 2, 1)),
+    "affnet_extra_tiny": AFFNet((16, 32), (48, 64, 104, 144), expansion=2.0),
+    "affnet_tiny": AFFNet((16, 32), (48, 96, 160, 192)),
+    "affnet_base": AFFNet((16, 32), (64, 128, 256, 320)),
+}
+
+
+def inverted_residual(in_chs: int, out_chs: int, *, expansion: float, **options) -> InvertedResidual:
+    """MobileNetV2's block; its shortcut is there where shapes allow it."""
+    return InvertedResidual(in_chs, out_chs, exp_ratio=expansion, act_layer=nn.SiLU, **options)
+
+
+class Fusion(nn.Module):
+    """`fusion([x, proj(norm(blocks(x)))])` on a feature map `[B, C, H, W]`: convolutions of 1x1, two maps into one."""
+
+    def __init__(self, dim: int, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = GroupNorm1(dim)
+        self.proj = conv_norm(dim, dim)
+        self.fusion = conv_norm(2 * dim, dim, act="silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fusion(torch.cat([x, self.proj(self.norm(self.blocks(x)))], 1))
+
+
+def inner_block(row: AFFNet, dim: int, *, drop_path: float) -> Residual:
+    """Channel mixer, then token mixer, each with its own shortcut behind its norm, and one shortcut around both."""
+    branch = block(
+        norm1=GroupNorm1(dim),
+        mlp=inverted_residual(dim, dim, expansion=row.mlp_ratio),
+        norm2=GroupNorm1(dim),
+        mixer=Residual(AdaptiveFrequencyFilter(dim, num_groups=row.num_groups)),
+    )
+    return Residual(branch, drop_path=drop_path)
+
+
+def build(
+    row: AFFNet, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> Parts:
+    # the first of stage 1's inverted residuals is its merge
+    rates = drop_path_rates(drop_path_rate, (row.depths[0] - 1, *row.depths[1:]))
+    stages, in_chs, stride, dilation = [], row.stem[1], 2, 1
+    for i, dim in enumerate(row.dims):
+        step = 2 if stride < row.output_stride else 1
+        down = inverted_residual(in_chs, dim, expansion=row.expansion, stride=step, dilation=dilation)
+        if i == 0:
+            blocks = [inverted_residual(dim, dim, expansion=row.expansion, drop_path_rate=rate) for rate in rates[i]]
+        else:
+            blocks = [Fusion(dim, [inner_block(row, dim, drop_path=rate) for rate in rates[i]])]
+        stages.append(Stage(blocks, dim=dim, stride=step, down=down))
+        # a stride that was left out dilates the merges after it
+        in_chs, stride, dilation = dim, stride * step, dilation * 2 // step
+    width = min(row.head_ratio * in_chs, row.max_head_width)
+    if num_classes or global_pool:
+        head = FinalConvHead(in_chs, width, num_classes, act="silu", pool_type=global_pool, drop_rate=drop_rate)
+    else:
+        head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+    return Parts(
+        stem=block(
+            conv=conv_norm(in_chans, row.stem[0], kernel=3, stride=2, act="silu"),
+            block=inverted_residual(row.stem[0], row.stem[1], expansion=row.expansion),
+        ),
+        stages=stages,
+        head=head,
+        stem_stride=2,
+        init=initialise,
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    # other convolutions are initialised so by their own class
+    if isinstance(module, InvertedResidual):
+        for conv in (module.conv_pw, module.conv_dw, module.conv_pwl):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def conv_norm_rules(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(theirs + "block.conv.{p}", ours + "conv.{p}"), Rule(theirs + "block.norm.{p}", ours + "norm.{p}")]
+
+
+def inverted_residual_rules(theirs: str, ours: str) -> list[Rule]:
+    rules = []
+    for layer, conv, norm in (
+        ("exp_1x1", "conv_pw", "bn1"),
+        ("conv_3x3", "conv_dw", "bn2"),
+        ("red_1x1", "conv_pwl", "bn3"),
+    ):
+        rules += [
+            Rule(f"{theirs}block.{layer}.block.conv.{{p}}", f"{ours}{conv}.{{p}}"),
+            Rule(f"{theirs}block.{layer}.block.norm.{{p}}", f"{ours}{norm}.{{p}}"),
+        ]
+    return rules
+
+
+def keys(row: AFFNet) -> Sequence[Rule]:
+    theirs, ours = "layer_{s+2}.1.", "stages.{s}.blocks.0."
+    inner, our_inner = theirs + "global_rep.{b}.", ours + "blocks.{b}.fn."
+    return [
+        *conv_norm_rules("conv_1.", "stem.conv."),
+        *inverted_residual_rules("layer_1.0.", "stem.block."),
+        *inverted_residual_rules("layer_{s+2}.0.", "stages.{s}.down."),
+        *inverted_residual_rules("layer_2.{b+1}.", "stages.0.blocks.{b}."),
+        *inverted_residual_rules(inner + "mlp.", our_inner + "mlp."),
+        Rule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
+        Rule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
+        Rule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
+        # the last norm of a block is numbered after its inner blocks
+        *(
+            Rule(f"layer_{s + 2}.1.global_rep.{row.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
+            for s in range(1, len(row.dims))
+        ),
+        *conv_norm_rules(theirs + "conv_proj.", ours + "proj."),
+        *conv_norm_rules(theirs + "fusion.", ours + "fusion."),
+        *conv_norm_rules("conv_1x1_exp.", "head.final_conv."),
+        Rule("classifier.fc.{p}", "head.fc.{p}"),
+    ]
+
+
+register(
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={
+            "first_conv": "stem.conv.conv",
+            "crop_pct": 0.8888,
+            "interpolation": "bilinear",
+            "mean": (0.0, 0.0, 0.0),
+            "std": (1.0, 1.0, 1.0),
+            "paper_ids": "arXiv:2307.14008",
+        },
+    ),
+    __name__,
+)
