@@ -123,8 +123,8 @@ def build(
 def initialise(module: nn.Module) -> None:
     # other convolutions are initialised so by their own class
     if isinstance(module, InvertedResidual):
-        for conv in (module.conv_pw, module.conv_dw, module.conv_pwl):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for conv in ("conv_pw", "conv_dw", "conv_pwl"):
+            nn.init.kaiming_normal_(module.get_parameter(f"{conv}.weight"), mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
