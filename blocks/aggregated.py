@@ -43,7 +43,7 @@ class Aggregated(nn.Module):
 
     where k, v and k', v' come from x and x' by the same linear map, e `query_embedding`, t `temperature`,
     r `relative_pos_bias_local`, w `learnable_tokens` and b `learnable_bias` are learned per head, and `bias` is that of
-    `LogPositionBias` (Shi, arXiv 2311.17132, sec. 3.2-3.4, eq. 2-11).
+    `LogPositionBias` (Shi, arXiv 2311.17132, "aggregated attention").
 
     The pooled map has `H // reduction` rows, at least one, or `pool_size` of them, at most H; columns likewise.
     `trained_size` is the side of the map that the weights were trained on. With `nominal_size` the bias is computed for

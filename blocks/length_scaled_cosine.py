@@ -61,7 +61,7 @@ class LogPositionBias(nn.Module):
 
     Distances are in pixels of the queries' grid; a coarser grid of keys has them at the centres of the bins that
     adaptive average pooling makes. `trained_size` is the side of the feature map that the weights were trained on
-    (Shi, arXiv 2311.17132, sec. 3.3; the scaling is the released code's).
+    (Shi, arXiv 2311.17132, "log-spaced continuous position bias"; scaled as in the released code).
 
     Raises ValueError if trained_size < 2.
     """
@@ -147,9 +147,9 @@ class LengthScaledCosine(nn.Module):
         y = proj(softmax((q^ + e) k^^T * softplus(t) * ln(N) + bias) v)
 
     where e `query_embedding` and t `temperature` are learned per head and `bias` is that of `LogPositionBias` (Shi,
-    arXiv 2311.17132, sec. 3.3-3.4). `trained_size` is the side of the map that the weights were trained on. With
-    `nominal_size` the bias is computed for a square map of that side and resized, as the released dense-prediction
-    models do in their interpolation mode.
+    arXiv 2311.17132, "length-scaled cosine attention"). `trained_size` is the side of the map that the weights were
+    trained on. With `nominal_size` the bias is computed for a square map of that side and resized, as the released
+    dense-prediction models do in their interpolation mode.
 
     Raises ValueError if num_heads does not divide dim, trained_size < 2 or nominal_size < 1.
     """

@@ -1,6 +1,6 @@
 """TransNeXt: Robust Foveal Visual Perception for Vision Transformers.
 
-Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (3.2: aggregated attention, 3.4: length scaling, 3.5: convolutional GLU) and
+Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (aggregated attention, length-scaled cosine attention, convolutional GLU) and
 the released code github.com/DaiShiResearch/TransNeXt (Apache-2.0), whose keys and weights these models share.
 
 One model serves what the released code has twice. As in its dense-prediction models, position biases, length scales
@@ -64,7 +64,7 @@ embed_norm = partial(LayerNorm2d, eps=1e-5)
 
 
 class ConvGlu(nn.Module):
-    """`fc2(gelu(dwconv(gate(x))) * value(x))` on a feature map `[B, C, H, W]`, `dwconv` 3x3 (sec. 3.5).
+    """`fc2(gelu(dwconv(gate(x))) * value(x))` on a feature map `[B, C, H, W]`, `dwconv` 3x3.
 
     The hidden width is int(2/3 * ratio * C).
     """
@@ -86,6 +86,10 @@ class ConvGlu(nn.Module):
 
 def mixer(row: TransNeXt, stage: int) -> nn.Module:
     stride = 4 * 2**stage
+    if row.pretrain_size < 64:
+        raise ValueError(f"TransNeXt: pretrain_size={row.pretrain_size} must be at least 64, two pixels of stage 4")
+    if row.img_size is not None and row.img_size < 1:
+        raise ValueError(f"TransNeXt: img_size={row.img_size} must be at least 1, or None")
     nominal = None if row.img_size is None else max(1, row.img_size // stride)
     dim, heads, trained = row.dims[stage], row.num_heads[stage], row.pretrain_size // stride
     reduction = row.reductions[stage]
