@@ -300,7 +300,8 @@ def test_several_runs_need_a_place(finished, capsys):
 def test_a_failure_leaves_the_old_report_as_it_was(run, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
 
-    def full_disk(*args, **kwargs):
+    def full_disk(figure, path, **settings):
+        path.write_bytes(b"half a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full_disk)
