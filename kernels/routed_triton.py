@@ -14,17 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import interpreting
+from ._triton import LOG2_E, Launch, dot
 
-_LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _dot(a, b, INTERPRET: tl.constexpr):
-    if INTERPRET:  # numpy has no bfloat16
-        a = a.to(tl.float32) if a.dtype == tl.bfloat16 else a
-        b = b.to(tl.float32) if b.dtype == tl.bfloat16 else b
-    out_dtype: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    return tl.dot(a, b, input_precision="ieee", out_dtype=out_dtype)
+POINTERS = {"index_ptr": "i32", "list_ptr": "i32", "count_ptr": "i32", "lse_ptr": "fp32", "delta_ptr": "fp32"}
 
 
 @triton.jit
@@ -77,12 +69,12 @@ def _forward_kernel(
         k_mask = k_ok[:, None] & (d < D)[None, :]
         k = tl.load(_rows(qkv_ptr + part, k_at, stride, d), mask=k_mask, other=0.0)
         v = tl.load(_rows(qkv_ptr + 2 * part, k_at, stride, d), mask=k_mask, other=0.0)
-        s = tl.where(k_ok[None, :], _dot(q, tl.trans(k), INTERPRET) * scale, -float("inf"))
+        s = tl.where(k_ok[None, :], dot(q, tl.trans(k), INTERPRET) * scale, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v, INTERPRET)
+        acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, INTERPRET)
         top = new_top
     o_at = image * height * width + q_at
     tl.store(_rows(out_ptr + head * D, o_at, part, d), (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -142,10 +134,10 @@ def _query_backward_kernel(
         k_mask = k_ok[:, None] & (d < D)[None, :]
         k = tl.load(_rows(qkv_ptr + part, k_at, stride, d), mask=k_mask, other=0.0)
         v = tl.load(_rows(qkv_ptr + 2 * part, k_at, stride, d), mask=k_mask, other=0.0)
-        p = tl.exp2(_dot(q, tl.trans(k), INTERPRET) * scale_log2 - lse[:, None])
+        p = tl.exp2(dot(q, tl.trans(k), INTERPRET) * scale_log2 - lse[:, None])
         p = tl.where(k_ok[None, :], p, 0.0)
-        ds = p * (_dot(grad, tl.trans(v), INTERPRET) - delta[:, None])
-        dq += _dot(ds.to(k.dtype), k, INTERPRET)
+        ds = p * (dot(grad, tl.trans(v), INTERPRET) - delta[:, None])
+        dq += dot(ds.to(k.dtype), k, INTERPRET)
     dq_rows = _rows(dqkv_ptr + origin * stride + head * D, q_at, stride, d)
     tl.store(dq_rows, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=q_mask)
 
@@ -182,10 +174,10 @@ def _key_backward_kernel(
         lse = tl.load(lse_ptr + (origin + q_at) * heads + head, mask=q_ok, other=float("inf"))
         delta = tl.load(delta_ptr + (origin + q_at) * heads + head, mask=q_ok, other=0.0)
         # key-major products: on Hopper a transposed dot result may be silently wrong
-        p = tl.exp2(_dot(k, tl.trans(q), INTERPRET) * scale_log2 - lse[None, :])
-        dv += _dot(p.to(grad.dtype), grad, INTERPRET)
-        ds = p * (_dot(v, tl.trans(grad), INTERPRET) - delta[None, :])
-        dk += _dot(ds.to(q.dtype), q, INTERPRET)
+        p = tl.exp2(dot(k, tl.trans(q), INTERPRET) * scale_log2 - lse[None, :])
+        dv += dot(p.to(grad.dtype), grad, INTERPRET)
+        ds = p * (dot(v, tl.trans(grad), INTERPRET) - delta[None, :])
+        dk += dot(ds.to(q.dtype), q, INTERPRET)
     dqkv_ptr += origin * stride + head * D
     tl.store(_rows(dqkv_ptr + part, k_at, stride, d), (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=k_mask)
     tl.store(_rows(dqkv_ptr + 2 * part, k_at, stride, d), dv.to(dqkv_ptr.dtype.element_ty), mask=k_mask)
@@ -209,6 +201,10 @@ def _widths(head_dim: int) -> dict[str, int | bool]:
     return {"D": head_dim, "PAD_D": max(16, triton.next_power_of_2(head_dim)), "INTERPRET": interpreting()}
 
 
+def _list_constants(topk: int) -> dict[str, int]:
+    return {"TOPK": topk, "PAD_K": triton.next_power_of_2(topk), "TILE": 32}
+
+
 def _statistic_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -221,7 +217,7 @@ def forward(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> 
     sizes, programs = _geometry(qkv, grid, own)
     with torch.cuda.device_of(qkv):
         _forward_kernel[(programs,)](
-            qkv, index.int(), out, lse, *sizes, scale * _LOG2_E,
+            qkv, index.int(), out, lse, *sizes, scale * LOG2_E,
             **_widths(qkv.shape[-1]), TOPK=index.shape[-1], TILE_Q=own, TILE_K=partner, num_warps=warps,
         )  # fmt: skip
     return out, lse
@@ -239,12 +235,10 @@ def backward(
     counts = index.new_empty(batch, regions)
     own, partner, warps = tiles(qkv.shape[1] * qkv.shape[2] // regions)
     sizes, programs = _geometry(qkv, grid, own)
-    scales = (scale, scale * _LOG2_E)
+    scales = (scale, scale * LOG2_E)
     constants = {**_widths(qkv.shape[-1]), "num_warps": warps}
     with torch.cuda.device_of(qkv):
-        _invert_kernel[(batch * regions,)](
-            index, lists, counts, regions, TOPK=topk, PAD_K=triton.next_power_of_2(topk), TILE=32
-        )
+        _invert_kernel[(batch * regions,)](index, lists, counts, regions, **_list_constants(topk))
         _query_backward_kernel[(programs,)](
             qkv, index, grad, lse, delta, dqkv, *sizes, *scales, TOPK=topk, TILE_Q=own, TILE_K=partner, **constants
         )
@@ -252,3 +246,17 @@ def backward(
             qkv, lists, counts, grad, lse, delta, dqkv, *sizes, *scales, TILE_Q=partner, TILE_K=own, **constants
         )
     return dqkv
+
+
+def launches(case: tuple) -> dict[str, Launch]:
+    """The kernels of a forward and backward of one of `routed.CASES`, in bfloat16."""
+    _, (height, width), (rows, cols), _, head_dim, topk = case
+    own, partner, warps = tiles((height // rows) * (width // cols))
+    widths = _widths(head_dim)
+    query = {**widths, "TOPK": topk, "TILE_Q": own, "TILE_K": partner}
+    return {
+        "forward": Launch(_forward_kernel, query, warps),
+        "inverse list": Launch(_invert_kernel, _list_constants(topk), 4),
+        "backward of q": Launch(_query_backward_kernel, query, warps),
+        "backward of k, v": Launch(_key_backward_kernel, {**widths, "TILE_Q": partner, "TILE_K": own}, warps),
+    }
