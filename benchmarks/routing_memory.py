@@ -10,14 +10,11 @@ holds n_regions copies of them; `tessel.kernels.routed` recomputes gathered keys
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
+from measuring import facts, in_own_process, peak_of
 from torch import Tensor
 
 from tessel.blocks import BiLevelRouting
@@ -28,8 +25,6 @@ STAGES = {  # stride, dim, num_heads, topk of biformer_base
     "stage 3": (16, 384, 12, 16),
 }
 REGIONS_PER_SIDE = 8
-# freed memory goes back to the system at once, so that the resident set is what is in use
-RETURNING = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def expand_and_gather(qkv: Tensor, index: Tensor, *, grid: tuple[int, int], scale: float) -> Tensor:
@@ -46,30 +41,6 @@ def expand_and_gather(qkv: Tensor, index: Tensor, *, grid: tuple[int, int], scal
 
     weights = ((q * scale) @ gathered(k).mT).softmax(-1)
     return _from_regions(weights @ gathered(v), grid, (qkv.shape[1], qkv.shape[2]))
-
-
-def resident() -> int:
-    """Resident set of this process in bytes."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * 4096
-
-
-def peak_of(run) -> int:
-    """Highest resident set during `run()`, sampled every millisecond, above the level before it."""
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, resident())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return max(highest, resident()) - before
 
 
 def measure(form: str, stage: str, size: int, batch: int) -> None:
@@ -100,15 +71,12 @@ def main() -> None:
     for stage in STAGES:
         peaks = []
         for form in ("expand and gather", "tessel"):
-            command = [sys.executable, __file__, "--one", form, stage]
-            command += ["--size", str(options.size), "--batch", str(options.batch)]
-            peaks.append(
-                float(subprocess.run(command, check=True, capture_output=True, text=True, env=RETURNING).stdout)
-            )
+            size = ("--size", str(options.size), "--batch", str(options.batch))
+            peaks.append(float(in_own_process(__file__, "--one", form, stage, *size)))
         rows.append({"stage": stage, "expand_and_gather_mib": peaks[0], "tessel_mib": peaks[1]})
         print(f"{stage:10}{peaks[0]:20.1f}{peaks[1]:10.1f}{peaks[1] / peaks[0]:8.2f}")
     if options.json:
-        report = {"torch": torch.__version__, "size": options.size, "batch": options.batch, "rows": rows}
+        report = {**facts(), "size": options.size, "batch": options.batch, "rows": rows}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,0 +1,101 @@
+"""What the scripts of this folder share: times side by side, peak memory, and where a figure was measured."""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# freed memory goes back to the system at once, so that the resident set is what is in use
+RETURNING = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def facts(device: str = "cpu") -> dict[str, str | int]:
+    """Device, versions and commit of a measurement, for its JSON."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def side_by_side(runs: dict[str, Callable], *, seconds: float, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each call of each run, in turns: what disturbs the machine then disturbs all alike.
+
+    At least three rounds after one that is not counted, and as many as fit into `seconds` for each run.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    first = sum(_timed(run, device) for run in runs.values())
+    rounds = max(3, int(seconds * len(runs) / max(first, 1e-6)))
+    for _ in range(min(rounds, 200)):
+        for name, run in runs.items():
+            times[name].append(_timed(run, device))
+    return times
+
+
+def _timed(run: Callable, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
+    """How many times faster `name` was than `to`: the median over the rounds of the quotient within a round."""
+    return statistics.median(b / a for a, b in zip(times[name], times[to], strict=True))
+
+
+def resident() -> int:
+    """Resident set of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_of(run: Callable) -> int:
+    """Highest resident set during `run()`, sampled every millisecond, above the level before it, in bytes."""
+    before, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return max(highest, resident()) - before
+
+
+def in_own_process(script: str, *arguments: str) -> str:
+    """What `script` prints, from a process whose memory is its own; its error output if it fails."""
+    command = [sys.executable, script, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=RETURNING)
+    if run.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
+    return run.stdout

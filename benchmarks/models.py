@@ -1,0 +1,255 @@
+"""Images per second, FLOPs, parameters and peak memory of models, side by side with timm's of equal size.
+
+    python benchmarks/models.py                                    one model of each family and its peers
+    python benchmarks/models.py --models cswin_tiny litv2_small --peers swin_tiny_patch4_window7_224 --batch 1,8
+    python benchmarks/models.py --device cuda --batch 64 --train   bfloat16, kernels on and off, eager and compiled
+
+Models of one group (a model, its peers) take turns within one process, so that their ratio holds on a busy machine.
+Memory is the peak above the model itself, in a process of its own on the CPU. The results go to
+benchmarks/results/models_DEVICE.{json,md,png} or where --out says.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import timm
+import torch
+from measuring import facts, in_own_process, peak_of, ratio, side_by_side
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import tessel.zoo  # noqa: F401  (registers the models)
+from tessel.kernels import _launch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DEFAULT = (
+    "biformer_small",
+    "cswin_tiny",
+    "litv2_small",
+    "tessel_halonet50ts",
+    "s2aformer_medium",
+    "transnext_tiny",
+    "tessel_davit_tiny",
+    "affnet_base",
+)
+# what our users would otherwise take; each model meets those nearest to it in parameters
+TIMM = (
+    "convnext_atto", "convnext_nano", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large",
+    "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
+    "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
+)  # fmt: skip
+COLUMNS = ("model", "parameters", "gmacs", "batch", "setting", "images_per_second", "ratio", "peak_mib")
+
+
+def build(name: str, size: int) -> nn.Module:
+    """The model for square images of `size` pixels."""
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size and config.input_size[-1] != size
+    return timm.create_model(name, **({"img_size": size} if fixed else {}))
+
+
+def cost(name: str, size: int) -> tuple[float, float]:
+    """Parameters in millions and multiply-adds of one image in billions."""
+    with torch.device("meta"):
+        model = build(name, size).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, size, size))
+    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+
+
+def peers(name: str, size: int, count: int = 2) -> list[str]:
+    """timm's own model of the same architecture, if there is one, and the nearest in parameters of other families."""
+    own = [name.removeprefix("tessel_")] if timm.is_model(name.removeprefix("tessel_")) and "tessel_" in name else []
+    target, _ = cost(name, size)
+    nearest: dict[str, str] = {}
+    for peer in sorted(TIMM, key=lambda n: abs(cost(n, size)[0] / target - 1)):
+        nearest.setdefault(peer.split("_")[0], peer)
+    return own + list(nearest.values())[:count]
+
+
+def inference(model: nn.Module, x: torch.Tensor, precision: Callable) -> Callable:
+    def run() -> None:
+        with torch.inference_mode(), precision():
+            model(x)
+
+    return run
+
+
+def training(model: nn.Module, x: torch.Tensor, precision: Callable) -> Callable:
+    def run() -> None:
+        with precision():
+            loss = model(x).float().square().mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+class Setting:
+    """How a model runs: device, pass, compiled or not, with our kernels or without."""
+
+    def __init__(self, device: str, *, train: bool, compiled: bool = False, kernels: str = "auto"):
+        self.device, self.train, self.compiled, self.kernels = device, train, compiled, kernels
+        parts = ["training" if train else "inference"]
+        if device == "cuda":
+            parts += ["compiled" if compiled else "eager", "kernels" if kernels == "triton" else "no kernels"]
+        self.name = ", ".join(parts)
+
+    def prepare(self, name: str, size: int, batch: int) -> Callable:
+        """The call to be timed, warmed up."""
+        torch.manual_seed(0)
+        layout = torch.channels_last
+        model = build(name, size).to(self.device, memory_format=layout).train(self.train)
+        x = torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=layout)
+        if self.compiled:
+            model.compile()
+        call = (training if self.train else inference)(model, x, self._precision)
+
+        def run() -> None:
+            # no environment variable: kernels on and off must meet within one process
+            _launch._default_backend = self.kernels
+            call()
+
+        run()
+        return run
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+
+def settings(device: str, train: bool) -> list[Setting]:
+    if device == "cpu":
+        return [Setting(device, train=t) for t in ((False, True) if train else (False,))]
+    return [
+        Setting(device, train=t, compiled=compiled, kernels=kernels)
+        for t in ((False, True) if train else (False,))
+        for compiled in (False, True)
+        for kernels in ("reference", "triton")
+    ]
+
+
+def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
+    if setting.device == "cpu":
+        arguments = ("--one", name, "--size", str(size), "--batch", str(batch), *(["--train"] if setting.train else []))
+        return float(in_own_process(__file__, *arguments))
+    run = setting.prepare(name, size, batch)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def compare(name: str, others: list[str], size: int, batch: int, setting: Setting, seconds: float) -> list[dict]:
+    """A row for the model and each of its peers."""
+    runs = {n: setting.prepare(n, size, batch) for n in [name, *others]}
+    times = side_by_side(runs, seconds=seconds, device=setting.device)
+    del runs
+    rows = []
+    for n in times:
+        parameters, gmacs = cost(n, size)
+        values = (
+            n, round(parameters, 2), round(gmacs, 2), batch, setting.name,
+            round(batch / statistics.median(times[n]), 2), round(ratio(times, name, n), 3),
+            round(peak_mib(n, size, batch, setting), 1),
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def table(groups: dict[str, list[dict]]) -> str:
+    head = ("model", "M parameters", "GMACs", "batch", "setting", "images/s", "ours is faster by", "peak MiB")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, rows in groups.items():
+        for row in rows:
+            values = [f"**{row['model']}**" if row["model"] == name else row["model"]]
+            values += [str(row[c]) for c in COLUMNS[1:]]
+            values[6] = "" if row["model"] == name else f"{row['ratio']:.2f}x"
+            lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(groups: dict[str, list[dict]], facts: dict, path: Path) -> None:
+    """Images per second of each group, one bar a model, ours in colour; one panel for each batch and setting."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((row["batch"], row["setting"]) for rows in groups.values() for row in rows))
+    entries = sum(len({row["model"] for row in rows}) for rows in groups.values())
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 0.32 * entries + 1.5), sharey=True, squeeze=False
+    )
+    for axis, (batch, setting) in zip(axes[0], panels, strict=True):
+        at, ticks = 0.0, []
+        for name, rows in groups.items():
+            for row in rows:
+                if (row["batch"], row["setting"]) == (batch, setting):
+                    speed = row["images_per_second"]
+                    axis.barh(at, speed, color="#2a6fbb" if row["model"] == name else "#b9c2cc")
+                    axis.text(speed, at, f" {speed:.1f}", va="center", fontsize=7)
+                    ticks.append((at, row["model"]))
+                    at += 1
+            at += 0.6
+        axis.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=7)
+        axis.set_xlabel("images/s")
+        axis.set_title(f"{setting}, batch {batch}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(DEFAULT), metavar="NAME", help="registered model names")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="models to meet (default: timm's nearest in size)")
+    parser.add_argument("--batch", default="1,8", help="batch sizes, with commas (default 1,8)")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels (default 224)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--train", action="store_true", help="also forward and backward")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix")
+    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name in [*args.models, *(args.peers or [])]:
+        if not timm.is_model(name):
+            parser.error(f"{name} is no registered model; see timm.list_models() and tessel.zoo.list_models()")
+    try:
+        args.batch = [int(b) for b in args.batch.split(",")]
+    except ValueError:
+        parser.error(f"--batch {args.batch} must be whole numbers with commas, as 1,8")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        print(peak_of(Setting("cpu", train=args.train).prepare(args.one, args.size, args.batch[0])) / 2**20)
+        return
+    groups: dict[str, list[dict]] = {}
+    jobs = [(n, b, s) for n in args.models for b in args.batch for s in settings(args.device, args.train)]
+    for name, batch, setting in tqdm(jobs, "measuring", disable=None):
+        others = peers(name, args.size) if args.peers is None else args.peers
+        groups.setdefault(name, []).extend(compare(name, others, args.size, batch, setting, args.seconds))
+    where = facts(args.device)
+    out = args.out or RESULTS / f"models_{args.device}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({**where, "size": args.size, "groups": groups}, indent=1) + "\n")
+    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.size} px\n\n"
+    out.with_suffix(".md").write_text(heading + table(groups))
+    plot(groups, where, out.with_suffix(".png"))
+    print(table(groups))
+    print(f"written: {out}.json, .md, .png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
