@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels import window_attention
 from .padding import pad_to_multiple
-from .window import attend
 
 
 @register_notrace_module
@@ -73,5 +73,5 @@ class HiLo(nn.Module):
 def windowed(qkv: Tensor, window: int) -> Tensor:
     """Attention within each window x window cell: `[B, H, W, 3, n, d] -> [B, H, W, n, d]`; window divides H and W."""
     cells = qkv.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, rows, cols, h, w, 3, n, d]
-    y = attend(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
+    y = window_attention(cells.flatten(0, 2), windows=((window, window),)).unflatten(0, cells.shape[:3])
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -1,39 +1,17 @@
 """Length-scaled cosine attention with a position bias on log-spaced distances (TransNeXt)."""
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from .precision import without_autocast
-
-Grid = tuple[int, int]
-BiasTable = tuple[Tensor, Tensor, Tensor]
+from ..kernels._precision import unit, without_autocast
+from ..kernels._tables import BiasTable, Grid, expand, kept
 
 # the hidden layer of the bias is worked through in slices of this many elements: 4 MB of float32 stay in the cache
 _SLICE = 1 << 20
-
-
-def kept(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`make`, whose tables depend on nothing but its arguments (sizes, device, dtype), remembering the last ones."""
-
-    @lru_cache(maxsize=64)
-    def cached(*args):
-        # a table made under inference mode could not serve a training step
-        with torch.inference_mode(False), torch.no_grad():
-            return make(*args)
-
-    @wraps(make)
-    def tables(*args):
-        # what a tracer makes must not outlive the trace; under a fake mode even an empty tensor is of another type
-        tracing = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
-        return make(*args) if tracing else cached(*args)
-
-    return tables
 
 
 @kept
@@ -115,12 +93,6 @@ class LogPositionBias(nn.Module):
         return y.unflatten(1, hidden.shape[:2])
 
 
-def expand(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The dense bias of a table, `[heads, keys_y, H, keys_x, W]`."""
-    dense = table.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    return dense.unflatten(2, columns.shape).unflatten(1, rows.shape)
-
-
 def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
     """A dense bias `[heads, keys_y, H, keys_x, W]` on other grids, as a table that has each pair once."""
     nominal = dense.shape[2::2]
@@ -129,13 +101,6 @@ def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
     table = bias.unflatten(1, keys).transpose(2, 3).flatten(3).flatten(1, 2)
     rows, columns = (torch.arange(k * n, device=dense.device).view(k, n) for k, n in zip(keys, size, strict=True))
     return table, rows, columns
-
-
-def unit(x: Tensor, *, dim: int) -> Tensor:
-    """`x / max(|x|, 1e-12)` along `dim`, in at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # the plain norm is slow where dim is not the last; the clamp stops the gradient of a zero vector, as it should
-    return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 @register_notrace_module

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-# the GPU's fused attention launches no more batch entries than this
-_MOST_WINDOWS = 65535
+from ..kernels import window_attention
 
 
 @register_notrace_module
@@ -45,18 +44,8 @@ class Window(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         # x is cut into windows while it is a third as wide as q, k and v
         cells = x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3)
-        qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim))
-        y = self.proj(attend(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(3))
+        qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim)).unflatten(-1, (3, self.num_heads, -1))
+        y = self.proj(window_attention(qkv, windows=(self.window,)).flatten(3))
         y = y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
         y = y.reshape(batch, rows * win_h, cols * win_w, dim)[:, :height, :width]
         return y.permute(0, 3, 1, 2)
-
-
-def attend(qkv: Tensor) -> Tensor:
-    """Attention among all positions of each of N windows: `[N, h, w, 3, heads, D] -> [N, h, w, heads, D]`."""
-    # an exported graph should not limit its batch
-    if not torch.compiler.is_exporting() and qkv.shape[0] > _MOST_WINDOWS:
-        return torch.cat([attend(part) for part in qkv.split(_MOST_WINDOWS)])
-    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v)
-    return y.transpose(1, 2).unflatten(1, qkv.shape[1:3])

@@ -6,6 +6,22 @@ Each operator file has four public names: the operator, `<operator>_reference` (
 variable `TESSEL_KERNELS` sets the default.
 """
 
+from .aggregated import aggregated_attention, aggregated_attention_reference, aggregated_attention_unsupported
+from .halo import halo_attention, halo_attention_reference, halo_attention_unsupported
 from .routed import routed_attention, routed_attention_reference, routed_attention_unsupported
+from .window import window_attention, window_attention_reference, window_attention_unsupported
 
-__all__ = ["routed_attention", "routed_attention_reference", "routed_attention_unsupported"]
+__all__ = [
+    "aggregated_attention",
+    "aggregated_attention_reference",
+    "aggregated_attention_unsupported",
+    "halo_attention",
+    "halo_attention_reference",
+    "halo_attention_unsupported",
+    "routed_attention",
+    "routed_attention_reference",
+    "routed_attention_unsupported",
+    "window_attention",
+    "window_attention_reference",
+    "window_attention_unsupported",
+]

@@ -11,7 +11,8 @@ from timm.layers import ClassifierHead
 from timm.layers.halo_attn import HaloAttn
 
 import tessel.zoo
-from tessel.blocks import Halo, halo
+from tessel.blocks import Halo
+from tessel.kernels import halo
 from tessel.zoo import from_published, to_published
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tessel.blocks import Window, window
+from tessel.blocks import Window
+from tessel.kernels import window
 
 
 def by_loops(mixer: Window, x: Tensor) -> Tensor:
