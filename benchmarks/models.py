@@ -44,7 +44,7 @@ TIMM = (
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
-COLUMNS = ("model", "parameters", "gmacs", "batch", "setting", "images_per_second", "ratio", "peak_mib")
+COLUMNS = ("model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "peak_mib")
 
 
 def build(name: str, size: int) -> nn.Module:
@@ -146,15 +146,20 @@ def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
 
 
 def compare(name: str, others: list[str], size: int, batch: int, setting: Setting, seconds: float) -> list[dict]:
-    """A row for the model and each of its peers."""
-    runs = {n: setting.prepare(n, size, batch) for n in [name, *others]}
+    """A row for the model and each of its peers that takes images of this size."""
+    runs = {name: setting.prepare(name, size, batch)}
+    for other in others:
+        try:
+            runs[other] = setting.prepare(other, size, batch)
+        except Exception as error:  # timm's models say no in many ways
+            print(f"{other} left out: it takes no {size} px ({type(error).__name__} {error})", file=sys.stderr)
     times = side_by_side(runs, seconds=seconds, device=setting.device)
     del runs
     rows = []
     for n in times:
         parameters, gmacs = cost(n, size)
         values = (
-            n, round(parameters, 2), round(gmacs, 2), batch, setting.name,
+            n, round(parameters, 2), round(gmacs, 2), size, batch, setting.name,
             round(batch / statistics.median(times[n]), 2), round(ratio(times, name, n), 3),
             round(peak_mib(n, size, batch, setting), 1),
         )  # fmt: skip
@@ -163,13 +168,13 @@ def compare(name: str, others: list[str], size: int, batch: int, setting: Settin
 
 
 def table(groups: dict[str, list[dict]]) -> str:
-    head = ("model", "M parameters", "GMACs", "batch", "setting", "images/s", "ours is faster by", "peak MiB")
+    head = ("model", "M parameters", "GMACs", "px", "batch", "setting", "images/s", "ours is faster by", "peak MiB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, rows in groups.items():
         for row in rows:
             values = [f"**{row['model']}**" if row["model"] == name else row["model"]]
             values += [str(row[c]) for c in COLUMNS[1:]]
-            values[6] = "" if row["model"] == name else f"{row['ratio']:.2f}x"
+            values[7] = "" if row["model"] == name else f"{row['ratio']:.2f}x"
             lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -211,7 +216,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(DEFAULT), metavar="NAME", help="registered model names")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="models to meet (default: timm's nearest in size)")
     parser.add_argument("--batch", default="1,8", help="batch sizes, with commas (default 1,8)")
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels (default 224)")
+    parser.add_argument("--size", type=int, help="image side in pixels (default: the size each model is published for)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--train", action="store_true", help="also forward and backward")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
@@ -238,13 +243,14 @@ def main() -> None:
     groups: dict[str, list[dict]] = {}
     jobs = [(n, b, s) for n in args.models for b in args.batch for s in settings(args.device, args.train)]
     for name, batch, setting in tqdm(jobs, "measuring", disable=None):
-        others = peers(name, args.size) if args.peers is None else args.peers
-        groups.setdefault(name, []).extend(compare(name, others, args.size, batch, setting, args.seconds))
+        size = args.size or timm.get_pretrained_cfg(name).input_size[-1]
+        others = peers(name, size) if args.peers is None else args.peers
+        groups.setdefault(name, []).extend(compare(name, others, size, batch, setting, args.seconds))
     where = facts(args.device)
     out = args.out or RESULTS / f"models_{args.device}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({**where, "size": args.size, "groups": groups}, indent=1) + "\n")
-    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.size} px\n\n"
+    out.with_suffix(".json").write_text(json.dumps({**where, "groups": groups}, indent=1) + "\n")
+    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n"
     out.with_suffix(".md").write_text(heading + table(groups))
     plot(groups, where, out.with_suffix(".png"))
     print(table(groups))

@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from inspect import formatannotation
 from pathlib import Path
@@ -43,6 +43,7 @@ class Weight:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int
     state_key: str
+    options: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -86,14 +87,14 @@ def _row(name: str, table: Any, path: Path) -> Weight:
     where = f"{path}, row {name!r}"
     if not isinstance(table, dict):
         raise ValueError(f"{where}: {table!r} is not a table")
-    fields = {field.name: field for field in dataclasses.fields(Weight) if field.name != "name"}
+    fields = {f.name: f for f in dataclasses.fields(Weight) if f.name != "name"}
     for key, value in table.items():
         if key not in fields:
             raise ValueError(f"{where}: unknown field {key!r}; known: {', '.join(fields)}")
         if not _fits(value, fields[key].type):
             raise ValueError(f"{where}: field {key!r} = {value!r} is not of type {formatannotation(fields[key].type)}")
-    for key, field in fields.items():
-        if key not in table and field.default is dataclasses.MISSING:
+    for key, f in fields.items():
+        if key not in table and f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: field {key!r} is missing")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     weight = Weight(name=name, **values)
@@ -106,6 +107,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Exact types: TOML tells 1 from 1.0 and from true, and so does the manifest."""
     if get_origin(hint) is tuple:
         return isinstance(value, list) and [type(item) for item in value] == list(get_args(hint))
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(type(item) is get_args(hint)[1] for item in value.values())
     if isinstance(hint, UnionType):
         return type(value) in get_args(hint)
     return type(value) is hint

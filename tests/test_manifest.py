@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+import tessel.zoo  # noqa: F401  (registers the models)
 from tessel.checkpoints import __main__ as cli
 from tessel.checkpoints import fetch_weight, find_weight, load_manifest, manifest, read_state
 
@@ -45,6 +47,13 @@ def test_released_biformers_are_listed():
     for name, top1 in {"biformer_tiny": 81.4, "biformer_small": 83.8, "biformer_base": 84.3}.items():
         weight = load_manifest()[f"{name}.in1k"]
         assert (weight.published_top1, weight.state_key, weight.crop_pct) == (top1, "model", 0.875)
+
+
+def test_options_of_a_row_reach_the_model():
+    for tag, alpha in {"alpha00_in1k": 0.0, "alpha05_in1k": 0.5, "in1k": 0.9}.items():
+        mixer = timm.create_model(f"litv2_small.{tag}").stages[2].blocks[0].mixer.fn
+        assert mixer.low_heads == int(12 * alpha)
+    assert timm.create_model("litv2_small.alpha05_in1k", alpha=1.0).stages[2].blocks[0].mixer.fn.high_heads == 0
 
 
 def test_callers_cannot_change_the_manifest():

@@ -73,13 +73,16 @@ def from_published(name: str, state: Mapping[str, Tensor], **options: Any) -> di
     """
     name = _architecture(name)
     family = _families[name]
-    converted = _layout(name, state).from_published(state)
-    return family.resize(converted, _make(family, family.variants[name], device="meta", **options))
+    row, others = _split(family.variants[name], options)
+    converted = _layout(name, row, state).from_published(state)
+    return family.resize(converted, _make(family, row, device="meta", **others))
 
 
-def to_published(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
     """The inverse of `from_published`: our state dict or gradients in the published key layout."""
-    return _key_maps(_architecture(name))[0].to_published(state)
+    name = _architecture(name)
+    row, _ = _split(_families[name].variants[name], options)
+    return _key_maps(name, row)[0].to_published(state)
 
 
 def _architecture(name: str) -> str:
@@ -89,16 +92,23 @@ def _architecture(name: str) -> str:
     return architecture
 
 
-def _layout(name: str, state: Mapping[str, Tensor]) -> KeyMap:
+def _split(row: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The row with those of `options` that are its columns, and the other options."""
+    columns = {field.name for field in dataclasses.fields(row)}
+    # a configuration file holds lists where rows hold tuples
+    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in columns}
+    return dataclasses.replace(row, **changed), {k: v for k, v in options.items() if k not in columns}
+
+
+def _layout(name: str, row: Any, state: Mapping[str, Tensor]) -> KeyMap:
     """The first layout of `name` that knows every key of `state`; the published one where none does."""
-    maps = _key_maps(name)
+    maps = _key_maps(name, row)
     return next((key_map for key_map in maps if key_map.knows(state)), maps[0])
 
 
 @cache
-def _key_maps(name: str) -> tuple[KeyMap, ...]:
+def _key_maps(name: str, row: Any) -> tuple[KeyMap, ...]:
     family = _families[name]
-    row = family.variants[name]
     model = _make(family, row, device="meta")
     parameters = {key for key, _ in model.named_parameters()}
     floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
@@ -147,18 +157,20 @@ def _weight_cfg(weight: Weight) -> dict[str, Any]:
 
 def _entry_point(family: Family, name: str, row: Any, module: str) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        weight = load_manifest().get(f"{name}.{cfg.tag}")
+        changed, kwargs = _split(row, {**(weight.options if weight else {}), **kwargs})
         build = partial(
             build_model_with_cfg,
-            partial(_make, family, row),
+            partial(_make, family, changed),
             name,
             pretrained,
-            pretrained_filter_fn=partial(_to_ours, name),
+            pretrained_filter_fn=partial(_to_ours, name, changed),
             # a fresh dict: timm consumes it
             feature_cfg={"out_indices": tuple(range(4)), "flatten_sequential": True, "feature_cls": "getter"},
         )
         if not pretrained:
             return build(**kwargs)
-        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         with published_weights(name, cfg, kwargs) as (kwargs, discard):
             model = build(**kwargs)
             discard(model)
@@ -183,12 +195,9 @@ def _make(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Backbone:
-    columns = [field.name for field in dataclasses.fields(row)]
     for option in options:
-        if option not in columns:
-            raise TypeError(f"unknown argument {option!r}{nearest(option, columns)}; this family takes {columns}")
-    # a configuration file holds lists where rows hold tuples
-    row = dataclasses.replace(row, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        columns = [field.name for field in dataclasses.fields(row)]
+        raise TypeError(f"unknown argument {option!r}{nearest(option, columns)}; this family takes {columns}")
     with _default_dtype(dtype), nullcontext() if device is None else torch.device(device):
         parts = family.build(
             row,
@@ -211,13 +220,14 @@ def _default_dtype(dtype: torch.dtype | None):
         torch.set_default_dtype(previous)
 
 
-def _to_ours(name: str, state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _to_ours(name: str, row: Any, state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A checkpoint of `name`, published or ours, with or without its classifier, as timm loads it into `model`."""
     classifier = frozenset({"head.fc.weight", "head.fc.bias"})
-    expected = _key_maps(name)[0].parameters | _key_maps(name)[0].buffers
+    published = _key_maps(name, row)[0]
+    expected = published.parameters | published.buffers
     # a few keys (the final norm's) may be the same in both layouts
     if 2 * sum(key in expected for key in state) < len(state):
-        state = _layout(name, state).from_published(state, optional=classifier)
+        state = _layout(name, row, state).from_published(state, optional=classifier)
     state = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
     if unknown := sorted(set(state) - expected):
         raise UnknownKeys(f"{name}: the checkpoint has {len(unknown)} keys the model lacks: {', '.join(unknown[:5])}")
