@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
 from ._backbone import Parts, Stage
+from ._convolution import FinalConvHead, conv_norm_act
 from ._keymap import Rule
 from ._registry import Family, register
-from .halonet import FinalConvHead, conv_norm
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Fusion(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.norm = GroupNorm1(dim)
-        self.proj = conv_norm(dim, dim)
-        self.fusion = conv_norm(2 * dim, dim, act="silu")
+        self.proj = conv_norm_act(dim, dim)
+        self.fusion = conv_norm_act(2 * dim, dim, act="silu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion(torch.cat([x, self.proj(self.norm(self.blocks(x)))], 1))
@@ -110,7 +110,7 @@ def build(
         head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
     return Parts(
         stem=block(
-            conv=conv_norm(in_chans, row.stem[0], kernel=3, stride=2, act="silu"),
+            conv=conv_norm_act(in_chans, row.stem[0], kernel=3, stride=2, act="silu"),
             block=inverted_residual(row.stem[0], row.stem[1], expansion=row.expansion),
         ),
         stages=stages,

@@ -12,11 +12,12 @@ activation of H0 and H2 to H7 follow timm's H1 (8 in every stage, ReLU).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm.layers import ClassifierHead, DropPath, SEModule, get_act_layer, make_divisible
+from timm.layers import ClassifierHead, DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 
 from ..blocks import Halo, block, drop_path_rates
 from ._backbone import Parts, Stage
+from ._convolution import FinalConvHead, activation, conv_norm_act
 from ._keymap import Edit, Rule
 from ._registry import Family, register
 
@@ -103,34 +104,6 @@ VARIANTS = {
 }
 
 
-class Conv(nn.Conv2d):
-    """A convolution without bias that keeps H and W, or divides them by its stride rounding up (odd kernels)."""
-
-    def __init__(self, in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1):
-        super().__init__(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-
-
-def activation(name: str) -> nn.Module:
-    try:
-        layer = get_act_layer(name)
-    except KeyError:
-        layer = None
-    if layer is None:
-        raise ValueError(f"HaloNet: act={name!r} is not an activation that timm knows, such as 'relu' or 'silu'")
-    return layer(inplace=True)
-
-
-def conv_norm(in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1, act: str = "") -> nn.Sequential:
-    """Convolution, batch norm, then `act` where one is named."""
-    layer = block(conv=Conv(in_chs, out_chs, kernel=kernel, stride=stride), norm=nn.BatchNorm2d(out_chs))
-    if act:
-        layer.add_module("act", activation(act))
-    return layer
-
-
 class Bottleneck(nn.Module):
     """`act(branch(x) + shortcut(x))`: `[B, in_chs, H, W] -> [B, out_chs, ceil(H/stride), ceil(W/stride)]`."""
 
@@ -139,7 +112,7 @@ class Bottleneck(nn.Module):
         self.branch = branch
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         changes = in_chs != out_chs or stride != 1
-        self.shortcut = conv_norm(in_chs, out_chs, stride=stride) if changes else nn.Identity()
+        self.shortcut = conv_norm_act(in_chs, out_chs, stride=stride) if changes else nn.Identity()
         self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,34 +122,13 @@ class Bottleneck(nn.Module):
         return self.act(y)
 
 
-class FinalConvHead(ClassifierHead):
-    """timm's classifier behind a last 1x1 convolution to `width` channels, batch norm and activation.
-
-    A head without classifier and pooling passes the last stage's map on, so it has no such convolution either.
-    """
-
-    def __init__(self, in_chs: int, width: int, num_classes: int, *, act: str, pool_type: str, drop_rate: float):
-        super().__init__(width, num_classes, pool_type=pool_type, drop_rate=drop_rate)
-        self.final_conv = conv_norm(in_chs, width, act=act)
-
-    def reset(self, num_classes: int, pool_type: str | None = None, *, in_features: int, **factory):
-        pool_after = self.global_pool.pool_type if pool_type is None else pool_type
-        if not num_classes and not pool_after:
-            self.final_conv = nn.Identity()
-        width = in_features if isinstance(self.final_conv, nn.Identity) else self.in_features
-        super().reset(num_classes, pool_type, in_features=width, **factory)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return super().forward(self.final_conv(x), pre_logits=pre_logits)
-
-
 def stem(row: HaloNet, in_chans: int) -> nn.Sequential:
     """Convolutions, the first of stride 2, then max pooling or another stride: a quarter of the image."""
     layers = block()
     last = len(row.stem) - 1
     for i, (in_chs, width) in enumerate(zip((in_chans, *row.stem), row.stem, strict=False)):
         stride = 2 if i == 0 or (i == last and not row.stem_pool) else 1
-        conv = conv_norm(in_chs, width, kernel=row.stem_kernel, stride=stride, act=row.act)
+        conv = conv_norm_act(in_chs, width, kernel=row.stem_kernel, stride=stride, act=row.act)
         layers.add_module(f"conv{i + 1}", conv)
     if row.stem_pool:
         layers.add_module("pool", nn.MaxPool2d(3, 2, 1))
@@ -186,7 +138,7 @@ def stem(row: HaloNet, in_chans: int) -> nn.Sequential:
 def bottleneck(row: HaloNet, stage: int, kind: str, *, in_chs: int, stride: int, drop_path: float) -> Bottleneck:
     width, heads = row.widths[stage], row.num_heads[stage]
     out_chs = make_divisible(width * row.rb[stage])
-    parts: dict[str, nn.Module] = {"reduce": conv_norm(in_chs, width, act=row.act)}
+    parts: dict[str, nn.Module] = {"reduce": conv_norm_act(in_chs, width, act=row.act)}
     if kind == "A":
         mixed = int(width * row.rv)
         parts["mixer"] = Halo(
@@ -202,10 +154,10 @@ def bottleneck(row: HaloNet, stage: int, kind: str, *, in_chs: int, stride: int,
         parts["norm"], parts["act"] = nn.BatchNorm2d(mixed), activation(row.act)
     else:
         mixed = width
-        parts["conv"] = conv_norm(width, width, kernel=3, stride=stride, act=row.act)
+        parts["conv"] = conv_norm_act(width, width, kernel=3, stride=stride, act=row.act)
         if row.se:
             parts["se"] = SEModule(width)
-    branch = block(**parts, expand=conv_norm(mixed, out_chs))
+    branch = block(**parts, expand=conv_norm_act(mixed, out_chs))
     return Bottleneck(branch, in_chs=in_chs, out_chs=out_chs, stride=stride, act=row.act, drop_path=drop_path)
 
 

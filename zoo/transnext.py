@@ -9,7 +9,7 @@ property of the weights, 224 for the models fine-tuned at 384 too. `img_size` is
 mode; a number selects the interpolation mode: biases are computed for images of that size and resized to others.
 `fixed_pool_size` is the released linear inference mode (7 for the weights trained at 224).
 
-Deviations: the released code fails where a pooled grid is empty (sides under 29 pixels); here it has at least one
+Deviations: by the released rule a pooled grid may be empty (sides under 29 pixels); here it has at least one
 pixel, and at most as many as the map where `fixed_pool_size` asks for more.
 """
 
