@@ -1,8 +1,9 @@
 """Full attention: every position of a feature map attends to every other."""
 
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+
+from ..kernels._sdpa import fused_attention
 
 
 @register_notrace_module
@@ -27,7 +28,7 @@ class FullAttention(nn.Module):
         height, width = x.shape[-2:]
         qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = fused_attention(q, k, v)
         y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         if self.local is not None:
             y = y + self.local(x).permute(0, 2, 3, 1)

@@ -6,6 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from ..kernels._sdpa import fused_attention
 from .padding import pad_to_multiple
 
 
@@ -66,7 +67,7 @@ class HiLo(nn.Module):
             padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
         kv = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, self.low_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        y = fused_attention(q.transpose(1, 2), k, v)
         return self.l_proj(y.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
 
 

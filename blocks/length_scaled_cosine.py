@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels._precision import unit, without_autocast
+from ..kernels._sdpa import fused_attention
 from ..kernels._tables import BiasTable, Grid, expand, kept
 
 # the hidden layer of the bias is worked through in slices of this many elements: 4 MB of float32 stay in the cache
@@ -158,5 +159,5 @@ def length_scaled_cosine(qkv: Tensor, bias: Tensor, *, temperature: Tensor, quer
     with without_autocast(qkv):
         scale = F.softplus(temperature) * math.log(height * width)
         q, k = (unit(q, dim=-1) + query_embedding) * scale, unit(k, dim=-1)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias[None].to(v.dtype), scale=1.0)
+        y = fused_attention(q.to(v.dtype), k.to(v.dtype), v, bias[None].to(v.dtype), scale=1.0)
     return y.transpose(1, 2).unflatten(1, (height, width))

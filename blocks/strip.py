@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels._sdpa import fused_attention
 from .padding import pad_to_multiple
 
 
@@ -61,4 +62,4 @@ def strip_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     narrow, width = q.shape[-1], v.shape[-1]
     q, k = (F.pad(t, (0, width - narrow)) for t in (q, k))
-    return F.scaled_dot_product_attention(q, k, v, scale=narrow**-0.5)
+    return fused_attention(q, k, v, scale=narrow**-0.5)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._launch import autocast, choose_backend, common_reasons, library
+from ._sdpa import fused_attention
 
 # name -> (B, (H, W), N, D, E, b, h, stride): stages of the published models at their own and at detection sizes
 CASES = {
@@ -167,7 +168,7 @@ def _attend(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tensor], ou
     kv_WNkF = kv_WKKNF.flatten(1, 2).transpose(1, 2)
     head_dim = q_WssND.shape[-1]
     k_WNkD, v_WNkE = kv_WNkF[..., :head_dim], kv_WNkF[..., head_dim:]
-    return F.scaled_dot_product_attention(q_WNqD, k_WNkD, v_WNkE, bias_WNqk).transpose(1, 2)
+    return fused_attention(q_WNqD, k_WNkD, v_WNkE, bias_WNqk).transpose(1, 2)
 
 
 def _relative_logits(q_WssND: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._launch import autocast, choose_backend, common_reasons, library
+from ._sdpa import fused_attention
 
 # name -> (B, (H, W), N, D, windows, with LePE): stages of the published models at 224 or 384, 512 and detection sizes;
 # those named "-windows" and "-hifi" get each window as an image of its own
@@ -47,8 +48,6 @@ CASES = {
     "litv2-small-stage3-800x1344-hifi": (2 * 1050, (2, 2), 2, 32, ((2, 2),), False),
 }
 
-# the GPU's fused attention launches no more batch entries than this
-_MOST_WINDOWS = 65535
 
 _MOST_TOKENS = 4096  # of one window, in the kernels
 _MOST_ELEMENTS = 1 << 30  # of one image: offsets inside two of them are 32-bit integers in the kernels
@@ -176,7 +175,7 @@ def _attend(
     q_UhwC, k_UhwC, v_UhwC = (_cut(t, win_h, win_w) for t in (q_BHWC, k_BHWC, v_BHWC))
     heads = (dim // head_dim, head_dim)
     q, k, v = (t.flatten(1, 2).unflatten(-1, heads).transpose(1, 2) for t in (q_UhwC, k_UhwC, v_UhwC))
-    y_UhwC = _softmax_attention(q, k, v, scale).transpose(1, 2).reshape(v_UhwC.shape)
+    y_UhwC = fused_attention(q, k, v, scale=scale).transpose(1, 2).reshape(v_UhwC.shape)
     if lepe is not None:
         y_UhwC = y_UhwC + _convolve(v_UhwC, *lepe, rows * cols)
     y = y_UhwC.view(-1, rows, cols, win_h, win_w, dim).transpose(2, 3)
@@ -188,15 +187,6 @@ def _cut(x_BHWC: Tensor, win_h: int, win_w: int) -> Tensor:
     """`[B, H, W, C'] -> [U, h, w, C']`; the windows divide the map."""
     cells = x_BHWC.unflatten(2, (-1, win_w)).unflatten(1, (-1, win_h)).transpose(2, 3)
     return cells.flatten(0, 2)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Attention of `[U, N / G, h*w, D]` in parts that the GPU can launch."""
-    # an exported graph should not limit its batch
-    if torch.compiler.is_exporting() or q.shape[0] <= _MOST_WINDOWS:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    parts = zip(*(t.split(_MOST_WINDOWS) for t in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part, scale=scale) for part in parts])
 
 
 def _convolve(v_UhwC: Tensor, weight: Tensor, bias: Tensor, count: int) -> Tensor:

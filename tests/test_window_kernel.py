@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessel.kernels import window, window_attention, window_attention_reference, window_attention_unsupported
+from tessel.kernels import window_attention, window_attention_reference, window_attention_unsupported
 
 
 def window_inputs(batch=1, size=(4, 6), heads=2, head_dim=8, windows=((4, 2), (2, 6)), lepe=True, dtype=torch.float64):
@@ -56,13 +56,6 @@ def test_reference_equals_the_loop(batch, size, windows, lepe):
     qkv, options = window_inputs(batch, size, 2 * len(windows), 3, windows, lepe)
     y = window_attention_reference(qkv, **options, scale=0.7)
     torch.testing.assert_close(y, by_loops(qkv, **options, scale=0.7), rtol=1e-12, atol=1e-12)
-
-
-def test_many_windows_are_attended_to_in_parts(monkeypatch):
-    qkv, options = window_inputs(batch=3)
-    expected = window_attention(qkv, **options)
-    monkeypatch.setattr(window, "_MOST_WINDOWS", 4)
-    torch.testing.assert_close(window_attention(qkv, **options), expected)
 
 
 def test_scale_defaults_to_the_head_width():

@@ -1,0 +1,50 @@
+"""Fused attention in parts: what a GPU could not launch at once."""
+
+import pytest
+import torch
+
+from tessel.blocks import CrossShapedWindow, FullAttention, Halo, HiLo, Strip, Window
+from tessel.kernels import _sdpa
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The batch of every launch, with room for five."""
+    batches = []
+    launch = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, *args, **kwargs):
+        batches.append(q.shape[0])
+        return launch(q, *args, **kwargs)
+
+    monkeypatch.setattr(_sdpa.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(_sdpa, "_MOST_ENTRIES", 5)
+    return batches
+
+
+@pytest.mark.parametrize("biased", ["nothing", "each entry", "all entries alike"])
+def test_parts_equal_the_whole(biased, launched):
+    q, k, v = (torch.randn(12, 2, n, 8, dtype=torch.float64) for n in (3, 4, 4))
+    entries = {"nothing": 0, "each entry": 12, "all entries alike": 1}[biased]
+    bias = torch.randn(entries, 2, 3, 4, dtype=torch.float64) if entries else None
+    logits = 0.3 * q @ k.mT if bias is None else 0.3 * q @ k.mT + bias
+    y = _sdpa.fused_attention(q, k, v, bias, scale=0.3)
+    torch.testing.assert_close(y, logits.softmax(-1) @ v, rtol=1e-12, atol=1e-12)
+    assert launched == [5, 5, 2]
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        CrossShapedWindow(16, num_heads=2, stripe_width=2),
+        FullAttention(16, num_heads=2),
+        Halo(16, num_heads=2, block_size=4, halo_size=1),
+        HiLo(16, num_heads=2),
+        Strip(16, num_heads=2, reduction=2),
+        Window(16, num_heads=2, window=4),
+    ],
+    ids=lambda mixer: type(mixer).__name__,
+)
+def test_every_mixer_goes_in_parts(mixer, launched):
+    mixer(torch.randn(7, 16, 8, 8))
+    assert max(launched) == 5
