@@ -20,6 +20,7 @@ import tessel.zoo
 from tessel.checkpoints import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
+NONE = "its authors published none"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 
 
@@ -53,17 +54,22 @@ def models() -> str:
     """One line a published checkpoint, and one a model without any."""
     head = "| model | parameters (M) | GMACs | input | published top-1 | ours | licence | weights |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
+    reported = {name: paper for family in tessel.zoo.list_families() for name, paper in family.reported.items()}
     for name in tessel.zoo.list_models():
-        parameters, macs, size = cost(name)
-        begin = f"| `{name}{{tag}}` | {parameters:.2f} | {macs:.2f} | {size} |"
         weights = [w for w in load_manifest().values() if w.model == name]
         for w in weights:
-            published, ours = (f"{x:.1f}" if x else "" for x in (w.published_top1, w.reproduced_top1))
+            top1, ours = (f"{x:.1f}" if x else "" for x in (w.published_top1, w.reproduced_top1))
             source = f"[file]({w.url})" if w.url else f"none: {w.why_no_url}"
-            lines.append(f"{begin.format(tag='.' + w.tag)} {published} | {ours} | {w.licence} | {source} |")
+            lines.append(f"{_begin(w.name)} {top1} | {ours} | {w.licence} | {source} |")
         if not weights:
-            lines.append(f"{begin.format(tag='')} | | | none published |")
+            top1 = reported.get(name, (None, None))[1] or ""
+            lines.append(f"{_begin(name)} {top1} | | | none: {'a test model' if '_atto' in name else NONE} |")
     return "\n".join(lines)
+
+
+def _begin(name: str) -> str:
+    parameters, macs, size = cost(name)
+    return f"| `{name}` | {parameters:.2f} | {macs:.2f} | {size} |"
 
 
 TABLES = {"families": families, "models": models}

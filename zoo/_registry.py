@@ -33,6 +33,7 @@ class Family:
     drop_path_rate=)` makes the modules; `keys(row)` lists the rules of the published key layout; `cfg` holds what all
     variants share of timm's pretrained configuration. `layouts` are further layouts that can be read (timm's, say);
     `resize(state, model)` fits size-dependent tables of a state dict in our layout to `model` by the published rule.
+    `reported` holds, for models without published weights, the image side and the ImageNet-1K top-1 of their paper.
     """
 
     variants: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Family:
     cfg: Mapping[str, Any]
     layouts: Sequence[KeysOf] = ()
     resize: Callable[[dict[str, Tensor], Backbone], dict[str, Tensor]] = _keep_tables
+    reported: Mapping[str, tuple[int, float | None]] = dataclasses.field(default_factory=dict)
 
 
 _families: dict[str, Family] = {}
@@ -132,10 +134,14 @@ def _default_cfgs(family: Family) -> dict[str, Any]:
     for name in family.variants:
         weights = [w for w in load_manifest().values() if w.model == name]
         if not weights:
-            cfgs[name] = shared
+            cfgs[name] = {**shared, **_sized(family.reported[name][0])} if name in family.reported else shared
         for weight in weights:
             cfgs[weight.name] = {**shared, **_weight_cfg(weight)}
     return cfgs
+
+
+def _sized(side: int) -> dict[str, Any]:
+    return {"input_size": (3, side, side), "pool_size": (-(-side // 32),) * 2}
 
 
 def _weight_cfg(weight: Weight) -> dict[str, Any]:
@@ -145,8 +151,7 @@ def _weight_cfg(weight: Weight) -> dict[str, Any]:
         "license": weight.licence,
         "origin_url": weight.source,
         "num_classes": weight.num_classes,
-        "input_size": weight.input_size,
-        "pool_size": tuple(-(-side // 32) for side in weight.input_size[1:]),
+        **_sized(weight.input_size[1]),
         "crop_pct": weight.crop_pct,
         "crop_mode": weight.crop_mode,
         "interpolation": weight.interpolation,

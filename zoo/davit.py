@@ -190,6 +190,8 @@ register(
         build,
         keys,
         cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2204.03645", "crop_pct": 0.9},
+        # the released configuration; no result belongs to it
+        reported={"tessel_davit_large": (384, None)},
         layouts=(timm_keys,),
     ),
     __name__,

@@ -221,12 +221,25 @@ def keys(row: HaloNet) -> Sequence[Rule]:
     ]
 
 
+# image side and top-1, as the paper reports them
+REPORTED = {
+    "tessel_halonet_h0": (256, 77.9),
+    "tessel_halonet_h1": (256, 79.9),
+    "tessel_halonet_h2": (256, 80.4),
+    "tessel_halonet_h3": (320, 81.9),
+    "tessel_halonet_h4": (384, 83.3),
+    "tessel_halonet_h5": (448, 84.0),
+    "tessel_halonet_h6": (512, 84.4),
+    "tessel_halonet_h7": (600, 84.9),
+}
+
 register(
     Family(
         VARIANTS,
         build,
         keys,
         cfg={"first_conv": "stem.conv1.conv", "crop_pct": 0.94, "paper_ids": "arXiv:2103.12731"},
+        reported=REPORTED,
     ),
     __name__,
 )

@@ -141,7 +141,22 @@ def keys(row: S2AFormer) -> Sequence[Rule]:
     ]
 
 
+# image side and top-1, as the paper reports them
+REPORTED = {
+    "s2aformer_mini": (224, 75.1),
+    "s2aformer_tiny": (224, 77.7),
+    "s2aformer_xsmall": (224, 78.9),
+    "s2aformer_small": (224, 80.8),
+    "s2aformer_medium": (224, 82.3),
+}
+
 register(
-    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"}),
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
+        reported=REPORTED,
+    ),
     __name__,
 )
