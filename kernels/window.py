@@ -12,6 +12,7 @@ divide the map, their grid is centred on it, the odd row or column after; pixels
 stay in the softmax (CSWin, arXiv 2107.00652, sec. 3.2, in the reading of its dense-prediction models).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -115,7 +116,7 @@ def window_attention_unsupported(
     for height, width in windows:
         if height * width > _MOST_TOKENS:
             reasons.append(f"a window of {height}x{width} has more than {_MOST_TOKENS} pixels")
-    if qkv.shape[1:].numel() > _MOST_ELEMENTS:
+    if math.prod(qkv.shape[1:]) > _MOST_ELEMENTS:
         reasons.append(f"qkv has more than {_MOST_ELEMENTS} elements an image")
     for dtype in {x.dtype for pair in lepe or () for x in pair} - {qkv.dtype}:
         reasons.append(f"lepe has dtype={dtype}, qkv dtype={qkv.dtype}")
