@@ -44,6 +44,9 @@ class Problem:
     keys: int
     widths: tuple[int, int]  # of keys, of values
 
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        raise NotImplementedError
+
     @property
     def device(self) -> str:
         return self.tensors[0].device.type

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -110,17 +111,24 @@ def peak_mib(call: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def in_microseconds(milliseconds: Any) -> dict[str, float]:
+    """The quantiles that Triton's timers return."""
+    return dict(zip(("median_us", "p20_us", "p80_us"), (1e3 * t for t in milliseconds), strict=True))
+
+
 def measured(call: Callable, costs: list[Cost], seconds: float) -> dict[str, float]:
     """The figures of a row; the call has run once."""
     peak, host = peak_mib(call), host_us(call)
-    times = triton.testing.do_bench(call, warmup=max(1, int(250 * seconds)), rep=1000 * seconds, quantiles=QUANTILES)
-    floor = floor_us(costs)
+    times = triton.testing.do_bench(
+        call, warmup=max(1, int(250 * seconds)), rep=int(1000 * seconds), quantiles=QUANTILES
+    )
+    floor, found = floor_us(costs), in_microseconds(times)
     return {
-        **dict(zip(("median_us", "p20_us", "p80_us"), (1e3 * t for t in times), strict=True)),
+        **found,
         "host_us": host,
         "peak_mib": peak,
         "floor_us": floor,
-        "floor_percent": 100 * floor / (1e3 * times[0]),
+        "floor_percent": 100 * floor / found["median_us"],
     }
 
 
@@ -130,7 +138,7 @@ def replayed(call: Callable, seconds: float) -> dict[str, float | str]:
         times = triton.testing.do_bench_cudagraph(call, rep=int(max(5, 100 * seconds)), quantiles=QUANTILES)
     except Exception as error:
         return {"reason": in_one_line(error)}
-    return dict(zip(("median_us", "p20_us", "p80_us"), (1e3 * t for t in times), strict=True))
+    return {**in_microseconds(times)}
 
 
 def time_case(job: Job, case: tuple, *, until: float, seconds: float, dry: bool) -> Iterator[dict]:
