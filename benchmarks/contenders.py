@@ -1,0 +1,380 @@
+"""The operators as benchmarks see them: inputs of a case, what else computes the same, and the least it can cost.
+
+A baseline is the strongest form we know, not the nearest: masks that depend on shapes alone, and the block mask of the
+routing, are made before the clock starts. For windows and halo the eager reference *is* PyTorch's fused attention on a
+map cut into windows, so that there is no further contender of that kind.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from tessel.kernels import aggregated, halo, routed, window
+
+Run = Callable[..., Tensor]
+
+_MOST_MASK = 4 << 30  # bytes of a mask of all pairs
+_FLEX_TOKENS = 4096  # of the sequences into which windows are packed for FlexAttention
+
+
+class Cost(NamedTuple):
+    """What one pass takes at least: bytes to and from memory, operations of matrix products, exponentials."""
+
+    bytes: int
+    flop: int
+    exponentials: int
+
+
+class Problem:
+    """Inputs of one case of an operator, all of which take gradients, and the ways to compute it.
+
+    `case` is a value of the operator's `CASES`. Subclasses say how the operator is called (`apply`), how many queries
+    there are over all heads and images, how many keys each sees, how wide they are, and what the baselines are.
+    """
+
+    op: Run
+    op_reference: Run
+    tensors: list[Tensor]
+    queries: int
+    keys: int
+    widths: tuple[int, int]  # of keys, of values
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        raise NotImplementedError
+
+    @property
+    def device(self) -> str:
+        return self.tensors[0].device.type
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        raise NotImplementedError
+
+    def triton(self, *tensors: Tensor) -> Tensor:
+        return self.apply(type(self).op, tensors, backend="triton")
+
+    def eager(self, *tensors: Tensor) -> Tensor:
+        return self.apply(type(self).op_reference, tensors)
+
+    def baselines(self) -> dict[str, Callable[[], Run]]:
+        """Contenders besides ours, eager and compiled. Making one raises NotImplementedError where it cannot serve."""
+        return {}
+
+    def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The gradients of `tensors` by name, each large enough for its norm to mean something."""
+        return _third(grads[0])
+
+    def in_float64(self) -> list[Tensor]:
+        return [x.detach().double().requires_grad_() for x in self.tensors]
+
+    def costs(self) -> tuple[Cost, Cost]:
+        """Of a forward pass and of a backward pass.
+
+        Forward reads each input once and writes the result; backward reads the inputs and the result's gradient and
+        writes the inputs' gradients. Forward has two products of queries and keys, backward five, and both need the
+        weights.
+        """
+        key_dim, value_dim = self.widths
+        inputs = sum(x.numel() * x.element_size() for x in self.tensors)
+        out = self.queries * value_dim * self.tensors[0].element_size()
+        pairs = self.queries * self.keys
+        return (
+            Cost(inputs + out, 2 * pairs * (key_dim + value_dim), pairs),
+            Cost(2 * inputs + out, 2 * pairs * (3 * key_dim + 2 * value_dim), pairs),
+        )
+
+
+def _third(dqkv: Tensor) -> dict[str, Tensor]:
+    return dict(zip("qkv", dqkv.unbind(3), strict=True))
+
+
+def _leaf(*shape: int, dtype: torch.dtype, device: str, std: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * std).to(dtype).requires_grad_()
+
+
+class Routed(Problem):
+    op, op_reference = routed.routed_attention, routed.routed_attention_reference
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        batch, (height, width), self.grid, heads, head_dim, topk = case
+        regions = self.grid[0] * self.grid[1]
+        self.tensors = [_leaf(batch, height, width, 3, heads, head_dim, dtype=dtype, device=device)]
+        self.index = torch.rand(batch, regions, regions, device=device).topk(topk).indices
+        self.size, self.scale, self.widths = (height, width), head_dim**-0.5, (head_dim, head_dim)
+        self.region = height * width // regions
+        self.queries, self.keys = batch * height * width * heads, topk * self.region
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        return op(tensors[0], self.index, grid=self.grid, scale=self.scale, **options)
+
+    def baselines(self) -> dict[str, Callable[[], Run]]:
+        return {"masked SDPA": self._masked, "FlexAttention": self._flex}
+
+    def _chosen(self) -> Tensor:
+        """Which region was routed to which, `[B, R, R]`."""
+        batch, regions, _ = self.index.shape
+        none = torch.zeros(batch, regions, regions, dtype=torch.bool, device=self.device)
+        return none.scatter(2, self.index, True)
+
+    def _masked(self) -> Run:
+        pixels = self.size[0] * self.size[1]
+        if (needed := self.index.shape[0] * pixels**2) > _MOST_MASK:
+            raise NotImplementedError(f"the mask of all pairs has {needed >> 30} GiB")
+        ids = torch.arange(self.index.shape[1], device=self.device).view(1, *self.grid, 1, 1)
+        region = ids.expand(1, *self.grid, *(n // g for n, g in zip(self.size, self.grid, strict=True)))
+        region = region.transpose(2, 3).flatten()
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+            mask = self._chosen()[:, region][:, :, region][:, None]
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+            return y.transpose(1, 2).unflatten(1, self.size)
+
+        return run
+
+    def _flex(self) -> Run:
+        if self.region % 64:
+            raise NotImplementedError(f"regions of {self.region} pixels are no blocks of FlexAttention")
+        batch, regions, topk = self.index.shape
+        # every chosen block is whole: its pairs are not tested one by one
+        count = torch.full((batch, 1, regions), topk, dtype=torch.int32, device=self.device)
+        blocks = F.pad(self.index.int(), (0, regions - topk))[:, None]
+        chosen = self._chosen()
+        mask = BlockMask.from_kv_blocks(
+            torch.zeros_like(count),
+            torch.zeros_like(blocks),
+            count,
+            blocks,
+            BLOCK_SIZE=self.region,
+            mask_mod=lambda image, head, query, key: chosen[image, query // self.region, key // self.region],
+        )
+
+        def run(qkv: Tensor) -> Tensor:
+            parts = routed._to_regions(qkv, self.grid).unbind(3)  # each [B, R, N, r, D]
+            q, k, v = (x.transpose(1, 2).flatten(2, 3) for x in parts)
+            y: Any = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
+            return routed._from_regions(y.unflatten(2, (regions, -1)).transpose(1, 2), self.grid, self.size)
+
+        return compiled(run, self.device)
+
+
+class Window(Problem):
+    op, op_reference = window.window_attention, window.window_attention_reference
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        batch, (height, width), heads, head_dim, self.windows, self.lepe = case
+        channels = heads // len(self.windows) * head_dim
+        self.tensors = [_leaf(batch, height, width, 3, heads, head_dim, dtype=dtype, device=device)]
+        for _ in range(len(self.windows) * self.lepe):
+            self.tensors.append(_leaf(channels, 1, 3, 3, dtype=dtype, device=device, std=1 / 3))
+            self.tensors.append(_leaf(channels, dtype=dtype, device=device))
+        self.widths = (head_dim, head_dim)
+        self.queries = batch * height * width * heads
+        self.keys = sum(h * w for h, w in self.windows) // len(self.windows)
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        lepe = list(zip(tensors[1::2], tensors[2::2], strict=True)) or None
+        return op(tensors[0], windows=self.windows, lepe=lepe, **options)
+
+    def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        names = [f"{name} {g}" for g in range(len(self.windows)) for name in ("weight", "bias")]
+        return _third(grads[0]) | dict(zip(names, grads[1:], strict=False))
+
+    def baselines(self) -> dict[str, Callable[[], Run]]:
+        return {"FlexAttention": self._flex}
+
+    def _flex(self) -> Run:
+        """The reference with its windows packed into longer sequences, whose mask is block-diagonal."""
+        batch, height, width = self.tensors[0].shape[:3]
+        masks: dict[int, tuple[int, BlockMask]] = {}
+        for h, w in self.windows:
+            tokens, count = h * w, batch * -(-height // h) * -(-width // w)
+            pack = max(n for n in range(1, max(1, _FLEX_TOKENS // tokens) + 1) if count % n == 0)
+            masks[tokens] = pack, block_mask(_same(tokens), pack * tokens, pack * tokens, self.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+            tokens = q.shape[2]
+            pack, mask = masks[tokens]
+            q, k, v = (x.transpose(1, 2).unflatten(0, (-1, pack)).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+            y: Any = flex_attention(q, k, v, block_mask=mask, scale=scale)
+            return y.transpose(1, 2).unflatten(1, (pack, tokens)).flatten(0, 1).transpose(1, 2)
+
+        body = compiled(self.eager, self.device)
+
+        def run(*tensors: Tensor) -> Tensor:
+            with mock.patch.object(window, "_softmax_attention", attend):
+                return body(*tensors)
+
+        return run
+
+
+def _same(tokens: int) -> Callable:
+    return lambda batch, head, query, key: query // tokens == key // tokens
+
+
+class Halo(Problem):
+    op, op_reference = halo.halo_attention, halo.halo_attention_reference
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        batch, (height, width), heads, head_dim, value_dim, block_size, halo_size, stride = case
+        asking = (batch, -(-height // stride), -(-width // stride), heads)
+        window_side = block_size + 2 * halo_size
+        options = {"dtype": dtype, "device": device}
+        tables = [_leaf(2 * window_side - 1, head_dim, std=head_dim**-0.5, **options) for _ in "hw"]
+        self.tensors = [
+            _leaf(*asking, head_dim, **options),
+            _leaf(batch, height, width, heads, head_dim + value_dim, **options),
+            *tables,
+        ]
+        self.options = {"block_size": block_size, "halo_size": halo_size, "stride": stride}
+        self.widths = (head_dim, value_dim)
+        self.queries, self.keys = asking[0] * asking[1] * asking[2] * heads, window_side**2
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        return op(*tensors, **self.options, **options)
+
+    def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        dq, dkv, *tables = grads
+        dk, dv = dkv.split(self.widths, -1)
+        return {"q": dq, "k": dk, "v": dv, "tables": torch.cat(tables)}
+
+    def baselines(self) -> dict[str, Callable[[], Run]]:
+        return {"FlexAttention": self._flex}
+
+    def _flex(self) -> Run:
+        """Queries and keys block by block, a mask for the reach of a block, the relative logits by score_mod."""
+        block, reach, stride = self.options.values()
+        side, window_side = block // stride, block + 2 * reach
+        if reach > block:
+            raise NotImplementedError(f"halo_size={reach} beyond block_size={block} needs more than one ring of blocks")
+        batch, height, width = self.tensors[1].shape[:3]
+        rows, cols = -(-height // block), -(-width // block)
+
+        def distance(query, key):
+            """Row and column of a key in the window of the query's block."""
+            of_query, of_key = query // side**2, key // block**2
+            y = (of_key // (cols + 2) - 1 - of_query // cols) * block + key % block**2 // block + reach
+            x = (of_key % (cols + 2) - 1 - of_query % cols) * block + key % block + reach
+            return y, x
+
+        def within(image, head, query, key):
+            y, x = distance(query, key)
+            return (y >= 0) & (y < window_side) & (x >= 0) & (x < window_side)
+
+        mask = block_mask(within, rows * cols * side**2, (rows + 2) * (cols + 2) * block**2, self.device)
+
+        def run(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
+            def sequences(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
+                tokens = halo._blocks(x, side, rows, cols).unflatten(0, (batch, -1)).flatten(1, 3)
+                return tokens.transpose(1, 2)
+
+            rel = halo._reachable_logits(q, height_rel, width_rel, side)
+            above, aside = (sequences(x, side, rows, cols) for x in rel.unbind(-2))
+            ringed = F.pad(kv, (0, 0, 0, 0, block, 0, block, 0))
+            k, v = sequences(ringed, block, rows + 2, cols + 2).split(self.widths, -1)
+
+            def add_relative(score, image, head, query, key):
+                y, x = distance(query, key)
+                y = (y - query % side**2 // side + side - 1).clamp(0, window_side + side - 2)
+                x = (x - query % side + side - 1).clamp(0, window_side + side - 2)
+                return score + above[image, head, query, y] + aside[image, head, query, x]
+
+            y: Any = flex_attention(sequences(q, side, rows, cols), k, v, score_mod=add_relative, block_mask=mask)
+            y = y.transpose(1, 2).unflatten(1, (rows, cols, side, side)).transpose(2, 3)
+            return y.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]]
+
+        return compiled(run, self.device)
+
+
+class Aggregated(Problem):
+    op, op_reference = aggregated.aggregated_attention, aggregated.aggregated_attention_reference
+    names = ("temperature", "query_embedding", "local_bias", "filters", "filter_bias")
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        batch, size, grid, heads, head_dim = case
+        self.indices = tuple(_distances(n, k).to(device) for n, k in zip(size, grid, strict=True))
+        table = [int(_distances(n, k).max()) + 1 for n, k in zip(size, grid, strict=True)]
+        exact = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}  # as under autocast
+        self.tensors = [
+            _leaf(batch, *size, 3, heads, head_dim, dtype=dtype, device=device),
+            _leaf(batch, *grid, 2, heads, head_dim, dtype=dtype, device=device),
+            _leaf(heads, *table, **exact),
+            _leaf(heads, 1, 1, **exact),
+            _leaf(heads, 1, head_dim, std=head_dim**-0.5, **exact),
+            _leaf(heads, 9, **exact),
+            _leaf(heads, head_dim, 9, **exact),
+            _leaf(heads, 1, 9, **exact),
+        ]
+        self.widths = (head_dim, head_dim)
+        self.queries, self.keys = batch * size[0] * size[1] * heads, 9 + grid[0] * grid[1]
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        qkv, pooled, table, *parameters = tensors
+        named = dict(zip(self.names, parameters, strict=True))
+        return op(qkv, pooled, (table, *self.indices), **named, **options)
+
+    def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        dqkv, dpooled, table, temperature, embedding, *window = grads
+        # together, for the temperature's is one number, a sum over all pixels that may cancel
+        named = {"table": table, "query": torch.cat((temperature, embedding), 2)}
+        pooled = dict(zip(("pooled k", "pooled v"), dpooled.unbind(3), strict=True))
+        return _third(dqkv) | pooled | named | dict(zip(self.names[2:], window, strict=True))
+
+    def baselines(self) -> dict[str, Callable[[], Run]]:
+        return {"FlexAttention": self._flex}
+
+    def _flex(self) -> Run:
+        raise NotImplementedError("filters add to the weights after the softmax")
+
+
+def _distances(queries: int, keys: int) -> Tensor:
+    """`[keys, queries]`: the distances of queries from the centres of pooled keys along an axis, counted from 0."""
+    key = torch.arange(keys)[:, None]
+    # twice a distance is a whole number; where bins are of one size, so are the steps between distances
+    twice = 2 * torch.arange(queries) - key * queries // keys - ((key + 1) * queries + keys - 1) // keys
+    index = twice if queries % keys else twice.div(2, rounding_mode="floor")
+    return index - index.min()
+
+
+PROBLEMS: dict[str, type] = {"routed": Routed, "window": Window, "halo": Halo, "aggregated": Aggregated}
+
+# cases of the gate alone: more programs in one launch than a grid's second axis could hold
+MANY_PROGRAMS = {
+    "routed": (1024, (14, 14), (7, 7), 2, 16, 1),
+    "window": (66000, (6, 6), 1, 16, ((6, 6),), False),
+    "halo": (8200, (4, 4), 8, 8, 8, 4, 1, 1),
+    "aggregated": (2800, (6, 6), (2, 2), 12, 8),
+}
+# stand-ins of a few programs for a machine without a GPU
+DRY_CASES = {
+    "routed": {"two-regions": (1, (4, 8), (1, 2), 1, 16, 1)},
+    "window": {
+        "stripes": (1, (3, 2), 2, 16, ((3, 1), (1, 2)), True),
+        "squares-windows": (2, (2, 2), 1, 16, ((2, 2),), False),
+    },
+    "halo": {"one-block": (1, (3, 4), 1, 16, 16, 4, 1, 1)},
+    "aggregated": {"map": (1, (2, 3), (1, 2), 1, 8)},
+}
+
+
+def cases(operator: str, *, dry: bool) -> dict[str, tuple]:
+    """The cases of an operator, those of 224 and 256 pixels first: they must not be what time runs short for."""
+    if dry:
+        return DRY_CASES[operator]
+    found = {"routed": routed, "window": window, "halo": halo, "aggregated": aggregated}[operator].CASES
+    return dict(sorted(found.items(), key=lambda item: "-224" not in item[0] and "-256" not in item[0]))
+
+
+def block_mask(mask: Callable, queries: int, keys: int, device: str) -> BlockMask:
+    return create_block_mask(mask, None, None, queries, keys, device=device)
+
+
+def compiled(run: Run, device: str) -> Run:
+    """`run` as the compiler makes it; without a GPU only traced, for there is nothing to be timed."""
+    if device != "cuda":
+        return run
+    return torch.compile(run, dynamic=False, fullgraph=True)

@@ -1,0 +1,181 @@
+"""The kernel benchmark without a GPU: its dry run from end to end, and what it does where something is wrong."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a script of the folder by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_dry_run(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--dry-run", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "# Kernels against their baselines" in run.stdout
+    found = json.loads((tmp_path / "kernels_dry_run.json").read_text())
+    assert found["dry_run"] and {"device", "torch", "triton", "commit"} <= found["facts"].keys()
+    assert all(gate["passed"] for gate in found["gates"]), [gate["reasons"] for gate in found["gates"]]
+    assert {(gate["operator"], gate["dtype"]) for gate in found["gates"]} == {
+        (operator, dtype)
+        for operator in ("routed", "window", "halo", "aggregated")
+        for dtype in ("float64", "float32", "bfloat16")
+    }
+    assert not any(key.endswith(("_us", "_percent", "_mib")) for row in found["rows"] for key in row)
+    ran = {(row["operator"], row["contender"], row["direction"]) for row in found["rows"] if "reason" not in row}
+    assert ran >= {
+        (operator, contender, direction)
+        for operator in ("routed", "window", "halo", "aggregated")
+        for contender in ("triton", "eager", "compiled")
+        for direction in ("forward", "forward+backward")
+    }
+    assert ("routed", "masked SDPA", "forward+backward") in ran
+    assert {("window", "FlexAttention", "forward"), ("halo", "FlexAttention", "forward")} <= ran
+    assert all(row["least_bytes"] > 0 and row["flop"] > 0 for row in found["rows"])
+
+
+def test_needs_a_gpu_or_says_so(benchmark, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    with pytest.raises(SystemExit):
+        benchmark("kernels").parse()
+    assert "sees no GPU; --dry-run needs none" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--operator", "halo", "--case", "h1"])
+    with pytest.raises(SystemExit):
+        benchmark("kernels").parse()
+    assert "--case h1 is no case of halo" in capsys.readouterr().err
+
+
+def passing(y):
+    return y
+
+
+FAILING = {
+    "wrong by a hundredth": lambda y: y * 1.01,
+    "not a number": lambda y: y * torch.nan,
+    "never the same": lambda y: y * (1 + 1e-2 * torch.rand(())),
+}
+
+
+@pytest.mark.parametrize("change", [passing, *FAILING.values()], ids=["right", *FAILING])
+def test_gate(benchmark, monkeypatch, change):
+    gate, contenders = benchmark("gate"), benchmark("contenders")
+
+    class Kind(contenders.Routed):
+        def triton(self, *tensors):
+            return change(self.eager(*tensors))
+
+    monkeypatch.setitem(gate.INTERPRETED, torch.bfloat16, 2e-2 if change is FAILING["never the same"] else 5e-3)
+    dtype = torch.float64 if change is FAILING["not a number"] else torch.bfloat16
+    record = gate.gate(Kind, (2, (4, 4), (2, 2), 1, 8, 2), dtype, "cpu")
+    assert record["passed"] is (change is passing)
+
+
+def test_gate_survives_a_kernel_that_does_not_run(benchmark):
+    contenders = benchmark("contenders")
+
+    class Kind(contenders.Routed):
+        def triton(self, *tensors):
+            raise RuntimeError("invalid argument\nwith a second line")
+
+    record = benchmark("gate").gate(Kind, (1, (4, 4), (2, 2), 1, 8, 2), torch.float64, "cpu")
+    assert not record["passed"] and record["reasons"] == ["RuntimeError: invalid argument"]
+
+
+def test_limits_of_the_gate(benchmark):
+    limit = benchmark("gate").limit
+    assert limit(4e-3, torch.bfloat16, "cuda") == pytest.approx(6e-3)
+    assert limit(9e-3, torch.bfloat16, "cuda") == 1e-2, "the cap"
+    assert limit(1e-5, torch.bfloat16, "cuda") == pytest.approx(1.5 * 2**-8), "one rounding of an operand"
+    assert limit(1.0, torch.float16, "cuda") == 2e-3
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from supervised import emit
+for job in sys.argv[1:]:
+    emit(start=job.split("/"))
+    if job == "op/dies":
+        sys.exit("illegal memory access")
+    if job == "op/hangs":
+        time.sleep(60)
+    emit(row=job)
+    emit(done=job.split("/"))
+"""
+
+
+def supervised(benchmark, names, *, seconds):
+    taken = []
+    lost = benchmark("supervised").supervise(
+        [sys.executable, "-c", CHILD.format(folder=str(BENCHMARKS))],
+        [("op", name) for name in names],
+        environment=dict(os.environ),
+        until=time.time() + seconds,
+        grace=0,
+        take=lambda record: taken.append(record["row"]) if "row" in record else None,
+    )
+    return taken, lost
+
+
+def test_goes_on_after_a_job_that_dies(benchmark):
+    taken, lost = supervised(benchmark, ["first", "dies", "last"], seconds=60)
+    assert taken == ["op/first", "op/last"]
+    assert lost == {("op", "dies"): "its process died: illegal memory access"}
+
+
+def test_ends_on_time(benchmark):
+    taken, lost = supervised(benchmark, ["first", "hangs", "last"], seconds=4)
+    assert taken == ["op/first"]
+    assert lost == {("op", "hangs"): "no time was left", ("op", "last"): "no time was left"}
+
+
+def test_does_not_start(benchmark):
+    with pytest.raises(SystemExit, match="did not start.*No module named 'nothing'"):
+        benchmark("supervised").supervise(
+            [sys.executable, "-c", "import nothing"],
+            [("op", "a")],
+            environment=dict(os.environ),
+            until=time.time() + 60,
+            grace=0,
+            take=print,
+        )
+
+
+def rows(case, **medians):
+    at = {"operator": "halo", "case": case, "direction": "forward+backward", "floor_us": 10.0}
+    return [{**at, "contender": name, "median_us": median} for name, median in medians.items()]
+
+
+def test_verdicts(benchmark):
+    verdicts = benchmark("verdicts")
+    goal = verdicts.Goal("halo", "-256$", "forward+backward", "eager", 3.0)
+    fast, slow = rows("a-256", triton=20.0, eager=80.0), rows("b-256", triton=20.0, eager=40.0, FlexAttention=15.0)
+    unknown = [
+        {k: v for k, v in row.items() if k != "median_us"} | {"reason": "died"} for row in rows("c-256", triton=1.0)
+    ]
+    assert "met (worst 4.00x at a-256; 1 of 1 cases)" in verdicts.verdict(goal, verdicts.Times(fast))
+    assert "not met (worst 2.00x at b-256; 2 of 2 cases)" in verdicts.verdict(goal, verdicts.Times(fast + slow))
+    assert "met where measured (worst 4.00x at a-256; 1 of 2" in verdicts.verdict(goal, verdicts.Times(fast + unknown))
+    assert verdicts.verdict(goal, verdicts.Times([])).endswith("not measured")
+    bytes_goal = goal._replace(against="floor", factor=1.7)
+    assert "not met (worst 2.00x at a-256" in verdicts.verdict(bytes_goal, verdicts.Times(fast))
+    assert verdicts.losses(verdicts.Times(fast + slow + unknown)) == [
+        "halo, b-256, forward+backward: FlexAttention takes 15.0 us, ours 20.0 us"
+    ]
