@@ -45,22 +45,21 @@ def keys() -> str:
 
 def recipes() -> str:
     """One line a recipe for ImageNet-1K."""
-    lines = [
-        "| recipe | paper | input | epochs | batch | optimizer, peak lr | begins with | published top-1 | ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "recipe, paper, input, epochs, batch, optimizer, peak lr, begins with, settings, published top-1, ours"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
     for path in sorted((PACKAGED / "imagenet").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         paper, top1 = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"top-1 ([\d.]+) % \(published", head)
         if not (paper and top1):
             raise SystemExit(f"{path} does not open with its paper and its published top-1")
+        unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
+        settings = ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
         lr = plan(recipe, samples=IMAGENET, world_size=8).lr
         begin = f"`{recipe.model.init_from}`" if recipe.model.init_from else ""
-        lines.append(
-            f"| `imagenet/{path.stem}` | [{paper[1]}](https://arxiv.org/abs/{paper[1]}) | {recipe.data.size} | "
-            f"{recipe.sched.epochs:g} | {recipe.data.batch} | {recipe.optim.name}, {lr:g} | {begin} | {top1[1]} | "
-            "not run |"
-        )
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+        counts = f"{recipe.data.size} | {recipe.sched.epochs:g} | {recipe.data.batch}"
+        rates = f"{recipe.optim.name} | {lr:g} | {begin} | {settings} | {top1[1]} | not run"
+        lines.append(f"| `imagenet/{path.stem}` | {link} | {counts} | {rates} |")
     return "\n".join(lines)
 
 

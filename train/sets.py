@@ -108,9 +108,11 @@ class Judge:
 def class_columns(folders: list[str], classes: list[str], where: Path) -> list[int]:
     """The model's output for each class folder: by name, or by number where all are numbers (as ImageNet-V2's are)."""
     position = {name: index for index, name in enumerate(classes)}
-    if unknown := [name for name in folders if name not in position]:
-        if all(name.isdecimal() and int(name) < len(classes) for name in folders):
-            return [int(name) for name in folders]
+    unknown = [name for name in folders if name not in position]
+    if unknown and all(name.isdecimal() for name in folders):
+        unknown = [name for name in folders if int(name) >= len(classes)]
+        position = {name: int(name) for name in folders}
+    if unknown:
         raise UserError(
             f"{where} holds the class {unknown[0]}, which the model does not know ({', '.join(classes[:3])}, ...); "
             "class folders are named as in training, or are numbers from 0"

@@ -56,7 +56,8 @@ def probe(model: Any, kind: str) -> nn.Module:
     if kind == "attentive":
         classes, body = model.num_classes, model
         body.reset_classifier(0)
-        known = {key: value for key, value in getattr(body, "_model_args", {}).items() if key != "num_classes"}
+        options = getattr(body, "_model_args", {})
+        known = {key: value for key, value in options.items() if key not in ("num_classes", "in_chans")}
         architecture = body.pretrained_cfg["architecture"]
         model = timm.create_model(
             "attentive_probe", backbone=architecture, backbone_args=known, num_classes=classes, cfg=body.pretrained_cfg
