@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Recipe, UserError, leaves
+from .schema import Distill, Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -74,7 +74,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _validate(data, str(file))
     if not recipe.run.name:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
-    if problems := list(_contradictions(recipe)):
+    if problems := [*_contradictions(recipe), *_idle_keys(recipe)]:
         raise UserError(f"recipe {file}: " + "; ".join(problems))
     return recipe
 
@@ -129,6 +129,7 @@ class Plan:
     accumulate: int
     lr: float
     lr_text: str
+    cooldown: int = 0
 
 
 def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
@@ -153,6 +154,12 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
         raise UserError(
             f"sched.warmup={sched.warmup:g} ({warmup} steps) leaves nothing of the {steps} steps; shorten it"
         )
+    cooldown = round(sched.cooldown * per_unit)
+    if warmup + cooldown >= steps:
+        raise UserError(
+            f"sched.cooldown={sched.cooldown:g} ({cooldown} steps) and the warm-up leave nothing of the {steps} steps; "
+            "shorten it"
+        )
     ratio = batch / optim.lr_base_batch
     factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_rule]
     text = f"{optim.lr * factor:.3g}"
@@ -166,6 +173,7 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
         accumulate=batch // (micro * world_size),
         lr=optim.lr * factor,
         lr_text=f"{text}, rule {optim.lr_rule}, global batch {batch}",
+        cooldown=cooldown,
     )
 
 
@@ -245,3 +253,20 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"data.aug.{key}={list(pair)} is no rising range above 0"
     if optim.name.startswith("lookahead"):
         yield f"optim.name={optim.name} keeps weights that no checkpoint holds; use {optim.name.partition('_')[2]}"
+
+
+def _idle_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys of transfer and schedule that another key switches off."""
+    model, task, distill, sched = recipe.model, recipe.task, recipe.task.distill, recipe.sched
+    if model.init_from and model.pretrained:
+        yield "model.pretrained has no effect beside model.init_from; remove one"
+    if task.probe:
+        for key, value in (("optim.layer_decay", recipe.optim.layer_decay), ("model.drop_path", model.drop_path)):
+            if value is not None:
+                yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"
+    if not distill.teacher and distill != Distill():
+        yield "task.distill has no effect without task.distill.teacher"
+    if distill.kind == "hard" and distill.temperature != 1:
+        yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
+    if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
+        yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"

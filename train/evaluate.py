@@ -1,6 +1,7 @@
-"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT [--data key=value ...]`.
+"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT [--data key=value ...] [--sets NAME=FOLDER ...]`.
 
-Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/.
+Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --sets on
+ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into RUN/sets.json.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from .config import load_recipe
 from .launch import World, join, write_atomically, writing
 from .parallel import autocast, place
 from .schema import Parallel, Recipe, UserError, report_errors
-from .tasks import Scores, Task, build_task
+from .sets import Judge, lines, parse
+from .tasks import Classify, Scores, Task, build_task
 
 
 def measure(
@@ -94,18 +97,48 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tessel.train.evaluate", description=__doc__)
     parser.add_argument("target", type=Path, help="a run directory, or one of its checkpoints/step-*")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
     options = parser.parse_args(argv)
     with report_errors() as outcome:
-        evaluate(options.target, [f"data.{text.removeprefix('data.')}" for text in options.data])
+        overrides = [f"data.{text.removeprefix('data.')}" for text in options.data]
+        (partial(evaluate_sets, sets=parse(options.sets)) if options.sets else evaluate)(options.target, overrides)
     return outcome.code
+
+
+def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
+    """Judge a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
+    run, recipe = opened(target, overrides)
+    with join(recipe.run) as world:
+        if run == target:
+            model: Any = load_run(run)[1]
+            classes, step = list(model.pretrained_cfg["label_names"]), json.loads((run / "DONE").read_text())["step"]
+        else:
+            task = Classify(recipe, world)
+            model, classes = task.build_model(), task.classes
+            step = load_checkpoint(target, model, world)
+        judge, file = Judge(recipe, place(model, recipe.parallel, world).eval(), classes, world), run / "sets.json"
+        found = {name: judge.judge(name, folder) | {"folder": str(folder)} for name, folder in sets.items()}
+        with world.together():
+            if world.main:
+                known = json.loads(file.read_text()) if file.is_file() else {}
+                known |= {name: figures | {"step": step} for name, figures in found.items()}
+                with writing(file):
+                    write_atomically(file, json.dumps(known, indent=1) + "\n")
+                print("\n".join([*lines(found), f"written to {file}"]))
+
+
+def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
+    """The run directory of a run or checkpoint, and its recipe with nothing to be fetched for its model."""
+    run = target.parent.parent if (target / checkpoint.MANIFEST).is_file() else target
+    recipe = load_recipe(_recipe_file(run), overrides)
+    model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
+    return run, dataclasses.replace(recipe, model=model)
 
 
 def evaluate(target: Path, overrides: list[str]) -> None:
     """Judge a run or a checkpoint and print what was found."""
-    at_checkpoint = (target / checkpoint.MANIFEST).is_file()
-    run = target.parent.parent if at_checkpoint else target
-    recipe = load_recipe(_recipe_file(run), overrides)
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False))
+    run, recipe = opened(target, overrides)
+    at_checkpoint = run != target
     with join(recipe.run) as world:
         task = build_task(recipe, world)
         model = task.build_model()

@@ -64,10 +64,24 @@ class Model:
     """a timm or tessel model; local-dir:RUN/export takes an exported one"""
     pretrained: bool = False
     """start from the model's published weights"""
+    init_from: str | None = None
+    """begin with the weights of another model of the same parameters: a timm name, or local-dir:RUN/export"""
     drop_path: Share | None = None
     """stochastic depth rate; null: the model's own"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of timm.create_model"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distill:
+    teacher: str | None = None
+    """learn from this model too: a timm name with weights, or local-dir:RUN/export"""
+    kind: Literal["soft", "hard"] = "soft"
+    """match the teacher's probabilities, or its most probable class"""
+    weight: Share = 0.5
+    """share of the teacher's loss; the labels have the rest"""
+    temperature: PositiveFloat = 1.0
+    """divides the logits of both, with kind=soft"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -80,6 +94,9 @@ class Task:
     """softmax or per-class sigmoid cross entropy"""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """label smoothing"""
+    probe: Literal["linear", "attentive"] | None = None
+    """freeze the model and train a classifier of its pooled features, or of attention over its last map"""
+    distill: Distill = Distill()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -114,6 +131,8 @@ class Aug:
     """share of micro-batches that are mixed"""
     switch_prob: Share = 0.5
     """share of cutmix where both are on"""
+    repeats: PositiveInt = 1
+    """repeated augmentation: copies of an image in a batch; an epoch keeps its length"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -151,8 +170,12 @@ class Optim:
     """batch that lr is meant for, with an lr_rule"""
     weight_decay: NonNegativeFloat = 0.05
     """not on biases, norms and the model's no_weight_decay list"""
+    decay_norms: bool = False
+    """weight decay on biases and norms too"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """lr factor from each layer to the one below"""
+    lr_factors: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
+    """peak lr of the parameters whose names a pattern finds, as a factor of lr; the first pattern counts"""
     clip: PositiveFloat | None = None
     """gradient clipping threshold"""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
@@ -175,6 +198,8 @@ class Sched:
     """where the warm-up starts"""
     min_lr: NonNegativeFloat = 0.0
     """where the schedule ends"""
+    cooldown: NonNegativeFloat = 0.0
+    """last part of the length, held at min_lr (cosine, poly, tanh)"""
     decay_rate: PositiveFloat | None = None
     """factor (step, multistep; null: 0.1) or power (poly; null: 1)"""
     decay_steps: PositiveInt | None = None

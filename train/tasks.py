@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from .. import zoo as zoo  # registers the models with timm
 from .augment import eval_transform, input_config, mixing, train_transform
 from .config import Plan
-from .data import GlobalOrder, Key, Loader, Seeded, build_dataset
+from .data import GlobalOrder, Key, Loader, Seeded, build_dataset, permutation
 from .launch import World
 from .parallel import memory_format
 from .schema import Recipe, UserError
+from .transfer import Teacher, begin_with, create, probe
 
 
 class Scores(Protocol):
@@ -76,6 +77,8 @@ class Classify:
     def __init__(self, recipe: Recipe, world: World):
         self.recipe, self.world = recipe, world
         check_name(recipe.model.name)
+        check_name(recipe.model.init_from, "model.init_from")
+        check_name(recipe.task.distill.teacher, "task.distill.teacher")
         self.train, self.val = (build_dataset(recipe.data, split) for split in ("train", "val"))
         self.samples, self.classes = len(self.train), self.train.classes
         if self.val.classes != self.classes:
@@ -93,6 +96,7 @@ class Classify:
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixing else recipe.task.smoothing)
         if recipe.task.loss == "bce":
             self.criterion = BinaryCrossEntropy(smoothing=recipe.task.smoothing)
+        self.teacher: Teacher | None = None
 
     def build_model(self) -> nn.Module:
         model = create_model(self.recipe, len(self.classes))
@@ -102,7 +106,12 @@ class Classify:
         return model
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        data = self.recipe.data
+        data, distill = self.recipe.data, self.recipe.task.distill
+        if distill.teacher:
+            config = input_config(data, self.pretrained_cfg)
+            device = self.world.device
+            with self.world.together():
+                self.teacher = Teacher(distill, classes=self.classes, size=data.size, config=config, device=device)
         dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed)
         ahead = max(2, -(-plan.accumulate // max(data.workers, 1)) + 1)  # an update's micro-batches and then some
         return self._loader(dataset, self._order(plan, step), ahead)
@@ -115,7 +124,14 @@ class Classify:
         images, targets = self.placed(batch)
         if self.mixing:
             images, targets = self.mixing(images, targets)
-        return {"loss": self.criterion(model(images).float(), targets)}
+        if self.recipe.task.probe:
+            model.eval()  # what is frozen holds still: batch statistics, drop path
+        logits = model(images).float()
+        loss = self.criterion(logits, targets)
+        if self.teacher is None:
+            return {"loss": loss}
+        share = self.recipe.task.distill.weight
+        return {"loss": (1 - share) * loss, "distill_loss": share * self.teacher.loss(images, logits)}
 
     def eval_batches(self) -> Loader:
         size = self.recipe.data.eval_batch
@@ -132,7 +148,8 @@ class Classify:
         return {"classes": self.classes, "data_config": config}
 
     def _order(self, plan: Plan, step: int) -> GlobalOrder:
-        return GlobalOrder(
+        return RepeatedOrder(
+            repeats=self.recipe.data.aug.repeats,
             length=self.samples,
             seed=self.recipe.run.seed,
             micro_batch=plan.micro_batch,
@@ -151,6 +168,27 @@ class Classify:
     def placed(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
         return images, batch[1].to(self.world.device, non_blocking=True)
+
+
+class RepeatedOrder(GlobalOrder):
+    """The order of repeated augmentation (Hoffer et al., arXiv 1901.09335): `repeats` copies of an image in a row.
+
+    An epoch has as many samples as ever, hence a share of 1 / repeats of the images. In a batch all first copies come
+    first, then all second ones: on several processes they fall to different ones. A copy's key counts as an epoch of
+    its own, so that each is augmented anew.
+    """
+
+    def __init__(self, *, repeats: int, **order: int):
+        super().__init__(**order)
+        self.repeats = repeats
+
+    def keys(self, start: int, stop: int) -> list[Key]:
+        places = (divmod(position, self.length) for position in range(start, stop))
+        copies = sorted((place % self.repeats, epoch, place // self.repeats) for epoch, place in places)
+        return [
+            (epoch * self.repeats + copy, int(permutation(self.seed, epoch, self.length)[image]))
+            for copy, epoch, image in copies
+        ]
 
 
 class ClassScores:
@@ -185,24 +223,20 @@ class ClassScores:
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""
-    wanted = recipe.model
-    args: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
-    known = timm.models.get_pretrained_cfg(wanted.name) if ":" not in wanted.name else None
-    if known is not None and known.fixed_input_size:
-        args.setdefault("img_size", recipe.data.size)
-    try:
-        return timm.create_model(wanted.name, pretrained=wanted.pretrained, num_classes=num_classes, **args)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name={wanted.name} with {args} and pretrained={wanted.pretrained}: {reason}") from error
+    wanted, size = recipe.model, recipe.data.size
+    options: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
+    model = create(
+        wanted.name, size, key="model.name", pretrained=wanted.pretrained, num_classes=num_classes, **options
+    )
+    if wanted.init_from:
+        begin_with(model, wanted, size)
+    return probe(model, recipe.task.probe) if recipe.task.probe else model
 
 
-def check_name(name: str) -> None:
+def check_name(name: str | None, key: str = "model.name") -> None:
     """Raises UserError with the nearest names for a model that neither timm nor tessel has."""
-    if ":" in name or timm.is_model(name):
+    if name is None or ":" in name or timm.is_model(name):
         return
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "is it spelled as there?"
-    raise UserError(
-        f"model.name={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}"
-    )
+    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}")

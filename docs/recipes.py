@@ -1,0 +1,92 @@
+"""Write the generated tables of docs/recipes.md, or with --check say whether they are current.
+
+    python docs/recipes.py [--check]
+
+The keys come from the schema, the recipes from configs/imagenet: their settings from the YAML, paper and accuracy from
+the comments they open with. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from tessel.train.config import PACKAGED, load_recipe, plan
+from tessel.train.schema import leaves
+
+PAGE = Path(__file__).resolve().parent / "recipes.md"
+IMAGENET = 1_281_167  # training images
+
+
+def kind(hint: Any) -> str:
+    """A type in the words of a recipe."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(map(str, arguments))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return ", ".join("null" if part is type(None) else kind(part) for part in arguments)
+    names = {"tuple": "list", "dict": "mapping", "str": "text", "bool": "true, false", "int": "integer"}
+    return names.get(hint.__name__, hint.__name__)
+
+
+def keys() -> str:
+    """One line a key of the schema."""
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, hint, default, meaning in leaves():
+        value = "required" if default is dataclasses.MISSING else f"`{json.dumps(default)}`"
+        lines.append(f"| `{key}` | {kind(hint)} | {value} | {meaning.replace('|', ', ')} |")
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """One line a recipe for ImageNet-1K."""
+    columns = "recipe, paper, input, epochs, batch, optimizer, peak lr, begins with, settings, published top-1, ours"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    for path in sorted((PACKAGED / "imagenet").glob("*.yaml")):
+        recipe, head = load_recipe(path), path.read_text()
+        paper, top1 = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"top-1 ([\d.]+) % \(published", head)
+        if not (paper and top1):
+            raise SystemExit(f"{path} does not open with its paper and its published top-1")
+        unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
+        settings = ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
+        lr = plan(recipe, samples=IMAGENET, world_size=8).lr
+        begin = f"`{recipe.model.init_from}`" if recipe.model.init_from else ""
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+        counts = f"{recipe.data.size} | {recipe.sched.epochs:g} | {recipe.data.batch}"
+        rates = f"{recipe.optim.name} | {lr:g} | {begin} | {settings} | {top1[1]} | not run"
+        lines.append(f"| `imagenet/{path.stem}` | {link} | {counts} | {rates} |")
+    return "\n".join(lines)
+
+
+TABLES = {"keys": keys, "recipes": recipes}
+
+
+def rewritten(text: str) -> str:
+    """`text` with every table made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page is out of date")
+    options = parser.parse_args()
+    before = PAGE.read_text()
+    after = rewritten(before)
+    if after != before and not options.check:
+        PAGE.write_text(after)
+    print(f"{PAGE.name} is out of date (python docs/recipes.py)" if after != before else f"{PAGE.name} is current")
+    return int(after != before and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

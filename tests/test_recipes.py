@@ -1,0 +1,238 @@
+"""The packaged ImageNet recipes: the published figures, the whole optimizer and schedule, and two steps of each."""
+
+import math
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import trainer
+
+import tessel.zoo
+from tessel.checkpoints import load_manifest
+from tessel.train.__main__ import build
+from tessel.train.config import PACKAGED, load_recipe, plan
+from tessel.train.launch import Signals, World
+from tessel.train.optim import build_optimizer, build_schedule
+
+IMAGENET = 1_281_167  # training images
+RECIPES = sorted(path.stem for path in (PACKAGED / "imagenet").glob("*.yaml"))
+PAGE_SCRIPT = Path(tessel.zoo.__file__).parent.parent / "docs" / "recipes.py"
+FAMILIES = {name: family for family in tessel.zoo.list_families() for name in family.variants}
+
+# written down a second time, from the fact sheets: size, batch, epochs, warm-up, peak lr, last lr, weight decay, drop
+# path, clip, moving average, copies of an image, published top-1
+FACTS = {
+    "affnet_extra_tiny": (256, 1024, 300, 15.985, 9e-3, 9e-4, 0.008, None, None, 0.9995, 1, 73.0),
+    "affnet_tiny": (256, 1024, 300, 15.985, 9e-3, 9e-4, 0.008, None, None, 0.9995, 1, 77.0),
+    "affnet_base": (256, 1024, 300, 15.985, 9e-3, 9e-4, 0.008, None, None, 0.9995, 1, 79.8),
+    "biformer_tiny": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.1, None, None, 3, 81.4),
+    "biformer_small": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.15, None, None, 3, 83.8),
+    "biformer_base": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.4, None, None, 3, 84.3),
+    "cswin_tiny": (224, 2048, 310, 20, 2e-3, 1e-5, 0.05, 0.2, None, 0.99984, 1, 82.8),
+    "cswin_small": (224, 2048, 310, 20, 2e-3, 1e-5, 0.05, 0.4, None, 0.99984, 1, 83.6),
+    "cswin_base": (224, 1024, 310, 20, 1e-3, 1e-5, 0.1, 0.5, None, 0.99992, 1, 84.2),
+    "cswin_base_384": (384, 256, 30, 0, 5e-6, 5e-7, 1e-8, 0.7, None, 0.9998, 1, 85.5),
+    "cswin_large": (224, 512, 40, 0, 2.5e-4, 5e-7, 1e-8, 0.2, None, 0.9996, 1, 86.5),
+    "cswin_large_384": (384, 512, 40, 0, 2.5e-4, 5e-7, 1e-8, 0.2, None, 0.9996, 1, 87.5),
+    "litv2_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.0),
+    "litv2_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.3),
+    "litv2_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 83.6),
+    "litv2_base_384": (384, 1024, 30, 5, 4e-5, 4e-7, 1e-8, 0.5, 5.0, None, 1, 84.7),
+    "s2aformer_mini": (224, 1024, 300, 5, 1e-3, 1e-5, 0.025, 0.0, None, None, 1, 75.1),
+    "s2aformer_tiny": (224, 1024, 300, 20, 1e-3, 1e-5, 0.025, 0.0, None, None, 1, 77.7),
+    "s2aformer_xsmall": (224, 1024, 300, 20, 1e-3, 1e-5, 0.025, 0.02, None, None, 1, 78.9),
+    "s2aformer_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.05, None, None, 1, 80.8),
+    "s2aformer_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.15, None, None, 1, 82.3),
+    "tessel_davit_tiny": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 82.8),
+    "tessel_davit_small": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 84.2),
+    "tessel_davit_base": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 84.6),
+    "tessel_halonet26t": (256, 2048, 600, 5, 5e-3, 1e-6, 0.01, 0.1, None, None, 3, 79.1),
+    "tessel_halonet50ts": (256, 2048, 600, 5, 5e-3, 1e-6, 0.01, 0.1, None, None, 3, 81.6),
+    "tessel_sehalonet33ts": (256, 1024, 450, 3, 0.064, None, 1e-5, 0.2, None, 0.9999, 1, 81.0),
+    "tessel_halonet_h0": (256, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.0, 1.0, None, 1, 77.9),
+    "tessel_halonet_h1": (256, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.05, 1.0, None, 1, 79.9),
+    "tessel_halonet_h2": (256, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.05, 1.0, None, 1, 80.4),
+    "tessel_halonet_h3": (320, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 81.9),
+    "tessel_halonet_h4": (384, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 83.3),
+    "tessel_halonet_h5": (448, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 1.0, None, 1, 84.0),
+    "tessel_halonet_h6": (512, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 1.0, None, 1, 84.4),
+    "tessel_halonet_h7": (600, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.4, 1.0, None, 1, 84.9),
+    "transnext_micro": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.15, 1.0, None, 3, 82.5),
+    "transnext_tiny": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.25, 1.0, None, 3, 84.0),
+    "transnext_small": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.45, 1.0, None, 3, 84.7),
+    "transnext_base": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.6, 1.0, None, 3, 84.8),
+    "transnext_small_384": (384, 1024, 5, 0, 1e-5, 1e-5, 0.05, 0.7, 1.0, None, 3, 86.0),
+    "transnext_base_384": (384, 1024, 5, 0, 1e-5, 1e-5, 0.05, 0.8, 1.0, None, 3, 86.2),
+    "transnext_micro_aaaa_256": (256, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.15, 1.0, None, 3, 82.6),
+}
+FINE_TUNES = {
+    "cswin_base_384": "cswin_base.in1k",
+    "cswin_large": "cswin_large.in22k",
+    "cswin_large_384": "cswin_large.in22k",
+    "litv2_base_384": "litv2_base.in1k",
+    "transnext_base_384": "transnext_base.in1k",
+    "transnext_small_384": "transnext_small.in1k",
+}
+SMALLEST = {  # of each family, for the slow suite
+    "affnet_extra_tiny",
+    "biformer_tiny",
+    "cswin_tiny",
+    "litv2_small",
+    "s2aformer_mini",
+    "tessel_davit_tiny",
+    "tessel_halonet_h0",
+    "transnext_micro",
+}
+
+
+@cache
+def loaded(name):
+    return load_recipe(f"imagenet/{name}")
+
+
+@cache
+def meta_model(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def head(name):
+    lines = (PACKAGED / "imagenet" / f"{name}.yaml").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def test_every_published_row_has_its_recipe():
+    published = {w.model for w in load_manifest().values() if w.published_top1}
+    assert published <= set(RECIPES) == set(FACTS)
+    assert {name for name in RECIPES if loaded(name).model.init_from} == set(FINE_TUNES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_holds_the_published_figures(name):
+    recipe, (size, batch, epochs, warmup, lr, last, decay, drop_path, clip, ema, repeats, top1) = (
+        loaded(name),
+        FACTS[name],
+    )
+    planned = plan(recipe, samples=IMAGENET, world_size=8)
+    assert recipe.model.name == recipe.run.name == name and recipe.model.init_from == FINE_TUNES.get(name)
+    assert (recipe.data.size, recipe.data.batch, recipe.sched.epochs) == (size, batch, epochs)
+    assert planned.warmup == pytest.approx(warmup * IMAGENET / batch, abs=1) and planned.lr == pytest.approx(lr)
+    assert recipe.optim.weight_decay == decay and recipe.optim.clip == clip and recipe.model.drop_path == drop_path
+    assert recipe.ema.decay == ema and recipe.data.aug.repeats == repeats
+    assert last is None or last in (recipe.sched.min_lr, lr)
+    assert f"top-1 {top1:.1f} % (published" in head(name) and "not run so far" in head(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_agrees_with_the_manifest(name):
+    for weight in load_manifest().values():
+        if weight.model == name and weight.published_top1 and not weight.options:
+            assert f"top-1 {weight.published_top1:.1f} %" in head(name)
+            assert loaded(name).data.size == weight.input_size[-1]
+    assert re.search(r"arXiv \d{4}\.\d{5}", head(name)) and "\n# source: " in head(name)
+    paper = FAMILIES[name].cfg["paper_ids"]
+    assert paper.replace("arXiv:", "arXiv ") in head(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_optimizer_groups_of_the_full_model(name):
+    recipe, model = loaded(name), meta_model(name)
+    lr = plan(recipe, samples=IMAGENET, world_size=8).lr
+    optimizer = build_optimizer(model, recipe.optim, lr)
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups) == len(list(model.parameters()))
+    spared = model.no_weight_decay()
+    for key, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or key.endswith(".bias") or key in spared
+        wanted = 0 if exempt and not recipe.optim.decay_norms else recipe.optim.weight_decay
+        assert groups[parameter]["weight_decay"] == wanted, key
+        slow = {"litv2": (".offset.weight", 0.01), "cswin_large": ("", 0.05)}
+        ending, factor = next((rule for prefix, rule in slow.items() if name.startswith(prefix)), ("none", 1))
+        slowed = key.endswith(ending) and not key.startswith("head.fc.")
+        assert groups[parameter]["lr"] == pytest.approx(lr * factor if slowed else lr), key
+
+
+def test_transnext_spares_what_its_paper_names():
+    model = meta_model("transnext_tiny")
+    spared, named = model.no_weight_decay(), dict(model.named_parameters())
+    assert all(named[key].ndim > 1 for key in spared)
+    for part in ("temperature", "query_embedding", "relative_pos_bias_local"):
+        assert any(key.endswith(part) for key in spared)
+    for part in ("learnable_tokens", "learnable_bias"):
+        assert any(key.endswith(part) for key in named) and not any(key.endswith(part) for key in spared)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_learning_rate_at_named_points(name):
+    recipe, (*_, last, _, _, _, _, _, _) = loaded(name), FACTS[name]
+    planned = plan(recipe, samples=IMAGENET, world_size=8)
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), type(recipe.optim)(name="sgd"), planned.lr)
+    schedule = build_schedule(optimizer, recipe, planned)
+
+    def lr(step):
+        schedule.step_update(step)
+        return optimizer.param_groups[0]["lr"]
+
+    def cosine(step):
+        return end + (planned.lr - end) * (1 + math.cos(math.pi * step / (planned.steps - planned.cooldown))) / 2
+
+    start, end, warmup = recipe.sched.warmup_lr, recipe.sched.min_lr, planned.warmup
+    if recipe.sched.name == "constant":
+        assert {lr(0), lr(planned.steps // 2), lr(planned.steps - 1)} == {planned.lr}
+        return
+    if warmup:
+        assert lr(0) == pytest.approx(start)
+        assert lr(warmup // 2) == pytest.approx(start + (planned.lr - start) * (warmup // 2) / warmup)
+    if recipe.sched.name == "step":
+        assert lr(warmup) == pytest.approx(planned.lr * 0.97 ** (warmup // 3003))
+        assert lr(planned.steps - 1) == pytest.approx(planned.lr * 0.97 ** ((planned.steps - 1) // 3003))
+        return
+    assert lr(warmup) == pytest.approx(cosine(warmup)) and lr(warmup) > 0.93 * planned.lr
+    assert lr(planned.steps // 2) == pytest.approx(cosine(planned.steps // 2))
+    assert lr(planned.steps - 1) == pytest.approx(last, rel=1e-3)
+    cooled = name.startswith(("cswin", "tessel_davit"))
+    assert planned.cooldown == (round(10 * IMAGENET / recipe.data.batch) if cooled else 0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return trainer.draw_folder(tmp_path_factory.mktemp("images"), train=4, val=1)
+
+
+def two_steps(name, images, tmp_path, model):
+    """Two updates of 4 images at 64 px; the engine."""
+    here = [f"data.root={images}", "data.size=64", "data.batch=4", "data.micro_batch=null", "data.workers=0"]
+    short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "sched.cooldown=0", "parallel.precision=fp32"]
+    where = [f"run.out={tmp_path}", "run.device=cpu", f"model.name={model}", "model.init_from=null"]
+    recipe = load_recipe(f"imagenet/{name}", [*here, *short, *where])
+    task, schedule, engine = build(recipe, World())
+    before = {key: tensor.detach().clone() for key, tensor in engine.model.named_parameters()}
+    engine.signals, engine.batches = Signals(), task.train_batches(schedule, 0)
+    assert engine.step() and engine.step() and engine.progress.step == 2
+    engine.settle()
+    after = dict(engine.model.named_parameters())
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert any(not torch.equal(before[key], after[key]) for key in after)
+    assert math.isfinite(engine.summed_loss()) and (engine.average is None) == (recipe.ema.decay is None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps_with_the_familys_smallest_model(name, images, tmp_path):
+    atto = next(variant for variant in FAMILIES[name].variants if variant.endswith("_atto"))
+    two_steps(name, images, tmp_path, atto)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_two_steps_with_the_model_itself(name, images, tmp_path):
+    two_steps(name, images, tmp_path, name)
+
+
+def test_the_page_of_recipes_is_current():
+    done = subprocess.run([sys.executable, PAGE_SCRIPT, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

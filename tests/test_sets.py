@@ -1,0 +1,151 @@
+"""ImageNet's further evaluation sets, in miniature: a model that reads the class off the image, and painted folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import trainer
+from PIL import Image
+from timm.data.real_labels import RealLabelsImagenet
+from torch import nn
+
+from tessel.train import evaluate, sets
+from tessel.train.config import load_recipe
+from tessel.train.launch import World
+from tessel.train.schema import UserError
+from tessel.train.sets import ALEXNET_ERROR, Judge
+
+SYNSETS = timm.data.ImageNetInfo().label_names()
+CLASSES = SYNSETS[:12]
+
+
+class Reader(nn.Module):
+    """Logits from an image's colour: most for class red / 10, then for class green / 10, then for class 0, 1, ..."""
+
+    pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
+
+    def forward(self, x):
+        first, second = ((x[:, channel].mean((1, 2)) * 25.5).round().long() for channel in (0, 1))
+        logits = -torch.arange(len(CLASSES), dtype=torch.float32).repeat(len(x), 1)
+        return logits.scatter(1, second[:, None], 10.0).scatter(1, first[:, None], 20.0)
+
+
+def paint(path: Path, first: int, second: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((16, 16, 3), (10 * first, 10 * second, 0), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "x.yaml", data={"root": "x", "size": 16, "eval_batch": 4}))
+    return Judge(recipe, Reader().eval(), CLASSES, World())
+
+
+def test_all_classes(judge, tmp_path):
+    for number, name in enumerate(CLASSES):
+        paint(tmp_path / "val" / name / "right.png", number, 11 - number)
+        paint(tmp_path / "val" / name / "second.png", (number + 1) % 12, number)
+        paint(tmp_path / "val" / name / "wrong.png", (number + 1) % 12, (number + 2) % 12)
+    figures = judge.judge("val", tmp_path / "val")
+    assert figures["top1"] == pytest.approx(100 / 3) and figures["count"] == 36 and figures["classes"] == 12
+    # the last of three is among the first five where its class is one that comes first anyway: 0, 1, 2
+    assert figures["top5"] == pytest.approx(100 * (24 + 3) / 36)
+
+
+def test_a_subset_is_judged_among_its_classes(judge, tmp_path):
+    few = [CLASSES[2], CLASSES[5], CLASSES[9]]
+    paint(tmp_path / "a" / few[0] / "0.png", 7, 2)  # 7 is no class of the set: of the three, 2 comes first
+    paint(tmp_path / "a" / few[1] / "0.png", 5)
+    paint(tmp_path / "a" / few[2] / "0.png", 2, 9)
+    paint(tmp_path / "a" / few[2] / "1.png", 7, 8)  # neither: 2 comes first, wrong
+    figures = judge.judge("a", tmp_path / "a")
+    assert (figures["top1"], figures["count"], figures["classes"]) == (50.0, 4, 3) and figures["top5"] == 100
+
+
+def test_folders_named_by_class_number(judge, tmp_path):
+    for number in (0, 2, 10):  # sorted as text, 10 comes before 2
+        paint(tmp_path / "v2" / str(number) / "0.png", number)
+    assert judge.judge("v2", tmp_path / "v2")["top1"] == 100
+    paint(tmp_path / "v2" / "12" / "0.png", 1)
+    with pytest.raises(UserError, match="holds the class 12, which the model does not know"):
+        judge.judge("v2", tmp_path / "v2")
+
+
+def test_an_unknown_class_is_named(judge, tmp_path):
+    paint(tmp_path / "r" / SYNSETS[500] / "0.png", 1)
+    with pytest.raises(UserError, match=SYNSETS[500]):
+        judge.judge("r", tmp_path / "r")
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        judge.judge("sketch", tmp_path / "nowhere")
+
+
+def test_corruption_error_is_relative_to_alexnet(judge, tmp_path):
+    """Of the two images of each severity one is right, in fog both, and in snow none from severity 3 on."""
+    for corruption in ALEXNET_ERROR:
+        for severity in range(1, 6):
+            folder = tmp_path / "c" / "group" / corruption / str(severity)
+            paint(folder / CLASSES[3] / "0.png", 4 if corruption == "snow" and severity > 2 else 3)
+            paint(folder / CLASSES[4] / "0.png", 4 if corruption == "fog" else 3)
+    figures = judge.judge("c", tmp_path / "c")
+    errors = {name: {"fog": 0.0, "snow": 80.0}.get(name, 50.0) for name in ALEXNET_ERROR}
+    assert figures["errors"] == pytest.approx(errors) and figures["folders"] == 75
+    relative = [errors[name] / (100 * reference) for name, reference in ALEXNET_ERROR.items()]
+    assert figures["mce"] == pytest.approx(100 * sum(relative) / 15)
+    assert figures["top1"] == pytest.approx(100 - sum(errors.values()) / 15)
+
+
+def test_partial_corruptions_have_no_mce(judge, tmp_path):
+    paint(tmp_path / "c" / "fog" / "1" / CLASSES[3] / "0.png", 3)
+    figures = judge.judge("c", tmp_path / "c")
+    assert figures["mce"] is None and figures["top1"] == 100 and figures["errors"] == {"fog": 0.0}
+    with pytest.raises(UserError, match="CORRUPTION/SEVERITY/CLASS"):
+        judge.judge("c", tmp_path / "c" / "fog" / "1")
+
+
+def test_reassessed_labels(judge, tmp_path):
+    """Any of an image's labels is right; an image without one does not count."""
+    labels = RealLabelsImagenet(range(50_000)).real_labels
+    single = [file for file, found in labels.items() if len(found) == 1 and found[0] < 12][:2]
+    several = next(file for file, found in labels.items() if len(found) > 1 and max(found) < 12)
+    none = next(file for file, found in labels.items() if not found)
+    a, b = (labels[file][0] for file in single)
+    for file, shown in ((single[0], a), (single[1], (b + 1) % 12), (several, labels[several][-1]), (none, 0)):
+        paint((tmp_path / "val" / CLASSES[7] / file).with_suffix(".png"), shown, shown)
+    figures = judge.judge("real", tmp_path / "val")
+    assert figures["count"] == 3 and figures["top1"] == pytest.approx(200 / 3)
+    paint(tmp_path / "val" / CLASSES[7] / "other.png", 1)
+    with pytest.raises(UserError, match=r"other.png is no image of ImageNet's validation set"):
+        judge.judge("real", tmp_path / "val")
+
+
+@pytest.mark.parametrize("text", ["sketc=x", "v2", "v2=", "=x"])
+def test_sets_are_named_with_their_folder(text):
+    with pytest.raises(UserError, match="NAME=FOLDER with NAME one of val, real, v2, a, r, sketch, c"):
+        sets.parse([text])
+
+
+def test_command_line_keeps_what_it_found(tmp_path, capsys):
+    images = trainer.draw_folder(tmp_path / "images", train=4, val=2)
+    for split in ("train", "val"):
+        for number in range(3):
+            (images / split / f"class_{number}").rename(images / split / CLASSES[number])
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)}, sched={"steps": 2, "warmup": 0})
+    assert trainer.train(recipe, "ckpt.every=2", "eval.every=2", "model.pretrained=false") == 0
+    run = tmp_path / "runs/tiny"
+    wanted = json.loads((run / "evaluation/evaluation.json").read_text())
+    for target in (run, run / "checkpoints/step-00000002"):
+        assert evaluate.main([str(target), "--sets", f"val={images}/val"]) == 0
+        assert f"val: top1 {wanted['top1']:.2f}" in capsys.readouterr().out
+    (images / "val" / CLASSES[1]).rename(tmp_path / "away")
+    (images / "train").rename(tmp_path / "train")  # the training data is not needed
+    assert evaluate.main([str(run), "--sets", f"a={images}/val", "--data", "eval_batch=3"]) == 0
+    found = json.loads((run / "sets.json").read_text())
+    assert set(found) == {"val", "a"} and found["a"]["classes"] == 2 and found["a"]["step"] == 2
+    assert found["val"]["top1"] == pytest.approx(wanted["top1"]) and found["a"]["folder"] == f"{images}/val"
+    assert evaluate.main([str(run), "--sets", f"real={images}/val"]) == 1
+    error = capsys.readouterr().err
+    assert "real needs the original names" in error and error.count("\n") == 1
+    assert json.loads((run / "sets.json").read_text()) == found
