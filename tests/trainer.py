@@ -1,6 +1,8 @@
 """A few dozen images, a tiny model and short runs of the trainer, for its tests."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,14 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
+
+
+def on_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str]:
+    """One run of the trainer after another, each on `size` processes; their exit codes are the last line of stdout."""
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(size)]
+    arguments = json.dumps([[str(word) for word in run] for run in runs])
+    return subprocess.run([*command, arguments], capture_output=True, text=True, timeout=280)
+
+
+def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
+    return json.loads(done.stdout.splitlines()[-1])

@@ -56,12 +56,17 @@ def train(recipe: Recipe) -> None:
     from .launch import RunDir, Signals, join
     from .loggers import Loggers
 
-    with join(recipe.run) as world, Signals().caught() as signals:
-        run, say = RunDir(recipe), print if world.main else lambda text: None
-        begun = run.check()
-        if begun and (done := run.finished()):
+    with join(recipe.run) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
+        say = print if world.main else lambda text: None
+        with world.together():
+            begun = run.check()
+        begun, done = world.share((begun, begun and run.finished()))
+        if done:
             say(f"{run.path} is finished: {_figures(done)}\n{_next(run.path)}")
             return
+        with world.together():
+            if world.main:
+                run.lock()
         task, schedule, engine = build(recipe, world)
         with world.together():
             aside = run.open() if world.main else None
