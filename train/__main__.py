@@ -131,14 +131,17 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
     """Final evaluation, export and DONE; False if a signal came first."""
     from .checkpoint import export
     from .evaluate import save_evaluation
+    from .parallel import whole_state
 
     scores = engine.scores(keep=True)
     if scores is None:
         return False
     world, step = engine.world, engine.progress.step
-    with world.together(), engine.final_weights() as model:
-        if world.main:
-            export(model, run.path / "export", **engine.task.export_facts())
+    with engine.final_weights() as model:
+        state = whole_state(model)
+        with world.together():
+            if world.main:
+                export(model, run.path / "export", state=state, **engine.task.export_facts())
     facts = {"step": step, "checkpoint": str(run.path / "export")}
     engine.progress.figures = save_evaluation(run.path, scores, facts, world)
     if world.main:
@@ -149,7 +152,7 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
 def dry_run(recipe: Recipe) -> None:
     """Build everything, say what it comes to, try one micro-batch; nothing is written."""
     from .launch import join
-    from .perf import forward_gflops, peak_memory
+    from .perf import peak_memory
 
     with join(recipe.run) as world:
         task, schedule, engine = build(recipe, world)
@@ -162,7 +165,7 @@ def dry_run(recipe: Recipe) -> None:
             batches.close()
         if world.main:
             print("\n".join(describe(engine)))
-            print(f"forward: {forward_gflops(engine.model, recipe.data.size, world.device):.3f} GFLOP an image")
+            print(f"forward: {engine.gflops:.3f} GFLOP an image")
             print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
             print("dry run: nothing was written")
 

@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from timm.models import save_for_hf
@@ -124,10 +123,22 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
         raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
 
 
-def export(model: nn.Module, path: Path, *, classes: list[str], data_config: dict[str, Any]) -> None:
-    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them."""
+def export(
+    model: nn.Module,
+    path: Path,
+    *,
+    classes: list[str],
+    data_config: dict[str, Any],
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them.
+
+    state: the weights, where the model holds but a share of them.
+    """
     part = path.with_name(f".tmp-{path.name}")
-    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    plain, weights = copy.copy(model), model.state_dict() if state is None else state
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    plain.state_dict = lambda: whole  # type: ignore[assignment]
     try:
         shutil.rmtree(part, ignore_errors=True)
         save_for_hf(

@@ -23,8 +23,8 @@ from .evaluate import measure
 from .launch import Signals, World, write_atomically, writing
 from .loggers import Loggers
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
-from .parallel import MovingAverage, accumulating, arithmetic, autocast, place, replicate, share
-from .perf import Meter
+from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
+from .perf import Meter, forward_gflops
 from .schema import Recipe, UserError
 from .tasks import Scores, Task
 
@@ -50,9 +50,11 @@ class Engine:
         seed_all(recipe.run.seed, devices=True)
         with world.together():
             self.model = place(task.build_model(), recipe.parallel, world)
+            self.gflops = forward_gflops(self.model, recipe.data.size, world.device)
+        self.replicas = replicate(self.model, recipe.parallel, world)
+        with world.together():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
         self.schedule = build_schedule(self.optimizer, recipe, plan)
-        self.replicas = replicate(self.model, world)
         self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
         self.guard = Guard(recipe.guard.max_skips, self.scaler)
@@ -174,7 +176,7 @@ class Engine:
 
     def scores(self, *, keep: bool = False) -> Scores | None:
         self.settle()
-        with self.final_weights() as model:
+        with self.final_weights() as model, gathered(model):
             return measure(
                 self.task, model, self.world, self.recipe.parallel, keep=keep, stop=lambda: self.signals.raised
             )
@@ -193,7 +195,7 @@ class Engine:
             facts = {
                 "consumed_samples": progress.step * self.recipe.data.batch,
                 "recipe_hash": recipe_hash(self.recipe),
-                "arithmetic": arithmetic(self.world, self.plan.micro_batch),
+                "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "progress": dataclasses.asdict(progress),
             }
@@ -213,8 +215,8 @@ class Engine:
         if facts["recipe_hash"] != recipe_hash(self.recipe):
             self.progress.best, self.progress.best_step = None, 0
             return "not the recipe of that checkpoint"
-        then, now = facts["arithmetic"], arithmetic(self.world, self.plan.micro_batch)
-        changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if now[key] != then[key]]
+        then, now = facts["arithmetic"], arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
+        changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
         return f"not bitwise: {', '.join(changed)}" if changed else "exact"
 
     def state(self) -> dict[str, Any]:

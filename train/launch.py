@@ -31,6 +31,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    local_size: int = 1  # processes on this node
 
     @property
     def main(self) -> bool:
@@ -95,7 +96,7 @@ def join(run: Run) -> Iterator[World]:
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     finally:
         torch.use_deterministic_algorithms(deterministic)
         if size > 1:

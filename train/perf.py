@@ -55,7 +55,8 @@ def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
     """Floating-point operations of one image of `size` pixels in evaluation mode, two per multiply-add, in 1e9."""
     training = model.training
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
         model.train(training)

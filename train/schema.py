@@ -193,6 +193,10 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Parallel:
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """replicas of the model; shards of it; shards within groups of processes"""
+    shard: PositiveInt | None = None
+    """hsdp: processes of a group; null: those of a node"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast type; fp16 needs cuda"""
     compile: bool = False
