@@ -44,6 +44,23 @@ def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda
     return started
 
 
+def mortal(place: str) -> Callable[[int], None]:
+    """The `prepare` after which the process "RANK:STEP" is killed there."""
+    doomed, last = map(int, place.split(":"))
+    step = engine.Engine.step
+
+    def hooked(self: engine.Engine) -> bool:
+        if self.progress.step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    def prepare(rank: int) -> None:
+        if rank == doomed:
+            engine.Engine.step = hooked
+
+    return prepare
+
+
 def wait(children: list[int], timeout: float = 120) -> list[int]:
     """Their exit codes; those still there after `timeout` seconds are killed."""
     codes: dict[int, int] = {}
@@ -62,7 +79,8 @@ def wait(children: list[int], timeout: float = 120) -> list[int]:
 def main() -> None:
     torch.set_num_threads(1)
     size, runs = int(sys.argv[1]), json.loads(sys.argv[2])
-    print(json.dumps([wait(fork(size, arguments)) for arguments in runs]), flush=True)
+    prepare = mortal(sys.argv[3]) if len(sys.argv) > 3 else lambda rank: None
+    print(json.dumps([wait(fork(size, arguments, prepare)) for arguments in runs]), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tessel.train.schema import Parallel, UserError
 # no batch statistics, so that any number of processes learns the same
 SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]
 WAYS = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"], "hsdp": ["parallel.strategy=hsdp", "parallel.shard=1"]}
+JUDGED = ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)]
 
 
 def assert_same_curve(one, other, tolerance=1e-5):
@@ -27,19 +28,20 @@ def assert_same_curve(one, other, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, request):
     """Directory of the runs `one` (alone) and `ddp`, `fsdp`, `hsdp` (two processes), of six steps each."""
     root = tmp_path_factory.mktemp("parallel")
     data = {"root": str(trainer.draw_folder(root / "images")), "micro_batch": 2}
     recipe = trainer.write_recipe(root / "tiny.yaml", data=data)
     assert trainer.train(recipe, *SHARED, "run.name=one") == 0
-    runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in WAYS.items()]
+    slow = "not slow" not in request.config.option.markexpr
+    runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in WAYS.items() if name != "hsdp" or slow]
     done = trainer.on_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * len(runs), done.stdout + done.stderr
     return root / "runs"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", JUDGED)
 def test_every_way_learns_the_same(finished, way):
     """With gradient accumulation, clipping, moving average, drop path, mixing; also in what is exported."""
     assert_same_curve(trainer.learning(finished / "one"), trainer.learning(finished / way))
@@ -70,7 +72,9 @@ def test_checkpoints_fit_every_other_way(finished, capfd):
     assert trainer.exit_codes(done) == [[0, 0]] * len(pairs), done.stdout + done.stderr
     assert done.stdout.count("(exact)") == 1
     for source, way in [("ddp", "one"), ("fsdp", "one"), *pairs]:
-        assert_same_curve(trainer.learning(finished / "one"), trainer.learning(recipe.parent / f"{source}-{way}" / source))
+        assert_same_curve(
+            trainer.learning(finished / "one"), trainer.learning(recipe.parent / f"{source}-{way}" / source)
+        )
     again = recipe.parent / "fsdp-fsdp/fsdp"
     trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000004" for run in (again, finished / "fsdp")))
 
@@ -81,8 +85,10 @@ def test_each_layer_is_a_unit_of_its_own(name):
     found = layers(model)
     assert found and len({id(layer) for layer in found}) == len(found)
     assert not any(isinstance(layer, nn.ModuleList) or layer is model for layer in found)
-    blocks = [module for path, module in model.named_modules() if path.count("blocks.") == 1 and path[-1].isdigit()]
-    assert all(any(block is layer for layer in found) for block in blocks if name != "test_efficientnet")
+    held = {id(weight) for layer in found for weight in layer.parameters()}
+    assert sum(w.numel() for w in model.parameters() if id(w) in held) > 0.5 * sum(
+        w.numel() for w in model.parameters()
+    )
 
 
 def test_a_group_must_divide_the_processes():

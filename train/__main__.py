@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import Plan, load_recipe, plan
+from .config import Plan, load_recipe, plan, recipe_hash
 from .schema import Recipe, UserError, leaves, report_errors
 
 if typing.TYPE_CHECKING:
@@ -104,18 +104,18 @@ def take_up(
     engine: "Engine", run: "RunDir", world: "World", say: typing.Callable[[str], None], begun: bool
 ) -> "Checkpoints":
     """Bring the engine to where the run stopped, and the run's metrics with it."""
-    from .checkpoint import Checkpoints, broken
+    from .checkpoint import Checkpoints, broken, sound_sibling
 
     checkpoints, resume, start = Checkpoints(run.checkpoints, world, say), run.recipe.ckpt.resume, None
     with world.together():
         if world.main:
-            start = checkpoints.newest()
+            start = checkpoints.newest(recipe_hash(run.recipe))
             if start and resume == "never":
                 raise UserError(f"{run.path} is unfinished and ckpt.resume=never; run.fresh=true starts clean")
             if start is None and resume not in ("auto", "never"):
                 start = Path(resume)
                 if problem := broken(start):
-                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem})")
+                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem}); {sound_sibling(start)}")
     if start := world.share(start):
         exactness = engine.resume(start)
         source = "" if start.parent == run.checkpoints else f" from {start}"

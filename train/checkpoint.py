@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, verified before use, and the export that timm reads.
 
 A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size
-and sha256. It is written under a temporary name, synced, and renamed: a crash at any instant leaves the others intact.
+and sha256, and itself with the sha256 of the rest of it. It is written under a temporary name, synced, and renamed: a
+crash at any instant leaves the others intact.
 """
 
 import copy
@@ -60,7 +61,8 @@ class Checkpoints:
 
     def _publish(self, part: Path, step: int, facts: dict[str, Any]) -> None:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        write_atomically(part / MANIFEST, json.dumps(facts | {"step": step, "files": files}, indent=1))
+        content = facts | {"step": step, "files": files}
+        write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
         if self.at(step).exists():  # a broken one, or resume would have taken it
             shutil.rmtree(self.at(step))
@@ -76,14 +78,14 @@ class Checkpoints:
         for path in [*(p for p in done if p not in kept), *self.path.glob(".tmp-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; broken ones are named and passed over.
+    def newest(self, recipe_hash: str) -> Path | None:
+        """The newest checkpoint that verifies and is of this recipe; others are named and passed over.
 
         Raises UserError if there are some and none is good: to start over is for the user to say.
         """
         found = sorted(self.path.glob("step-*"), reverse=True)
         for path in found:
-            if not (problem := broken(path)):
+            if not (problem := broken(path, recipe_hash)):
                 return path
             self.say(f"checkpoint {path} is broken ({problem}); falling back to the one before")
         if found:
@@ -92,26 +94,41 @@ class Checkpoints:
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read."""
+    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read or was altered."""
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+        raise UserError(f"{MANIFEST} does not match the sha256 it gives of itself")
+    return content
 
 
-def broken(path: Path) -> str | None:
-    """Why the checkpoint at `path` must not be used, or None."""
+def broken(path: Path, recipe_hash: str | None = None) -> str | None:
+    """Why the checkpoint at `path` must not be used (with `recipe_hash`, by that recipe), or None."""
     try:
-        for name, file in manifest(path)["files"].items():
+        facts = manifest(path)
+        for name, file in facts["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             if (path / name).stat().st_size != file["size"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['size']}"
             if _sha256(path / name) != file["sha256"]:
                 return f"{name} does not match its sha256"
-    except (UserError, OSError, KeyError) as error:
+    except (UserError, OSError) as error:
         return str(error)
+    if path.name.startswith("step-") and path.name != f"step-{facts['step']:08d}":
+        return f"it is the checkpoint of step {facts['step']}, see its {MANIFEST}"
+    if recipe_hash not in (None, facts["recipe_hash"]):
+        return f"it is of another recipe, see its {MANIFEST}"
     return None
+
+
+def sound_sibling(path: Path) -> str:
+    """What to use in place of the broken checkpoint at `path`, in words."""
+    others = (other for other in sorted(path.parent.glob("step-*"), reverse=True) if other.name != path.name)
+    good = next((other for other in others if not broken(other)), None)
+    return f"{good} is good" if good else f"no other in {path.parent} is good"
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
@@ -175,6 +192,10 @@ def _cause(error: BaseException) -> str:
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

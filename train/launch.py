@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
-from .schema import Recipe, Run, UserError
+from .data import WORKER_DIED
+from .schema import Lost, Recipe, Run, UserError
 
 LOCK = ".lock"
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
@@ -97,10 +98,26 @@ def join(run: Run) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    except RuntimeError as error:
+        if known := explained(error):
+            raise known from error
+        raise
     finally:
         torch.use_deterministic_algorithms(deterministic)
         if size > 1:
             dist.destroy_process_group()
+
+
+def explained(error: RuntimeError) -> UserError | None:
+    """What a RuntimeError out of torch's depths means to the user, where that is known."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if "DataLoader worker" in text:
+        return Lost(WORKER_DIED)
+    if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
+        return Lost(f"another process of this run is gone ({text[:160]}); the same command goes on where it can")
+    if isinstance(error, torch.OutOfMemoryError):
+        return Lost(f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing")
+    return None
 
 
 class Signals:
