@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,8 @@ def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda
             try:
                 prepare(rank)
                 code = __main__.main(arguments)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -79,6 +79,7 @@ def train(recipe: Recipe) -> None:
                 loggers.say(line)
             complete = engine.train(checkpoints, loggers, signals) and finish(engine, run)
         finally:
+            checkpoints.close()
             loggers.close()
         step = engine.progress.step
         if complete:
@@ -106,7 +107,8 @@ def take_up(
     """Bring the engine to where the run stopped, and the run's metrics with it."""
     from .checkpoint import Checkpoints, broken, sound_sibling
 
-    checkpoints, resume, start = Checkpoints(run.checkpoints, world, say), run.recipe.ckpt.resume, None
+    ckpt, start = run.recipe.ckpt, None
+    checkpoints, resume = Checkpoints(run.checkpoints, world, say, background=ckpt.background), ckpt.resume
     with world.together():
         if world.main:
             start = checkpoints.newest(recipe_hash(run.recipe))

@@ -5,22 +5,24 @@ and sha256, and itself with the sha256 of the rest of it. It is written under a 
 crash at any instant leaves the others intact.
 """
 
-import copy
 import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .launch import World, write_atomically
 from .schema import UserError
@@ -31,48 +33,84 @@ MANIFEST = "manifest.json"
 class Checkpoints:
     """The checkpoints `step-XXXXXXXX` of a run."""
 
-    def __init__(self, path: Path, world: World, say: Callable[[str], None]):
+    def __init__(self, path: Path, world: World, say: Callable[[str], None], *, background: bool = False):
+        """background: write from a copy while the training goes on, at most one checkpoint at a time."""
         self.path, self.world, self.say = path, world, say
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        # a thread's collectives must not get between those of the training
+        self.group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.pending: Future[UserError | None] | None = None
 
     def at(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of `step`.
+    def save(self, state: dict[str, Any], facts: dict[str, Any], *, best: int, last: int) -> None:
+        """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of step `facts["step"]`.
 
-        Raises UserError where it cannot be written; what was there before stays as it was.
+        Then delete all but those of `best` and of the `last` newest steps. Raises UserError where this one cannot be
+        written, or in the background the one before it; what was there before stays as it was.
         """
-        part = self.path / f".tmp-{self.at(step).name}"
-        try:
-            with self.world.together():
-                if self.world.main:
-                    _guarded(shutil.rmtree, part, ignore_errors=True)
-            with _alone():
-                _guarded(dcp.save, state, checkpoint_id=part, no_dist=self.world.size == 1)
-            with self.world.together():
-                if self.world.main:
-                    _guarded(self._publish, part, step, facts)
-        except UserError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"checkpoint of step {step} cannot be written to {self.path}: {error}; earlier ones are untouched. "
-                "Free space there, then start the same command again"
-            ) from error
+        self.wait()
+        part = self._part(facts["step"])
+        with self.world.together():
+            if self.world.main:
+                shutil.rmtree(part, ignore_errors=True)
+        if self.thread:
+            copied = self.stager.stage(state)
+            self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
+        else:
+            self.world.agree(error=self._write(state, facts, best, last))
 
-    def _publish(self, part: Path, step: int, facts: dict[str, Any]) -> None:
+    def wait(self) -> None:
+        """Until the checkpoint being written is complete. Raises the UserError if it failed on any process."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.world.agree(error=pending.result())
+
+    def close(self) -> None:
+        """End the writing, come what may."""
+        if self.thread:
+            self.thread.shutdown()
+
+    def _part(self, step: int) -> Path:
+        return self.path / f".tmp-{self.at(step).name}"
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
+        step = facts["step"]
+        try:
+            with _alone():
+                dcp.save(
+                    state,
+                    checkpoint_id=self._part(step),
+                    process_group=self.group,
+                    no_dist=self.world.size == 1,
+                )
+            # rank 0 comes back from DCP when all have written their files
+            if self.world.main:
+                self._publish(self._part(step), facts)
+                self._prune({best}, last)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if self.world.main:
+                shutil.rmtree(self._part(step), ignore_errors=True)
+            return UserError(
+                f"checkpoint of step {step} cannot be written to {self.path}: {_cause(error)}; earlier ones are "
+                "untouched. Free space there, then start the same command again"
+            )
+        return None
+
+    def _publish(self, part: Path, facts: dict[str, Any]) -> None:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        content = facts | {"step": step, "files": files}
+        content = facts | {"files": files}
         write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
-        if self.at(step).exists():  # a broken one, or resume would have taken it
-            shutil.rmtree(self.at(step))
-        os.replace(part, self.at(step))
+        if (path := self.at(facts["step"])).exists():  # a broken one, or resume would have taken it
+            shutil.rmtree(path)
+        os.replace(part, path)
         _sync(self.path)
 
-    def prune(self, keep: set[int], last: int) -> None:
-        """Delete all but the `last` newest and the steps to `keep`, on rank 0, with what crashes left behind."""
-        if not self.world.main:
-            return
+    def _prune(self, keep: set[int], last: int) -> None:
+        # with what crashes left behind
         done = sorted(self.path.glob("step-*"))
         kept = {self.at(step) for step in keep} | set(done[-last:])
         for path in [*(p for p in done if p not in kept), *self.path.glob(".tmp-*")]:
@@ -119,7 +157,7 @@ def broken(path: Path, recipe_hash: str | None = None) -> str | None:
         return str(error)
     if path.name.startswith("step-") and path.name != f"step-{facts['step']:08d}":
         return f"it is the checkpoint of step {facts['step']}, see its {MANIFEST}"
-    if recipe_hash not in (None, facts["recipe_hash"]):
+    if recipe_hash not in (None, facts.get("recipe_hash")):
         return f"it is of another recipe, see its {MANIFEST}"
     return None
 
@@ -153,9 +191,8 @@ def export(
     state: the weights, where the model holds but a share of them.
     """
     part = path.with_name(f".tmp-{path.name}")
-    plain, weights = copy.copy(model), model.state_dict() if state is None else state
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    plain.state_dict = lambda: whole  # type: ignore[assignment]
+    weights = model.state_dict() if state is None else state
+    plain: Any = _Whole(model, {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     try:
         shutil.rmtree(part, ignore_errors=True)
         save_for_hf(
@@ -172,19 +209,25 @@ def export(
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
 
 
+class _Whole:
+    """A model as timm saves it, with other weights than it holds: a sharded one cannot be copied."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Any]):
+        self.model, self.state = model, state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     # DCP warns that it runs in one process even when told so
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    try:
-        function(*args, **kwargs)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(str(_cause(error))) from error
 
 
 def _cause(error: BaseException) -> str:

@@ -70,13 +70,12 @@ class Engine:
         self.batches = self.task.train_batches(self.plan, self.progress.step)
         self.meter.restart()
         try:
-            while self.review():
-                if self.progress.step >= self.plan.steps:
-                    return True
-                if not self.step():
-                    break
+            complete = False
+            while self.review() and not (complete := self.progress.step >= self.plan.steps) and self.step():
+                pass
             self.save()
-            return False
+            self.checkpoints.wait()
+            return complete
         except NonFinite as error:
             raise self.stopped(error) from error
         finally:
@@ -193,14 +192,14 @@ class Engine:
             self.settle()
             progress.loss_sum = self.summed_loss()
             facts = {
+                "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
                 "recipe_hash": recipe_hash(self.recipe),
                 "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "progress": dataclasses.asdict(progress),
             }
-            self.checkpoints.save(progress.step, self.state(), facts)
-            self.checkpoints.prune({progress.best_step}, self.recipe.ckpt.keep_last)
+            self.checkpoints.save(self.state(), facts, best=progress.best_step, last=self.recipe.ckpt.keep_last)
             self.saved = progress.step
 
     def resume(self, path: Path) -> str:
@@ -234,6 +233,7 @@ class Engine:
 
     def stopped(self, error: NonFinite) -> UserError:
         """What to tell about a non-finite update, whose images are written down."""
+        self.checkpoints.wait()
         dump = self.checkpoints.path.parent / f"nonfinite-{error.step:08d}.json"
         if self.world.main:
             keys = self.task.sample_keys(self.plan, error.step)

@@ -217,6 +217,8 @@ class Ckpt:
     """steps between checkpoints; null: an epoch"""
     keep_last: PositiveInt = 2
     """newest checkpoints kept, beside the best one"""
+    background: bool = False
+    """write from a copy while the training goes on, one checkpoint at a time"""
     resume: str = "auto"
     """auto: continue this run; PATH: begin with that checkpoint; never"""
 
