@@ -24,7 +24,7 @@ from .launch import Signals, World, write_atomically, writing
 from .loggers import Loggers
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
-from .perf import Meter, forward_gflops
+from .perf import Meter, Tracer, forward_gflops, peak_tflops
 from .schema import Recipe, UserError
 from .tasks import Scores, Task
 
@@ -58,7 +58,7 @@ class Engine:
         self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
         self.guard = Guard(recipe.guard.max_skips, self.scaler)
-        self.meter = Meter(recipe.data.batch)
+        self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world))
         self.progress = Progress()
         self.saved = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -68,11 +68,12 @@ class Engine:
         """Train to the last step: True; or until a signal: False. The state is saved either way."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
+        tracer = Tracer(checkpoints.path.parent, self.world.rank, enabled=self.recipe.log.profile)
         self.meter.restart()
         try:
             complete = False
             while self.review() and not (complete := self.progress.step >= self.plan.steps) and self.step():
-                pass
+                tracer.step()
             self.save()
             self.checkpoints.wait()
             return complete
@@ -80,6 +81,7 @@ class Engine:
             raise self.stopped(error) from error
         finally:
             self.batches.close()
+            tracer.close()
 
     def step(self) -> bool:
         """One update on one global batch; False, and no update, after a signal to any process."""

@@ -227,6 +227,8 @@ class Ckpt:
 class Log:
     every: PositiveInt = 50
     """steps between lines of metrics.jsonl"""
+    profile: bool = False
+    """write a trace of ten updates into profile/ of the run"""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """auto: a bar on a terminal"""
     tensorboard: bool = False
