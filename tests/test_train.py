@@ -177,7 +177,7 @@ def test_kept_checkpoints_are_the_last_and_the_best(straight):
 def test_metrics_have_the_promised_fields(straight):
     steps = {"train": [2, 4, 6, 8, 9], "eval": [3, 6, 9]}
     fields = {
-        "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds",
+        "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds tflops",
         "eval": "epoch top1 top5 loss count",
     }
     for kind in steps:

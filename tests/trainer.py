@@ -1,6 +1,8 @@
 """A few dozen images, a tiny model and short runs of the trainer, for its tests."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def learning(run: Path) -> list[dict[str, Any]]:
     """The metrics without what depends on the clock."""
-    clock = {"time", "images_per_second", "data_wait", "step_seconds"}
+    clock = {"time", "images_per_second", "data_wait", "step_seconds", "tflops"}
     return [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
 
 
@@ -97,3 +99,17 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
+
+
+def on_processes(size: int, *runs: list[Any], kill: str = "") -> subprocess.CompletedProcess[str]:
+    """One run of the trainer after another, each on `size` processes; their exit codes are the last line of stdout.
+
+    kill: "RANK:STEP", where a process dies.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(size)]
+    arguments = json.dumps([[str(word) for word in run] for run in runs])
+    return subprocess.run([*command, arguments, *filter(None, [kill])], capture_output=True, text=True, timeout=280)
+
+
+def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
+    return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import Plan, load_recipe, plan
+from .config import Plan, load_recipe, plan, recipe_hash
 from .schema import Recipe, UserError, leaves, report_errors
 
 if typing.TYPE_CHECKING:
@@ -56,12 +56,17 @@ def train(recipe: Recipe) -> None:
     from .launch import RunDir, Signals, join
     from .loggers import Loggers
 
-    with join(recipe.run) as world, Signals().caught() as signals:
-        run, say = RunDir(recipe), print if world.main else lambda text: None
-        begun = run.check()
-        if begun and (done := run.finished()):
+    with join(recipe.run) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
+        say = print if world.main else lambda text: None
+        with world.together():
+            begun = run.check()
+        begun, done = world.share((begun, begun and run.finished()))
+        if done:
             say(f"{run.path} is finished: {_figures(done)}\n{_next(run.path)}")
             return
+        with world.together():
+            if world.main:
+                run.lock()
         task, schedule, engine = build(recipe, world)
         with world.together():
             aside = run.open() if world.main else None
@@ -74,6 +79,7 @@ def train(recipe: Recipe) -> None:
                 loggers.say(line)
             complete = engine.train(checkpoints, loggers, signals) and finish(engine, run)
         finally:
+            checkpoints.close()
             loggers.close()
         step = engine.progress.step
         if complete:
@@ -99,18 +105,19 @@ def take_up(
     engine: "Engine", run: "RunDir", world: "World", say: typing.Callable[[str], None], begun: bool
 ) -> "Checkpoints":
     """Bring the engine to where the run stopped, and the run's metrics with it."""
-    from .checkpoint import Checkpoints, broken
+    from .checkpoint import Checkpoints, broken, sound_sibling
 
-    checkpoints, resume, start = Checkpoints(run.checkpoints, world, say), run.recipe.ckpt.resume, None
+    ckpt, start = run.recipe.ckpt, None
+    checkpoints, resume = Checkpoints(run.checkpoints, world, say, background=ckpt.background), ckpt.resume
     with world.together():
         if world.main:
-            start = checkpoints.newest()
+            start = checkpoints.newest(recipe_hash(run.recipe))
             if start and resume == "never":
                 raise UserError(f"{run.path} is unfinished and ckpt.resume=never; run.fresh=true starts clean")
             if start is None and resume not in ("auto", "never"):
                 start = Path(resume)
                 if problem := broken(start):
-                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem})")
+                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem}); {sound_sibling(start)}")
     if start := world.share(start):
         exactness = engine.resume(start)
         source = "" if start.parent == run.checkpoints else f" from {start}"
@@ -126,14 +133,17 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
     """Final evaluation, export and DONE; False if a signal came first."""
     from .checkpoint import export
     from .evaluate import save_evaluation
+    from .parallel import whole_state
 
     scores = engine.scores(keep=True)
     if scores is None:
         return False
     world, step = engine.world, engine.progress.step
-    with world.together(), engine.final_weights() as model:
-        if world.main:
-            export(model, run.path / "export", **engine.task.export_facts())
+    with engine.final_weights() as model:
+        state = whole_state(model)
+        with world.together():
+            if world.main:
+                export(model, run.path / "export", state=state, **engine.task.export_facts())
     facts = {"step": step, "checkpoint": str(run.path / "export")}
     engine.progress.figures = save_evaluation(run.path, scores, facts, world)
     if world.main:
@@ -144,7 +154,7 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
 def dry_run(recipe: Recipe) -> None:
     """Build everything, say what it comes to, try one micro-batch; nothing is written."""
     from .launch import join
-    from .perf import forward_gflops, peak_memory
+    from .perf import peak_memory
 
     with join(recipe.run) as world:
         task, schedule, engine = build(recipe, world)
@@ -157,7 +167,7 @@ def dry_run(recipe: Recipe) -> None:
             batches.close()
         if world.main:
             print("\n".join(describe(engine)))
-            print(f"forward: {forward_gflops(engine.model, recipe.data.size, world.device):.3f} GFLOP an image")
+            print(f"forward: {engine.gflops:.3f} GFLOP an image")
             print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
             print("dry run: nothing was written")
 

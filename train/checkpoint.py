@@ -1,26 +1,28 @@
 """Checkpoints: complete or absent, verified before use, and the export that timm reads.
 
 A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size
-and sha256. It is written under a temporary name, synced, and renamed: a crash at any instant leaves the others intact.
+and sha256, and itself with the sha256 of the rest of it. It is written under a temporary name, synced, and renamed: a
+crash at any instant leaves the others intact.
 """
 
-import copy
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .launch import World, write_atomically
 from .schema import UserError
@@ -31,60 +33,97 @@ MANIFEST = "manifest.json"
 class Checkpoints:
     """The checkpoints `step-XXXXXXXX` of a run."""
 
-    def __init__(self, path: Path, world: World, say: Callable[[str], None]):
+    def __init__(self, path: Path, world: World, say: Callable[[str], None], *, background: bool = False):
+        """background: write from a copy while the training goes on, at most one checkpoint at a time."""
         self.path, self.world, self.say = path, world, say
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        # a thread's collectives must not get between those of the training
+        self.group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.pending: Future[UserError | None] | None = None
 
     def at(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of `step`.
+    def save(self, state: dict[str, Any], facts: dict[str, Any], *, best: int, last: int) -> None:
+        """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of step `facts["step"]`.
 
-        Raises UserError where it cannot be written; what was there before stays as it was.
+        Then delete all but those of `best` and of the `last` newest steps. Raises UserError where this one cannot be
+        written, or in the background the one before it; what was there before stays as it was.
         """
-        part = self.path / f".tmp-{self.at(step).name}"
-        try:
-            with self.world.together():
-                if self.world.main:
-                    _guarded(shutil.rmtree, part, ignore_errors=True)
-            with _alone():
-                _guarded(dcp.save, state, checkpoint_id=part, no_dist=self.world.size == 1)
-            with self.world.together():
-                if self.world.main:
-                    _guarded(self._publish, part, step, facts)
-        except UserError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"checkpoint of step {step} cannot be written to {self.path}: {error}; earlier ones are untouched. "
-                "Free space there, then start the same command again"
-            ) from error
+        self.wait()
+        part = self._part(facts["step"])
+        with self.world.together():
+            if self.world.main:
+                shutil.rmtree(part, ignore_errors=True)
+        if self.thread:
+            copied = self.stager.stage(state)
+            self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
+        else:
+            self.world.agree(error=self._write(state, facts, best, last))
 
-    def _publish(self, part: Path, step: int, facts: dict[str, Any]) -> None:
+    def wait(self) -> None:
+        """Until the checkpoint being written is complete. Raises the UserError if it failed on any process."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.world.agree(error=pending.result())
+
+    def close(self) -> None:
+        """End the writing, come what may."""
+        if self.thread:
+            self.thread.shutdown()
+
+    def _part(self, step: int) -> Path:
+        return self.path / f".tmp-{self.at(step).name}"
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
+        step = facts["step"]
+        try:
+            with _alone():
+                dcp.save(
+                    state,
+                    checkpoint_id=self._part(step),
+                    process_group=self.group,
+                    no_dist=self.world.size == 1,
+                )
+            # rank 0 comes back from DCP when all have written their files
+            if self.world.main:
+                self._publish(self._part(step), facts)
+                self._prune({best}, last)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if self.world.main:
+                shutil.rmtree(self._part(step), ignore_errors=True)
+            return UserError(
+                f"checkpoint of step {step} cannot be written to {self.path}: {_cause(error)}; earlier ones are "
+                "untouched. Free space there, then start the same command again"
+            )
+        return None
+
+    def _publish(self, part: Path, facts: dict[str, Any]) -> None:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        write_atomically(part / MANIFEST, json.dumps(facts | {"step": step, "files": files}, indent=1))
+        content = facts | {"files": files}
+        write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
-        if self.at(step).exists():  # a broken one, or resume would have taken it
-            shutil.rmtree(self.at(step))
-        os.replace(part, self.at(step))
+        if (path := self.at(facts["step"])).exists():  # a broken one, or resume would have taken it
+            shutil.rmtree(path)
+        os.replace(part, path)
         _sync(self.path)
 
-    def prune(self, keep: set[int], last: int) -> None:
-        """Delete all but the `last` newest and the steps to `keep`, on rank 0, with what crashes left behind."""
-        if not self.world.main:
-            return
+    def _prune(self, keep: set[int], last: int) -> None:
+        # with what crashes left behind
         done = sorted(self.path.glob("step-*"))
         kept = {self.at(step) for step in keep} | set(done[-last:])
         for path in [*(p for p in done if p not in kept), *self.path.glob(".tmp-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; broken ones are named and passed over.
+    def newest(self, recipe_hash: str) -> Path | None:
+        """The newest checkpoint that verifies and is of this recipe; others are named and passed over.
 
         Raises UserError if there are some and none is good: to start over is for the user to say.
         """
         found = sorted(self.path.glob("step-*"), reverse=True)
         for path in found:
-            if not (problem := broken(path)):
+            if not (problem := broken(path, recipe_hash)):
                 return path
             self.say(f"checkpoint {path} is broken ({problem}); falling back to the one before")
         if found:
@@ -93,26 +132,41 @@ class Checkpoints:
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read."""
+    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read or was altered."""
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+        raise UserError(f"{MANIFEST} does not match the sha256 it gives of itself")
+    return content
 
 
-def broken(path: Path) -> str | None:
-    """Why the checkpoint at `path` must not be used, or None."""
+def broken(path: Path, recipe_hash: str | None = None) -> str | None:
+    """Why the checkpoint at `path` must not be used (with `recipe_hash`, by that recipe), or None."""
     try:
-        for name, file in manifest(path)["files"].items():
+        facts = manifest(path)
+        for name, file in facts["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             if (path / name).stat().st_size != file["size"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['size']}"
             if _sha256(path / name) != file["sha256"]:
                 return f"{name} does not match its sha256"
-    except (UserError, OSError, KeyError) as error:
+    except (UserError, OSError) as error:
         return str(error)
+    if path.name.startswith("step-") and path.name != f"step-{facts['step']:08d}":
+        return f"it is the checkpoint of step {facts['step']}, see its {MANIFEST}"
+    if recipe_hash not in (None, facts.get("recipe_hash")):
+        return f"it is of another recipe, see its {MANIFEST}"
     return None
+
+
+def sound_sibling(path: Path) -> str:
+    """What to use in place of the broken checkpoint at `path`, in words."""
+    others = (other for other in sorted(path.parent.glob("step-*"), reverse=True) if other.name != path.name)
+    good = next((other for other in others if not broken(other)), None)
+    return f"{good} is good" if good else f"no other in {path.parent} is good"
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
@@ -124,10 +178,21 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
         raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
 
 
-def export(model: nn.Module, path: Path, *, classes: list[str], data_config: dict[str, Any]) -> None:
-    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them."""
+def export(
+    model: nn.Module,
+    path: Path,
+    *,
+    classes: list[str],
+    data_config: dict[str, Any],
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them.
+
+    state: the weights, where the model holds but a share of them.
+    """
     part = path.with_name(f".tmp-{path.name}")
-    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    weights = model.state_dict() if state is None else state
+    plain: Any = _Whole(model, {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     try:
         shutil.rmtree(part, ignore_errors=True)
         save_for_hf(
@@ -144,6 +209,19 @@ def export(model: nn.Module, path: Path, *, classes: list[str], data_config: dic
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
 
 
+class _Whole:
+    """A model as timm saves it, with other weights than it holds: a sharded one cannot be copied."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Any]):
+        self.model, self.state = model, state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     # DCP warns that it runs in one process even when told so
@@ -152,18 +230,15 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    try:
-        function(*args, **kwargs)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(str(_cause(error))) from error
-
-
 def _cause(error: BaseException) -> str:
     """The first line of what lies at the bottom of DCP's nested errors."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

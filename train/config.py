@@ -22,7 +22,7 @@ PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 # keys that may change between two starts of one run: they steer where and how it runs, not what it learns
 NEUTRAL = re.compile(
     r"(ckpt|log|eval|guard)\..*|run\.(out|fresh|device)|data\.(workers|micro_batch|eval_batch)"
-    r"|parallel\.(compile|channels_last|grad_checkpointing)"
+    r"|parallel\.(strategy|shard|compile|channels_last|grad_checkpointing)"
 )
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
@@ -233,7 +233,7 @@ def _unknown(key: str) -> str:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    data, aug, optim, sched = recipe.data, recipe.data.aug, recipe.optim, recipe.sched
+    data, aug, optim, sched, parallel = recipe.data, recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
     if (sched.epochs is None) == (sched.steps is None):
         yield "give one of sched.epochs and sched.steps"
     for key in ("decay_rate", "decay_steps", "milestones"):
@@ -248,6 +248,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "data.root has no effect with data.source=digits; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
+    if parallel.shard and parallel.strategy != "hsdp":
+        yield f"parallel.shard has no effect with parallel.strategy={parallel.strategy}; remove it"
+    if parallel.precision == "fp16" and parallel.strategy != "ddp":
+        yield f"parallel.precision=fp16 cannot scale the loss of parallel.strategy={parallel.strategy}; use bf16"
     for key, pair in (("scale", aug.scale), ("ratio", aug.ratio)):
         if not 0 < pair[0] <= pair[1]:
             yield f"data.aug.{key}={list(pair)} is no rising range above 0"

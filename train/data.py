@@ -7,6 +7,7 @@ all there is to resume; which worker, process or restart loads a sample changes 
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from .schema import Data, UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 LAYOUT = "data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg"
+WORKER_DIED = (
+    "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
+    "The same command goes on from the last checkpoint"
+)
 Key = tuple[int, int]  # epoch, index
 
 
@@ -161,14 +166,22 @@ class Loader:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if all(worker.is_alive() for worker in getattr(self.batches, "_workers", ())):
+                raise
+            raise UserError(WORKER_DIED) from error
         if isinstance(batch, UserError):
             raise batch
         return batch
 
     def close(self) -> None:
         """End the workers now rather than when the interpreter does."""
-        self.batches = iter(())
+        batches, self.batches = self.batches, iter(())
+        # a traceback may keep the iterator, and torch raises the death of a worker anew until it is shut down
+        with suppress(AttributeError, RuntimeError):
+            batches._shutdown_workers()  # type: ignore[union-attr]
 
 
 def _collate(samples: list[Any]) -> Any:

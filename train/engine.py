@@ -23,8 +23,8 @@ from .evaluate import measure
 from .launch import Signals, World, write_atomically, writing
 from .loggers import Loggers
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
-from .parallel import MovingAverage, accumulating, arithmetic, autocast, place, replicate, share
-from .perf import Meter
+from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
+from .perf import Meter, Tracer, forward_gflops, peak_tflops
 from .schema import Recipe, UserError
 from .tasks import Scores, Task
 
@@ -50,13 +50,15 @@ class Engine:
         seed_all(recipe.run.seed, devices=True)
         with world.together():
             self.model = place(task.build_model(), recipe.parallel, world)
+            self.gflops = forward_gflops(self.model, recipe.data.size, world.device)
+        self.replicas = replicate(self.model, recipe.parallel, world)
+        with world.together():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
         self.schedule = build_schedule(self.optimizer, recipe, plan)
-        self.replicas = replicate(self.model, world)
         self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
         self.guard = Guard(recipe.guard.max_skips, self.scaler)
-        self.meter = Meter(recipe.data.batch)
+        self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world))
         self.progress = Progress()
         self.saved = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -66,19 +68,20 @@ class Engine:
         """Train to the last step: True; or until a signal: False. The state is saved either way."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
+        tracer = Tracer(checkpoints.path.parent, self.world.rank, enabled=self.recipe.log.profile)
         self.meter.restart()
         try:
-            while self.review():
-                if self.progress.step >= self.plan.steps:
-                    return True
-                if not self.step():
-                    break
+            complete = False
+            while self.review() and not (complete := self.progress.step >= self.plan.steps) and self.step():
+                tracer.step()
             self.save()
-            return False
+            self.checkpoints.wait()
+            return complete
         except NonFinite as error:
             raise self.stopped(error) from error
         finally:
             self.batches.close()
+            tracer.close()
 
     def step(self) -> bool:
         """One update on one global batch; False, and no update, after a signal to any process."""
@@ -174,7 +177,7 @@ class Engine:
 
     def scores(self, *, keep: bool = False) -> Scores | None:
         self.settle()
-        with self.final_weights() as model:
+        with self.final_weights() as model, gathered(model):
             return measure(
                 self.task, model, self.world, self.recipe.parallel, keep=keep, stop=lambda: self.signals.raised
             )
@@ -191,14 +194,14 @@ class Engine:
             self.settle()
             progress.loss_sum = self.summed_loss()
             facts = {
+                "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
                 "recipe_hash": recipe_hash(self.recipe),
-                "arithmetic": arithmetic(self.world, self.plan.micro_batch),
+                "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "progress": dataclasses.asdict(progress),
             }
-            self.checkpoints.save(progress.step, self.state(), facts)
-            self.checkpoints.prune({progress.best_step}, self.recipe.ckpt.keep_last)
+            self.checkpoints.save(self.state(), facts, best=progress.best_step, last=self.recipe.ckpt.keep_last)
             self.saved = progress.step
 
     def resume(self, path: Path) -> str:
@@ -213,8 +216,8 @@ class Engine:
         if facts["recipe_hash"] != recipe_hash(self.recipe):
             self.progress.best, self.progress.best_step = None, 0
             return "not the recipe of that checkpoint"
-        then, now = facts["arithmetic"], arithmetic(self.world, self.plan.micro_batch)
-        changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if now[key] != then[key]]
+        then, now = facts["arithmetic"], arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
+        changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
         return f"not bitwise: {', '.join(changed)}" if changed else "exact"
 
     def state(self) -> dict[str, Any]:
@@ -232,6 +235,7 @@ class Engine:
 
     def stopped(self, error: NonFinite) -> UserError:
         """What to tell about a non-finite update, whose images are written down."""
+        self.checkpoints.wait()
         dump = self.checkpoints.path.parent / f"nonfinite-{error.step:08d}.json"
         if self.world.main:
             keys = self.task.sample_keys(self.plan, error.step)

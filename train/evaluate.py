@@ -84,7 +84,7 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
 def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
     """Give `model` the weights of a checkpoint, averaged ones if it has them; its step."""
     if problem := checkpoint.broken(path):
-        raise UserError(f"checkpoint {path} is broken ({problem}); evaluate another")
+        raise UserError(f"checkpoint {path} is broken ({problem}); {checkpoint.sound_sibling(path)}")
     facts = checkpoint.manifest(path)
     part = "ema" if facts["averaged"] else "model"
     state = {part: model.state_dict()}

@@ -1,8 +1,11 @@
 """Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +18,11 @@ import torch
 import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
-from .schema import Recipe, Run, UserError
+from .data import WORKER_DIED
+from .schema import Lost, Recipe, Run, UserError
+
+LOCK = ".lock"
+UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    local_size: int = 1  # processes on this node
 
     @property
     def main(self) -> bool:
@@ -89,11 +97,27 @@ def join(run: Run) -> Iterator[World]:
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    except RuntimeError as error:
+        if known := explained(error):
+            raise known from error
+        raise
     finally:
         torch.use_deterministic_algorithms(deterministic)
         if size > 1:
             dist.destroy_process_group()
+
+
+def explained(error: RuntimeError) -> UserError | None:
+    """What a RuntimeError out of torch's depths means to the user, where that is known."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if "DataLoader worker" in text:
+        return Lost(WORKER_DIED)
+    if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
+        return Lost(f"another process of this run is gone ({text[:160]}); the same command goes on where it can")
+    if isinstance(error, torch.OutOfMemoryError):
+        return Lost(f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing")
+    return None
 
 
 class Signals:
@@ -131,20 +155,58 @@ class RunDir:
         self.path = Path(recipe.run.out) / recipe.run.name
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self._locks: list[int] = []
+        self._locked = False
+
+    @contextmanager
+    def held(self) -> Iterator["RunDir"]:
+        """Within, `lock` holds; it ends here or with the process, however that ends."""
+        try:
+            yield self
+        finally:
+            for descriptor in self._locks:
+                os.close(descriptor)
+            self._locks, self._locked = [], False
+
+    def lock(self) -> None:
+        """Keep every other trainer out of the directory, where there is one. Raises UserError naming the one inside.
+
+        The lock is POSIX's: of this process, not of the loader workers it forks, so none of them keeps it alive.
+        """
+        if self._locked or not self.path.is_dir():
+            return
+        with writing(self.path / LOCK):
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            if error.errno in UNLOCKABLE:
+                return
+            raise UserError(
+                f"{self.path} is being trained by {holder}; stop that one, or give this run another run.name"
+            ) from error
+        self._locks.append(descriptor)
+        self._locked = True
+        with writing(self.path / LOCK):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def check(self) -> bool:
         """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
-        if self.recipe.run.fresh or not self.path.is_dir() or not any(self.path.iterdir()):
+        there = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.is_dir() else ()
+        if self.recipe.run.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
         try:
-            there = load_recipe(self.path / "recipe.yaml")
+            begun = load_recipe(self.path / "recipe.yaml")
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
-        if recipe_hash(there) != recipe_hash(self.recipe):
-            old, new = decisive(there), decisive(self.recipe)
+        if recipe_hash(begun) != recipe_hash(self.recipe):
+            old, new = decisive(begun), decisive(self.recipe)
             changed = ", ".join(f"{key} (there {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key])
             raise UserError(f"{self.path} was started with another recipe: {changed}; {remedy}")
         return True
@@ -152,12 +214,19 @@ class RunDir:
     def open(self) -> Path | None:
         """Make the directory, or take up the one `check` accepted; where an older run was moved to, if one was."""
         aside = None
+        self.lock()
         with writing(self.path):
             if self.recipe.run.fresh and self.path.exists():
                 names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
                 self.path.rename(aside)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self._locked = False  # the lock went aside too, and stays
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        # someone else may have begun it while this process had no lock yet
+        self.check()
+        with writing(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
             write_atomically(self.path / "recipe.yaml", dump(self.recipe))
             (self.path / "PREEMPTED").unlink(missing_ok=True)
         return aside

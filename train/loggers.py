@@ -67,6 +67,7 @@ class Screen:
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
                 f"data wait {record['data_wait']:.0%}"
             )
+            line += f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
         if not self.bar:
             self.console.print(f"step {record['step']}/{self.total}  {line}", markup=False)
             return

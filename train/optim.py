@@ -13,6 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from .config import Plan
@@ -93,6 +94,8 @@ def clip(model: nn.Module, optim: Optim) -> torch.Tensor:
     """Clip the gradients as the recipe says; their norm before that."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if optim.clip:
         dispatch_clip_grad(parameters, optim.clip, mode=optim.clip_mode)
     return norm

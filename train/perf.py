@@ -1,20 +1,41 @@
 """How fast: images a second, the share of time spent waiting for data, what a model costs."""
 
+import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
+
+from .launch import World, writing
+from .schema import Parallel
+
+# dense bf16 tensor-core TFLOP/s by the makers' data sheets, by a part of the device's name; the first that fits holds
+PEAKS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.2,
+}
 
 
 class Meter:
     """Speed since the last reading."""
 
-    def __init__(self, images_per_step: int):
-        self.images_per_step = images_per_step
+    def __init__(self, images_per_step: int, gflops: float, peak: float | None):
+        """gflops: of the forward of one image; peak: TFLOP/s of all devices together, where they are known."""
+        self.images_per_step, self.gflops, self.peak = images_per_step, gflops, peak
         self.restart()
 
     def restart(self) -> None:
@@ -36,15 +57,61 @@ class Meter:
         self.since += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """images_per_second over all processes, data_wait in 0..1, step_seconds; starts the next reading."""
+        """Figures over all processes since the last reading; starts the next one.
+
+        images_per_second, data_wait in 0..1, step_seconds, tflops (per second; a backward counts as two forwards,
+        what is recomputed does not count) and, on known devices, mfu: tflops as a share of their peak.
+        """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         steps, waited = self.steps, self.waited
         self.restart()
-        return {
-            "images_per_second": round(steps * self.images_per_step / elapsed, 2),
+        images = steps * self.images_per_step / elapsed
+        tflops = 3 * self.gflops * images / 1e3
+        figures = {
+            "images_per_second": round(images, 2),
             "data_wait": round(waited / elapsed, 4),
             "step_seconds": round(elapsed / max(steps, 1), 5),
+            "tflops": float(f"{tflops:.4g}"),
         }
+        return figures | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
+
+
+class Tracer:
+    """torch's profiler over the updates 3 to 12 of a start, written to `profile/` for chrome://tracing or perfetto."""
+
+    SKIPPED, TRACED = 3, 10
+
+    def __init__(self, path: Path, rank: int, *, enabled: bool):
+        self.file, self.profiler = path / "profile" / f"rank{rank}.json", None
+        if enabled:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            plan = schedule(wait=self.SKIPPED - 1, warmup=1, active=self.TRACED, repeat=1)
+            self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+            self.profiler.start()
+
+    def step(self) -> None:
+        """At the end of each update."""
+        if self.profiler:
+            self.profiler.step()
+
+    def close(self) -> None:
+        if self.profiler:
+            self.profiler.stop()
+
+    def _write(self, profiler: profile) -> None:
+        with writing(self.file):
+            self.file.parent.mkdir(exist_ok=True)
+            part = self.file.with_name(f".{self.file.name}")
+            profiler.export_chrome_trace(str(part))
+            os.replace(part, self.file)
+
+
+def peak_tflops(parallel: Parallel, world: World) -> float | None:
+    """Of all devices together in the recipe's precision, where it is known: in bf16 or fp16 on the GPUs of `PEAKS`."""
+    if world.device.type != "cuda" or parallel.precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    return next((world.size * peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def parameters(model: nn.Module) -> int:
@@ -55,7 +122,8 @@ def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
     """Floating-point operations of one image of `size` pixels in evaluation mode, two per multiply-add, in 1e9."""
     training = model.training
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
         model.train(training)

@@ -23,6 +23,10 @@ class UserError(ValueError):
     """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
 
 
+class Lost(UserError):
+    """What only the process that meets it can tell."""
+
+
 @dataclasses.dataclass
 class Outcome:
     """The exit code of a command."""
@@ -32,13 +36,13 @@ class Outcome:
 
 @contextmanager
 def report_errors() -> Iterator[Outcome]:
-    """Turn a UserError into one message on stderr, from rank 0 alone, and a non-zero exit code."""
+    """Turn a UserError into one message on stderr, from rank 0 unless it is `Lost`, and a non-zero exit code."""
     outcome = Outcome()
     try:
         yield outcome
     except UserError as error:
         outcome.code = 1
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, Lost):
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -218,6 +222,10 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Parallel:
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """replicas of the model; shards of it; shards within groups of processes"""
+    shard: PositiveInt | None = None
+    """hsdp: processes of a group; null: those of a node"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast type; fp16 needs cuda"""
     compile: bool = False
@@ -234,6 +242,8 @@ class Ckpt:
     """steps between checkpoints; null: an epoch"""
     keep_last: PositiveInt = 2
     """newest checkpoints kept, beside the best one"""
+    background: bool = False
+    """write from a copy while the training goes on, one checkpoint at a time"""
     resume: str = "auto"
     """auto: continue this run; PATH: begin with that checkpoint; never"""
 
@@ -242,6 +252,8 @@ class Ckpt:
 class Log:
     every: PositiveInt = 50
     """steps between lines of metrics.jsonl"""
+    profile: bool = False
+    """write a trace of ten updates into profile/ of the run"""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """auto: a bar on a terminal"""
     tensorboard: bool = False

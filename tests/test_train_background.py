@@ -1,0 +1,109 @@
+"""Checkpoints written beside the training: the same, complete or absent, one at a time."""
+
+import errno
+import os
+import threading
+
+import pytest
+import torch
+import trainer
+
+from tessel.train import checkpoint
+from tessel.train.checkpoint import Checkpoints, broken
+from tessel.train.engine import Engine
+from tessel.train.launch import World
+
+TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 8}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return trainer.write_recipe(tmp_path / "tiny.yaml", **TINY, sched={"steps": 4}, ckpt={"every": 1, "keep_last": 4})
+
+
+def test_background_writes_what_the_foreground_does(recipe):
+    assert trainer.train(recipe, "run.name=fore") == 0
+    assert trainer.train(recipe, "run.name=back", "ckpt.background=true") == 0
+    runs = recipe.parent / "runs"
+    for step in range(1, 5):
+        trainer.assert_same_checkpoint(*(runs / f"{name}/checkpoints/step-{step:08d}" for name in ("fore", "back")))
+
+
+def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatch):
+    """Steps go on while a checkpoint is being written; the next save waits for it."""
+    gate, save, writing = threading.Event(), checkpoint.dcp.save, []
+
+    def slow(state, **kwargs):
+        writing.append(kwargs["checkpoint_id"].name)
+        assert gate.wait(20) and len(writing) <= 2
+        save(state, **kwargs)
+        writing.pop(0)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    checkpoints = Checkpoints(tmp_path, World(), print, background=True)
+    weight = torch.zeros(3)
+    checkpoints.save({"weight": weight}, {"step": 1}, best=0, last=2)
+    weight += 1
+    assert not list(tmp_path.glob("step-*"))
+    threading.Timer(0.5, gate.set).start()
+    checkpoints.save({"weight": weight}, {"step": 2}, best=0, last=2)
+    assert broken(tmp_path / "step-00000001") is None
+    weight += 1
+    checkpoints.wait()
+    checkpoints.close()
+    assert [trainer.tensors(tmp_path / f"step-0000000{step}")["weight"][0].item() for step in (1, 2)] == [0, 1]
+
+
+def test_full_disk_in_the_background_is_told(recipe, monkeypatch, capsys):
+    publish = Checkpoints._publish
+
+    def full(self, part, facts):
+        if facts["step"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(self, part, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_publish", full)
+        assert trainer.train(recipe, "ckpt.background=true") == 1
+    error = capsys.readouterr().err
+    assert "step 2 cannot be written" in error and "No space left on device" in error and error.count("\n") == 1
+    path = recipe.parent / "runs/tiny/checkpoints"
+    assert [entry.name for entry in path.iterdir()] == ["step-00000001"]
+    assert trainer.train(recipe, "ckpt.background=true") == 0
+    assert "at step 1 (exact)" in capsys.readouterr().out
+
+
+def test_signal_waits_for_the_writing(recipe, monkeypatch):
+    step = Engine.step
+
+    def hooked(self):
+        self.signals.raised = self.progress.step == 2
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", hooked)
+    assert trainer.train(recipe, "ckpt.background=true") == 0
+    run = recipe.parent / "runs/tiny"
+    assert (run / "PREEMPTED").exists() and broken(run / "checkpoints/step-00000002") is None
+
+
+@pytest.mark.slow
+def test_shards_and_replicas_in_the_background(recipe):
+    recipe = trainer.write_recipe(recipe, **TINY | {"data": {"source": "digits", "micro_batch": 4}})
+    ways = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
+    runs = [
+        [
+            recipe,
+            *way,
+            f"run.name={name}-{background}",
+            f"ckpt.background={background}",
+            "sched.steps=4",
+            "ckpt.every=1",
+        ]
+        for name, way in ways.items()
+        for background in ("true", "false")
+    ]
+    done = trainer.on_processes(2, *runs)
+    assert trainer.exit_codes(done) == [[0, 0]] * 4, done.stdout + done.stderr
+    for name in ways:
+        paths = (recipe.parent / f"runs/{name}-{on}/checkpoints/step-00000004" for on in ("true", "false"))
+        trainer.assert_same_checkpoint(*paths)

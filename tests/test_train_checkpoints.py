@@ -1,0 +1,162 @@
+"""What may become of a checkpoint on its disk: whatever it is, it is seen, named, and the one before is taken."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import trainer
+
+from tessel.train import checkpoint, evaluate
+from tessel.train.checkpoint import Checkpoints, broken
+from tessel.train.engine import Engine
+from tessel.train.launch import World
+
+TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 8}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with checkpoints of steps 2 and 3."""
+    recipe = trainer.write_recipe(
+        tmp_path_factory.mktemp("run") / "tiny.yaml", **TINY, sched={"steps": 3, "warmup": 0}, eval={"every": 3}
+    )
+    assert trainer.train(recipe, "ckpt.every=1") == 0
+    return recipe.parent / "runs/tiny"
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """The checkpoints, the newest of them, and the hash of their recipe; to be harmed."""
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/step-00000003"
+    return tmp_path / "checkpoints", newest, checkpoint.manifest(newest)["recipe_hash"]
+
+
+def newest(path: Path, recipe_hash: str) -> tuple[Path | None, str]:
+    said: list[str] = []
+    return Checkpoints(path, World(), said.append).newest(recipe_hash), "\n".join(said)
+
+
+def harm(file: Path, other: Path, rng: random.Random) -> str:
+    """Change `file` in one of the ways of disks and people; which one."""
+    content = bytearray(file.read_bytes())
+    at = rng.randrange(len(content))
+    kind = rng.choice(["cut", "bit", "zeros", "longer", "gone", "foreign", "folder", "swapped"])
+    if kind == "cut":
+        del content[at:]
+    elif kind == "bit":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        content[at : at + 512] = bytes(len(content[at : at + 512]))
+    elif kind == "longer":
+        content += b"\0" * rng.randrange(1, 99)
+    elif kind == "foreign":
+        content = bytearray(other.read_bytes())
+    elif kind == "swapped":
+        content[at : at + 8] = reversed(content[at : at + 8])
+    if kind in ("gone", "folder"):
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    if kind == "folder":
+        file.mkdir()
+    return kind
+
+
+@pytest.mark.slow
+def test_no_harm_goes_unseen(copied):
+    """Two hundred of them; a change that leaves every byte, or what the manifest says, as it was is none."""
+    path, victim, recipe_hash = copied
+    other, rng, seen = path / "step-00000002", random.Random(0), set()
+    keep = path.parent / "kept"
+    shutil.copytree(victim, keep)
+    facts = checkpoint.manifest(victim)
+    for number in range(200):
+        file = rng.choice(sorted(victim.iterdir()))
+        before = file.read_bytes()
+        kind = harm(file, other / file.name, rng)
+        same = file.is_file() and file.read_bytes() == before
+        if not same and file.name == checkpoint.MANIFEST and file.is_file():
+            same = broken(victim) is None and checkpoint.manifest(victim) == facts
+        problem = broken(victim, recipe_hash)
+        assert same == (problem is None), (number, kind, file.name, problem)
+        if not same:
+            found, said = newest(path, recipe_hash)
+            # beside another step's manifest, it is the tensors that seem wrong
+            assert found == other and str(victim) in said, (number, kind, said)
+            assert file.name in said or kind == "foreign", (number, kind, said)
+            seen.add((kind, file.name))
+        shutil.rmtree(victim)
+        shutil.copytree(keep, victim)
+    assert {kind for kind, _ in seen} == {"cut", "bit", "zeros", "longer", "gone", "foreign", "folder", "swapped"}
+    assert {name for _, name in seen} == {file.name for file in victim.iterdir()}
+
+
+def test_foreign_checkpoints_are_passed_over(copied):
+    path, victim, recipe_hash = copied
+    shutil.copytree(victim, path / "step-00000009")  # a good one under another name
+    found, said = newest(path, recipe_hash)
+    assert found == victim and "it is the checkpoint of step 3" in said
+    content = json.loads((victim / "manifest.json").read_text()) | {"recipe_hash": "another"}
+    content["sha256"] = checkpoint._digest({key: value for key, value in content.items() if key != "sha256"})
+    (victim / "manifest.json").write_text(json.dumps(content))
+    found, said = newest(path, recipe_hash)
+    assert found == path / "step-00000002" and f"{victim} is broken (it is of another recipe" in said
+    assert broken(victim) is None  # to begin another run with it is the user's to say
+
+
+def test_manifest_is_believed_only_whole(copied):
+    _, victim, _ = copied
+    text = (victim / "manifest.json").read_text()
+    for changed in (text.replace('"step": 3', '"step": 4'), "[]", "{}", "[" * 10**5, text[:-3], "\udcff"):
+        (victim / "manifest.json").write_text(changed, errors="surrogateescape")
+        assert "manifest.json" in str(broken(victim))
+    (victim / "manifest.json").write_text(text)
+    assert broken(victim) is None
+
+
+def test_the_good_one_is_offered(copied, run, tmp_path, capsys):
+    path, victim, _ = copied
+    next(victim.glob("*.distcp")).write_bytes(b"")
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
+    assert trainer.train(recipe, f"ckpt.resume={victim}") == 1
+    assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    assert evaluate.main([str(victim)]) == 1
+    assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
+    shutil.rmtree(path / "step-00000002")
+    assert evaluate.main([str(victim)]) == 1
+    assert f"no other in {path} is good" in capsys.readouterr().err
+
+
+def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
+    step = Engine.step
+
+    def hooked(self):
+        if self.progress.step == 2:
+            os.kill(self.batches.batches._workers[0].pid, signal.SIGKILL)
+        return step(self)
+
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", hooked)
+        assert trainer.train(recipe, "ckpt.every=1", "data.workers=1", "sched.steps=40") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: a loader process died") and error.count("\n") == 1, error
+    assert "data.workers" in error and "The same command goes on" in error
+    kept = sorted((tmp_path / "runs/tiny/checkpoints").iterdir())
+    assert kept and all(path.name.startswith("step-") and broken(path) is None for path in kept)
+
+
+def test_lost_process_is_told_by_the_one_left(tmp_path):
+    """The second of two processes is killed in step 2."""
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
+    done = trainer.on_processes(2, [recipe, "ckpt.every=1", "data.micro_batch=4"], kill="1:2")
+    assert trainer.exit_codes(done) == [[1, -signal.SIGKILL]]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1 and "another process of this run is gone" in messages[0], done.stderr
+    assert broken(tmp_path / "runs/tiny/checkpoints/step-00000002") is None

@@ -1,0 +1,86 @@
+"""On a cluster: what the batch script does at each end of a run, and torchrun's restart after a loss."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trainer
+
+from tessel.train.config import PACKAGED
+
+SCRIPT = PACKAGED / "slurm/train.sbatch"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A directory with stand-ins for SLURM's commands, which write down how they were called."""
+    commands = {
+        "srun": 'echo "srun $@" >> calls; exec bash -c "$STEP"',
+        "scontrol": 'echo "scontrol $@" >> calls; echo node1',
+        "scancel": 'echo "scancel $@" >> calls; touch told',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    return tmp_path
+
+
+def submit(cluster, step, *arguments):
+    environment = os.environ | {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "STEP": step, "SLURM_JOB_ID": "7"}
+    command = ["bash", str(SCRIPT), "demo/digits.yaml", *arguments]
+    return subprocess.Popen(command, cwd=cluster, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("marker", "code", "requeued"), [("DONE", 0, False), ("PREEMPTED", 0, True), (None, 1, False)])
+def test_markers_decide_over_the_exit_code(cluster, marker, code, requeued):
+    """torchrun's code is 1 here in every case; a marker of an earlier start does not count."""
+    (run := cluster / "out/first").mkdir(parents=True)
+    (run / "PREEMPTED").touch()
+    step = f"touch out/first/{marker}; exit 1" if marker else "exit 1"
+    job = submit(cluster, step, "run.name=first", "run.out=out")
+    _, error = job.communicate(timeout=30)
+    calls = (cluster / "calls").read_text()
+    assert job.returncode == code and ("scontrol requeue 7" in calls) == requeued
+    assert ("the training failed" in error) == (code == 1)
+    assert "-m tessel.train demo/digits.yaml run.name=first run.out=out" in calls
+
+
+def test_signal_is_passed_on_and_the_save_awaited(cluster):
+    step = (
+        "mkdir -p runs/digits; touch up; until [ -e told ]; do sleep 0.05; done; sleep 0.3; touch runs/digits/PREEMPTED"
+    )
+    job = submit(cluster, step)
+    end = time.monotonic() + 20
+    while not (cluster / "up").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=30)
+    calls = (cluster / "calls").read_text()
+    assert job.returncode == 0 and "scancel --signal=USR1 7.0" in calls and "scontrol requeue 7" in calls
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
+    """The second process is killed at step 4 of the first start; torchrun starts both anew."""
+    recipe = trainer.write_recipe(
+        tmp_path / "tiny.yaml",
+        model={"name": "test_resnet", "drop_path": None},
+        data={"source": "digits", "micro_batch": 4},
+    )
+    done = trainer.on_processes(2, [recipe, "run.name=straight"])
+    assert trainer.exit_codes(done) == [[0, 0]], done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    mortal = str(Path(__file__).with_name("mortal.py"))
+    done = subprocess.run(
+        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe)], capture_output=True, text=True, timeout=290
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "at step 3 (exact)" in done.stdout
+    paths = (tmp_path / f"runs/{name}/checkpoints/step-00000009" for name in ("straight", "tiny"))
+    trainer.assert_same_checkpoint(*paths)

@@ -1,0 +1,80 @@
+"""One trainer a run directory: a second one is refused by name, until the first process is gone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import trainer
+
+from tessel.train.config import load_recipe
+from tessel.train.launch import RunDir
+from tessel.train.schema import UserError
+
+HOLD = """
+import sys
+from tessel.train.config import load_recipe
+from tessel.train.launch import RunDir
+with RunDir(load_recipe(sys.argv[1])).held() as run:
+    run.open()
+    if not (child := __import__("os").fork()):
+        __import__("time").sleep(60)
+    print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"})
+
+
+@pytest.fixture
+def holder(recipe):
+    """Another process that trains the run, with a child as loader workers are; (its Popen, the child)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(recipe)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    child = int(process.stdout.readline())
+    try:
+        yield process, child
+    finally:
+        os.kill(child, 9)  # first, as it holds the pipe open
+        process.kill()
+        process.communicate()
+
+
+def test_second_trainer_is_refused_until_the_first_is_killed(recipe, holder, capsys):
+    process, child = holder
+    before = sorted((recipe.parent / "runs/tiny").rglob("*"))
+    for override in ("run.seed=0", "run.fresh=true"):
+        assert trainer.train(recipe, override) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"is being trained by process {process.pid} on " in error, error
+        assert "another run.name" in error
+    assert sorted((recipe.parent / "runs/tiny").rglob("*")) == before
+
+    process.kill()
+    process.wait()
+    os.kill(child, 0)  # a worker that outlives the trainer
+    with RunDir(load_recipe(recipe)).held() as run:
+        run.open()
+
+
+def test_lock_follows_the_directory_and_ends_with_it(recipe):
+    for _ in range(2):
+        with RunDir(load_recipe(recipe, ["run.fresh=true"])).held() as run:
+            run.open()
+            assert f"process {os.getpid()} on " in (run.path / ".lock").read_text()
+            assert not run.check()
+    assert sorted(path.name for path in run.path.parent.iterdir()) == ["tiny", "tiny.old-1"]
+
+
+def test_what_another_began_in_the_meantime_is_seen(recipe):
+    late = RunDir(load_recipe(recipe, ["optim.lr=1"]))
+    assert not late.check()
+    with RunDir(load_recipe(recipe)).held() as run:
+        run.open()
+    with late.held(), pytest.raises(UserError, match="started with another recipe: optim.lr"):
+        late.open()

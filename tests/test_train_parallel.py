@@ -1,0 +1,106 @@
+"""Replicas and shards: one result, whichever way the weights are spread over however many processes."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+import trainer
+from torch import nn
+
+from tessel.train import checkpoint
+from tessel.train.launch import World
+from tessel.train.parallel import layers, replicate
+from tessel.train.schema import Parallel, UserError
+
+# no batch statistics, so that any number of processes learns the same
+SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]
+WAYS = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"], "hsdp": ["parallel.strategy=hsdp", "parallel.shard=1"]}
+JUDGED = ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)]
+
+
+def assert_same_curve(one, other, tolerance=1e-5):
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert (left["kind"], left["step"]) == (right["kind"], right["step"])
+        for key in left.keys() & {"loss", "grad_norm", "lr", "top1"}:
+            assert right[key] == pytest.approx(left[key], abs=tolerance, rel=tolerance), (key, left["step"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """Directory of the runs `one` (alone) and `ddp`, `fsdp`, `hsdp` (two processes), of six steps each."""
+    root = tmp_path_factory.mktemp("parallel")
+    data = {"root": str(trainer.draw_folder(root / "images")), "micro_batch": 2}
+    recipe = trainer.write_recipe(root / "tiny.yaml", data=data)
+    assert trainer.train(recipe, *SHARED, "run.name=one") == 0
+    slow = "not slow" not in request.config.option.markexpr
+    runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in WAYS.items() if name != "hsdp" or slow]
+    done = trainer.on_processes(2, *runs)
+    assert trainer.exit_codes(done) == [[0, 0]] * len(runs), done.stdout + done.stderr
+    return root / "runs"
+
+
+@pytest.mark.parametrize("way", JUDGED)
+def test_every_way_learns_the_same(finished, way):
+    """With gradient accumulation, clipping, moving average, drop path, mixing; also in what is exported."""
+    assert_same_curve(trainer.learning(finished / "one"), trainer.learning(finished / way))
+    left, right = (trainer.tensors(finished / run / "checkpoints/step-00000004") for run in ("one", way))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+    model = timm.create_model(f"local-dir:{finished / way}/export", pretrained=True)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, right[f"ema.{name}"], atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_checkpoints_fit_every_other_way(finished, capfd):
+    """Two processes' checkpoint of step 2 on one, one's on two, shards' on replicas and back: the curve goes on."""
+    recipe = finished.parent / "tiny.yaml"
+
+    def begin(source, way):
+        place = recipe.parent / f"{source}-{way}"
+        shutil.copytree(finished / source, place / source, ignore=shutil.ignore_patterns("DONE", "step-00000004"))
+        return [recipe, *SHARED, f"run.name={source}", f"run.out={place}"]
+
+    for source in ("ddp", "fsdp"):
+        assert trainer.train(*begin(source, "one")) == 0
+        assert f"not bitwise: processes 2 then, 1 now, strategy {source} then" in capfd.readouterr().out
+    pairs = [("one", "ddp"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("hsdp", "fsdp"), ("fsdp", "fsdp")]
+    done = trainer.on_processes(2, *([*begin(a, b), *WAYS[b]] for a, b in pairs))
+    assert trainer.exit_codes(done) == [[0, 0]] * len(pairs), done.stdout + done.stderr
+    assert done.stdout.count("(exact)") == 1
+    for source, way in [("ddp", "one"), ("fsdp", "one"), *pairs]:
+        assert_same_curve(
+            trainer.learning(finished / "one"), trainer.learning(recipe.parent / f"{source}-{way}" / source)
+        )
+    again = recipe.parent / "fsdp-fsdp/fsdp"
+    trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000004" for run in (again, finished / "fsdp")))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])
+def test_each_layer_is_a_unit_of_its_own(name):
+    model = timm.create_model(name)
+    found = layers(model)
+    assert found and len({id(layer) for layer in found}) == len(found)
+    assert not any(isinstance(layer, nn.ModuleList) or layer is model for layer in found)
+    held = {id(weight) for layer in found for weight in layer.parameters()}
+    assert sum(w.numel() for w in model.parameters() if id(w) in held) > 0.5 * sum(
+        w.numel() for w in model.parameters()
+    )
+
+
+def test_a_group_must_divide_the_processes():
+    parallel = Parallel(strategy="hsdp", shard=3)
+    with pytest.raises(UserError, match="parallel.shard=3 does not divide the 4 processes"):
+        replicate(nn.Linear(2, 2), parallel, World(size=4))
+
+
+def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
+    from tessel.train import evaluate
+
+    target = finished / "fsdp/checkpoints/step-00000004"
+    assert checkpoint.broken(target) is None and evaluate.main([str(target)]) == 0
+    last = [record for record in trainer.metrics(finished / "fsdp") if record["kind"] == "eval"][-1]
+    assert f"top1 {last['top1']:.2f}" in capfd.readouterr().out

@@ -1,0 +1,59 @@
+"""What a training costs: counted operations, their share of a known GPU's peak, and a trace."""
+
+import json
+
+import pytest
+import timm
+import torch
+import trainer
+from torch import nn
+
+from tessel.train.launch import World
+from tessel.train.perf import Meter, forward_gflops, peak_tflops
+from tessel.train.schema import Parallel
+
+
+def test_flops_are_counted_two_a_multiply_add():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5)).train()
+    assert forward_gflops(model, 4, torch.device("cpu")) * 1e9 == 2 * (3 * 9 * 8 * 16 + 8 * 16 * 5)
+    assert model.training
+    assert forward_gflops(timm.create_model("resnet18"), 224, torch.device("cpu")) == pytest.approx(3.6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 4 * 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 4 * 756),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 4 * 312),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("Some GPU", "bf16", None),
+    ],
+)
+def test_peak_is_of_the_known_devices_alone(monkeypatch, name, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    world = World(size=4, device=torch.device("cuda", 0))
+    assert peak_tflops(Parallel(precision=precision), world) == expected
+    assert peak_tflops(Parallel(precision=precision), World()) is None
+
+
+def test_figures_agree_with_each_other():
+    meter = Meter(10, gflops=2.0, peak=5.0)
+    for _ in range(3):
+        with meter.waiting():
+            pass
+    figures = meter.read()
+    assert figures["tflops"] == pytest.approx(3 * 2.0 * figures["images_per_second"] / 1e3, rel=1e-3)
+    assert figures["mfu"] == pytest.approx(figures["tflops"] / 5.0, rel=1e-2)
+
+
+def test_trace_of_ten_updates(tmp_path):
+    model, data = {"name": "test_resnet", "drop_path": None}, {"source": "digits", "micro_batch": 8}
+    recipe = trainer.write_recipe(
+        tmp_path / "tiny.yaml", model=model, data=data, sched={"steps": 15}, eval={"every": 15}
+    )
+    assert trainer.train(recipe, "log.profile=true", "ckpt.every=15") == 0
+    trace = json.loads((tmp_path / "runs/tiny/profile/rank0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 10
+    assert any("convolution" in name for name in names)
