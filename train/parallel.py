@@ -52,13 +52,13 @@ def replicate(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
         return model
     if parallel.strategy == "ddp":
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    share(model.state_dict().values(), world)
     shape, names = (world.size,), ("shard",)
     if parallel.strategy == "hsdp":
         group = parallel.shard or world.local_size
         if world.size % group:
             raise UserError(f"parallel.shard={group} does not divide the {world.size} processes; choose one that does")
         shape, names = (world.size // group, group), ("replicate", "shard")
+    share(model.state_dict().values(), world)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     try:
         for layer in [*layers(model), model]:

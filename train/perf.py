@@ -120,13 +120,18 @@ def parameters(model: nn.Module) -> int:
 
 def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
     """Floating-point operations of one image of `size` pixels in evaluation mode, two per multiply-add, in 1e9."""
-    training = model.training
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
+        # the counter's hooks fail on a parameter that wants gradients and goes straight into a module
+        for parameter in trained:
+            parameter.requires_grad_(False)
         eager = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
         model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() / 1e9
 
 
