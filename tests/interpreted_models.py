@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tessel.zoo  # noqa: F401  (registers the models)
 from tessel.kernels import _launch
 
-# the smallest model of each family that has an operator, and its operator; not tessel_halonet_atto, whose heads of 6
-# and 9 channels the kernels do not take
+# the smallest model of each family that has an operator, and its operator
 MODELS = {
     "biformer_atto": "routed",
     "cswin_atto": "window",
     "litv2_atto": "window",
     "tessel_davit_atto": "window",
+    "tessel_halonet_atto": "halo",
     "transnext_atto": "aggregated",
 }
 
