@@ -32,7 +32,7 @@ def main() -> None:
         start, newest = time.monotonic(), last(checkpoints)
         # a third at once when writing begins, a third between two steps, the others anywhere, the start included
         kind = ("writing", "stepping", "anywhere")[number % 3]
-        pause = rng.uniform(0, 0.3 if kind != "anywhere" else 2)
+        pause = rng.uniform(0, 0.2 if kind != "anywhere" else 2)
         while time.monotonic() - start < 60 and not dead(children):
             begun = kind == "anywhere" or last(checkpoints) > newest
             if begun and (kind != "writing" or list(checkpoints.glob(".tmp-*"))):
