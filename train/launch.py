@@ -74,7 +74,7 @@ class World:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, on the CPU."""
-        total = values.detach().cpu()
+        total = values.detach().cpu().clone()  # reduced in place
         if self.size > 1:
             dist.all_reduce(total)
         return total
