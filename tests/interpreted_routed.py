@@ -47,3 +47,21 @@ def test_routed_takes_expanded_gradients():
         for backend in ("triton", "reference")
     )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+TINY = (1, (2, 4), (1, 2), 1, 8, 2)
+
+
+def test_gradcheck():
+    qkv, index, options = routed_case(TINY, torch.float64, "at random")
+    call = lambda x: routed_attention(x, index, **options, backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(call, (qkv,), fast_mode=True)
+
+
+def test_opcheck():
+    qkv, index, options = routed_case(TINY, torch.float64, "at random")
+    qkv, grid, scale = qkv.detach(), list(options["grid"]), options["scale"]
+    torch.library.opcheck(torch.ops.tessel.routed_attention, (qkv, index, grid, scale, True))
+    out, lse = torch.ops.tessel.routed_attention(qkv, index, grid, scale, True)
+    arguments = (qkv, index, out, lse, torch.randn_like(out), grid, scale, True)
+    torch.library.opcheck(torch.ops.tessel.routed_attention_backward, arguments)
