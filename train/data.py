@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ class Loader:
         try:
             batch = next(self.batches)
         except (RuntimeError, EOFError, ConnectionError) as error:
-            if all(worker.is_alive() for worker in getattr(self.batches, "_workers", ())):
+            # a killed process loses its connections a moment before it counts as dead
+            if not wait([worker.sentinel for worker in getattr(self.batches, "_workers", ())], timeout=2):
                 raise
             raise UserError(WORKER_DIED) from error
         if isinstance(batch, UserError):
