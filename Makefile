@@ -45,6 +45,7 @@ lint: $(INSTALLED)
 
 tables: $(INSTALLED)
 	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/recipes.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,7 +6,6 @@ The keys come from the schema, the recipes from configs/imagenet: their settings
 the comments they open with. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -15,6 +14,8 @@ import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from generated import main
 
 from tessel.train.config import PACKAGED, load_recipe, plan
 from tessel.train.schema import leaves
@@ -66,27 +67,5 @@ def recipes() -> str:
 TABLES = {"keys": keys, "recipes": recipes}
 
 
-def rewritten(text: str) -> str:
-    """`text` with every table made anew."""
-    return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page is out of date")
-    options = parser.parse_args()
-    before = PAGE.read_text()
-    after = rewritten(before)
-    if after != before and not options.check:
-        PAGE.write_text(after)
-    print(f"{PAGE.name} is out of date (python docs/recipes.py)" if after != before else f"{PAGE.name} is current")
-    return int(after != before and options.check)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, [PAGE], TABLES))

@@ -6,14 +6,13 @@ Rows come from the registry (structure, parameters, multiply-adds counted on the
 published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
-import argparse
-import re
 import sys
 from functools import cache
 from pathlib import Path
 
 import timm
 import torch
+from generated import main
 from torch.utils.flop_counter import FlopCounterMode
 
 import tessel.zoo
@@ -75,31 +74,5 @@ def _begin(name: str) -> str:
 TABLES = {"families": families, "models": models}
 
 
-def rewritten(text: str) -> str:
-    """`text` with every table made anew."""
-    return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
-    options = parser.parse_args()
-    stale = []
-    for page in PAGES:
-        before = page.read_text()
-        after = rewritten(before)
-        if after != before:
-            stale.append(page.name)
-            if not options.check:
-                page.write_text(after)
-    print("out of date: " + ", ".join(stale) + " (make tables)" if stale else "all tables are current")
-    return int(bool(stale) and options.check)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PAGES, TABLES))
