@@ -12,8 +12,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """The type of `x`, or float32 where that has fewer digits: what sums and statistics are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def unit(x: Tensor, *, dim: int) -> Tensor:
     """`x / max(|x|, 1e-12)` along `dim`, in at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(at_least_float32(x))
     # the plain norm is slow where dim is not the last; the clamp stops the gradient of a zero vector, as it should
     return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._launch import autocast, choose_backend, common_reasons, library
+from ._precision import at_least_float32
 from ._sdpa import fused_attention
 
 # name -> (B, (H, W), N, D, E, b, h, stride): stages of the published models at their own and at detection sizes
@@ -269,7 +270,7 @@ def _backward(q, kv, rel, out, lse, grad, block_size, halo_size, stride, mask_bo
 
 def _forward_fake(q, kv, rel, block_size, halo_size, stride, mask_border):
     out = q.new_empty(*q.shape[:4], kv.shape[-1] - q.shape[-1])
-    return out, q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(q.shape[:4], dtype=at_least_float32(q))
 
 
 def _backward_fake(q, kv, rel, out, lse, grad, block_size, halo_size, stride, mask_border):

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import interpreting
+from ._precision import at_least_float32
 from ._triton import LOG2_E, Launch, dot
 from .halo import relative_columns
 
@@ -309,7 +310,7 @@ def forward(
     """Contiguous q, kv, rel -> out `[B, Hq, Wq, N, E]`, and max + log2(sum) of each query `[B, Hq, Wq, N]`."""
     head_dim, value_dim = q.shape[-1], kv.shape[-1] - q.shape[-1]
     out = q.new_empty(*q.shape[:4], value_dim)
-    lse = q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:4], dtype=at_least_float32(q))
     launch = _plan(head_dim, value_dim, block_size, halo_size, stride, mask_border)["forward"]
     _run(launch, triton.cdiv((block_size // stride) ** 2, launch.constants["TILE_Q"]), q, kv, rel, out, lse)
     return out, lse

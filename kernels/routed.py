@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._launch import autocast, choose_backend, common_reasons, library
+from ._precision import at_least_float32
 
 # name -> (B, (H, W), (n_rows, n_cols), N, D, K): stages of the published models at 224, 512 and detection sizes
 CASES = {
@@ -69,7 +70,7 @@ def routed_attention_reference(qkv: Tensor, index: Tensor, *, grid: tuple[int, i
     q_BRNrD, k_BRNrD, v_BRNrD = _to_regions(qkv, grid).unbind(3)
     k_BRNjD, v_BRNjD = _gather(k_BRNrD, index), _gather(v_BRNrD, index)
     logits_BRNrj = (q_BRNrD * scale) @ k_BRNjD.mT
-    weights_BRNrj = logits_BRNrj.softmax(-1, dtype=_at_least_float32(qkv)).to(qkv.dtype)
+    weights_BRNrj = logits_BRNrj.softmax(-1, dtype=at_least_float32(qkv)).to(qkv.dtype)
     return _from_regions(weights_BRNrj @ v_BRNjD, grid, (qkv.shape[1], qkv.shape[2]))
 
 
@@ -90,10 +91,6 @@ def _check(qkv: Tensor, index: Tensor, grid: tuple[int, int]) -> None:
         raise ValueError(
             f"routed_attention: index must be [B={qkv.shape[0]}, R={rows * cols}, K], got shape={tuple(index.shape)}"
         )
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _to_regions(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -147,7 +144,7 @@ class _RegionView:
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Softmax weights `[B, R, N, r, j]` in the type of q, the softmax in at least float32."""
-    return ((q * scale) @ k.mT).softmax(-1, dtype=_at_least_float32(q)).to(q.dtype)
+    return ((q * scale) @ k.mT).softmax(-1, dtype=at_least_float32(q)).to(q.dtype)
 
 
 def _forward_grouped(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
@@ -167,7 +164,7 @@ def _backward_grouped(qkv: Tensor, index: Tensor, grad: Tensor, grid: tuple[int,
     dqkv = torch.empty_like(qkv)
     q, dy, dq = _RegionView(q, grid), _RegionView(grad, grid), _RegionView(dqkv[:, :, :, 0], grid)
     # many query regions add into one key region: sum in at least float32
-    dk, dv = (torch.zeros_like(k, dtype=_at_least_float32(k), memory_format=torch.contiguous_format) for _ in "kv")
+    dk, dv = (torch.zeros_like(k, dtype=at_least_float32(k), memory_format=torch.contiguous_format) for _ in "kv")
     for group in _groups(qkv, index):
         picked = index[:, group]
         q_g, k_g, v_g, dy_g = q[group], _gather(k, picked), _gather(v, picked), dy[group]
@@ -223,7 +220,7 @@ def _backward(qkv, index, out, lse, grad, grid, scale, triton):
 
 def _forward_fake(qkv, index, grid, scale, triton):
     out = qkv.new_empty(qkv.shape[:3] + qkv.shape[4:])
-    lse = out.new_empty(out.shape[:4], dtype=_at_least_float32(qkv)) if triton else qkv.new_empty(0)
+    lse = out.new_empty(out.shape[:4], dtype=at_least_float32(qkv)) if triton else qkv.new_empty(0)
     return out, lse
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import interpreting
+from ._precision import at_least_float32
 from ._triton import LOG2_E, Launch, dot
 
 POINTERS = {"index_ptr": "i32", "list_ptr": "i32", "count_ptr": "i32", "lse_ptr": "fp32", "delta_ptr": "fp32"}
@@ -205,14 +206,10 @@ def _list_constants(topk: int) -> dict[str, int]:
     return {"TOPK": topk, "PAD_K": triton.next_power_of_2(topk), "TILE": 32}
 
 
-def _statistic_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def forward(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
     """Contiguous qkv, index -> out `[B, H, W, N, D]`, and max + log2(sum) of each row `[B, H, W, N]`."""
     out = qkv.new_empty(qkv.shape[:3] + qkv.shape[4:])
-    lse = out.new_empty(out.shape[:4], dtype=_statistic_dtype(qkv))
+    lse = out.new_empty(out.shape[:4], dtype=at_least_float32(qkv))
     own, partner, warps = tiles(qkv.shape[1] * qkv.shape[2] // (grid[0] * grid[1]))
     sizes, programs = _geometry(qkv, grid, own)
     with torch.cuda.device_of(qkv):

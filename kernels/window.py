@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._launch import autocast, choose_backend, common_reasons, library
+from ._precision import at_least_float32
 from ._sdpa import fused_attention
 
 # name -> (B, (H, W), N, D, windows, with LePE): stages of the published models at 224 or 384, 512 and detection sizes;
@@ -234,7 +235,7 @@ def _forward_fake(qkv, lepe, sides, scale):
 
     out = qkv.new_empty(qkv.shape[:3] + qkv.shape[4:])
     whole = all(one_tile(h * w) for h, w in zip(sides[::2], sides[1::2], strict=True))
-    return out, qkv.new_empty((0,) if whole else out.shape[:4], dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return out, qkv.new_empty((0,) if whole else out.shape[:4], dtype=at_least_float32(qkv))
 
 
 def _backward_fake(qkv, lepe, lse, grad, sides, scale):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import interpreting
+from ._precision import at_least_float32
 from ._triton import LOG2_E, Launch, dot
 
 POINTERS = {"lse_ptr": "fp32", "delta_ptr": "fp32", "partial_ptr": "fp32"}
@@ -406,7 +407,7 @@ def forward(qkv: Tensor, lepe: Sequence[Tensor], sides: Sequence[int], scale: fl
     out = qkv.new_empty(qkv.shape[:3] + qkv.shape[4:])
     groups = list(_groups(qkv, lepe, sides))
     shape = (0,) if all("backward" in group.plan for group in groups) else out.shape[:4]
-    lse = qkv.new_empty(shape, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    lse = qkv.new_empty(shape, dtype=at_least_float32(qkv))
     for group in groups:
         _run(group, "forward", (scale * LOG2_E,), qkv, group.weight, group.bias, out, lse)
     return out, lse
@@ -441,7 +442,7 @@ def _partial_sums(group: _Group, qkv: Tensor) -> Tensor:
     _, programs = _counts(group, list(group.plan.values())[-1], qkv)
     rows = _taps(group)
     shape = (programs, rows[0] * rows[1] + 1, qkv.shape[-1])
-    return qkv.new_empty(shape, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty(shape, dtype=at_least_float32(qkv))
 
 
 def _lepe_gradients(group: _Group, partial: Tensor) -> list[Tensor]:
