@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from . import checkpoint
+from .classify import Classify
 from .config import load_recipe
 from .launch import World, join, write_atomically, writing
 from .parallel import autocast, place
 from .schema import Parallel, Recipe, UserError, report_errors
 from .sets import Judge, lines, parse
-from .tasks import Classify, Scores, Task, build_task
+from .tasks import Scores, Task, build_task
 
 
 def measure(
@@ -74,10 +75,7 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
-    if not (path / "DONE").is_file():
-        raise UserError(
-            f"{path} is not finished and has no export: go on training it, or evaluate one of {path}/checkpoints/step-*"
-        )
+    _done(path)
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 
@@ -111,7 +109,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     with join(recipe.run) as world:
         if run == target:
             model: Any = load_run(run)[1]
-            classes, step = list(model.pretrained_cfg["label_names"]), json.loads((run / "DONE").read_text())["step"]
+            classes, step = list(model.pretrained_cfg["label_names"]), _done(run)
         else:
             task = Classify(recipe, world)
             model, classes = task.build_model(), task.classes
@@ -145,8 +143,8 @@ def evaluate(target: Path, overrides: list[str]) -> None:
         if at_checkpoint:
             step = load_checkpoint(target, model, world)
         else:
-            model.load_state_dict(load_run(run)[1].state_dict())
-            step = json.loads((run / "DONE").read_text())["step"]
+            step = _done(run)
+            model.load_state_dict(checkpoint.exported(run / "export"))
         place(model, recipe.parallel, world)
         scores = measure(task, model, world, recipe.parallel, keep=True)
         assert scores is not None
@@ -161,6 +159,15 @@ def _recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml")
     return run / "recipe.yaml"
+
+
+def _done(run: Path) -> int:
+    """The last step of a finished run."""
+    if not (run / "DONE").is_file():
+        raise UserError(
+            f"{run} is not finished and has no export: go on training it, or evaluate one of {run}/checkpoints/step-*"
+        )
+    return json.loads((run / "DONE").read_text())["step"]
 
 
 if __name__ == "__main__":
