@@ -75,7 +75,7 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
-    _done(path)
+    _finished(path)
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 
@@ -109,7 +109,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     with join(recipe.run) as world:
         if run == target:
             model: Any = load_run(run)[1]
-            classes, step = list(model.pretrained_cfg["label_names"]), _done(run)
+            classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
         else:
             task = Classify(recipe, world)
             model, classes = task.build_model(), task.classes
@@ -143,7 +143,7 @@ def evaluate(target: Path, overrides: list[str]) -> None:
         if at_checkpoint:
             step = load_checkpoint(target, model, world)
         else:
-            step = _done(run)
+            step = _finished(run)["step"]
             model.load_state_dict(checkpoint.exported(run / "export"))
         place(model, recipe.parallel, world)
         scores = measure(task, model, world, recipe.parallel, keep=True)
@@ -161,13 +161,13 @@ def _recipe_file(run: Path) -> Path:
     return run / "recipe.yaml"
 
 
-def _done(run: Path) -> int:
-    """The last step of a finished run."""
+def _finished(run: Path) -> dict[str, Any]:
+    """The figures of a finished run."""
     if not (run / "DONE").is_file():
         raise UserError(
             f"{run} is not finished and has no export: go on training it, or evaluate one of {run}/checkpoints/step-*"
         )
-    return json.loads((run / "DONE").read_text())["step"]
+    return json.loads((run / "DONE").read_text())
 
 
 if __name__ == "__main__":
