@@ -274,6 +274,8 @@ class Eval:
 class Guard:
     max_skips: NonNegativeInt = 0
     """updates in a row skipped for a non-finite gradient before stopping"""
+    max_corrupt: NonNegativeInt = 0
+    """training samples that cannot be read and are replaced before stopping; evaluation replaces none"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
