@@ -37,10 +37,8 @@ class Classify(Supervised):
         super().__init__(recipe, world, *(build_dataset(recipe.data, split) for split in ("train", "val")))
         self.classes = self.train.classes
         if self.val.classes != self.classes:
-            odd = sorted(set(self.val.classes) ^ set(self.classes))
-            raise UserError(
-                f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}; make them agree"
-            )
+            odd, where = sorted(set(self.val.classes) ^ set(self.classes)), recipe.data.root or recipe.data.name
+            raise UserError(f"train and val of {where} hold different classes: {', '.join(odd[:5])}; make them agree")
         wanted = recipe.task.num_classes
         if wanted not in (None, len(self.classes)):
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .schema import Data, UserError
@@ -37,14 +37,31 @@ def build_dataset(data: Data, split: str) -> Any:
 
     Raises UserError naming a folder that is missing, unreadable or without images.
     """
-    if data.source == "folder":
-        return Folder(Path(str(data.root)) / split)
-    from .demo_data import digits
+    if data.source == "digits":
+        from .demo_data import digits
 
+        try:
+            return digits(split)
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    usual = "validation" if split == "val" and data.source in ("hfds", "tfds") else split
+    name = (data.train_split if split == "train" else data.val_split) or usual
+    if data.source == "folder":
+        return Folder(Path(str(data.root)) / name)
+    from .readers import open_reader
+
+    return open_reader(data, name)
+
+
+def decoded(opener: Callable[[], Any], name: str) -> Image.Image:
+    """The RGB image in the binary file that `opener()` opens. Raises UserError naming it, whatever is wrong with it."""
     try:
-        return digits(split)
-    except ImportError as error:
-        raise UserError(str(error)) from error
+        with opener() as file, Image.open(file) as image:
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # what decoders raise at damaged files has no end
+        raise UserError(f"image {name} cannot be decoded ({error}); repair or remove the file") from error
 
 
 class Folder(Dataset[tuple[Image.Image, int]]):
@@ -71,11 +88,7 @@ class Folder(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = self.paths[index].decode()
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), int(self.targets[index])
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise UserError(f"image {path} cannot be decoded ({error}); repair or remove the file") from error
+        return decoded(partial(open, path, "rb"), path), int(self.targets[index])
 
 
 @dataclass
