@@ -126,11 +126,11 @@ class Aug:
     auto_augment: str | None = None
     """timm policy, for example rand-m9-mstd0.5-inc1"""
     erasing: Share = 0.0
-    """probability of random erasing"""
+    """probability of random erasing, on the device"""
     mixup: NonNegativeFloat = 0.0
-    """mixup's beta parameter; 0: off"""
+    """mixup's beta parameter, on the device; 0: off"""
     cutmix: NonNegativeFloat = 0.0
-    """cutmix's beta parameter; 0: off"""
+    """cutmix's beta parameter, on the device; 0: off"""
     mix_prob: Share = 1.0
     """share of micro-batches that are mixed"""
     switch_prob: Share = 0.5
