@@ -182,11 +182,15 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def seed_all(*key: int, devices: bool = False) -> None:
-    """Seed random, numpy and torch (with `devices` also its accelerators) with a function of `key`."""
+    """Seed random, numpy and torch (with `devices` also its GPUs) with a function of `key`."""
     words = np.random.SeedSequence(key).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
-    (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[3]))
+    torch.default_generator.manual_seed(int(words[3]))
+    if (
+        devices and torch.cuda.is_available()
+    ):  # torch.manual_seed also keeps a stack trace for each kind it does not find
+        torch.cuda.manual_seed_all(int(words[3]))
 
 
 class Loader:
