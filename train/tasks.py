@@ -88,10 +88,11 @@ class Supervised:
         self.train, self.val, self.samples = train, val, len(train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed)
+        order, spare = self._order(plan, step), self.recipe.guard.max_corrupt
+        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed, order=order, spare=spare)
         workers = max(self.recipe.data.workers, 1)
         ahead = max(2, -(-plan.accumulate // workers) + 1)  # an update's micro-batches and then some
-        return self._loader(dataset, self._order(plan, step), ahead)
+        return self._loader(dataset, order, ahead)
 
     def sample_keys(self, plan: Plan, step: int) -> list[Key]:
         batch = self.recipe.data.batch
@@ -140,3 +141,6 @@ class RepeatedOrder(GlobalOrder):
             (epoch * self.repeats + copy, int(permutation(self.seed, epoch, self.length)[image]))
             for copy, epoch, image in copies
         ]
+
+    def epoch(self, key: Key) -> int:
+        return key[0] // self.repeats
