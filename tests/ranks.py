@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401
 import torch
 
 from tessel.train import __main__, engine, loggers, tasks  # noqa: F401  everything a start imports

@@ -22,6 +22,7 @@ from .data import WORKER_DIED
 from .schema import Lost, Recipe, Run, UserError
 
 LOCK = ".lock"
+BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
@@ -195,7 +196,7 @@ class RunDir:
 
     def check(self) -> bool:
         """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
-        there = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.is_dir() else ()
+        there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
         if self.recipe.run.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
@@ -226,8 +227,8 @@ class RunDir:
         # someone else may have begun it while this process had no lock yet
         self.check()
         with writing(self.path):
-            self.checkpoints.mkdir(exist_ok=True)
             write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            self.checkpoints.mkdir(exist_ok=True)
             (self.path / "PREEMPTED").unlink(missing_ok=True)
         return aside
 
