@@ -42,7 +42,9 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1) if background else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         # a thread's collectives must not get between those of the training
-        self.group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.group: Any = (
+            dist.new_group(backend="gloo", timeout=world.timeout) if background and world.size > 1 else None
+        )
         self.pending: Future[UserError | None] | None = None
 
     def at(self, step: int) -> Path:

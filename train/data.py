@@ -26,6 +26,10 @@ WORKER_DIED = (
     "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
     "The same command goes on from the last checkpoint"
 )
+WORKER_HANGS = (
+    "no batch came within {timeout:g} s: a loader process hangs, or the images come too slowly; look whether data.root "
+    "can be read. The same command goes on from the last checkpoint, and guard.timeout makes it wait longer"
+)
 Key = tuple[int, int]  # epoch, index
 
 
@@ -149,9 +153,17 @@ class Loader:
     """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers."""
 
     def __init__(
-        self, dataset: Seeded, batches: Sampler[list[Key]] | Sequence[list[Key]], *, workers: int, ahead: int, pin: bool
+        self,
+        dataset: Seeded,
+        batches: Sampler[list[Key]] | Sequence[list[Key]],
+        *,
+        workers: int,
+        ahead: int,
+        pin: bool,
+        timeout: float,
     ):
-        """ahead: batches each worker prepares in advance."""
+        """ahead: batches each worker prepares in advance; timeout: seconds after which a worker counts as hung."""
+        self.timeout, self.hung = timeout, False
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -160,6 +172,7 @@ class Loader:
             collate_fn=_collate,
             worker_init_fn=_deaf,
             pin_memory=pin,
+            timeout=timeout if workers else 0,
         )
         self.batches = iter(self.loader)
 
@@ -170,6 +183,9 @@ class Loader:
         try:
             batch = next(self.batches)
         except (RuntimeError, EOFError, ConnectionError) as error:
+            if "timed out" in str(error):
+                self.hung = True
+                raise UserError(WORKER_HANGS.format(timeout=self.timeout)) from error
             # a killed process loses its connections a moment before it counts as dead
             if not wait([worker.sentinel for worker in getattr(self.batches, "_workers", ())], timeout=2):
                 raise
@@ -181,6 +197,11 @@ class Loader:
     def close(self) -> None:
         """End the workers now rather than when the interpreter does."""
         batches, self.batches = self.batches, iter(())
+        for worker in getattr(batches, "_workers", ()) if self.hung else ():
+            # deaf to SIGTERM; torch raises the death of a worker wherever this process is
+            with suppress(RuntimeError):
+                worker.kill()
+                worker.join()
         # a traceback may keep the iterator, and torch raises the death of a worker anew until it is shut down
         with suppress(AttributeError, RuntimeError):
             batches._shutdown_workers()  # type: ignore[union-attr]

@@ -274,6 +274,8 @@ class Eval:
 class Guard:
     max_skips: NonNegativeInt = 0
     """updates in a row skipped for a non-finite gradient before stopping"""
+    timeout: PositiveFloat = 900.0
+    """seconds to wait for a batch, and twice as long for another process, before stopping"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -161,9 +161,9 @@ class Classify:
         )
 
     def _loader(self, dataset: Seeded, batches: Any, ahead: int) -> Loader:
-        return Loader(
-            dataset, batches, workers=self.recipe.data.workers, ahead=ahead, pin=self.world.device.type == "cuda"
-        )
+        workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
+        timeout = self.recipe.guard.timeout
+        return Loader(dataset, batches, workers=workers, ahead=ahead, pin=pin, timeout=timeout)
 
     def placed(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
