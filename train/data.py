@@ -28,6 +28,10 @@ WORKER_DIED = (
     "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
     "The same command goes on from the last checkpoint"
 )
+WORKER_HANGS = (
+    "no batch came within {timeout:g} s: a loader process hangs, or the images come too slowly; look whether data.root "
+    "can be read. The same command goes on from the last checkpoint, and guard.timeout makes it wait longer"
+)
 Key = tuple[int, int]  # epoch, index
 Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target to what the model takes
 
@@ -209,8 +213,10 @@ class Loader:
         workers: int,
         ahead: int,
         pin: bool,
+        timeout: float = 0.0,
     ):
-        """ahead: batches each worker prepares in advance."""
+        """ahead: batches each worker prepares in advance; timeout: seconds after which a worker counts as hung; 0: none does."""
+        self.timeout, self.hung = timeout, False
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -219,6 +225,7 @@ class Loader:
             collate_fn=partial(_collate, collate),
             worker_init_fn=_deaf,
             pin_memory=pin,
+            timeout=timeout if workers else 0,
         )
         self.batches = iter(self.loader)
         self.lost: dict[int, str] = {}
@@ -230,6 +237,9 @@ class Loader:
         try:
             batch, lost = next(self.batches)
         except (RuntimeError, EOFError, ConnectionError) as error:
+            if "timed out" in str(error):
+                self.hung = True
+                raise UserError(WORKER_HANGS.format(timeout=self.timeout)) from error
             # a killed process loses its connections a moment before it counts as dead
             if not wait([worker.sentinel for worker in getattr(self.batches, "_workers", ())], timeout=2):
                 raise
@@ -242,6 +252,11 @@ class Loader:
     def close(self) -> None:
         """End the workers now rather than when the interpreter does."""
         batches, self.batches = self.batches, iter(())
+        for worker in getattr(batches, "_workers", ()) if self.hung else ():
+            # deaf to SIGTERM; torch raises the death of a worker wherever this process is
+            with suppress(RuntimeError):
+                worker.kill()
+                worker.join()
         # a traceback may keep the iterator, and torch raises the death of a worker anew until it is shut down
         with suppress(AttributeError, RuntimeError):
             batches._shutdown_workers()  # type: ignore[union-attr]

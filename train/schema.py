@@ -288,6 +288,8 @@ class Guard:
     """updates in a row skipped for a non-finite gradient before stopping"""
     max_corrupt: NonNegativeInt = 0
     """training samples that cannot be read and are replaced before stopping; evaluation replaces none"""
+    timeout: PositiveFloat = 900.0
+    """seconds to wait for a batch, and twice as long for another process, before stopping"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

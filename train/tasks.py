@@ -119,7 +119,8 @@ class Supervised:
 
     def _loader(self, dataset: Seeded, batches: Any, ahead: int) -> Loader:
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
-        return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin)
+        timeout = self.recipe.guard.timeout
+        return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin, timeout=timeout)
 
 
 class RepeatedOrder(GlobalOrder):
