@@ -215,7 +215,7 @@ class Loader:
         pin: bool,
         timeout: float = 0.0,
     ):
-        """ahead: batches each worker prepares in advance; timeout: seconds after which a worker counts as hung; 0: none does."""
+        """ahead: batches each worker prepares; timeout: seconds after which a worker counts as hung; 0: none does."""
         self.timeout, self.hung = timeout, False
         self.loader = DataLoader(
             dataset,
