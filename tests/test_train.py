@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,9 +370,11 @@ def test_order_is_one_stream_for_any_number_of_processes():
 
 def test_samples_depend_on_their_key_alone(images):
     data = load_recipe(trainer.write_recipe(images.parent / "keys.yaml", data={"root": str(images)})).data
-    from tessel.train.augment import train_transform
+    from tessel.train.augment import of_image, train_transform
 
-    dataset = Seeded(build_dataset(data, "train"), train_transform(data, {"input_size": (3, 32, 32)}), seed=1)
+    dataset = Seeded(
+        build_dataset(data, "train"), partial(of_image, train_transform(data, {"input_size": (3, 32, 32)})), seed=1
+    )
     keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
     first = {key: dataset[key][0] for key in keys}
     seed_all(99)
@@ -382,7 +385,7 @@ def test_samples_depend_on_their_key_alone(images):
         def __getitem__(self, index):
             return None, 0
 
-    numbers = Seeded(OneImage(), lambda image: torch.rand(1), seed=1)
+    numbers = Seeded(OneImage(), lambda image, target: (torch.rand(1), target), seed=1)
     assert len({float(numbers[key][0]) for key in keys}) == len(keys)
 
 

@@ -15,9 +15,9 @@ from tessel.train.schema import Parallel
 
 def test_flops_are_counted_two_a_multiply_add():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5)).train()
-    assert forward_gflops(model, 4, torch.device("cpu")) * 1e9 == 2 * (3 * 9 * 8 * 16 + 8 * 16 * 5)
+    assert forward_gflops(model, (torch.zeros(1, 3, 4, 4),)) * 1e9 == 2 * (3 * 9 * 8 * 16 + 8 * 16 * 5)
     assert model.training
-    assert forward_gflops(timm.create_model("resnet18"), 224, torch.device("cpu")) == pytest.approx(3.6, rel=0.02)
+    assert forward_gflops(timm.create_model("resnet18"), (torch.zeros(1, 3, 224, 224),)) == pytest.approx(3.6, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ class Draws:
     def __init__(self, transform):
         self.transform = transform
 
-    def __call__(self, image):
+    def __call__(self, image, target):
         before = self.draw()
-        return self.transform(image), before, self.draw()
+        image, target = self.transform(image, target)
+        return (image, before, self.draw()), target
 
     def draw(self):
         return torch.tensor(

@@ -131,7 +131,6 @@ def take_up(
 
 def finish(engine: "Engine", run: "RunDir") -> bool:
     """Final evaluation, export and DONE; False if a signal came first."""
-    from .checkpoint import export
     from .evaluate import save_evaluation
     from .parallel import whole_state
 
@@ -143,7 +142,7 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
         state = whole_state(model)
         with world.together():
             if world.main:
-                export(model, run.path / "export", state=state, **engine.task.export_facts())
+                engine.task.export(model, run.path / "export", state)
     facts = {"step": step, "checkpoint": str(run.path / "export")}
     engine.progress.figures = save_evaluation(run.path, scores, facts, world)
     if world.main:

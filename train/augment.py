@@ -10,10 +10,15 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from .schema import Aug, Data, Task, UserError
 
-Transform = Callable[[Image.Image], torch.Tensor]
+ImageTransform = Callable[[Image.Image], torch.Tensor]
 
 
-def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
+def of_image(transform: ImageTransform, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+    """The image transformed, its target as it is."""
+    return transform(image), target
+
+
+def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
     """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation, erasing. -> [3, size, size]"""
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     try:
@@ -39,7 +44,7 @@ def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
     return Compose([*_affine(aug), policy])
 
 
-def eval_transform(data: Data, pretrained_cfg: Any) -> Transform:
+def eval_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
     """Resize, centre crop, normalisation. -> [3, size, size]"""
     cfg = input_config(data, pretrained_cfg)
     cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])

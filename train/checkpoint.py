@@ -20,8 +20,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -212,6 +213,14 @@ def export(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
+
+
+def exported(path: Path) -> dict[str, Tensor]:
+    """The weights of an export, under the names of the model in training."""
+    try:
+        return load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 
 
 class _Whole:

@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ WORKER_HANGS = (
     "can be read. The same command goes on from the last checkpoint, and guard.timeout makes it wait longer"
 )
 Key = tuple[int, int]  # epoch, index
+Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target to what the model takes
 
 
 def build_dataset(data: Data, split: str) -> Any:
@@ -80,22 +81,22 @@ class Folder(Dataset[tuple[Image.Image, int]]):
 
 
 class Seeded(Dataset[Any]):
-    """`[(epoch, index)]` -> (transformed image, class, index), drawn from generators seeded with (seed, epoch, index).
+    """`[(epoch, index)]` -> (image, target, index), transformed by generators seeded with (seed, epoch, index).
 
     An unreadable sample is returned as the UserError that names it: raised here, a worker would bury it in a traceback.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Image.Image], torch.Tensor], seed: int):
+    def __init__(self, dataset: Any, transform: Transform, seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | UserError:
+    def __getitem__(self, key: Key) -> tuple[Any, Any, int] | UserError:
         epoch, index = key
         seed_all(self.seed, epoch, index)
         try:
             image, target = self.dataset[index]
         except UserError as error:
             return error
-        return self.transform(image), target, index
+        return *self.transform(image, target), index
 
 
 class GlobalOrder(Sampler[list[Key]]):
@@ -157,6 +158,7 @@ class Loader:
         dataset: Seeded,
         batches: Sampler[list[Key]] | Sequence[list[Key]],
         *,
+        collate: Callable[[list[Any]], Any] = default_collate,
         workers: int,
         ahead: int,
         pin: bool,
@@ -169,7 +171,7 @@ class Loader:
             batch_sampler=batches,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, collate),
             worker_init_fn=_deaf,
             pin_memory=pin,
             timeout=timeout if workers else 0,
@@ -207,8 +209,8 @@ class Loader:
             batches._shutdown_workers()  # type: ignore[union-attr]
 
 
-def _collate(samples: list[Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
 def _deaf(worker: int) -> None:

@@ -50,7 +50,7 @@ class Engine:
         seed_all(recipe.run.seed, devices=True)
         with world.together():
             self.model = place(task.build_model(), recipe.parallel, world)
-            self.gflops = forward_gflops(self.model, recipe.data.size, world.device)
+            self.gflops = forward_gflops(self.model, task.example())
         self.replicas = replicate(self.model, recipe.parallel, world)
         with world.together():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)

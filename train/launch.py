@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
 from .data import WORKER_DIED
+from .rendezvous import meet
 from .schema import Guard, Lost, Recipe, Run, UserError
 
 LOCK = ".lock"
@@ -101,7 +102,9 @@ def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  fr
     timeout = timedelta(seconds=2 * guard.timeout)
     try:
         if size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+            store, rank, size = meet(timeout)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), timeout)
     except RuntimeError as error:
         if known := explained(error, timeout):

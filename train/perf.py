@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,8 +119,8 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
-    """Floating-point operations of one image of `size` pixels in evaluation mode, two per multiply-add, in 1e9."""
+def forward_gflops(model: nn.Module, example: tuple[Any, ...]) -> float:
+    """Floating-point operations of `model(*example)` in evaluation mode, two per multiply-add, in 1e9."""
     training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
         # the counter's hooks fail on a parameter that wants gradients and goes straight into a module
@@ -127,7 +128,7 @@ def forward_gflops(model: nn.Module, size: int, device: torch.device) -> float:
             parameter.requires_grad_(False)
         eager = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
-            model.eval()(torch.zeros(1, 3, size, size, device=device))
+            model.eval()(*example)
     finally:
         model.train(training)
         for parameter in trained:

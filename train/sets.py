@@ -5,6 +5,7 @@ the validation folder, judged by the reassessed labels of its file names. A set 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.data import ImageNetInfo
 from timm.data.real_labels import RealLabelsImagenet
 from torch import Tensor, nn
 
-from .augment import eval_transform
+from .augment import eval_transform, of_image
 from .data import Folder, Loader, Seeded
 from .launch import World
 from .parallel import autocast, memory_format
@@ -50,7 +51,7 @@ class Judge:
 
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
-        self.transform = eval_transform(recipe.data, model.pretrained_cfg)
+        self.transform = partial(of_image, eval_transform(recipe.data, model.pretrained_cfg))
 
     def judge(self, name: str, folder: Path) -> dict[str, Any]:
         """The figures of the set `name` in `folder`: top1, top5 (percent), count and what belongs to the set."""

@@ -72,7 +72,7 @@ class Rule:
 
     def __init__(self, published: str | Sequence[str], ours: str | Sequence[str] | None, edit: Edit | None = None):
         self.published = _patterns(published)
-        self.ours = () if ours is None else _patterns(ours)
+        self.ours: tuple[Pattern, ...] = () if ours is None else _patterns(ours)
         self.edit = edit
 
 

@@ -24,6 +24,14 @@ def _keep_tables(state: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]
     return state
 
 
+@dataclasses.dataclass(frozen=True)
+class DenseNorm:
+    """What a paper's dense backbone puts on each map for the decoder, and its published keys, `{s}` the level."""
+
+    norm: Callable[[int], nn.Module]
+    keys: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One paper's models.
@@ -34,6 +42,7 @@ class Family:
     variants share of timm's pretrained configuration. `layouts` are further layouts that can be read (timm's, say);
     `resize(state, model)` fits size-dependent tables of a state dict in our layout to `model` by the published rule.
     `reported` holds, for models without published weights, the image side and the ImageNet-1K top-1 of their paper.
+    `dense` are the norms of the paper's dense backbone, None where it has none.
     """
 
     variants: Mapping[str, Any]
@@ -43,6 +52,7 @@ class Family:
     layouts: Sequence[KeysOf] = ()
     resize: Callable[[dict[str, Tensor], Backbone], dict[str, Tensor]] = _keep_tables
     reported: Mapping[str, tuple[int, float | None]] = dataclasses.field(default_factory=dict)
+    dense: DenseNorm | None = None
 
 
 _families: dict[str, Family] = {}
@@ -85,6 +95,38 @@ def to_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict
     name = _architecture(name)
     row, _ = _split(_families[name].variants[name], options)
     return _key_maps(name, row)[0].to_published(state)
+
+
+def is_ours(name: str) -> bool:
+    """Whether timm's model `name`, with or without a tag, is of this package."""
+    return name.partition(".")[0] in _families
+
+
+def dense_norm(name: str) -> Callable[[int], nn.Module] | None:
+    """The norm that the paper of the model `name` puts on each map for dense prediction."""
+    dense = _families[_architecture(name)].dense
+    return dense.norm if dense else None
+
+
+def from_published_dense(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """The published backbone of a segmenter or detector in our layout: the body's keys, and `norms.LEVEL.*`.
+
+    Neither classifier nor final norm need be there. Raises ValueError naming every unknown or missing key.
+    """
+    name = _architecture(name)
+    family = _families[name]
+    row, others = _split(family.variants[name], options)
+    classifier, dense = _key_maps(name, row)[0], family.dense
+    norms = Rule(dense.keys, "norms.{s}.{p}") if dense else None
+    known = {key: tensor for key, tensor in state.items() if norms is None or not norms.published[0].match(key)}
+    left = frozenset(key for key in classifier.parameters | classifier.buffers if key.startswith(("norm.", "head.")))
+    body = classifier.from_published(known, optional=left)
+    body = family.resize(body, _make(family, row, device="meta", **others))
+    body = {key: tensor for key, tensor in body.items() if key not in left}
+    if norms is None:
+        return body
+    found = {key: norms.published[0].match(key) for key in state.keys() - known.keys()}
+    return body | {norms.ours[0].fill(values): state[key] for key, values in found.items() if values is not None}
 
 
 def _architecture(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from ..blocks import BiLevelRouting, FullAttention, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Parts, Stage
 from ._keymap import Rule
-from ._registry import Family, register
+from ._registry import DenseNorm, Family, register
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def keys(row: BiFormer) -> Sequence[Rule]:
 
 
 register(
-    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.0.conv", "paper_ids": "arXiv:2303.08810"}),
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={"first_conv": "stem.0.conv", "paper_ids": "arXiv:2303.08810"},
+        dense=DenseNorm(norm, "extra_norms.{s}.{p}"),
+    ),
     __name__,
 )

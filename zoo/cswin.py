@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Parts, Stage
 from ._keymap import Rule
-from ._registry import Family, register
+from ._registry import DenseNorm, Family, register
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ register(
         build,
         keys,
         cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2107.00652", "crop_pct": 0.9},
+        dense=DenseNorm(norm, "norm{s+1}.{p}"),
     ),
     __name__,
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm, drop_path_rates
 from ._backbone import Parts, Stage
 from ._keymap import Rule
-from ._registry import Family, register
+from ._registry import DenseNorm, Family, register
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ register(
         # the released configuration; no result belongs to it
         reported={"tessel_davit_large": (384, None)},
         layouts=(timm_keys,),
+        dense=DenseNorm(norm, "norm{s}.{p}"),
     ),
     __name__,
 )

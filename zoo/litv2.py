@@ -20,7 +20,7 @@ from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge, drop
 from ..blocks.padding import pad_to_multiple
 from ._backbone import Parts, Stage
 from ._keymap import Edit, Rule
-from ._registry import Family, register
+from ._registry import DenseNorm, Family, register
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,13 @@ def keys(row: LITv2) -> Sequence[Rule]:
 
 
 register(
-    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2205.13213"}),
+    Family(
+        VARIANTS,
+        build,
+        keys,
+        cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2205.13213"},
+        # of the segmenters; the detectors have none on the first map
+        dense=DenseNorm(norm, "norm{s}.{p}"),
+    ),
     __name__,
 )

@@ -20,7 +20,7 @@ from torch import nn
 from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
 from ._backbone import Parts, Stage
 from ._keymap import Edit, Rule
-from ._registry import Family, register
+from ._registry import DenseNorm, Family, register
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ register(
         keys,
         cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
         reported=REPORTED,
+        dense=DenseNorm(norm, "norms.{s}.{p}"),
     ),
     __name__,
 )

@@ -1,0 +1,145 @@
+"""The dense backbone: its maps, its norms, its weights."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import group_parameters
+from torch import nn
+
+from tessel import zoo
+from tessel.zoo.dense import DenseBackbone
+
+ATTO = [name for name in zoo.list_models() if name.endswith("_atto")]
+# eps of the norms of each paper's dense backbone, and the published keys of the third one
+NORMS = {
+    "biformer_atto": (1e-6, "extra_norms.2.weight"),
+    "cswin_atto": (1e-5, "norm3.weight"),
+    "litv2_atto": (1e-5, "norm2.weight"),
+    "s2aformer_atto": (1e-6, "norms.2.weight"),
+    "tessel_davit_atto": (1e-5, "norm2.weight"),
+}
+
+
+@pytest.mark.parametrize("name", ATTO)
+def test_maps_and_norms(name):
+    model = DenseBackbone(name).eval()
+    x = torch.randn(1, 3, 96, 131)
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.channels
+    assert model.strides == [4, 8, 16, 32]
+    assert all(abs(m.shape[-1] - 131 / s) < 2 for m, s in zip(maps, model.strides, strict=True))
+    assert {norm.eps for norm in model.norms.values()} == ({NORMS[name][0]} if name in NORMS else set())
+    plain = timm.create_model(name, features_only=True)
+    plain.load_state_dict({f"model.{key}": tensor for key, tensor in model.body.state_dict().items()})
+    for level, (normed, raw) in enumerate(zip(maps, plain.eval()(x), strict=True)):
+        norm = model.norms[str(level)] if name in NORMS else nn.Identity()
+        torch.testing.assert_close(normed, norm(raw))
+
+
+@pytest.mark.parametrize("name", ["biformer_atto", "litv2_atto"])
+@settings(max_examples=4, deadline=None)
+@given(height=st.integers(33, 90), width=st.integers(33, 90))
+def test_any_size(name, height, width):
+    maps = DenseBackbone(name, levels=(1, 3)).eval()(torch.zeros(1, 3, height, width))
+    assert len(maps) == 2
+    assert all(m.isfinite().all() for m in maps)
+
+
+@pytest.mark.parametrize("name", ATTO)
+def test_every_parameter_is_used(name):
+    model = DenseBackbone(name, levels=(1, 2, 3))
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def published_backbone(name: str, prefix: str) -> tuple[dict, dict, dict]:
+    """A segmenter's file for `name` without its decoder, the body it holds, and its norms by our names."""
+    state = timm.create_model(name).state_dict()
+    ours = {key: tensor for key, tensor in state.items() if not key.startswith(("norm.", "head."))}
+    marked = {key: tensor if key in ours else torch.full_like(tensor, -7) for key, tensor in state.items()}
+    published = {k: t for k, t in zoo.to_published(name, marked).items() if not (t == -7).all()}
+    norms = {}
+    if name in NORMS:
+        first, second = NORMS[name][1].split("3" if name == "cswin_atto" else "2")
+        for level, channels in enumerate(DenseBackbone(name).channels):
+            norms[f"{level}.weight"], norms[f"{level}.bias"] = torch.randn(channels), torch.randn(channels)
+            number = level + (name == "cswin_atto")
+            published[f"{first}{number}{second}"] = norms[f"{level}.weight"]
+            published[f"{first}{number}.bias"] = norms[f"{level}.bias"]
+    return {prefix + key: tensor for key, tensor in published.items()}, ours, norms
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.", "encoder."])
+@pytest.mark.parametrize("name", ATTO)
+def test_published_segmenter(name, prefix):
+    state, body, norms = published_backbone(name, prefix)
+    head = {"decode_head.conv_seg.weight": torch.zeros(3)} if prefix else {}
+    model = DenseBackbone(name)
+    assert model.load_published(state | head).keys() == head.keys()
+    loaded = model.body.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in body.items() if tensor.is_floating_point())
+    assert model.norms.state_dict().keys() == norms.keys()
+    assert all(torch.equal(model.norms.state_dict()[key], tensor) for key, tensor in norms.items())
+
+
+def test_published_segmenter_in_part():
+    state, *_ = published_backbone("cswin_atto", "backbone.")
+    model = DenseBackbone("cswin_atto")
+    with pytest.raises(ValueError, match=r"norms that the checkpoint lacks: 2\.weight"):
+        model.load_published({key: tensor for key, tensor in state.items() if key != "backbone.norm3.weight"})
+    with pytest.raises(ValueError, match="stage1"):
+        model.load_published({key: tensor for key, tensor in state.items() if "stage1.0.mlp" not in key})
+    with pytest.raises(ValueError, match="backbone.rubbish|rubbish"):
+        model.load_published(state | {"backbone.rubbish": torch.zeros(1)})
+    with pytest.raises(ValueError, match="no norm for level 0|has none for: 0"):
+        DenseBackbone("cswin_atto", norms=[False, True, True, True]).load_published(state)
+
+
+def test_starts_from_a_classifier():
+    classifier, model = timm.create_model("litv2_atto", num_classes=10), DenseBackbone("litv2_atto")
+    model.start_from(classifier.state_dict())
+    assert torch.equal(model.body.stem.conv.weight, classifier.stem.conv.weight)
+    with pytest.raises(ValueError, match="weights are not there"):
+        model.start_from({"head.fc.weight": torch.zeros(1)})
+    other = classifier.state_dict() | {"stem.conv.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight is \[3\]"):
+        model.start_from(other)
+
+
+@pytest.mark.parametrize("name", ["cswin_atto", "resnet18", "pvt_v2_b0"])
+def test_layers_are_those_of_the_body(name):
+    model = DenseBackbone(name)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    inner = group_parameters(model.body, model.body.group_matcher(), reverse=True)
+    body = {key: group for key, group in groups.items() if key.startswith("body.")}
+    assert body == {f"body.{key}": group for key, group in inner.items()}
+    assert all(group > max(body.values()) for key, group in groups.items() if key not in body)
+    assert model.no_weight_decay() == {f"body.{key}" for key in getattr(model.body, "no_weight_decay", set)()}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+def test_batch_norm(mode):
+    model = DenseBackbone("biformer_atto", batch_norm=mode).train()
+    stem = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    before = stem.running_mean.clone()
+    sum(m.sum() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert torch.equal(before, stem.running_mean) == (mode != "train")
+    assert (stem.weight.grad is None) == (mode == "frozen")
+    assert model.norms.training
+
+
+def test_models_of_timm():
+    model = DenseBackbone("resnet18", norms=[True] * 4).eval()
+    assert model.strides == [4, 8, 16, 32] and len(model.norms) == 4
+    assert len(DenseBackbone("resnet18").norms) == 0
+    with pytest.raises(ValueError, match="hierarchical"):
+        DenseBackbone("vit_tiny_patch16_224")
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="levels"):
+        DenseBackbone("cswin_atto", levels=(3, 1))
+    with pytest.raises(ValueError, match="norms"):
+        DenseBackbone("cswin_atto", norms=[True])

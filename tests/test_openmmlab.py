@@ -1,0 +1,41 @@
+"""mmsegmentation on current torch: its heads work, what is missing says so."""
+
+import sys
+
+import pytest
+import torch
+
+from tessel.train import openmmlab
+from tessel.train.schema import UserError
+
+
+@pytest.mark.parametrize("name", ["UPerHead", "SegformerHead", "FPNHead", "FCNHead"])
+def test_heads_of_mmsegmentation(name):
+    options = {"feature_strides": [4, 8]} if name == "FPNHead" else {}
+    one = name == "FCNHead"
+    head = openmmlab.build(
+        {
+            "type": name,
+            "in_channels": 4 if one else [4, 8],
+            "in_index": 0 if one else [0, 1],
+            "channels": 8,
+            "num_classes": 3,
+            "norm_cfg": {"type": "BN"},
+            **options,
+        }
+    )
+    assert head.eval()([torch.randn(1, 4, 16, 16), torch.randn(1, 8, 8, 8)]).shape == (1, 3, 16, 16)
+
+
+def test_missing_operator_is_named():
+    openmmlab.mmseg_modules()
+    from mmcv.ops import nms
+
+    with pytest.raises(UserError, match="operator nms is not there.*UPerHead"):
+        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmseg.models", None)
+    with pytest.raises(UserError, match="tessel\\[dense\\]"):
+        openmmlab.mmseg_modules()

@@ -1,0 +1,149 @@
+"""Image classification: one class an image."""
+
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.loss import BinaryCrossEntropy
+from torch import nn
+from torch.nn import functional as F
+
+from .. import zoo as zoo  # registers the models with timm
+from .augment import eval_transform, input_config, mixing, of_image, train_transform
+from .checkpoint import export
+from .config import Plan
+from .data import Loader, build_dataset
+from .launch import World
+from .parallel import memory_format
+from .schema import Recipe, UserError
+from .tasks import Supervised
+from .transfer import Teacher, begin_with, create, probe
+
+
+class Classify(Supervised):
+    """One class an image."""
+
+    metric = "top1"
+
+    def __init__(self, recipe: Recipe, world: World):
+        check_name(recipe.model.name)
+        check_name(recipe.model.init_from, "model.init_from")
+        check_name(recipe.task.distill.teacher, "task.distill.teacher")
+        super().__init__(recipe, world, *(build_dataset(recipe.data, split) for split in ("train", "val")))
+        self.classes = self.train.classes
+        if self.val.classes != self.classes:
+            odd = sorted(set(self.val.classes) ^ set(self.classes))
+            raise UserError(
+                f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}; make them agree"
+            )
+        wanted = recipe.task.num_classes
+        if wanted not in (None, len(self.classes)):
+            raise UserError(
+                f"task.num_classes={wanted}, but data.source={recipe.data.source} has {len(self.classes)} classes; "
+                f"use {len(self.classes)} or leave it out"
+            )
+        self.mixing = mixing(recipe.data.aug, recipe.task, len(self.classes))
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixing else recipe.task.smoothing)
+        if recipe.task.loss == "bce":
+            self.criterion = BinaryCrossEntropy(smoothing=recipe.task.smoothing)
+        self.teacher: Teacher | None = None
+
+    def build_model(self) -> nn.Module:
+        model = create_model(self.recipe, len(self.classes))
+        self.pretrained_cfg, data = model.pretrained_cfg, self.recipe.data
+        self.train_transform = partial(of_image, train_transform(data, self.pretrained_cfg))
+        self.eval_transform = partial(of_image, eval_transform(data, self.pretrained_cfg))
+        return model
+
+    def train_batches(self, plan: Plan, step: int) -> Loader:
+        data, distill = self.recipe.data, self.recipe.task.distill
+        if distill.teacher:
+            config = input_config(data, self.pretrained_cfg)
+            device = self.world.device
+            with self.world.together():
+                self.teacher = Teacher(distill, classes=self.classes, size=data.size, config=config, device=device)
+        return super().train_batches(plan, step)
+
+    def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        images, targets = self.placed(batch)
+        if self.mixing:
+            images, targets = self.mixing(images, targets)
+        if self.recipe.task.probe:
+            model.eval()  # what is frozen holds still: batch statistics, drop path
+        logits = model(images).float()
+        loss = self.criterion(logits, targets)
+        if self.teacher is None:
+            return {"loss": loss}
+        share = self.recipe.task.distill.weight
+        return {"loss": (1 - share) * loss, "distill_loss": share * self.teacher.loss(images, logits)}
+
+    def scores(self, *, keep: bool = False) -> "ClassScores":
+        return ClassScores(self, keep)
+
+    def example(self) -> tuple[Any, ...]:
+        size = self.recipe.data.size
+        return (torch.zeros(1, 3, size, size, device=self.world.device),)
+
+    def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
+        config = input_config(self.recipe.data, self.pretrained_cfg)
+        export(model, path, classes=self.classes, data_config=config, state=state)
+
+    def placed(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        return images, batch[1].to(self.world.device, non_blocking=True)
+
+
+class ClassScores:
+    """Top-1, top-5 (percent) and cross entropy over a data set; with `keep`, every prediction too."""
+
+    def __init__(self, task: Classify, keep: bool):
+        self.task, self.keep = task, keep
+        self.sums = torch.zeros(4, dtype=torch.float64, device=task.world.device)
+        self.rows: list[list[np.ndarray]] = []
+
+    def update(self, model: nn.Module, batch: Any) -> None:
+        images, targets = self.task.placed(batch)
+        logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="none").double()
+        count = torch.tensor(len(targets), device=loss.device)
+        self.sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss.sum(), count])
+        if self.keep:
+            columns = batch[2], targets, logits.argmax(1), logits.softmax(1)
+            self.rows.append([column.cpu().numpy() for column in columns])
+
+    def compute(self) -> dict[str, float]:
+        top1, top5, loss, count = self.task.world.sum(self.sums).tolist()
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        rows = [row for part in self.task.world.gather(self.rows) for row in part]
+        index, target, prediction, probability = (np.concatenate(column) for column in zip(*rows, strict=True))
+        order = index.argsort()
+        return {"target": target[order], "prediction": prediction[order], "probability": probability[order]}
+
+
+def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""
+    wanted, size = recipe.model, recipe.data.size
+    options: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
+    model = create(
+        wanted.name, size, key="model.name", pretrained=wanted.pretrained, num_classes=num_classes, **options
+    )
+    if wanted.init_from:
+        begin_with(model, wanted, size)
+    return probe(model, recipe.task.probe) if recipe.task.probe else model
+
+
+def check_name(name: str | None, key: str = "model.name") -> None:
+    """Raises UserError with the nearest names for a model that neither timm nor tessel has."""
+    if name is None or ":" in name or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "is it spelled as there?"
+    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}")
