@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Distill, Recipe, UserError, leaves
+from .schema import Aug, Detect, Distill, Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -27,6 +27,19 @@ NEUTRAL = re.compile(
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
+
+SOURCES = {  # of each task: those that need data.root, with what is expected there, and those that do not
+    "classify": ({"folder": "a folder with train/CLASS/ and val/CLASS/"}, {"digits"}),
+    "detect": (
+        {
+            "coco": "a folder with annotations/, train2017/ and val2017/",
+            "voc2012": "VOC2012, with JPEGImages/, Annotations/ and ImageSets/",
+        },
+        {"digit_scenes"},
+    ),
+}
+# augmentations that a task other than classification has
+TASK_AUG = {"detect": {"hflip", "vflip", "color_jitter", "repeats"}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,7 +93,7 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) 
     for override in overrides:
         _override(data, override)
     recipe = _validate(data, source)
-    if problems := [*_contradictions(recipe), *_idle_keys(recipe)]:
+    if problems := [*_contradictions(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
@@ -136,6 +149,7 @@ class Plan:
     lr: float
     lr_text: str
     cooldown: int = 0
+    milestones: tuple[int, ...] = ()
 
 
 def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
@@ -180,6 +194,7 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
         lr=optim.lr * factor,
         lr_text=f"{text}, rule {optim.lr_rule}, global batch {batch}",
         cooldown=cooldown,
+        milestones=tuple(round(milestone * per_unit) for milestone in sched.milestones or ()),
     )
 
 
@@ -248,10 +263,16 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
         if sched.name == name and not getattr(sched, key):
             yield f"sched.name={name} needs sched.{key}"
-    if data.source == "folder" and not data.root:
-        yield "data.source=folder needs data.root, a folder with train/CLASS/ and val/CLASS/"
-    if data.source == "digits" and data.root:
-        yield "data.root has no effect with data.source=digits; remove it"
+    rooted, embedded = SOURCES[recipe.task.kind]
+    if data.source not in rooted.keys() | embedded:
+        yield (
+            f"data.source={data.source} is not for task.kind={recipe.task.kind}, which takes "
+            f"{', '.join(sorted(rooted.keys() | embedded))}"
+        )
+    if data.source in rooted and not data.root:
+        yield f"data.source={data.source} needs data.root, {rooted[data.source]}"
+    if data.source in embedded and data.root:
+        yield f"data.root has no effect with data.source={data.source}; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
     if parallel.shard and parallel.strategy != "hsdp":
@@ -280,3 +301,44 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
         yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
     if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
         yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"
+
+
+def _foreign_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys of another task than the recipe's."""
+    task, data, kind = recipe.task, recipe.data, recipe.task.kind
+    idle: dict[str, Any] = {}
+    if kind != "classify":
+        changed = ((key, value) for key, value in _changed(data.aug, Aug()) if key not in TASK_AUG[kind])
+        idle |= {f"data.aug.{key}": value for key, value in changed}
+        idle |= {"data.interpolation": data.interpolation, "data.crop_pct": data.crop_pct}
+        others = ("num_classes", "loss", "smoothing", "probe", "distill")
+        idle |= {f"task.{key}": value for key, value in _changed(task, type(task)()) if key in others}
+    for key, value in idle.items():
+        if value is not None:
+            yield f"{key} has no effect with task.kind={kind}; remove it"
+    if kind != "detect" and task.detect != Detect():
+        yield f"task.detect has no effect with task.kind={kind}; remove it"
+    if kind == "detect":
+        yield from _detect_problems(recipe)
+
+
+def _detect_problems(recipe: Recipe) -> Iterator[str]:
+    detect, source = recipe.task.detect, recipe.data.source
+    if detect.detector == "fcos" and detect.anchor:
+        yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.detector == "mask_rcnn" and source == "voc2012":
+        yield "task.detect.detector=mask_rcnn needs masks, which data.source=voc2012 has not; use faster_rcnn"
+    if detect.crop and detect.crop[0] > detect.crop[1]:
+        yield f"task.detect.crop={list(detect.crop)} is no rising range"
+    for key in ("train", "val"):
+        if source != "coco" and getattr(detect, key) != getattr(Detect(), key):
+            yield f"task.detect.{key} has no effect with data.source={source}; remove it"
+    if source == "digit_scenes" and detect.empty:
+        yield "task.detect.empty has no effect with data.source=digit_scenes, of which none is empty; remove it"
+
+
+def _changed(section: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) where a section is not as by default."""
+    for field in dataclasses.fields(section):
+        if (value := getattr(section, field.name)) != getattr(default, field.name):
+            yield field.name, value
