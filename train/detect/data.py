@@ -19,7 +19,7 @@ from torchvision.datasets import VOCDetection
 from ..demo_scenes import DigitScenes
 from ..schema import Recipe, UserError
 
-VOC_CLASSES = (
+VOC_CLASSES: str = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
 )
@@ -74,7 +74,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
         self.boxes, self.labels = table[:, :4].astype(np.float32), table[:, 4].astype(np.int64)
         self.crowd, self.area = table[:, 5].astype(np.int64), table[:, 6].astype(np.float32)
         self.starts = np.cumsum([0, *(len(image.objects) for image in images)])
-        self.paths = np.array([image.path.encode() for image in images])
+        self.paths: Any = np.array([image.path.encode() for image in images])
         self.sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
         texts = [json.dumps(found[7]).encode() if masks else b"" for found in objects]
         self.segmentations = np.frombuffer(b"".join(texts), np.uint8)
@@ -116,21 +116,19 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
         return self.paths[row].decode(), (height, width), slice(int(self.starts[row]), int(self.starts[row + 1]))
 
     def mask(self, number: int, height: int, width: int) -> np.ndarray:
-        from pycocotools import mask as coder
+        from faster_coco_eval.core import mask as coder
 
         segmentation = json.loads(self.segmentations[self.cuts[number] : self.cuts[number + 1]].tobytes())
         try:
             if isinstance(segmentation, list):
-                coded = coder.merge(coder.frPyObjects(segmentation, height, width))
+                coded = coder.merge(cast(Any, coder.frPyObjects(segmentation, height, width)))
             elif isinstance(segmentation["counts"], list):
                 coded = coder.frPyObjects(segmentation, *segmentation["size"])
             else:
                 coded = segmentation
-            decoded = coder.decode(cast(Any, coded))
+            decoded = coder.decode(coded)
         except (TypeError, KeyError, ValueError, IndexError) as error:
-            raise UserError(
-                f"object {number} has no readable segmentation ({error}): neither polygons nor RLE"
-            ) from error
+            raise UserError(f"object {number} has a segmentation that is neither polygons nor RLE ({error})") from error
         if decoded.shape != (height, width):
             raise UserError(f"object {number} has a mask of {decoded.shape}, its image is {(height, width)}")
         return decoded
@@ -219,13 +217,11 @@ def read_coco(file: Path, folder: Path, masks: bool) -> Entries:
             images[one["image_id"]].objects.append((x, y, x + w, y + h, *numbers, one.get("segmentation")))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); data.source=coco needs it below data.root, or task.detect.train "
-            "and task.detect.val name other files"
+            f"{file} cannot be read ({error.strerror}); data.source=coco needs it below data.root, or "
+            "task.detect.train and task.detect.val name other files"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is no annotation file of COCO's instances ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"{file} holds no instances as COCO does ({type(error).__name__}: {error})") from error
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; the images of {file.name} belong there")
     missing = next((one for image in images.values() for one in image.objects if masks and not one[7]), None)
@@ -236,7 +232,8 @@ def read_coco(file: Path, folder: Path, masks: bool) -> Entries:
 
 def read_voc(root: Path, split: str) -> Entries:
     """Pascal VOC 2012 in the folder `root`; objects marked difficult are judged as crowds are."""
-    classes, entries = VOC_CLASSES.split(), []
+    classes = [str(name) for name in VOC_CLASSES.split()]
+    entries = []
     try:
         for name in (root / "ImageSets/Main" / f"{split}.txt").read_text().split():
             annotation = str(root / "Annotations" / f"{name}.xml")

@@ -120,7 +120,8 @@ def build_detector(model: Model, detect: Detect, *, size: int, classes: int) -> 
     known = set(inspect.signature(kind.__mro__[2].__init__).parameters) - OURS
     if unknown := sorted(detect.kwargs.keys() - known):
         raise UserError(
-            f"task.detect.kwargs: {unknown[0]} is no argument of {detect.detector}; known are {', '.join(sorted(known))}"
+            f"task.detect.kwargs: {unknown[0]} is no argument of {detect.detector}, which takes "
+            f"{', '.join(sorted(known))}"
         )
     options = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **anchors(detect)}
     options |= {"min_size": size, "max_size": detect.longest, "_skip_resize": True, **detect.kwargs}

@@ -119,7 +119,9 @@ class DetectScores:
         for name, rows in whole.items():
             setattr(metric, name, rows)
         metric._update_count = 1  # torchmetrics warns of figures without an update
-        found, figures, classes = metric.compute(), {}, {}
+        found = metric.compute()
+        figures: dict[str, float] = {}
+        classes: dict[str, dict[str, float]] = {}
         for kind, ours in zip(self.kinds, ("box", "mask"), strict=False):
             prefix = f"{kind}_" if len(self.kinds) > 1 else ""
             values = {f"{ours}_{name}": 100 * float(found[prefix + theirs]) for theirs, name in FIGURES.items()}
@@ -147,7 +149,7 @@ def of_image(predictions: Mapping[str, np.ndarray], index: int) -> dict[str, Ten
         "scores": torch.from_numpy(predictions["prediction_score"][here]),
     }
     if "prediction_mask" in predictions and here.any():
-        from pycocotools import mask as coder
+        from faster_coco_eval.core import mask as coder
 
         coded, sizes = predictions["prediction_mask"], predictions["prediction_mask_size"]
         masks = [coder.decode({"size": sizes[i].tolist(), "counts": bytes(coded[i])}) for i in np.flatnonzero(here)]
