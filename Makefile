@@ -7,7 +7,6 @@ INSTALLED := $(VENV)/.installed
 
 SEED ?= 0
 RUN := digits$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-DETECT_RUN := digit_detect$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 FRESH ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -17,7 +16,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
 	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
-	@echo "make demo-detect     transfer what the demo has learned to finding digits in scenes; FRESH=1, SEED=1"
+	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
 	@echo "make lint            formatting, lint, types"
 	@echo "make tables          rewrite the generated tables in README.md and docs/"
@@ -34,14 +33,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tessel.train.evaluate runs/$(RUN)
 	$(BIN)/python -m tessel.train.report runs/$(RUN)
 
-# the digits' weights, of whatever run there is; trained first where there is none
-runs/digits/DONE: | $(INSTALLED)
-	$(BIN)/python -m tessel.train configs/demo/digits.yaml
+runs/digits/DONE:
+	$(MAKE) demo SEED=0 FRESH= DEMO_ARGS=
 
-demo-detect: runs/digits/DONE
-	$(BIN)/python -m tessel.train configs/demo/digit_detect.yaml run.name=$(DETECT_RUN) run.seed=$(SEED) \
-		$(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
-	$(BIN)/python -m tessel.train.evaluate runs/$(DETECT_RUN) --overlays 16
+demo-detect: $(INSTALLED) runs/digits/DONE
+	$(BIN)/python -m tessel.train configs/demo/digit_detect.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/digit_detect --overlays 16
+	$(BIN)/python -m tessel.train.report runs/digit_detect
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -15,6 +15,7 @@ from tessel.train import detect, engine, evaluate
 from tessel.train.__main__ import build
 from tessel.train.config import load_recipe
 from tessel.train.launch import World
+from tessel.train.report.__main__ import main as report
 from tessel.train.tasks import build_task
 
 SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
@@ -68,6 +69,9 @@ def test_run_is_judged_drawn_and_loaded(straight, coco, capsys):
         with Image.open(drawn[0]) as picture:
             assert picture.width > 2 * 60
     assert np.load(straight / "evaluation/predictions.npz")["image"].tolist() == list(range(6))
+    assert report([str(straight)]) == 0
+    page = (straight / "report/index.html").read_text()
+    assert "Predictions" in page and "person" in page
     assert evaluate.main([str(straight), "--sets", f"v2={coco}"]) == 1
     assert "--sets has no effect with task.kind=detect" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ figures on IMAGENET/val/CLASS/*; --weights takes a file that is already here.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -81,6 +82,8 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
     _finished(path)
+    if recipe.task.kind != "classify":
+        return recipe, importlib.import_module(f".{recipe.task.kind}", __package__).load(path / "export")
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 

@@ -1,11 +1,12 @@
 """Detection and instance segmentation: which objects are where in an image."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..classify import check_name
@@ -74,14 +75,18 @@ class DetectObjects(Supervised):
             classes=self.classes,
         )
 
+    def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture) of the first `count` validation images: what is there, and beside it what was found."""
+        for index in predictions["image"][:count].tolist():
+            image, target = self.eval_transform(*self.val[index])
+            yield index, side_by_side(image, target, of_image(predictions, index), self.classes)
+
     def draw(self, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
-        """Write a picture a validation image into `folder`: what is there, and beside it what was found."""
+        """Write these pictures into `folder`."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for index in predictions["image"][:count].tolist():
-                image, target = self.eval_transform(*self.val[index])
-                found = of_image(predictions, index)
-                side_by_side(image, target, found, self.classes).save(folder / f"{index:06d}.png")
+            for index, picture in self.pictures(predictions, count):
+                picture.save(folder / f"{index:06d}.png")
 
     def placed(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device = self.world.device
