@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Aug, Detect, Distill, Recipe, UserError, leaves
+from .schema import Aug, Data, Detect, Distill, Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -28,15 +28,9 @@ NEUTRAL = re.compile(
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
 
-SOURCES = {  # of each task: those that need data.root, with what is expected there, and those that do not
-    "classify": ({"folder": "a folder with train/CLASS/ and val/CLASS/"}, {"digits"}),
-    "detect": (
-        {
-            "coco": "a folder with annotations/, train2017/ and val2017/",
-            "voc2012": "VOC2012, with JPEGImages/, Annotations/ and ImageSets/",
-        },
-        {"digit_scenes"},
-    ),
+SOURCES = {  # of each task
+    "classify": ("digits", "folder", "tar", "wds", "hfds", "tfds"),
+    "detect": ("coco", "voc2012", "digit_scenes"),
 }
 # augmentations that a task other than classification has
 TASK_AUG = {"detect": {"hflip", "vflip", "color_jitter", "repeats"}}
@@ -93,7 +87,8 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) 
     for override in overrides:
         _override(data, override)
     recipe = _validate(data, source)
-    if problems := [*_contradictions(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
+    problems = [*_contradictions(recipe), *_sources(recipe.data), *_idle_keys(recipe), *_foreign_keys(recipe)]
+    if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
@@ -253,8 +248,31 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}; {hint}"
 
 
+def _sources(data: Data) -> Iterator[str]:
+    """What a source of data needs and what it does not look at."""
+    places = {
+        "folder": "train/CLASS/ and val/CLASS/",
+        "tar": "train/*.tar and val/*.tar",
+        "wds": "train/*.tar and val/*.tar",
+        "coco": "annotations/, train2017/ and val2017/",
+        "voc2012": "JPEGImages/, Annotations/ and ImageSets/, the VOC2012 of VOCdevkit",
+    }
+    if data.source in places and not data.root:
+        yield f"data.source={data.source} needs data.root, a folder with {places[data.source]}"
+    if data.source in ("hfds", "tfds") and not data.name:
+        yield f"data.source={data.source} needs data.name"
+    dense = SOURCES["detect"]
+    idle = {"name": ("digits", "folder", "tar", "wds", *dense), "class_map": ("digits", "folder", *dense)}
+    idle |= {"root": ("digits", "digit_scenes")}
+    idle |= dict.fromkeys(("input_key", "target_key"), ("digits", "folder", "tar", *dense))
+    idle |= dict.fromkeys(("train_split", "val_split"), ("digits", *dense))
+    for key, sources in idle.items():
+        if getattr(data, key) is not None and data.source in sources:
+            yield f"data.{key} has no effect with data.source={data.source}; remove it"
+
+
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    data, aug, optim, sched, parallel = recipe.data, recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
+    aug, optim, sched, parallel = recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
     if (sched.epochs is None) == (sched.steps is None):
         yield "give one of sched.epochs and sched.steps"
     for key in ("decay_rate", "decay_steps", "milestones"):
@@ -263,16 +281,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
         if sched.name == name and not getattr(sched, key):
             yield f"sched.name={name} needs sched.{key}"
-    rooted, embedded = SOURCES[recipe.task.kind]
-    if data.source not in rooted.keys() | embedded:
-        yield (
-            f"data.source={data.source} is not for task.kind={recipe.task.kind}, which takes "
-            f"{', '.join(sorted(rooted.keys() | embedded))}"
-        )
-    if data.source in rooted and not data.root:
-        yield f"data.source={data.source} needs data.root, {rooted[data.source]}"
-    if data.source in embedded and data.root:
-        yield f"data.root has no effect with data.source={data.source}; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
     if parallel.shard and parallel.strategy != "hsdp":
@@ -306,6 +314,8 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
 def _foreign_keys(recipe: Recipe) -> Iterator[str]:
     """Keys of another task than the recipe's."""
     task, data, kind = recipe.task, recipe.data, recipe.task.kind
+    if data.source not in SOURCES[kind]:
+        yield f"data.source={data.source} is not for task.kind={kind}, which takes {', '.join(SOURCES[kind])}"
     idle: dict[str, Any] = {}
     if kind != "classify":
         changed = ((key, value) for key, value in _changed(data.aug, Aug()) if key not in TASK_AUG[kind])

@@ -149,7 +149,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     run, recipe = opened(target, overrides)
     if recipe.task.kind != "classify":
         raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these are sets of ImageNet's classes")
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
             classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
@@ -180,7 +180,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
     """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         task: Any = build_task(recipe, world)
         if overlays and not hasattr(task, "draw"):
             raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")
