@@ -2,8 +2,8 @@
 
     python docs/recipes.py [--check]
 
-The keys come from the schema, the recipes from configs/imagenet: their settings from the YAML, paper and accuracy from
-the comments they open with. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+The keys come from the schema, the recipes from configs/imagenet and configs/coco: their settings from the YAML, paper
+and accuracy from the comments they open with. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import dataclasses
@@ -64,7 +64,25 @@ def recipes() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"keys": keys, "recipes": recipes}
+def coco() -> str:
+    """One line a recipe for COCO."""
+    columns = "recipe, detector, schedule, optimizer, peak lr, decay, begins with, published box AP, mask AP, ours"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    for path in sorted((PACKAGED / "coco").glob("*.yaml")):
+        recipe, head = load_recipe(path), path.read_text()
+        box, mask = (re.search(rf"^# expected: .*{kind} AP ([\d.]+)", head, re.MULTILINE) for kind in ("box", "mask"))
+        if not box:
+            raise SystemExit(f"{path} does not open with its published box AP")
+        begin = recipe.model.name if recipe.model.pretrained else str(recipe.model.init_from)
+        decays = "/".join(f"{milestone:g}" for milestone in recipe.sched.milestones or ())
+        schedule = f"{recipe.sched.epochs:g} epochs, steps at {decays}"
+        rates = f"{recipe.optim.name} | {recipe.optim.lr:g} | {recipe.optim.weight_decay:g} | `{begin}`"
+        results = f"{box[1]} | {mask[1] if mask else ''} | not run"
+        lines.append(f"| `coco/{path.stem}` | {recipe.task.detect.detector} | {schedule} | {rates} | {results} |")
+    return "\n".join(lines)
+
+
+TABLES = {"keys": keys, "recipes": recipes, "coco": coco}
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_yaml_numbers_and_words(tmp_path):
         ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
         ("data.size=2.5", ["data.size=2.5", "integer"]),
         ("run.fresh=yes", ["run.fresh='yes'", "boolean"]),
-        ("data.source=imgs", ["data.source='imgs'", "'hfds' or 'tfds'"]),
+        ("data.source=imgs", ["data.source='imgs'", "'digits', 'folder'"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("data=4", ["unknown key data"]),
@@ -185,3 +185,11 @@ def test_help_lists_keys_without_loading_torch():
     code = "import sys, tessel.train.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "optim.lr: 0.001" in done.stdout and "examples" in done.stdout
+
+
+@pytest.mark.parametrize(("length", "wanted"), [("epochs=2", (100, 150)), ("steps=200", (2, 3))])
+def test_milestones_are_in_the_unit_of_the_length(recipe, length, wanted):
+    other = "steps=null" if length.startswith("epochs") else "epochs=null"
+    marks = "[1, 1.5]" if length.startswith("epochs") else "[2, 3]"
+    keys = [f"sched.{length}", f"sched.{other}", "sched.name=multistep", f"sched.milestones={marks}", "data.batch=10"]
+    assert plan(load_recipe(recipe, keys), samples=1000, world_size=1).milestones == wanted

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Data, Distill, Recipe, UserError, leaves
+from .schema import Aug, Data, Detect, Distill, Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -27,6 +27,13 @@ NEUTRAL = re.compile(
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
+
+SOURCES = {  # of each task
+    "classify": ("digits", "folder", "tar", "wds", "hfds", "tfds"),
+    "detect": ("coco", "voc2012", "digit_scenes"),
+}
+# augmentations that a task other than classification has
+TASK_AUG = {"detect": {"hflip", "vflip", "color_jitter", "repeats"}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,7 +87,8 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) 
     for override in overrides:
         _override(data, override)
     recipe = _validate(data, source)
-    if problems := [*_contradictions(recipe), *_sources(recipe.data), *_idle_keys(recipe)]:
+    problems = [*_contradictions(recipe), *_sources(recipe.data), *_idle_keys(recipe), *_foreign_keys(recipe)]
+    if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
@@ -136,6 +144,7 @@ class Plan:
     lr: float
     lr_text: str
     cooldown: int = 0
+    milestones: tuple[int, ...] = ()
 
 
 def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
@@ -180,6 +189,7 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
         lr=optim.lr * factor,
         lr_text=f"{text}, rule {optim.lr_rule}, global batch {batch}",
         cooldown=cooldown,
+        milestones=tuple(round(milestone * per_unit) for milestone in sched.milestones or ()),
     )
 
 
@@ -244,14 +254,18 @@ def _sources(data: Data) -> Iterator[str]:
         "folder": "train/CLASS/ and val/CLASS/",
         "tar": "train/*.tar and val/*.tar",
         "wds": "train/*.tar and val/*.tar",
+        "coco": "annotations/, train2017/ and val2017/",
+        "voc2012": "JPEGImages/, Annotations/ and ImageSets/, the VOC2012 of VOCdevkit",
     }
     if data.source in places and not data.root:
         yield f"data.source={data.source} needs data.root, a folder with {places[data.source]}"
     if data.source in ("hfds", "tfds") and not data.name:
         yield f"data.source={data.source} needs data.name"
-    idle = {"name": ("digits", "folder", "tar", "wds"), "class_map": ("digits", "folder"), "root": ("digits",)}
-    idle |= dict.fromkeys(("input_key", "target_key"), ("digits", "folder", "tar"))
-    idle |= dict.fromkeys(("train_split", "val_split"), ("digits",))
+    dense = SOURCES["detect"]
+    idle = {"name": ("digits", "folder", "tar", "wds", *dense), "class_map": ("digits", "folder", *dense)}
+    idle |= {"root": ("digits", "digit_scenes")}
+    idle |= dict.fromkeys(("input_key", "target_key"), ("digits", "folder", "tar", *dense))
+    idle |= dict.fromkeys(("train_split", "val_split"), ("digits", *dense))
     for key, sources in idle.items():
         if getattr(data, key) is not None and data.source in sources:
             yield f"data.{key} has no effect with data.source={data.source}; remove it"
@@ -295,3 +309,46 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
         yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
     if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
         yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"
+
+
+def _foreign_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys of another task than the recipe's."""
+    task, data, kind = recipe.task, recipe.data, recipe.task.kind
+    if data.source not in SOURCES[kind]:
+        yield f"data.source={data.source} is not for task.kind={kind}, which takes {', '.join(SOURCES[kind])}"
+    idle: dict[str, Any] = {}
+    if kind != "classify":
+        changed = ((key, value) for key, value in _changed(data.aug, Aug()) if key not in TASK_AUG[kind])
+        idle |= {f"data.aug.{key}": value for key, value in changed}
+        idle |= {"data.interpolation": data.interpolation, "data.crop_pct": data.crop_pct}
+        others = ("num_classes", "loss", "smoothing", "probe", "distill")
+        idle |= {f"task.{key}": value for key, value in _changed(task, type(task)()) if key in others}
+    for key, value in idle.items():
+        if value is not None:
+            yield f"{key} has no effect with task.kind={kind}; remove it"
+    if kind != "detect" and task.detect != Detect():
+        yield f"task.detect has no effect with task.kind={kind}; remove it"
+    if kind == "detect":
+        yield from _detect_problems(recipe)
+
+
+def _detect_problems(recipe: Recipe) -> Iterator[str]:
+    detect, source = recipe.task.detect, recipe.data.source
+    if detect.detector == "fcos" and detect.anchor:
+        yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.detector == "mask_rcnn" and source == "voc2012":
+        yield "task.detect.detector=mask_rcnn needs masks, which data.source=voc2012 has not; use faster_rcnn"
+    if detect.crop and detect.crop[0] > detect.crop[1]:
+        yield f"task.detect.crop={list(detect.crop)} is no rising range"
+    for key in ("train", "val"):
+        if source != "coco" and getattr(detect, key) != getattr(Detect(), key):
+            yield f"task.detect.{key} has no effect with data.source={source}; remove it"
+    if source == "digit_scenes" and detect.empty:
+        yield "task.detect.empty has no effect with data.source=digit_scenes, of which none is empty; remove it"
+
+
+def _changed(section: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) where a section is not as by default."""
+    for field in dataclasses.fields(section):
+        if (value := getattr(section, field.name)) != getattr(default, field.name):
+            yield field.name, value

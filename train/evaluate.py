@@ -1,13 +1,15 @@
 """Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|NAME [--data key=value ...] [--sets NAME=FOLDER ...]`.
 
 Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --sets on
-ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into RUN/sets.json. NAME is a timm or tessel model
+ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into RUN/sets.json. --overlays N draws N predictions
+of a detector or segmenter, too. NAME is a timm or tessel model
 with published weights, judged with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
 figures on IMAGENET/val/CLASS/*; --weights takes a file that is already here.
 """
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -61,7 +63,7 @@ def measure(
 
 def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
     """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
-    figures, predictions = scores.compute() | facts, scores.predictions()
+    figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
     path, part = run / "evaluation", run / ".tmp-evaluation"
     with world.together():
         if world.main:
@@ -80,6 +82,8 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
     _finished(path)
+    if recipe.task.kind != "classify":
+        return recipe, importlib.import_module(f".{recipe.task.kind}", __package__).load(path / "export")
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 
@@ -100,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
+    parser.add_argument("--overlays", type=int, default=0, metavar="N", help="draw the first N predictions")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of the model, instead of its published ones")
     options = parser.parse_args(argv)
     with report_errors() as outcome:
@@ -108,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.target.exists() and (timm.is_model(str(options.target)) or options.weights):
             evaluate_model(str(options.target), overrides, sets, options.weights)
         else:
-            (partial(evaluate_sets, sets=sets) if sets else evaluate)(options.target, overrides)
+            judge = partial(evaluate, overlays=options.overlays)
+            (partial(evaluate_sets, sets=sets) if sets else judge)(options.target, overrides)
     return outcome.code
 
 
@@ -141,6 +147,8 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
     """Judge a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
     run, recipe = opened(target, overrides)
+    if recipe.task.kind != "classify":
+        raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these are sets of ImageNet's classes")
     with join(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
@@ -168,12 +176,15 @@ def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
     return run, dataclasses.replace(recipe, model=model)
 
 
-def evaluate(target: Path, overrides: list[str]) -> None:
-    """Judge a run or a checkpoint and print what was found."""
+def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
+    """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
     with join(recipe.run, recipe.guard) as world:
-        task = build_task(recipe, world)
+        task: Any = build_task(recipe, world)
+        if overlays and not hasattr(task, "draw"):
+            raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")
+        task.kept = max(overlays, getattr(task, "kept", 0))
         model = task.build_model()
         if at_checkpoint:
             step = load_checkpoint(target, model, world)
@@ -185,6 +196,11 @@ def evaluate(target: Path, overrides: list[str]) -> None:
         assert scores is not None
         facts = {"step": step, "checkpoint": str(target if at_checkpoint else run / "export")}
         figures = save_evaluation(run, scores, facts, world)
+        if overlays:
+            predictions = scores.predictions()
+            with world.together():
+                if world.main:
+                    task.draw(predictions, run / "evaluation" / "overlays", overlays)
         if world.main:
             print(", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float)))
             print(f"{figures['count']} images; written to {run / 'evaluation'}")

@@ -61,7 +61,7 @@ class Screen:
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
-            line = f"evaluation: {_figures(record, 'top1', 'top5', 'loss')}"
+            line = f"evaluation: {_figures(record, 3)}"
         else:
             line = (
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
@@ -71,7 +71,7 @@ class Screen:
         if not self.bar:
             self.console.print(f"step {record['step']}/{self.total}  {line}", markup=False)
             return
-        self.figures[record["kind"]] = line if record["kind"] == "train" else _figures(record, "top1")
+        self.figures[record["kind"]] = line if record["kind"] == "train" else _figures(record, 1)
         self.bar.update(self.task, description="  ".join(self.figures.values()))
 
     def say(self, text: str) -> None:
@@ -167,5 +167,7 @@ def _numbers(record: dict[str, Any]) -> list[tuple[str, float]]:
     return [(key, value) for key, value in record.items() if key not in ("kind", "step", "time")]
 
 
-def _figures(record: dict[str, Any], *keys: str) -> str:
-    return "  ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)
+def _figures(record: dict[str, Any], count: int) -> str:
+    """The first of an evaluation's figures, which a task names by their weight."""
+    named = [key for key in record if key not in ("kind", "step", "epoch", "time", "count")]
+    return "  ".join(f"{key} {record[key]:.4g}" for key in named[:count])

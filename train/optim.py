@@ -83,7 +83,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan)
         min_lr=sched.min_lr,
         decay_rate=sched.decay_rate or (1.0 if sched.name == "poly" else 0.1),
         decay_epochs=sched.decay_steps,
-        decay_milestones=list(sched.milestones or ()),
+        # timm decays a step before the milestone it is given
+        decay_milestones=[milestone + 1 for milestone in plan.milestones],
         step_on_epochs=False,
         updates_per_epoch=1,
     )

@@ -89,8 +89,36 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Detect:
+    detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "fcos"
+    """torchvision's detector; mask_rcnn learns instance masks too"""
+    channels: PositiveInt = 256
+    """width of the feature pyramid and of what reads it"""
+    anchor: PositiveInt | None = None
+    """side of the smallest anchors, pixels, doubled from map to map; null: 32; fcos has none"""
+    batch_norm: Literal["train", "eval", "frozen"] = "train"
+    """batch norms of the backbone; eval: the statistics stay as they are; frozen: weights and biases too"""
+    norms: tuple[bool, ...] | None = None
+    """which maps of the backbone that are read have a norm; null: as the paper's dense backbone has them"""
+    short: tuple[PositiveInt, ...] | None = None
+    """short sides to train at, drawn for each image; null: data.size, which is the one of evaluation"""
+    longest: PositiveInt = 1333
+    """an image whose long side would exceed this is scaled to it instead"""
+    crop: tuple[PositiveInt, PositiveInt] | None = None
+    """range of the sides of a random crop that half of the training images get before they are scaled"""
+    empty: bool = False
+    """train also on images without objects; crowds do not count as objects"""
+    train: tuple[str, str] = ("annotations/instances_train2017.json", "train2017")
+    """annotations and images below data.root, with data.source=coco"""
+    val: tuple[str, str] = ("annotations/instances_val2017.json", "val2017")
+    """the same to judge by"""
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """further arguments of torchvision's detector, for example {score_thresh: 0.1}"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Task:
-    kind: Literal["classify"] = "classify"
+    kind: Literal["classify", "detect"] = "classify"
     """what is learned"""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """null: as many as the data has"""
@@ -101,6 +129,7 @@ class Task:
     probe: Literal["linear", "attentive"] | None = None
     """freeze the model and train a classifier of its pooled features, or of attention over its last map"""
     distill: Distill = Distill()
+    detect: Detect = Detect()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -141,10 +170,11 @@ class Aug:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
-    source: Literal["digits", "folder", "tar", "wds", "hfds", "tfds"]
-    """embedded digits; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow datasets"""
+    source: Literal["digits", "folder", "tar", "wds", "hfds", "tfds", "digit_scenes", "coco", "voc2012"]
+    """embedded digits or scenes of them; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow
+    datasets; COCO or Pascal VOC below root"""
     root: str | None = None
-    """folder of the images or tar files: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
+    """folder of the data: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
     name: str | None = None
     """hfds, tfds: name of the dataset; hfds: or its folder"""
     train_split: str | None = None
@@ -158,7 +188,9 @@ class Data:
     class_map: str | None = None
     """text file that lists the classes, a line each (null: those that are found)"""
     size: PositiveInt = 224
-    """side of the input, pixels"""
+    """side of the input, pixels; the short side in detection"""
+    scenes: PositiveInt = 1000
+    """training scenes of source=digit_scenes, drawn anew by their number; a fifth as many are held out"""
     batch: PositiveInt = 256
     """images per update, over all processes"""
     micro_batch: PositiveInt | None = None
@@ -220,8 +252,8 @@ class Sched:
     """factor (step, multistep; null: 0.1) or power (poly; null: 1)"""
     decay_steps: PositiveInt | None = None
     """interval (step) or length of the decay (wsd, rsqrt)"""
-    milestones: tuple[int, ...] | None = None
-    """steps at which multistep decays"""
+    milestones: tuple[PositiveFloat, ...] | None = None
+    """where multistep decays, in the unit of the length"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

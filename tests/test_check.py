@@ -1,0 +1,117 @@
+"""The look at the data before a training: it finds what is wrong, names it, and says so by its exit code."""
+
+import detection
+import numpy as np
+import pytest
+import trainer
+from PIL import Image
+
+from tessel.train import check
+
+
+@pytest.fixture
+def coco(tmp_path):
+    root = detection.draw_coco(tmp_path / "coco")
+    return root, detection.write_recipe(tmp_path / "r.yaml", root)
+
+
+def test_sound_data_pass(tmp_path, coco, capsys):
+    root, recipe = coco
+    detection.change(
+        root, "val", lambda c: c["annotations"].remove(next(a for a in c["annotations"] if not a["bbox"][2]))
+    )
+    detection.change(
+        root, "train", lambda c: c["annotations"].remove(next(a for a in c["annotations"] if not a["bbox"][2]))
+    )
+    assert check.main([str(recipe), "task.detect.detector=mask_rcnn", "data.workers=1"]) == 0
+    assert "val: 6 of 6 samples looked at, no problems" in capsys.readouterr().out
+    folder = trainer.write_recipe(tmp_path / "f.yaml", data={"root": str(trainer.draw_folder(tmp_path / "images"))})
+    assert check.main([str(folder), "--limit", "4"]) == 0
+    assert "train: 4 of 36 samples looked at" in capsys.readouterr().out
+    scenes = detection.write_recipe(tmp_path / "s.yaml", None)
+    assert check.main([str(scenes), "data.scenes=40"]) == 0, capsys.readouterr().out
+
+
+def edit_first(**values):
+    """Change an object of COCO's annotations that is no crowd."""
+    return lambda c: next(a for a in c["annotations"] if a["image_id"] == 104).update(values)
+
+
+@pytest.mark.parametrize(
+    ("edit", "fragment"),
+    [
+        (edit_first(bbox=[50, 5, 30, 9]), "reaches out of the image of 68 x 50"),
+        (edit_first(bbox=[5, 5, 0, 9]), "has no area"),
+        (edit_first(category_id=99), "is of a category that the annotations do not list"),
+        (edit_first(segmentation={"size": [50, 68]}), "neither polygons nor RLE"),
+        (edit_first(segmentation={"counts": [3000], "size": [50, 60]}), "has a mask of (50, 60)"),
+        (lambda c: c["images"][3].update(width=99), "its annotations are for 99 x 50"),
+        (lambda c: c["images"][3].update(file_name="gone.jpg"), "gone.jpg cannot be decoded"),
+        (lambda c: c["categories"].append({"id": 90, "name": "toothbrush"}), "1 of 4 classes have no example: toothbr"),
+    ],
+)
+def test_what_is_wrong_with_annotations_is_listed(coco, capsys, edit, fragment):
+    root, recipe = coco
+    for split in ("train", "val"):
+        detection.change(root, split, edit)
+    assert check.main([str(recipe), "task.detect.detector=mask_rcnn"]) == 1
+    out = capsys.readouterr().out
+    assert fragment in out, out
+
+
+def test_unreadable_images_of_classes_are_listed(tmp_path, capsys):
+    root = trainer.draw_folder(tmp_path / "images")
+    recipe = trainer.write_recipe(tmp_path / "f.yaml", data={"root": str(root)})
+    for name in ("class_0/3.png", "class_2/1.png"):
+        (root / "train" / name).write_bytes(b"nothing")
+    assert check.main([str(recipe), "data.workers=1"]) == 1
+    out = capsys.readouterr().out
+    assert all(f"{name} cannot be decoded" in out for name in ("class_0/3.png", "class_2/1.png"))
+    assert "train: 36 of 36 samples looked at, 2 problems" in out and "val: 15 of 15 samples looked at, no" in out
+    assert check.main([str(recipe), "data.root=/nowhere"]) == 1
+    assert "/nowhere" in capsys.readouterr().err
+
+
+class Masks:
+    """Images with a class for every pixel, as segmentation has them."""
+
+    classes = ["ground", "wall", "door"]
+
+    def __init__(self, *masks):
+        self.masks = masks
+
+    def __len__(self):
+        return len(self.masks)
+
+    def __getitem__(self, index):
+        mask = self.masks[index]
+        if mask is None:
+            raise FileNotFoundError("no mask")
+        return Image.new("RGB", (8, 6)), mask
+
+
+def listed(dataset, limit=None):
+    return list(check.inspect(dataset, limit=limit, workers=0, name="train"))
+
+
+def test_masks_are_looked_at():
+    sound = np.array([0, 1, 2, 255] * 12, np.uint8).reshape(6, 8)
+    assert listed(Masks(sound, Image.fromarray(sound))) == []
+    found = listed(Masks(sound[:, :7] * 0, None, np.full((6, 8), 3), sound))
+    assert found == [
+        "sample 0: image 8 x 6, mask 7 x 6",
+        "sample 1 cannot be read: FileNotFoundError: no mask",
+        "sample 2: class 3 is none of 0 to 2",
+    ]
+    assert listed(Masks(sound * 0)) == ["2 of 3 classes have no example: wall, door"]
+    assert listed(Masks(sound * 0, sound), limit=1) == []
+
+
+def test_a_data_set_may_judge_its_samples_itself():
+    class Own(Masks):
+        targets = [0, 1, 1]
+
+        def problems(self, index):
+            return [f"{index} is odd"] * (index % 2)
+
+    assert listed(Own(None, None)) == ["1 is odd", "1 of 3 classes have no example: door"]

@@ -1,0 +1,249 @@
+"""Detection data: every layout read as it is published, and targets that stay with their images."""
+
+import json
+
+import detection
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tessel.train.config import load_recipe
+from tessel.train.data import Seeded, seed_all
+from tessel.train.detect.augment import CropWithin, Eval, Train
+from tessel.train.detect.data import build_dataset
+from tessel.train.schema import UserError
+
+MASKS = "task.detect.detector=mask_rcnn"
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return detection.draw_coco(tmp_path_factory.mktemp("coco"))
+
+
+def recipe(path, root, *overrides):
+    return load_recipe(detection.write_recipe(path / "r.yaml", root), overrides)
+
+
+def test_coco_is_read_as_published(coco, tmp_path):
+    val = build_dataset(recipe(tmp_path, coco, MASKS), "val")
+    assert val.classes == ["person", "dog", "bottle"] and len(val) == 6
+    content = json.loads((coco / "annotations/instances_val2017.json").read_text())
+    for index, (number, image) in enumerate(sorted((one["id"], one) for one in content["images"])):
+        pixels, target = val[index]
+        theirs = [one for one in content["annotations"] if one["image_id"] == number]
+        assert pixels.size == (image["width"], image["height"]) and len(target["boxes"]) == len(theirs)
+        assert target["masks"].shape == (len(theirs), image["height"], image["width"])
+        names = {one["id"]: one["name"] for one in content["categories"]}
+        for row, one in enumerate(theirs):
+            x, y, w, h = one["bbox"]
+            assert target["boxes"][row] == pytest.approx([x, y, x + w, y + h], abs=1e-4)
+            assert val.classes[target["labels"][row]] == names[one["category_id"]]
+            assert target["iscrowd"][row] == one["iscrowd"] and target["area"][row] == pytest.approx(one["area"])
+            seen = np.argwhere(target["masks"][row])
+            if w:
+                box = [*seen.min(0)[::-1], *seen.max(0)[::-1] + 1]
+                assert box == pytest.approx([x, y, x + w, y + h], abs=1.01)
+    assert {target["iscrowd"].sum() for _, target in (val[i] for i in range(6))} == {0, 1}
+
+
+def test_images_without_objects_are_judged_and_trained_on_by_key(coco, tmp_path):
+    assert len(build_dataset(recipe(tmp_path, coco), "train")) == 6  # of 8: one is empty, one holds a crowd alone
+    assert len(build_dataset(recipe(tmp_path, coco, "task.detect.empty=true"), "train")) == 8
+    assert len(build_dataset(recipe(tmp_path, coco), "val")) == 6
+
+
+def test_annotations_are_arrays(coco, tmp_path):
+    held = vars(build_dataset(recipe(tmp_path, coco, MASKS), "train"))
+    assert all(isinstance(value, np.ndarray | bool | list) for value in held.values())
+    assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
+
+
+def test_crowds_and_degenerate_boxes_are_no_target(coco, tmp_path):
+    wanted = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
+    train, transform = build_dataset(wanted, "train"), Train(wanted)
+    assert len(train[3][1]["boxes"]) == 4
+    image, target = transform(*train[3])
+    assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) == 2
+    for index in (1, 2):
+        image, target = transform(*train[index])
+        assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, *image.shape[-2:])
+    image, target = Eval()(*train[3])
+    assert len(target["boxes"]) == 4 and image.shape == (3, 60, 60) and image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_names_of_files(coco, tmp_path, split):
+    names = f"task.detect.{split}=[annotations/instances_val2017.json, val2017]"
+    assert len(build_dataset(recipe(tmp_path, coco, names, "task.detect.empty=true"), split)) == 6
+
+
+def marked(width, height):
+    """An image whose left half is red, stored turned by a quarter with the EXIF mark that says so."""
+    upright = np.zeros((height, width, 3), np.uint8)
+    upright[:, : width // 2, 0] = 255
+    stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return stored, exif
+
+
+@pytest.mark.parametrize("annotated", ["upright", "stored", "neither"])
+def test_annotated_size_decides_on_exif_rotation(tmp_path, annotated):
+    root = detection.draw_coco(tmp_path / "coco")
+    stored, exif = marked(66, 50)
+    stored.save(root / "val2017/000000000000.jpg", exif=exif)
+    size = {"upright": (66, 50), "stored": (50, 66), "neither": (50, 50)}[annotated]
+    detection.change(root, "val", lambda c: c["images"][-1].update(width=size[0], height=size[1]))
+    val = build_dataset(recipe(tmp_path, root), "val")
+    if annotated == "neither":
+        with pytest.raises(UserError, match=r"000000000000.jpg is 50 x 66, its annotations are for 50 x 50"):
+            val[0]
+        return
+    assert val[0][0].size == size
+    if annotated == "upright":
+        assert val[0][0].getpixel((5, 25))[0] > 200 > 60 > val[0][0].getpixel((60, 25))[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "fragments"),
+    [
+        (lambda c: c.pop("categories"), ["instances_train2017.json", "categories"]),
+        (lambda c: c["annotations"][0].pop("bbox"), ["bbox"]),
+        (lambda c: c["annotations"][0].update(image_id=7), ["KeyError: 7"]),
+        (lambda c: c.update(annotations=[]), ["has no images with objects"]),
+        (lambda c: c["annotations"][0].pop("segmentation"), ["without segmentation"]),
+    ],
+)
+def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
+    root = detection.draw_coco(tmp_path / "coco")
+    detection.change(root, "train", edit)
+    with pytest.raises(UserError) as caught:
+        build_dataset(recipe(tmp_path, root, MASKS), "train")
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+def test_missing_files_are_named(tmp_path):
+    root = detection.draw_coco(tmp_path / "coco")
+    (root / "val2017").rename(root / "images")
+    with pytest.raises(UserError, match="val2017 is no folder"):
+        build_dataset(recipe(tmp_path, root), "val")
+    (root / "images").rename(root / "val2017")
+    (root / "val2017/000000000000.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="000000000000.jpg cannot be decoded"):
+        build_dataset(recipe(tmp_path, root), "val")[0]
+    (root / "annotations/instances_val2017.json").unlink()
+    with pytest.raises(UserError, match="instances_val2017.json cannot be read"):
+        build_dataset(recipe(tmp_path, root), "val")
+
+
+def draw_voc(root):
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    objects = [("dog", 0, (1, 1, 20, 30)), ("person", 1, (5, 6, 50, 40))]
+    for number, found in enumerate([objects, objects[1:], []]):
+        Image.new("RGB", (60, 40)).save(root / f"JPEGImages/2007_{number}.jpg")
+        boxes = "".join(
+            f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>"
+            f"<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox><part><name>head</name></part></object>"
+            for name, hard, box in found
+        )
+        size = "<size><width>60</width><height>40</height><depth>3</depth></size>"
+        (root / f"Annotations/2007_{number}.xml").write_text(f"<annotation>{size}{boxes}</annotation>")
+    for split in ("train", "val"):
+        (root / f"ImageSets/Main/{split}.txt").write_text("2007_0\n2007_1\n2007_2\n")
+    return root
+
+
+def test_pascal_voc_is_read_as_published(tmp_path):
+    wanted = recipe(tmp_path, draw_voc(tmp_path / "VOC2012"), "data.source=voc2012")
+    val = build_dataset(wanted, "val")
+    assert len(val.classes) == 20 and [len(val[i][1]["boxes"]) for i in range(3)] == [2, 1, 0]
+    target = val[0][1]
+    assert target["boxes"].tolist() == [[0, 0, 20, 30], [4, 5, 50, 40]] and target["iscrowd"].tolist() == [0, 1]
+    assert [val.classes[label] for label in target["labels"]] == ["dog", "person"]
+    assert len(build_dataset(wanted, "train")) == 1
+    (tmp_path / "VOC2012/Annotations/2007_1.xml").unlink()
+    with pytest.raises(UserError, match="2007_1.xml"):
+        build_dataset(wanted, "val")
+
+
+def test_digit_scenes(tmp_path):
+    wanted = recipe(tmp_path, None, MASKS, "data.scenes=20", "data.size=96")
+    train, val = (build_dataset(wanted, split) for split in ("train", "val"))
+    assert (len(train), len(val), train.classes) == (20, 4, [str(digit) for digit in range(10)])
+    image, target = train[3]
+    scene = train.scenes[3]
+    assert (target["labels"] == scene.labels).all() and len(target["boxes"]) == len(scene.labels) > 0
+    for number, (x1, y1, x2, y2) in enumerate(target["boxes"].astype(int)):
+        seen = scene.instances == number + 1
+        assert seen[y1:y2, x1:x2].sum() == seen.sum() == target["area"][number] == target["masks"][number].sum()
+        assert seen[y1].any() and seen[y2 - 1].any() and seen[:, x1].any() and seen[:, x2 - 1].any()
+
+
+def squares():
+    """An image of two bright rectangles, and its target."""
+    pixels, masks = np.zeros((80, 120, 3), np.uint8), np.zeros((2, 80, 120), np.uint8)
+    boxes = [[10, 20, 40, 60], [70, 5, 110, 35]]
+    for number, (x1, y1, x2, y2) in enumerate(boxes):
+        pixels[y1:y2, x1:x2, number] = 255
+        masks[number, y1:y2, x1:x2] = 1
+    target = {"boxes": np.array(boxes, np.float32), "labels": np.array([0, 1]), "iscrowd": np.zeros(2, np.int64)}
+    return Image.fromarray(pixels), target | {"masks": masks, "area": masks.sum((1, 2)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("aug", ["hflip=1", "vflip=1", "hflip=0.5"])
+@pytest.mark.parametrize("crop", ["null", "[40, 60]"])
+def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
+    keys = ["data.aug.color_jitter=0", f"data.aug.{aug}", f"task.detect.crop={crop}", "task.detect.short=[40, 64, 90]"]
+    transform, image, target = Train(recipe(tmp_path, None, MASKS, *keys)), *squares()
+    shapes, counts = set(), set()
+    for seed in range(24):
+        seed_all(seed)
+        pixels, found = transform(image, target)
+        shapes.add(tuple(pixels.shape[-2:]))
+        counts.add(len(found["boxes"]))
+        assert max(pixels.shape) <= 120 and pixels.dtype == torch.float32 and type(found["boxes"]) is torch.Tensor
+        for (x1, y1, x2, y2), label, mask in zip(found["boxes"], found["labels"], found["masks"], strict=True):
+            bright = pixels[label] > 0.5
+            inside = bright[int(y1.round()) : int(y2.round()), int(x1.round()) : int(x2.round())]
+            assert inside.float().mean() > 0.9 and inside.sum() > 0.9 * bright.sum()
+            assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest pixels lie up to one off
+    assert len(shapes) == 3 if crop == "null" else len(shapes) > 6
+    if crop == "null":
+        assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third by the longest side
+
+
+def test_crop_takes_what_there_is():
+    torch.manual_seed(0)
+    assert CropWithin(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
+    sizes = {tuple(CropWithin(10, 12)(torch.zeros(3, 60, 80)).shape) for _ in range(60)}
+    assert sizes == {(3, h, w) for h in (10, 11, 12) for w in (10, 11, 12)}
+
+
+def test_samples_depend_on_their_key_alone(coco, tmp_path):
+    wanted = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
+    data = Seeded(build_dataset(wanted, "train"), Train(wanted), seed=3)
+    one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
+    assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
+    assert one[0].shape != third[0].shape or not torch.equal(one[0], third[0])
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("data.source=folder", "data.source=folder is not for task.kind=detect"),
+        ("data.aug.mixup=0.2", "data.aug.mixup has no effect with task.kind=detect"),
+        ("data.aug.scale=[0.5, 1]", "data.aug.scale has no effect"),
+        ("data.crop_pct=0.9", "data.crop_pct has no effect"),
+        ("task.smoothing=0.1", "task.smoothing has no effect"),
+        ("task.detect.anchor=8", "task.detect.anchor has no effect with task.detect.detector=fcos"),
+        ("task.detect.crop=[9, 3]", "no rising range"),
+        ("task.kind=classify", "task.detect has no effect with task.kind=classify"),
+    ],
+)
+def test_keys_without_effect_are_refused(coco, tmp_path, override, fragment):
+    with pytest.raises(UserError) as caught:
+        recipe(tmp_path, coco, override)
+    assert fragment in str(caught.value)

@@ -1,0 +1,173 @@
+"""The detectors: torchvision's, on any backbone, with every parameter in use and the trainer's questions answered."""
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from torch import nn
+from torchvision.models import detection
+
+from tessel.train import detect
+from tessel.train.detect.detectors import DETECTORS, build_detector, export
+from tessel.train.optim import build_optimizer
+from tessel.train.schema import Detect, Model, Optim, UserError
+
+ATTO = Model(name="biformer_atto")
+SMALL = {"channels": 64, "longest": 200}
+IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
+CLASSES = ["a", "b", "c"]
+
+
+def built(detector, model=ATTO, **keys):
+    side = {} if detector == "fcos" else {"anchor": 8}
+    return build_detector(model, Detect(detector=detector, **{**SMALL, **side, **keys}), size=64, classes=3)
+
+
+def targets():
+    boxes = torch.tensor([[3.0, 4, 40, 50], [10, 10, 30, 33]])
+    masks = torch.zeros(2, 64, 80, dtype=torch.uint8)
+    masks[0, 4:50, 3:40] = masks[1, 10:33, 10:30] = 1
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    return [
+        {"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": masks},
+        {**none, "masks": torch.zeros(0, 70, 64, dtype=torch.uint8)},
+    ]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_parameter_learns_also_from_empty_images(name):
+    """As DDP needs it on each process, whatever images it has drawn."""
+    model = built(name).train()
+    for chosen in (slice(None), slice(1, None)):
+        model.zero_grad(set_to_none=True)
+        losses = model(IMAGES[chosen], targets()[chosen])
+        sum(losses.values()).backward()
+        assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+        assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_are_full_precision_pixels_of_the_image_as_it_came(name):
+    model = built(name, kwargs={"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}).eval()
+    image = torch.rand(3, 90, 130)
+    with torch.no_grad():
+        plain = model([image])[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model([image])[0]
+    assert plain["boxes"].dtype == half["boxes"].dtype == half["scores"].dtype == torch.float32
+    assert len(plain["boxes"]) and set(plain["labels"].tolist()) <= {0, 1, 2}
+    assert plain["boxes"][:, 2].max() > 65 and (plain["boxes"] <= torch.tensor([130.0, 90, 130, 90])).all()
+    # coordinates that went through bfloat16 lie on its grid, of 0.25 to 0.5 at this size
+    assert (half["boxes"] != half["boxes"].bfloat16().float()).any()
+    if name == "mask_rcnn":
+        assert half["masks"].shape[1:] == (1, 90, 130) and half["masks"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_labels_count_from_zero_in_every_detector(name, monkeypatch):
+    """torchvision's R-CNNs have the background as class 0, the others have none."""
+    model, seen, first = built(name), [], int("rcnn" in name)
+
+    def forward(self, images, targets=None):
+        seen.append(targets)
+        return {"loss": torch.ones(())} if self.training else [{"labels": torch.arange(3) + first}]
+
+    for theirs in (detection.FCOS, detection.RetinaNet, detection.FasterRCNN):  # Mask R-CNN is of the last kind
+        monkeypatch.setattr(theirs, "forward", forward)
+    given = targets()
+    assert model.train()(IMAGES, given) == {"loss": 1} and given[0]["labels"].tolist() == [0, 2]
+    assert seen[0][0]["labels"].tolist() == [first, 2 + first]
+    assert model.eval()(IMAGES)[0]["labels"].tolist() == [0, 1, 2]
+    head = model.roi_heads.box_predictor.cls_score if first else model.head.classification_head.cls_logits
+    assert head.weight.shape[0] == {"retinanet": 9 * 3}.get(name, 3 + first)
+
+
+def test_levels_follow_the_detector():
+    assert [built(name).backbone.body.strides for name in ("faster_rcnn", "fcos")] == [[4, 8, 16, 32], [8, 16, 32]]
+    for name, extra in (("retinanet", 128), ("fcos", 64)):  # RetinaNet's further maps come from the backbone
+        assert built(name).backbone.fpn.extra_blocks.p6.in_channels == extra
+    same = built("retinanet", channels=128)  # the width of the backbone's last map
+    assert not same.backbone.fpn.extra_blocks.use_P5
+
+
+def test_batch_norm_of_the_backbone_holds_still_in_training():
+    for mode, trained in (("train", True), ("eval", True), ("frozen", False)):
+        model = built("fcos", batch_norm=mode).train()
+        norms = [module for module in model.backbone.body.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert norms and {norm.training for norm in norms} == {mode == "train"}
+        assert {norm.weight.requires_grad for norm in norms} == {trained}
+
+
+@pytest.mark.parametrize("name", ["biformer_atto", "litv2_atto", "transnext_atto"])
+def test_layer_decay_and_no_decay_reach_the_backbone(name):
+    model = built("fcos", model=Model(name=name))
+    groups = group_parameters(model, model.group_matcher())
+    assert len(groups) > 4
+    optimizer = build_optimizer(model, Optim(layer_decay=0.5), 1.0)
+    scale = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert {scale[p] for key, p in named.items() if not key.startswith("backbone.body.body.")} == {1.0}
+    assert min(scale[p] for key, p in named.items() if "stem" in key) < 0.2
+    spared = model.no_weight_decay()
+    assert spared <= named.keys() and all(decay[named[key]] == 0 for key in spared)
+    assert bool(spared) == (name == "transnext_atto")
+
+
+def test_backbone_begins_with_a_classifier():
+    torch.manual_seed(5)
+    source = timm.create_model("biformer_atto")
+    body = built("fcos").backbone.body
+    body.start_from(source.state_dict())
+    assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in body.body.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "fragments"),
+    [
+        ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
+        ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
+        ({"channels": 40}, ATTO, ["fcos", "40"]),
+        ({"norms": (True,)}, ATTO, ["norms=[True]", "3 levels"]),
+        ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
+        ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
+        ({}, Model(name="biformer_atto", init_from="test_resnet"), ["test_resnet"]),
+    ],
+)
+def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+    with pytest.raises(UserError) as caught:
+        built("fcos", model=model, **keys)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
+def test_export_reads_back(tmp_path, name):
+    keys = {**SMALL, "detector": name, "kwargs": {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}}
+    wanted = Detect(**keys)
+    model = build_detector(ATTO, wanted, size=64, classes=3).eval()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").touch()
+    export(tmp_path / "export", model.state_dict(), model=ATTO, detect=wanted, size=64, classes=CLASSES)
+    again = detect.load(tmp_path / "export")
+    assert not again.training and again.classes == CLASSES and not (tmp_path / "export" / "old").exists()
+    with torch.no_grad():
+        one, other = model(IMAGES[:1])[0], again(IMAGES[:1])[0]
+    assert len(one["boxes"]) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("harm", ["nothing", "classifier", "class"])
+def test_a_folder_without_a_detector_is_named(tmp_path, harm):
+    model = built("fcos")
+    folder = tmp_path / "export"
+    if harm != "nothing":
+        export(folder, model.state_dict(), model=ATTO, detect=Detect(**SMALL), size=64, classes=CLASSES)
+        config = json.loads((folder / "config.json").read_text())
+        config = {"architecture": "resnet"} if harm == "classifier" else config | {"classes": ["a"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=str(folder)):
+        detect.load(folder)

@@ -1,0 +1,162 @@
+"""Detection through the trainer: exact resume, one result on any number of processes, evaluation, export, dry run."""
+
+import json
+import os
+import signal
+
+import detection
+import numpy as np
+import pytest
+import torch
+import trainer
+from PIL import Image
+
+from tessel.train import detect, engine, evaluate
+from tessel.train.__main__ import build
+from tessel.train.config import load_recipe
+from tessel.train.launch import World
+from tessel.train.report.__main__ import main as report
+from tessel.train.tasks import build_task
+
+SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
+# no batch statistics, and no choice by chance of what a loss is taken of: any number of processes learns the same
+SHARED = ["model.name=litv2_atto", "task.detect.batch_norm=frozen", "ema.decay=null"]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return detection.draw_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, coco):
+    """A run of 4 steps without interruption."""
+    recipe = detection.write_recipe(tmp_path_factory.mktemp("straight") / "tiny.yaml", coco, **SHORT)
+    assert trainer.train(recipe) == 0
+    return recipe.parent / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_after_a_signal_is_exact(tmp_path, coco, straight, monkeypatch, capsys, workers):
+    recipe, step = detection.write_recipe(tmp_path / "tiny.yaml", coco, **SHORT), engine.Engine.step
+
+    def hooked(self):
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "step", hooked)
+        assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert "at step 3 (exact)" in capsys.readouterr().out
+    run = tmp_path / "runs/tiny"
+    trainer.assert_same_checkpoint(run / "checkpoints/step-00000004", straight / "checkpoints/step-00000004")
+    assert trainer.learning(run) == trainer.learning(straight)
+
+
+def test_run_is_judged_drawn_and_loaded(straight, coco, capsys):
+    last = [record for record in trainer.metrics(straight) if record["kind"] == "eval"][-1]
+    assert {"box_ap", "box_ap50", "box_ap75", "box_ar", "count"} <= last.keys() and last["count"] == 6
+    for target in (straight, straight / "checkpoints/step-00000004"):
+        assert evaluate.main([str(target), "--overlays", "2", "--data", "eval_batch=4"]) == 0
+        assert f"box_ap {last['box_ap']:.2f}" in capsys.readouterr().out
+        figures = json.loads((straight / "evaluation/evaluation.json").read_text())
+        assert figures["box_ap"] == pytest.approx(last["box_ap"], abs=1e-6) and figures["step"] == 4
+        assert set(figures["classes"]["box_ap"]) == {"person", "dog", "bottle"}
+        drawn = sorted((straight / "evaluation/overlays").iterdir())
+        assert [path.name for path in drawn] == ["000000.png", "000001.png"]
+        with Image.open(drawn[0]) as picture:
+            assert picture.width > 2 * 60
+    assert np.load(straight / "evaluation/predictions.npz")["image"].tolist() == list(range(6))
+    assert report([str(straight)]) == 0
+    page = (straight / "report/index.html").read_text()
+    assert "Predictions" in page and "person" in page
+    assert evaluate.main([str(straight), "--sets", f"v2={coco}"]) == 1
+    assert "--sets has no effect with task.kind=detect" in capsys.readouterr().err
+
+    model = detect.load(straight / "export")
+    state = trainer.tensors(straight / "checkpoints/step-00000004")
+    assert all(torch.equal(tensor, state[f"ema.{name}"]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert set(model([torch.rand(3, 40, 50)])[0]) == {"boxes", "labels", "scores"}
+
+
+def test_dry_run_and_accumulation_and_precision(tmp_path, coco, capsys):
+    recipe = detection.write_recipe(tmp_path / "tiny.yaml", coco, **SHORT)
+    assert trainer.train(recipe, "--dry-run", "task.detect.detector=retinanet", "data.micro_batch=1") == 0
+    out = capsys.readouterr().out
+    for fragment in ("M parameters", "GFLOP", "6 images, 4 steps of 4 = 1 x 4 x 1", "loss"):
+        assert fragment in out
+    switches = ["parallel.precision=bf16", "parallel.channels_last=true", "parallel.grad_checkpointing=true"]
+    keys = ["task.detect.detector=mask_rcnn", "task.detect.anchor=8", "task.detect.empty=true", "data.micro_batch=1"]
+    assert trainer.train(recipe, "--dry-run", *switches, *keys) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreadable_data_stops_with_a_message(tmp_path, capsys):
+    root = detection.draw_coco(tmp_path / "coco")
+    recipe = detection.write_recipe(tmp_path / "tiny.yaml", root, **SHORT)
+    (root / "train2017/000000000004.jpg").write_bytes(b"")
+    assert trainer.train(recipe, "data.workers=1") == 1
+    assert "000000000004.jpg cannot be decoded" in capsys.readouterr().err
+    assert trainer.train(recipe, "data.root=/nowhere", "run.name=other") == 1
+    assert "instances_train2017.json cannot be read" in capsys.readouterr().err
+
+
+def test_all_processes_learn_and_judge_as_one_alone(tmp_path, coco):
+    """Replicas and shards, on images of different sizes, some without objects."""
+    sections = {**SHORT, "sched": {"steps": 3}, "ckpt": {"every": 3}, "eval": {"every": 3}}
+    recipe = detection.write_recipe(tmp_path / "tiny.yaml", coco, **sections)
+    shared = [*SHARED, "task.detect.empty=true", "data.micro_batch=1", "model.drop_path=0"]
+    assert trainer.train(recipe, *shared, "run.name=one") == 0
+    ways = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
+    runs = [[recipe, *shared, *way, f"run.name={name}"] for name, way in ways.items()]
+    done = trainer.on_processes(2, *runs)
+    assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
+    for way in ways:
+        one = trainer.learning(tmp_path / "runs/one")
+        for left, right in zip(one, trainer.learning(tmp_path / "runs" / way), strict=True):
+            assert left.pop("kind") == right.pop("kind")
+            assert right == pytest.approx(left, abs=1e-3, rel=1e-4)
+        left, right = (np.load(tmp_path / "runs" / run / "evaluation/predictions.npz") for run in ("one", way))
+        for name in left:
+            if not name.startswith("prediction"):
+                assert np.array_equal(left[name], right[name]), name
+        assert (tmp_path / "runs" / way / "export/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet"])
+def test_losses_are_summed(tmp_path, coco, detector):
+    recipe = load_recipe(detection.write_recipe(tmp_path / "tiny.yaml", coco), [f"task.detect.detector={detector}"])
+    task, schedule, built = build(recipe, World())
+    batches = task.train_batches(schedule, 0)
+    try:
+        parts = task.loss(built.model, batch := next(batches))
+    finally:
+        batches.close()
+    assert len(parts) == {"faster_rcnn": 4, "retinanet": 2}[detector] and all("loss" in name for name in parts)
+    assert len(batch[0]) == 2 and all(64 not in image.shape or image.shape[0] == 3 for image in batch[0])
+
+
+def test_classification_loads_none_of_this(tmp_path):
+    import subprocess
+    import sys
+
+    recipe = trainer.write_recipe(tmp_path / "c.yaml", data={"root": str(trainer.draw_folder(tmp_path / "images"))})
+    code = (
+        "import sys; from tessel.train.__main__ import main; code = main(sys.argv[1:]);"
+        "bad = [n for n in sys.modules if n.startswith(('tessel.train.detect', 'faster_coco_eval', 'pycocotools'))];"
+        "assert code == 0 and not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_classes_of_both_splits_must_agree(tmp_path):
+    from tessel.train.schema import UserError
+
+    root = detection.draw_coco(tmp_path / "coco")
+    detection.change(root, "val", lambda c: c["categories"][0].update(name="cat"))
+    with pytest.raises(UserError, match="different classes: cat, dog"):
+        build_task(load_recipe(detection.write_recipe(tmp_path / "r.yaml", root)), World())

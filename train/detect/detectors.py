@@ -1,0 +1,229 @@
+"""torchvision's detectors on any backbone of timm or tessel, and the folder that holds a trained one."""
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    FeaturePyramidNetwork,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
+
+from ... import zoo as zoo  # registers the models with timm
+from ...zoo.dense import DenseBackbone, below
+from ..checkpoint import exported
+from ..schema import Detect, Model, UserError
+from ..transfer import REFUSALS, create
+
+CONFIG = "config.json"
+BODY = "backbone.body."
+Found = dict[str, Tensor]
+
+
+class Pyramid(nn.Module):
+    """A dense backbone and its feature pyramid, as torchvision's detectors take them: maps by name, one width."""
+
+    def __init__(self, body: DenseBackbone, channels: int, extra: ExtraFPNBlock):
+        super().__init__()
+        self.body, self.out_channels = body, channels
+        self.fpn = FeaturePyramidNetwork(body.channels, channels, extra)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x: [B, 3, H, W] -> [B, out_channels, H / stride, W / stride] from fine to coarse"""
+        return self.fpn(OrderedDict((str(number), level) for number, level in enumerate(self.body(x))))
+
+
+class _OnBackbone(nn.Module):
+    """What the trainer asks a model for, answered by the backbone under the names that its weights have here.
+
+    Labels count from 0 without a background class, for every detector.
+    """
+
+    first_label = 0
+    backbone: Pyramid
+
+    def forward(self, images: list[Tensor], targets: list[Found] | None = None) -> Any:
+        """images: of [3, H, W] in 0..1 each; targets: of boxes [N, 4] (x1, y1, x2, y2), labels [N] and masks [N, H, W].
+
+        In training a mapping of losses; else a list of boxes, labels, scores and masks [N, 1, H, W] in 0..1, in the
+        pixels of the images as they came.
+        """
+        first = self.first_label
+        if targets is not None:
+            targets = [{**target, "labels": target["labels"] + first} for target in targets]
+        found = super().forward(images, targets)
+        return found if self.training else [{**one, "labels": one["labels"] - first} for one in found]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {key: below(spec, BODY) for key, spec in self.backbone.body.group_matcher(coarse=coarse).items()}
+
+    def no_weight_decay(self) -> set[str]:
+        return {BODY + name for name in self.backbone.body.no_weight_decay()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.body.set_grad_checkpointing(enable)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Only the backbone: what comes after it has other shapes in every batch."""
+        self.backbone.compile(*args, **kwargs)
+
+
+class FasterRCNN(_OnBackbone, detection.FasterRCNN):
+    first_label = 1
+
+
+class MaskRCNN(_OnBackbone, detection.MaskRCNN):
+    first_label = 1
+
+
+class RetinaNet(_OnBackbone, detection.RetinaNet):
+    pass
+
+
+class FCOS(_OnBackbone, detection.FCOS):
+    pass
+
+
+DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+OURS = {"backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs", "self"}
+
+
+def build_detector(model: Model, detect: Detect, *, size: int, classes: int) -> nn.Module:
+    """The detector of a recipe, with the weights of its backbone. Raises UserError for what cannot be built.
+
+    R-CNNs read strides 4 to 32 and a pooled 64; RetinaNet and FCOS strides 8 to 32 and two further maps by
+    convolution, RetinaNet's from the backbone, FCOS's from the pyramid. In training images come scaled; in evaluation
+    their short side becomes `size`. They are padded to multiples of 32.
+    """
+    kind, two_stages = DETECTORS[detect.detector], "rcnn" in detect.detector
+    body = build_body(model, detect, size, levels=(0, 1, 2, 3) if two_stages else (1, 2, 3))
+    extra: ExtraFPNBlock = LastLevelMaxPool()
+    if not two_stages:
+        from_body = detect.detector == "retinanet"
+        extra = LastLevelP6P7(body.channels[-1] if from_body else detect.channels, detect.channels)
+        extra.use_P5 = not from_body  # torchvision goes by the widths, which may be equal by chance
+    known = set(inspect.signature(kind.__mro__[2].__init__).parameters) - OURS
+    if unknown := sorted(detect.kwargs.keys() - known):
+        raise UserError(
+            f"task.detect.kwargs: {unknown[0]} is no argument of {detect.detector}, which takes "
+            f"{', '.join(sorted(known))}"
+        )
+    options = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **anchors(detect)}
+    options |= {"min_size": size, "max_size": detect.longest, "_skip_resize": True, **detect.kwargs}
+    try:
+        detector = kind(Pyramid(body, detect.channels, extra), num_classes=classes + kind.first_label, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"task.detect.kwargs={detect.kwargs} with {detect.detector}: {error}") from error
+    heads = (
+        [detector.rpn.head, detector.roi_heads.box_predictor, detector.roi_heads.mask_predictor]
+        if two_stages
+        else [detector.head]
+    )
+    for head in filter(None, heads):
+        # boxes are computed in what a head hands out: half precision is pixels off
+        head.register_forward_hook(lambda module, args, out: tree_map_only(Tensor, Tensor.float, out))
+    return detector
+
+
+def build_body(model: Model, detect: Detect, size: int, levels: tuple[int, ...]) -> DenseBackbone:
+    """The backbone, with published weights or those of another classifier where the recipe asks for them."""
+    options: dict[str, Any] = {**model.kwargs}
+    if model.drop_path is not None:
+        options["drop_path_rate"] = model.drop_path
+    try:
+        body = DenseBackbone(
+            model.name,
+            pretrained=model.pretrained,
+            levels=levels,
+            norms=detect.norms,
+            batch_norm=detect.batch_norm,
+            **options,
+        )
+    except (*REFUSALS, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.name={model.name} as the backbone of {detect.detector}: {reason}") from error
+    if model.init_from:
+        source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
+        try:
+            body.start_from(source.state_dict())
+        except ValueError as error:
+            raise UserError(
+                f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "
+                "take a model with the same parameters"
+            ) from error
+    return body
+
+
+def anchors(detect: Detect) -> dict[str, Any]:
+    """The anchor generator as the argument that the detector takes; none where torchvision's own is wanted."""
+    if detect.anchor is None:
+        return {}
+    ratios, sides = ((0.5, 1.0, 2.0),) * 5, [detect.anchor * 2**level for level in range(5)]
+    if detect.detector == "retinanet":
+        octaves = tuple(tuple(int(side * 2 ** (third / 3)) for third in range(3)) for side in sides)
+        return {"anchor_generator": AnchorGenerator(octaves, ratios)}
+    return {"rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in sides), ratios)}
+
+
+def export(
+    path: Path, state: Mapping[str, Tensor], *, model: Model, detect: Detect, size: int, classes: list[str]
+) -> None:
+    """Write weights and all that `load` needs into the folder `path`, complete or not at all."""
+    part = path.with_name(f".tmp-{path.name}")
+    plain = dataclasses.replace(model, pretrained=False, init_from=None)
+    config = {"task": "detect", "size": size, "classes": classes}
+    config |= {"model": dataclasses.asdict(plain), "detect": dataclasses.asdict(detect)}
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(weights, part / "model.safetensors")
+        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
+
+
+def load(path: str | Path) -> nn.Module:
+    """The detector that a run exported into the folder `path`, in evaluation mode, with the attribute `classes`.
+
+    It takes a list of images [3, H, W] in 0..1 and returns for each boxes [N, 4] in its pixels, labels (indices of
+    `classes`), scores, and with Mask R-CNN masks. Raises UserError where the folder holds no detector.
+    """
+    file = Path(path) / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        if config.get("task") != "detect":
+            raise ValueError("its task is no detection")
+        model, detect = (
+            TypeAdapter(section).validate_json(json.dumps(config[key]))
+            for section, key in ((Model, "model"), (Detect, "detect"))
+        )
+        size, classes = config["size"], config["classes"]
+    except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} holds no exported detector ({reason}); it is a run's export/") from error
+    detector: Any = build_detector(cast(Model, model), cast(Detect, detect), size=size, classes=len(classes))
+    try:
+        detector.load_state_dict(exported(Path(path)))
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit its {CONFIG}: {str(error).splitlines()[-1]}") from error
+    detector.classes = classes
+    return detector.eval()

@@ -1,0 +1,94 @@
+"""Detection and instance segmentation: which objects are where in an image."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..classify import check_name
+from ..launch import World, writing
+from ..schema import Recipe, UserError
+from ..tasks import Supervised
+from .augment import Eval, Train
+from .data import build_dataset
+from .detectors import build_detector, export
+from .overlay import side_by_side
+from .scores import DetectScores, of_image
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
+
+
+def as_lists(samples: list[Any]) -> Batch:
+    """A batch of images of different sizes."""
+    images, targets, indices = zip(*samples, strict=True)
+    return list(images), list(targets), list(indices)
+
+
+class DetectObjects(Supervised):
+    """Boxes with classes, and masks where the detector has them."""
+
+    collate = staticmethod(as_lists)
+    metric = "box_ap"
+    kept = 16  # validation images whose masks are kept with the predictions
+
+    def __init__(self, recipe: Recipe, world: World):
+        check_name(recipe.model.name)
+        check_name(recipe.model.init_from, "model.init_from")
+        super().__init__(recipe, world, *(build_dataset(recipe, split) for split in ("train", "val")))
+        self.classes: list[str] = self.train.classes
+        if self.val.classes != self.classes:
+            odd = sorted(set(self.val.classes) ^ set(self.classes)) or ["the same in another order"]
+            raise UserError(f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}")
+        self.masks = recipe.task.detect.detector == "mask_rcnn"
+        self.train_transform, self.eval_transform = Train(recipe), Eval()
+
+    def build_model(self) -> nn.Module:
+        recipe = self.recipe
+        return build_detector(recipe.model, recipe.task.detect, size=recipe.data.size, classes=len(self.classes))
+
+    def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        images, targets = self.placed(batch)
+        losses: dict[str, Tensor] = model(images, targets)
+        return {name if "loss" in name else f"loss_{name}": value for name, value in losses.items()}
+
+    def scores(self, *, keep: bool = False) -> DetectScores:
+        # AP is no sum over batches: all that was found is kept in any case
+        return DetectScores(self)
+
+    def example(self) -> tuple[Any, ...]:
+        """One image of the aspect ratio that detectors' costs are told for, 1280 x 800."""
+        height, longest = self.recipe.data.size, self.recipe.task.detect.longest
+        return ([torch.zeros(3, height, min(longest, height * 8 // 5), device=self.world.device)],)
+
+    def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
+        recipe = self.recipe
+        export(
+            path,
+            state,
+            model=recipe.model,
+            detect=recipe.task.detect,
+            size=recipe.data.size,
+            classes=self.classes,
+        )
+
+    def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture) of the first `count` validation images: what is there, and beside it what was found."""
+        for index in predictions["image"][:count].tolist():
+            image, target = self.eval_transform(*self.val[index])
+            yield index, side_by_side(image, target, of_image(predictions, index), self.classes)
+
+    def draw(self, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
+        """Write these pictures into `folder`."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, picture in self.pictures(predictions, count):
+                picture.save(folder / f"{index:06d}.png")
+
+    def placed(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        device = self.world.device
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        return images, [{k: tensor.to(device, non_blocking=True) for k, tensor in t.items()} for t in batch[1]]
