@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Distill, Recipe, UserError, leaves
+from .schema import Data, Distill, Recipe, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -80,7 +80,7 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) 
     for override in overrides:
         _override(data, override)
     recipe = _validate(data, source)
-    if problems := [*_contradictions(recipe), *_idle_keys(recipe)]:
+    if problems := [*_contradictions(recipe), *_sources(recipe.data), *_idle_keys(recipe)]:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
@@ -238,8 +238,27 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}; {hint}"
 
 
+def _sources(data: Data) -> Iterator[str]:
+    """What a source of data needs and what it does not look at."""
+    places = {
+        "folder": "train/CLASS/ and val/CLASS/",
+        "tar": "train/*.tar and val/*.tar",
+        "wds": "train/*.tar and val/*.tar",
+    }
+    if data.source in places and not data.root:
+        yield f"data.source={data.source} needs data.root, a folder with {places[data.source]}"
+    if data.source in ("hfds", "tfds") and not data.name:
+        yield f"data.source={data.source} needs data.name"
+    idle = {"name": ("digits", "folder", "tar", "wds"), "class_map": ("digits", "folder"), "root": ("digits",)}
+    idle |= dict.fromkeys(("input_key", "target_key"), ("digits", "folder", "tar"))
+    idle |= dict.fromkeys(("train_split", "val_split"), ("digits",))
+    for key, sources in idle.items():
+        if getattr(data, key) is not None and data.source in sources:
+            yield f"data.{key} has no effect with data.source={data.source}; remove it"
+
+
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    data, aug, optim, sched, parallel = recipe.data, recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
+    aug, optim, sched, parallel = recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
     if (sched.epochs is None) == (sched.steps is None):
         yield "give one of sched.epochs and sched.steps"
     for key in ("decay_rate", "decay_steps", "milestones"):
@@ -248,10 +267,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
         if sched.name == name and not getattr(sched, key):
             yield f"sched.name={name} needs sched.{key}"
-    if data.source == "folder" and not data.root:
-        yield "data.source=folder needs data.root, a folder with train/CLASS/ and val/CLASS/"
-    if data.source == "digits" and data.root:
-        yield "data.root has no effect with data.source=digits; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
     if parallel.shard and parallel.strategy != "hsdp":

@@ -126,7 +126,7 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         raise UserError(f"--weights {weights}: there is no such file")
     folders = sets or {"val": Path(str(recipe.data.root)) / "val"}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         with world.together():
             model = create(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
         classes = ImageNetInfo().label_names()
@@ -141,7 +141,7 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
     """Judge a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
     run, recipe = opened(target, overrides)
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
             classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
@@ -172,7 +172,7 @@ def evaluate(target: Path, overrides: list[str]) -> None:
     """Judge a run or a checkpoint and print what was found."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         task = build_task(recipe, world)
         model = task.build_model()
         if at_checkpoint:

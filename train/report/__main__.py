@@ -22,12 +22,13 @@ import torch
 from ..launch import write_atomically
 from ..perf import parameters
 from ..schema import UserError, report_errors
-from . import classify
+from . import classify, dense
 from .curves import curves
 from .page import duration, page
 from .runs import Run, command, next_steps, one_metric, read_run
 
-ROOMS: dict[str, Any] = {"classify": classify}  # each tells its `headline` and its `sections`
+# each tells its `headline` and its `sections`
+ROOMS: dict[str, Any] = {"classify": classify, "segment": dense, "detect": dense}
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
@@ -53,7 +54,7 @@ def report_one(run: Run, folder: Path) -> str:
     """The page on one run."""
     recipe, optim, tiles = run.recipe, run.recipe.optim, []
     if run.result:
-        tiles.append(ROOMS[recipe.task.kind].headline(run.result))
+        tiles.append(ROOMS[recipe.task.kind].headline(run, run.result))
     with suppress(UserError):
         tiles.append((f"{parameters(run.model) / 1e6:.2f} M", "parameters"))
     if run.train:

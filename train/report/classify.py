@@ -19,7 +19,7 @@ NAMED, COUNTED = 60, 20  # most classes that a confusion matrix names, and that 
 COLUMNS, SHOWN = 8, 24  # images a row and in all among the hardest ones
 
 
-def headline(result: Mapping[str, Any]) -> tuple[str, str]:
+def headline(run: Run, result: Mapping[str, Any]) -> tuple[str, str]:
     """The figure of merit, and what it is."""
     rate, count = result["top1"] / 100, result["count"]
     spread = 100 * (rate * (1 - rate) / count) ** 0.5

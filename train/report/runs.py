@@ -26,7 +26,11 @@ class Metric:
     name: str
 
 
-METRICS = {"classify": Metric("top1", "top-1")}  # by task.kind
+METRICS = {  # by task.kind
+    "classify": Metric("top1", "top-1"),
+    "segment": Metric("miou", "mIoU"),
+    "detect": Metric("box_ap", "box AP"),
+}
 
 
 @dataclass(frozen=True)
