@@ -38,14 +38,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def side_by_side(runs: dict[str, Callable], *, seconds: float, device: str = "cpu") -> dict[str, list[float]]:
+def side_by_side(
+    runs: dict[str, Callable], *, seconds: float, device: str = "cpu", least: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each call of each run, in turns: what disturbs the machine then disturbs all alike.
 
-    At least three rounds after one that is not counted, and as many as fit into `seconds` for each run.
+    At least `least` rounds after one that is not counted, and as many as fit into `seconds` for each run.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     first = sum(_timed(run, device) for run in runs.values())
-    rounds = max(3, int(seconds * len(runs) / max(first, 1e-6)))
+    rounds = max(least, int(seconds * len(runs) / max(first, 1e-6)))
     for _ in range(min(rounds, 200)):
         for name, run in runs.items():
             times[name].append(_timed(run, device))

@@ -1,6 +1,8 @@
 """The kernel benchmark without a GPU: its dry run from end to end, and what it does where something is wrong."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -194,3 +196,135 @@ def test_verdicts(benchmark):
     assert verdicts.losses(verdicts.Times(fast + slow + unknown)) == [
         "halo, b-256, forward+backward: FlexAttention takes 15.0 us, ours 20.0 us"
     ]
+
+
+@pytest.fixture
+def script(benchmark, monkeypatch):
+    """Run a script of the folder here, and what it would start in a process of its own."""
+
+    def run(name: str, *arguments: str) -> str:
+        module = benchmark(Path(name).stem)
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(sys, "argv", [name, *arguments])
+            if hasattr(module, "in_own_process"):
+                patch.setattr(module, "in_own_process", run)
+            module.main()
+        return printed.getvalue()
+
+    return run
+
+
+FACTS = {"device", "threads", "python", "torch", "timm", "commit"}
+
+
+def test_models_dry_run(script, tmp_path):
+    small = ("--size", "64", "--batch", "1,2", "--seconds", "0", "--train", "--out", str(tmp_path / "models"))
+    script("models.py", "--models", "biformer_atto", "--peers", "convnext_atto", *small)
+    found = json.loads((tmp_path / "models.json").read_text())
+    assert found.keys() >= FACTS and list(found["groups"]) == ["biformer_atto"]
+    rows = found["groups"]["biformer_atto"]
+    assert [(row["model"], row["batch"], row["setting"]) for row in rows] == [
+        (model, batch, setting)
+        for batch in (1, 2)
+        for setting in ("inference", "training")
+        for model in ("biformer_atto", "convnext_atto")
+    ]
+    assert all(row["ratio"] == 1 for row in rows if row["model"] == "biformer_atto")
+    assert all(row["images_per_second"] > 0 and row["ratio"] > 0 and row["peak_mib"] >= 0 for row in rows)
+    convnext = rows[1]
+    assert convnext["parameters"] == 3.7 and convnext["gmacs"] == pytest.approx(0.55 * (64 / 224) ** 2, abs=0.01)
+    assert "| **biformer_atto** |" in (tmp_path / "models.md").read_text()
+    assert (tmp_path / "models.png").stat().st_size > 1000
+
+
+def test_models_refuses_what_it_does_not_know(script, capsys):
+    for arguments, message in {
+        ("--models", "biformer_huge"): "biformer_huge is no registered model",
+        ("--batch", "1;2"): "--batch 1;2 must be whole numbers with commas",
+    }.items():
+        with pytest.raises(SystemExit):
+            script("models.py", *arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_scaling_dry_run(benchmark, script, monkeypatch, tmp_path):
+    scaling = benchmark("scaling")
+    monkeypatch.setattr(scaling, "SIDES", (8, 12, 16))
+    monkeypatch.setattr(scaling, "DEFAULT", ("biformer_atto",))
+    small = ("--mixers", "FullAttention", "HiLo", "--seconds", "0", "--out", str(tmp_path / "scaling"))
+    script("scaling.py", *small)
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert found.keys() >= FACTS and found["threads"] == 1
+    assert list(found["mixers"]) == ["FullAttention", "HiLo"]
+    for rows in found["mixers"].values():
+        assert [row["side"] for row in rows] == [8, 12, 16]
+        assert all(0 < row["ms"] <= row["median_ms"] and row["mib"] >= 0 for row in rows)
+    assert found["families_at_512_mib"].keys() == {"biformer_atto"}
+    text = (tmp_path / "scaling.md").read_text()
+    assert "| FullAttention | N^2 |" in text and "| biformer_atto |" in text
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_exponent(benchmark):
+    scaling = benchmark("scaling")
+    rows = [{"side": side, "ms": (side**2) ** 1.5} for side in (8, 16, 32)]
+    assert scaling.exponent(rows, "ms") == pytest.approx(1.5)
+
+
+def test_scaling_fails_where_linear_is_not(benchmark, script, monkeypatch, tmp_path):
+    scaling = benchmark("scaling")
+    monkeypatch.setattr(scaling, "measure", lambda *_: [{"side": n, "ms": n**3, "mib": 1.0} for n in (8, 16)])
+    monkeypatch.setattr(scaling, "family_memory", dict)
+    with pytest.raises(SystemExit, match=r"called linear, but not under 1\.15: \{'Window': 1\.5\}"):
+        script("scaling.py", "--mixers", "Window", "FullAttention", "--out", str(tmp_path / "scaling"))
+
+
+def test_hilo_dry_run(script, tmp_path):
+    printed = script("hilo.py", "--batch", "1,2", "--seconds", "0", "--out", str(tmp_path / "hilo.json"))
+    found = json.loads((tmp_path / "hilo.json").read_text())
+    assert found.keys() >= FACTS and (found["dim"], found["heads"], found["side"]) == (384, 12, 14)
+    names = ["HiLo", "spatial reduction (timm)", "7x7 windows (timm)", "7x7 windows (ours)"]
+    assert [(row["batch"], row["mixer"]) for row in found["rows"]] == [(b, name) for b in (1, 2) for name in names]
+    assert all(row["ms"] > 0 and row["hilo_faster_by"] > 0 for row in found["rows"])
+    assert all(row["hilo_faster_by"] == 1 for row in found["rows"] if row["mixer"] == "HiLo")
+    assert printed.count("HiLo") == 3
+
+
+def test_dense_dry_run(script, tmp_path):
+    pytest.importorskip("mmseg")
+    dry = ("--dry-run", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path / "dense"))
+    script("dense.py", *dry)
+    found = json.loads((tmp_path / "dense.json").read_text())
+    assert found.keys() >= FACTS and found["dry_run"]
+    rows = found["rows"]
+    assert [(row["task"], row["pass"], row["model"]) for row in rows] == [
+        (task, direction, model)
+        for task in ("upernet", "mask_rcnn")
+        for direction in ("inference", "training")
+        for model in ("biformer_atto", "convnext_atto")
+    ]
+    assert {(row["task"], row["height"], row["width"]) for row in rows} == {("upernet", 64, 64), ("mask_rcnn", 64, 96)}
+    assert all(row["ratio"] == 1 for row in rows if row["model"] == "convnext_atto")
+    assert all(row["images_per_second"] > 0 and row["peak_mib"] > 50 for row in rows)
+    biformer, convnext = rows[:2]
+    assert convnext["parameters"] - biformer["parameters"] == pytest.approx(2.9, abs=0.5), "the backbones differ"
+    assert convnext["gmacs"] > biformer["gmacs"] > 0
+    assert (tmp_path / "dense.md").read_text().count("| mask_rcnn |") == 4
+
+    script("dense.py", *dry, "--add", "--tasks", "upernet", "--passes", "inference", "--models", "cswin_atto")
+    added = json.loads((tmp_path / "dense.json").read_text())["rows"]
+    assert added[:6] == rows[2:] and [row["model"] for row in added[6:]] == ["cswin_atto", "convnext_atto"]
+
+
+def test_measuring(benchmark, tmp_path):
+    measuring = benchmark("measuring")
+    assert measuring.ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 40.0]}, "a", "b") == 3
+    assert 60 < measuring.peak_of(lambda: torch.ones(2**24)) / 2**20 < 100
+    calls = []
+    times = measuring.side_by_side({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, least=2)
+    assert calls == list("ababab") and [len(seconds) for seconds in times.values()] == [2, 2]
+    (tmp_path / "good.py").write_text("import os, sys; print(sys.argv[1], os.environ['MALLOC_TRIM_THRESHOLD_'])")
+    assert measuring.in_own_process(str(tmp_path / "good.py"), "x") == "x 65536\n"
+    (tmp_path / "bad.py").write_text("raise ValueError('out of paper')")
+    with pytest.raises(SystemExit, match="(?s)bad.py failed.*out of paper"):
+        measuring.in_own_process(str(tmp_path / "bad.py"))
