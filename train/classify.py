@@ -127,6 +127,9 @@ class ClassScores:
         order = index.argsort()
         return {"target": target[order], "prediction": prediction[order], "probability": probability[order]}
 
+    def details(self) -> dict[str, Any]:
+        return {}
+
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""

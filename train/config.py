@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .schema import Distill, Recipe, UserError, leaves
+from .schema import Aug, Distill, Recipe, Segment, UserError, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -27,6 +27,21 @@ NEUTRAL = re.compile(
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
+SOURCES = {  # of each task: those that need data.root, with what is expected there, and those that do not
+    "classify": ({"folder": "a folder with train/CLASS/ and val/CLASS/"}, {"digits"}),
+    "segment": (
+        {
+            "ade20k": "ADEChallengeData2016, with images/ and annotations/",
+            "cityscapes": "a folder with leftImg8bit/ and gtFine/",
+            "voc2012": "VOC2012, with JPEGImages/, SegmentationClass/ and ImageSets/",
+            "voc2012_aug": "VOC2012, with JPEGImages/, SegmentationClassAug/ and ImageSets/",
+        },
+        {"digit_scenes"},
+    ),
+}
+# augmentations that a task other than classification has; only classification lacks those of SEGMENT_AUG
+SEGMENT_AUG = {"resize", "crop_share", "photometric"}
+TASK_AUG = {"segment": SEGMENT_AUG | {"hflip", "vflip", "repeats"}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +89,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _validate(data, str(file))
     if not recipe.run.name:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
-    if problems := [*_contradictions(recipe), *_idle_keys(recipe)]:
+    if problems := [*_contradictions(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
         raise UserError(f"recipe {file}: " + "; ".join(problems))
     return recipe
 
@@ -242,17 +257,23 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
         if sched.name == name and not getattr(sched, key):
             yield f"sched.name={name} needs sched.{key}"
-    if data.source == "folder" and not data.root:
-        yield "data.source=folder needs data.root, a folder with train/CLASS/ and val/CLASS/"
-    if data.source == "digits" and data.root:
-        yield "data.root has no effect with data.source=digits; remove it"
+    rooted, embedded = SOURCES[recipe.task.kind]
+    if data.source not in rooted.keys() | embedded:
+        yield (
+            f"data.source={data.source} is not for task.kind={recipe.task.kind}, which takes "
+            f"{', '.join(sorted(rooted.keys() | embedded))}"
+        )
+    if data.source in rooted and not data.root:
+        yield f"data.source={data.source} needs data.root, {rooted[data.source]}"
+    if data.source in embedded and data.root:
+        yield f"data.root has no effect with data.source={data.source}; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
     if parallel.shard and parallel.strategy != "hsdp":
         yield f"parallel.shard has no effect with parallel.strategy={parallel.strategy}; remove it"
     if parallel.precision == "fp16" and parallel.strategy != "ddp":
         yield f"parallel.precision=fp16 cannot scale the loss of parallel.strategy={parallel.strategy}; use bf16"
-    for key, pair in (("scale", aug.scale), ("ratio", aug.ratio)):
+    for key, pair in (("scale", aug.scale), ("ratio", aug.ratio), ("resize", aug.resize)):
         if not 0 < pair[0] <= pair[1]:
             yield f"data.aug.{key}={list(pair)} is no rising range above 0"
     if optim.name.startswith("lookahead"):
@@ -274,3 +295,47 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
         yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
     if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
         yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"
+
+
+def _foreign_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys of another task than the recipe's."""
+    task, data, kind = recipe.task, recipe.data, recipe.task.kind
+    idle = {f"data.aug.{key}": value for key, value in _changed(data.aug, Aug())}
+    if kind == "classify":
+        idle = {key: value for key, value in idle.items() if key.rpartition(".")[2] in SEGMENT_AUG}
+        idle |= {"data.fit": data.fit}
+    else:
+        idle = {key: value for key, value in idle.items() if key.rpartition(".")[2] not in TASK_AUG[kind]}
+        idle |= {"data.interpolation": data.interpolation, "data.crop_pct": data.crop_pct}
+        others = ("num_classes", "loss", "smoothing", "probe", "distill")
+        idle |= {f"task.{key}": value for key, value in _changed(task, type(task)()) if key in others}
+    for key, value in idle.items():
+        if value is not None:
+            yield f"{key} has no effect with task.kind={kind}; remove it"
+    if kind != "segment" and task.segment != Segment():
+        yield f"task.segment has no effect with task.kind={kind}; remove it"
+    if kind == "segment":
+        yield from _segment_problems(recipe)
+
+
+def _segment_problems(recipe: Recipe) -> Iterator[str]:
+    segment = recipe.task.segment
+    for key in ("decode_head", "auxiliary_head", "neck"):
+        part = getattr(segment, key)
+        if (part or key == "decode_head") and not isinstance(part.get("type"), str):
+            yield f"task.segment.{key} needs a type, as in {{type: {'FPN' if key == 'neck' else 'UPerHead'}, ...}}"
+    if segment.test.mode == "whole":
+        for key in ("crop", "stride"):
+            if getattr(segment.test, key) is not None:
+                yield f"task.segment.test.{key} has no effect with task.segment.test.mode=whole; remove it"
+    elif (segment.test.stride or 0) > (segment.test.crop or recipe.data.size):
+        yield f"task.segment.test.stride={segment.test.stride} leaves gaps between windows; make it the window or less"
+    if segment.load_from and (recipe.model.init_from or recipe.model.pretrained):
+        yield "task.segment.load_from has the backbone's weights too; remove it or model.init_from and model.pretrained"
+
+
+def _changed(section: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) where a section is not as by default."""
+    for field in dataclasses.fields(section):
+        if (value := getattr(section, field.name)) != getattr(default, field.name):
+            yield field.name, value

@@ -1,7 +1,8 @@
 """Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT [--data key=value ...] [--sets NAME=FOLDER ...]`.
 
-Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --sets on
-ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into RUN/sets.json.
+Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --overlays N
+pictures of N predictions too; with --sets on ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into
+RUN/sets.json.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def measure(
 
 def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
     """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
-    figures, predictions = scores.compute() | facts, scores.predictions()
+    figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
     path, part = run / "evaluation", run / ".tmp-evaluation"
     with world.together():
         if world.main:
@@ -96,16 +97,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="a run directory, or one of its checkpoints/step-*")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
+    parser.add_argument("--overlays", type=int, default=0, metavar="N", help="draw the first N predictions")
     options = parser.parse_args(argv)
     with report_errors() as outcome:
         overrides = [f"data.{text.removeprefix('data.')}" for text in options.data]
-        (partial(evaluate_sets, sets=parse(options.sets)) if options.sets else evaluate)(options.target, overrides)
+        judge = partial(evaluate, overlays=options.overlays)
+        (partial(evaluate_sets, sets=parse(options.sets)) if options.sets else judge)(options.target, overrides)
     return outcome.code
 
 
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
     """Judge a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
     run, recipe = opened(target, overrides)
+    if recipe.task.kind != "classify":
+        raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these are sets of ImageNet's classes")
     with join(recipe.run) as world:
         if run == target:
             model: Any = load_run(run)[1]
@@ -130,15 +135,19 @@ def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
     run = target.parent.parent if (target / checkpoint.MANIFEST).is_file() else target
     recipe = load_recipe(_recipe_file(run), overrides)
     model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
-    return run, dataclasses.replace(recipe, model=model)
+    segment = dataclasses.replace(recipe.task.segment, load_from=None)
+    return run, dataclasses.replace(recipe, model=model, task=dataclasses.replace(recipe.task, segment=segment))
 
 
-def evaluate(target: Path, overrides: list[str]) -> None:
-    """Judge a run or a checkpoint and print what was found."""
+def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
+    """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
     with join(recipe.run) as world:
-        task = build_task(recipe, world)
+        task: Any = build_task(recipe, world)
+        if overlays and not hasattr(task, "draw"):
+            raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")
+        task.kept = max(overlays, getattr(task, "kept", 0))
         model = task.build_model()
         if at_checkpoint:
             step = load_checkpoint(target, model, world)
@@ -150,6 +159,11 @@ def evaluate(target: Path, overrides: list[str]) -> None:
         assert scores is not None
         facts = {"step": step, "checkpoint": str(target if at_checkpoint else run / "export")}
         figures = save_evaluation(run, scores, facts, world)
+        if overlays:
+            predictions = scores.predictions()
+            with world.together():
+                if world.main:
+                    task.draw(predictions, run / "evaluation" / "overlays", overlays)
         if world.main:
             print(", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float)))
             print(f"{figures['count']} images; written to {run / 'evaluation'}")

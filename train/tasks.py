@@ -28,6 +28,10 @@ class Scores(Protocol):
         """What was kept, in data-set order, the same on every process; every process calls it."""
         ...
 
+    def details(self) -> dict[str, Any]:
+        """Further facts for evaluation.json, for example figures per class; every process calls it."""
+        ...
+
 
 class Task(Protocol):
     samples: int  # in the training split
@@ -70,6 +74,10 @@ def build_task(recipe: Recipe, world: World) -> Task:
         from .classify import Classify
 
         return Classify(recipe, world)
+    if recipe.task.kind == "segment":
+        from .segment.task import SegmentTask
+
+        return SegmentTask(recipe, world)
     raise AssertionError(recipe.task.kind)
 
 

@@ -61,6 +61,8 @@ class DenseBackbone(nn.Module):
         self.channels = [features.feature_info.channels()[level] for level in levels]
         self.strides = [reductions[level] for level in levels]
         self.indices = [features.out_indices[level] for level in levels]
+        if levels[-1] < 3:  # what comes after the last map that is read would never learn
+            self.body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         ours = is_ours(name)
         if norms is None:
             norms = [ours and dense_norm(name) is not None] * len(levels)
@@ -128,7 +130,7 @@ class DenseBackbone(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups of the body under the names they have here; all else counts as the last layer."""
-        return {key: _below(spec, "body.") for key, spec in self.body.group_matcher(coarse=coarse).items()}
+        return {key: below(spec, "body.") for key, spec in self.body.group_matcher(coarse=coarse).items()}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay beside biases and one-dimensional ones."""
@@ -143,9 +145,9 @@ class DenseBackbone(nn.Module):
         return [module for module in self.body.modules() if isinstance(module, _BatchNorm)]
 
 
-def _below(spec: Any, prefix: str) -> Any:
+def below(spec: Any, prefix: str) -> Any:
     """A pattern of timm's group matcher, or a list of them, for names that stand below `prefix`."""
     if isinstance(spec, str):
         # a start of the name is asked for in each alternative, or not: the prefix stands for all of them
         return f"^{re.escape(prefix)}(?:{START.sub('', spec)})"
-    return [(_below(pattern, prefix), suffix) for pattern, suffix in spec]
+    return [(below(pattern, prefix), suffix) for pattern, suffix in spec]
