@@ -61,7 +61,8 @@ class Screen:
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
-            line = f"evaluation: {_figures(record, 'top1', 'top5', 'loss')}"
+            known = ("epoch", "count")
+            line = f"evaluation: {_figures(record, *(key for key, _ in _numbers(record) if key not in known))}"
         else:
             line = (
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "

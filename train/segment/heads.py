@@ -181,10 +181,11 @@ def _built(key: str, words: Mapping[str, Any]) -> Any:
 
 def _check_kind(key: str, kind: str) -> None:
     """Refuse what mmsegmentation has, but not as a head that stands alone."""
+    known = mmseg_modules().HEADS.module_dict
+    # only now that the modules that these need are there
     from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-    known = mmseg_modules().HEADS.module_dict
     if kind in known and issubclass(known[kind], BaseCascadeDecodeHead):
         raise UserError(
             f"{key}.type={kind} refines another head's result, which is not supported; take one that stands alone"
