@@ -17,9 +17,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from tessel.blocks import BiLevelRouting
-from tessel.train import explain, report
+from tessel.train import explain
 from tessel.train.checkpoint import export
 from tessel.train.demo_data import digits
+from tessel.train.report import __main__ as report
+from tessel.train.report import classify, curves
+from tessel.train.report.page import STYLE, duration
+from tessel.train.report.runs import read_run
 from tessel.train.schema import Data, UserError
 
 SECTIONS = {
@@ -36,7 +40,7 @@ DATA = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 32, 3
 @pytest.fixture(autouse=True, scope="module")
 def coarse_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(report.STYLE, "savefig.dpi", 40)
+        patch.setitem(STYLE, "savefig.dpi", 40)
         yield
 
 
@@ -61,7 +65,8 @@ def run(finished, page, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the drawing out where the words are what matters."""
-    monkeypatch.setattr(report, "picture", lambda folder, name, words, draw: f"<i>{name}</i>")
+    for room in (classify, curves):
+        monkeypatch.setattr(room, "picture", lambda folder, name, words, draw: f"<i>{name}</i>")
 
 
 def make_run(path, *, wrong):
@@ -213,7 +218,7 @@ def test_a_run_that_has_just_begun(run):
 def test_half_a_line_at_the_end_is_passed_over(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    assert len(report.read_run(run).train) == STEPS // EVERY
+    assert len(read_run(run).train) == STEPS // EVERY
 
 
 def test_an_evaluation_of_other_images_shows_none_of_them(run, undrawn):
@@ -243,9 +248,9 @@ def test_more_mistakes_than_there_is_room_for(run, undrawn):
 def test_the_hardest_images_come_in_order(run, monkeypatch):
     save_predictions(run, wrong=[7, 200])
     drawn = []
-    monkeypatch.setattr(report, "picture", lambda folder, name, words, draw: drawn.append(draw) or "")
-    monkeypatch.setattr(report, "draw_hardest", drawn.append)
-    report.hardest(report.read_run(run), run)
+    monkeypatch.setattr(classify, "picture", lambda folder, name, words, draw: drawn.append(draw) or "")
+    monkeypatch.setattr(classify, "draw_hardest", drawn.append)
+    classify.hardest(read_run(run), run)
     drawn[0]()
     data, cards = digits("val"), drawn[1]
     assert [(true, taken) for _, true, taken, _ in cards[:2]] == [
@@ -268,8 +273,8 @@ def test_several_runs_are_laid_over_each_other(finished, tmp_path):
         "learning.png",
         "optimisation.png",
     ]
-    runs = [report.read_run(path) for path in (finished, finished)]
-    loss, accuracy = report.draw_learning(runs).axes
+    runs = [read_run(path) for path in (finished, finished)]
+    loss, accuracy = curves.draw_learning(runs).axes
     assert len([line for line in loss.lines if len(line.get_xdata())]) == 4
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
 
@@ -314,19 +319,19 @@ def test_a_failure_leaves_the_old_report_as_it_was(run, monkeypatch, capsys):
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (112, "1 min 52 s"), (3725, "1 h 2 min")]
 )
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(("size", "written"), [(3, 3), (20, 20), (30, 0), (100, 0)])
 def test_confusion_matrices_of_every_size(size, written):
-    matrix, recall = report.draw_confusion(5 * np.eye(size, dtype=int), ["a rather long name"] * size).axes
+    matrix, recall = classify.draw_confusion(5 * np.eye(size, dtype=int), ["a rather long name"] * size).axes
     assert [text.get_text() for text in matrix.texts] == ["5"] * written
-    assert len(matrix.get_xticklabels()) == (size if size <= report.NAMED else 0)
+    assert len(matrix.get_xticklabels()) == (size if size <= classify.NAMED else 0)
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), 100)
 
 
 def test_confusion_with_a_class_without_images_and_one_always_wrong():
-    matrix, recall = report.draw_confusion(np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")).axes
+    matrix, recall = classify.draw_confusion(np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")).axes
     cells = {text.get_position(): text.get_text() for text in matrix.texts}
     assert cells == {(0, 0): "4", (0, 2): "1", (1, 2): "3"}
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), [100, np.nan, 0])

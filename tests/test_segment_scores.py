@@ -95,9 +95,8 @@ def test_classes_by_name():
     scores.update(nn.Identity(), [([logits], mask, 0)])
     assert scores.details() == {
         "classes": {
-            "c0": {"iou": 50.0, "acc": 50.0, "pixels": 2},
-            "c1": {"iou": 50.0, "acc": 100.0, "pixels": 1},
-            "c2": {"iou": None, "acc": None, "pixels": 0},
+            "iou": {"c0": 50.0, "c1": 50.0, "c2": None},
+            "acc": {"c0": 50.0, "c1": 100.0, "c2": None},
         }
     }
     assert scores.compute() == pytest.approx({"miou": 50.0, "macc": 75.0, "aacc": 100 * 2 / 3, "count": 1})

@@ -149,3 +149,40 @@ def test_command_line_keeps_what_it_found(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "real needs the original names" in error and error.count("\n") == 1
     assert json.loads((run / "sets.json").read_text()) == found
+
+
+def test_a_published_model_by_its_name(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("biformer_atto").eval()
+    torch.save(model.state_dict(), tmp_path / "published.pth")
+    images = trainer.draw_folder(tmp_path / "images", train=1, val=6)
+    for number in range(3):
+        (images / "val" / f"class_{number}").rename(images / "val" / SYNSETS[number])
+    options = ["--data", f"root={images}", "size=64", "--weights", str(tmp_path / "published.pth")]
+    assert evaluate.main(["biformer_atto", *options]) == 0
+    said = capsys.readouterr().out
+    transform = timm.data.create_transform(**{**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)})
+    hits = [
+        int(model(transform(Image.open(file).convert("RGB"))[None])[0, :3].argmax()) == number
+        for number in range(3)
+        for file in sorted((images / "val" / SYNSETS[number]).iterdir())
+    ]
+    assert f"val: top1 {100 * np.mean(hits):.2f}" in said and "18 images of 3 classes" in said
+    assert evaluate.main(["biformer_atto", *options, "--sets", f"v2={images}/val"]) == 0
+    assert "v2: top1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["biformer_atto"], "no weights that can be fetched; --weights FILE"),
+        (["biformer_atto", "--weights", "nowhere.pth"], "no such file"),
+        (["biformer_smal", "--weights", "nowhere.pth"], "did you mean biformer_small"),
+        (["biformer_smal"], "no run directory"),
+        (["biformer_small", "--data", "sise=64"], "did you mean data.size"),
+    ],
+)
+def test_a_model_that_cannot_be_judged(arguments, message, capsys):
+    assert evaluate.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -82,15 +82,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {file} holds no sections; it needs at least model.name, data.source and sched.epochs")
-    for override in overrides:
-        _override(data, override)
     if isinstance(data.setdefault("run", {}), dict):
         data["run"].setdefault("name", file.stem)
-    recipe = _validate(data, str(file))
+    recipe = make_recipe(data, overrides, source=f"recipe {file}")
     if not recipe.run.name:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
+    return recipe
+
+
+def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
+    """The recipe whose sections `data` holds, with `key=value` overrides applied; `source` is named in errors."""
+    for override in overrides:
+        _override(data, override)
+    recipe = _validate(data, source)
     if problems := [*_contradictions(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
-        raise UserError(f"recipe {file}: " + "; ".join(problems))
+        raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
 
@@ -223,7 +229,7 @@ def _validate(data: Mapping[str, Any], source: str) -> Recipe:
         # through JSON, so that strict mode still takes lists for tuples and mappings for sections
         return TypeAdapter(Recipe).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise UserError(f"recipe {source}: " + "; ".join(map(_explain, error.errors()))) from error
+        raise UserError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
 
 
 def _explain(error: Any) -> str:

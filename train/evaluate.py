@@ -1,8 +1,10 @@
-"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT [--data key=value ...] [--sets NAME=FOLDER ...]`.
+"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|NAME [--data key=value ...] [--sets NAME=FOLDER ...]`.
 
 Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --overlays N
 pictures of N predictions too; with --sets on ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into
-RUN/sets.json.
+RUN/sets.json. NAME is a timm or tessel model
+with published weights, judged with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
+figures on IMAGENET/val/CLASS/*; --weights takes a file that is already here.
 """
 
 import argparse
@@ -19,16 +21,18 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from . import checkpoint
-from .classify import Classify
-from .config import load_recipe
+from .classify import Classify, check_name
+from .config import load_recipe, make_recipe
 from .launch import World, join, write_atomically, writing
 from .parallel import autocast, place
 from .schema import Parallel, Recipe, UserError, report_errors
 from .sets import Judge, lines, parse
 from .tasks import Scores, Task, build_task
+from .transfer import create
 
 
 def measure(
@@ -76,7 +80,7 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
-    _done(path)
+    _finished(path)
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 
@@ -94,16 +98,47 @@ def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tessel.train.evaluate", description=__doc__)
-    parser.add_argument("target", type=Path, help="a run directory, or one of its checkpoints/step-*")
+    parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the model, instead of its published ones")
     parser.add_argument("--overlays", type=int, default=0, metavar="N", help="draw the first N predictions")
     options = parser.parse_args(argv)
     with report_errors() as outcome:
         overrides = [f"data.{text.removeprefix('data.')}" for text in options.data]
-        judge = partial(evaluate, overlays=options.overlays)
-        (partial(evaluate_sets, sets=parse(options.sets)) if options.sets else judge)(options.target, overrides)
+        sets = parse(options.sets)
+        if not options.target.exists() and (timm.is_model(str(options.target)) or options.weights):
+            evaluate_model(str(options.target), overrides, sets, options.weights)
+        else:
+            judge = partial(evaluate, overlays=options.overlays)
+            (partial(evaluate_sets, sets=sets) if sets else judge)(options.target, overrides)
     return outcome.code
+
+
+def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None) -> None:
+    """Judge a model with published weights, or with those of a file, on folders of ImageNet's classes."""
+    check_name(name, "the model")
+    published = timm.models.get_pretrained_cfg(name)
+    assert published is not None
+    side = published.input_size[-1]
+    sections = {"model": {"name": name}, "data": {"source": "folder", "root": ".", "size": side}, "sched": {"steps": 1}}
+    recipe = make_recipe(sections, overrides, source=f"evaluation of {name}")
+    if not (weights or published.has_weights):
+        raise UserError(f"{name} has no weights that can be fetched; --weights FILE judges those of a file")
+    if weights and not weights.is_file():
+        raise UserError(f"--weights {weights}: there is no such file")
+    folders = sets or {"val": Path(str(recipe.data.root)) / "val"}
+    own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+    with join(recipe.run) as world:
+        with world.together():
+            model = create(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
+        classes = ImageNetInfo().label_names()
+        if model.num_classes != len(classes):
+            raise UserError(f"{name} tells {model.num_classes} classes apart, ImageNet-1K has {len(classes)}")
+        judge = Judge(recipe, place(model, recipe.parallel, world).eval(), classes, world)
+        found = {title: judge.judge(title, folder) for title, folder in folders.items()}
+        if world.main:
+            print("\n".join(lines(found)))
 
 
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
@@ -114,7 +149,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     with join(recipe.run) as world:
         if run == target:
             model: Any = load_run(run)[1]
-            classes, step = list(model.pretrained_cfg["label_names"]), _done(run)
+            classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
         else:
             task = Classify(recipe, world)
             model, classes = task.build_model(), task.classes
@@ -152,7 +187,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
         if at_checkpoint:
             step = load_checkpoint(target, model, world)
         else:
-            step = _done(run)
+            step = _finished(run)["step"]
             model.load_state_dict(checkpoint.exported(run / "export"))
         place(model, recipe.parallel, world)
         scores = measure(task, model, world, recipe.parallel, keep=True)
@@ -175,13 +210,13 @@ def _recipe_file(run: Path) -> Path:
     return run / "recipe.yaml"
 
 
-def _done(run: Path) -> int:
-    """The last step of a finished run."""
+def _finished(run: Path) -> dict[str, Any]:
+    """The figures of a finished run."""
     if not (run / "DONE").is_file():
         raise UserError(
             f"{run} is not finished and has no export: go on training it, or evaluate one of {run}/checkpoints/step-*"
         )
-    return json.loads((run / "DONE").read_text())["step"]
+    return json.loads((run / "DONE").read_text())
 
 
 if __name__ == "__main__":

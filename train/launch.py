@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -19,8 +20,10 @@ import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
 from .data import WORKER_DIED
+from .rendezvous import meet
 from .schema import Lost, Recipe, Run, UserError
 
+PATIENCE = timedelta(minutes=30)  # how long one process waits for another
 LOCK = ".lock"
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
@@ -95,7 +98,9 @@ def join(run: Run) -> Iterator[World]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(run.deterministic)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, rank, size = meet(PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     except RuntimeError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import __version__
 from ..checkpoint import exported
 from ..schema import UserError
 from .model import Segmenter, assemble
@@ -23,7 +23,7 @@ KIND = "tessel segmenter"
 def write_export(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the weights and `facts` (specification, classes, palette, mean, std) into the folder `path`."""
     part = path.with_name(f".tmp-{path.name}")
-    content = {"kind": KIND, "read_with": "tessel.train.segment.load", "tessel": __version__, **facts}
+    content = {"kind": KIND, "read_with": "tessel.train.segment.load", "tessel": version("tessel"), **facts}
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,22 @@ OPACITY = 0.55
 GAP = 4  # white pixels between truth and prediction
 
 
+def pictures(task: "SegmentTask", predictions: dict[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+    """(index, picture) of the first `count` validation images that were kept: truth at the left, prediction beside."""
+    for number, index in enumerate(predictions["index"][:count].tolist()):
+        height, width = predictions["size"][number]
+        pair = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
+        yield index, overlay(task.val[index][0], pair, task.palette)
+
+
 def write_overlays(task: "SegmentTask", predictions: dict[str, np.ndarray], folder: Path, count: int) -> None:
-    """`folder/NNNNN.png` of the first `count` validation images: truth at the left, prediction at the right."""
+    """`folder/NNNNN.png` of each of the `pictures`, all or none."""
     part = folder.with_name(f".tmp-{folder.name}")
     with writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for number, index in enumerate(predictions["index"][:count]):
-            height, width = predictions["size"][number]
-            pair = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
-            overlay(task.val[int(index)][0], pair, task.palette).save(part / f"{index:05d}.png")
+        for index, picture in pictures(task, predictions, count):
+            picture.save(part / f"{index:05d}.png")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
 

@@ -59,9 +59,9 @@ class SegmentScores:
 
     def details(self) -> dict[str, Any]:
         """IoU and accuracy of each class in percent; null for one that the data does not have."""
-        iou, recall, total = self._per_class()
-        rows = zip(self.task.classes, iou.tolist(), recall.tolist(), total.sum(1).tolist(), strict=True)
-        return {"classes": {name: {"iou": _percent(i), "acc": _percent(a), "pixels": int(n)} for name, i, a, n in rows}}
+        figures = dict(zip(("iou", "acc"), self._per_class()[:2], strict=True))
+        named = {key: zip(self.task.classes, values.tolist(), strict=True) for key, values in figures.items()}
+        return {"classes": {key: {name: _percent(share) for name, share in rows} for key, rows in named.items()}}
 
     def predictions(self) -> dict[str, np.ndarray]:
         """The first images: index [N], height and width of what is kept [N, 2], target and prediction [N, H, W].

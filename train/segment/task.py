@@ -1,11 +1,12 @@
 """Semantic segmentation as a task of the trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -18,7 +19,7 @@ from .augment import eval_transform, normalisation, train_transform
 from .data import build_dataset
 from .export import write_export
 from .model import Segmenter, assemble, begin, specification
-from .overlays import write_overlays
+from .overlays import pictures, write_overlays
 from .scores import SegmentScores
 
 
@@ -64,6 +65,10 @@ class SegmentTask(Supervised):
         mean, std = normalisation(self.pretrained_cfg)
         facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std}
         write_export(path, state, {"specification": self.specification, **facts})
+
+    def pictures(self, predictions: dict[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture) of the first `count` predictions: truth beside prediction."""
+        return pictures(self, predictions, count)
 
     def draw(self, predictions: dict[str, np.ndarray], folder: Path, count: int) -> None:
         """Overlays of the first `count` validation images."""
