@@ -11,11 +11,12 @@ FRESH ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-slow lint tables clean
+.PHONY: help demo demo-segment test test-slow lint tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
 	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
+	@echo "make demo-segment    transfer it to the segmentation of scenes of digits; FRESH=1 as above"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
 	@echo "make lint            formatting, lint, types"
 	@echo "make tables          rewrite the generated tables in README.md and docs/"
@@ -31,6 +32,14 @@ demo: $(INSTALLED)
 		$(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
 	$(BIN)/python -m tessel.train.evaluate runs/$(RUN)
 	$(BIN)/python -m tessel.train.report runs/$(RUN)
+
+runs/digits/DONE:
+	$(MAKE) demo SEED=0 FRESH= DEMO_ARGS=
+
+demo-segment: $(INSTALLED) runs/digits/DONE
+	$(BIN)/python -m tessel.train configs/demo/digit_segment.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/digit_segment --overlays 16
+	$(BIN)/python -m tessel.train.report runs/digit_segment
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
