@@ -219,7 +219,7 @@ def test_a_damaged_image_is_named(recipe, tmp_path, capsys):
         (["data.root=null"], "data.source=ade20k needs data.root, ADEChallengeData2016"),
         (["data.source=digit_scenes"], "data.root has no effect with data.source=digit_scenes"),
         (["task.segment.test.stride=4"], "task.segment.test.stride has no effect with task.segment.test.mode=whole"),
-        (["task.segment.test={mode: slide, stride: 40}"], "leaves gaps between windows"),
+        (["task.segment.test.mode=slide", "task.segment.test.stride=40"], "leaves gaps between windows"),
         (["task.segment.load_from=x.pth", "model.pretrained=true"], "has the backbone's weights too"),
         (["task.kind=classify"], "task.segment has no effect with task.kind=classify; remove it"),
         (["task.kind=classify"], "data.aug.photometric has no effect with task.kind=classify; remove it"),
