@@ -11,11 +11,12 @@ FRESH ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo demo-detect test test-slow lint tables clean
+.PHONY: help demo demo-segment demo-detect test test-slow lint tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
 	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
+	@echo "make demo-segment    transfer it to the segmentation of scenes of digits; FRESH=1 as above"
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
 	@echo "make lint            formatting, lint, types"
@@ -35,6 +36,11 @@ demo: $(INSTALLED)
 
 runs/digits/DONE:
 	$(MAKE) demo SEED=0 FRESH= DEMO_ARGS=
+
+demo-segment: $(INSTALLED) runs/digits/DONE
+	$(BIN)/python -m tessel.train configs/demo/digit_segment.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/digit_segment --overlays 16
+	$(BIN)/python -m tessel.train.report runs/digit_segment
 
 demo-detect: $(INSTALLED) runs/digits/DONE
 	$(BIN)/python -m tessel.train configs/demo/digit_detect.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)

@@ -2,8 +2,9 @@
 
     python docs/recipes.py [--check]
 
-The keys come from the schema, the recipes from configs/imagenet and configs/coco: their settings from the YAML, paper
-and accuracy from the comments they open with. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+The keys come from the schema, the recipes from configs/imagenet, configs/ade20k and configs/coco: their settings from
+the YAML, paper and accuracy from the comments they open with. A table stands between `<!-- table: NAME -->` and
+`<!-- end -->`.
 """
 
 import dataclasses
@@ -82,7 +83,27 @@ def coco() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"keys": keys, "recipes": recipes, "coco": coco}
+def segmenters() -> str:
+    """One line a recipe for ADE20K."""
+    columns = "recipe, paper, decoder, crop, length, batch, peak lr, begins with, settings, published mIoU, ours"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    for path in sorted((PACKAGED / "ade20k").glob("*.yaml")):
+        recipe, head = load_recipe(path), path.read_text()
+        paper, miou = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"mIoU ([\d.]+) % \(published", head)
+        decoder = re.search(r"with (.*), ADE20K", head)
+        if not (paper and miou and decoder):
+            raise SystemExit(f"{path} does not open with its paper, its decoder and its published mIoU")
+        unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
+        settings = ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
+        begin = recipe.model.init_from or ("published weights" if recipe.model.pretrained else "")
+        length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+        counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
+        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {begin} | {settings} | {miou[1]} | not run |")
+    return "\n".join(lines)
+
+
+TABLES = {"keys": keys, "recipes": recipes, "segmenters": segmenters, "coco": coco}
 
 
 if __name__ == "__main__":

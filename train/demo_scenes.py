@@ -42,14 +42,14 @@ class DigitScenes:
 
 
 def draw(rng: np.random.Generator, ink: Digits, side: int) -> Scene:
-    """One scene of two to four digits between a quarter and a half of `side` high, and as many pieces of clutter."""
+    """One scene of two to four digits between 3/10 and 6/10 of `side` high, and as many pieces of clutter."""
     canvas = texture(rng, side)
     for _ in range(rng.integers(2, 5)):
         scratch(rng, canvas)
     instances, labels = np.zeros((side, side), np.int32), []
     for _ in range(rng.integers(2, 5)):
         chosen = int(rng.integers(len(ink)))
-        height = int(rng.integers(side // 4, side // 2 + 1))
+        height = int(rng.integers(3 * side // 10, 6 * side // 10 + 1))
         top, left = rng.integers(0, side - height + 1, 2)
         part = np.s_[top : top + height, left : left + height]
         alpha = np.asarray(ink[chosen][0].convert("L").resize((height, height), Image.Resampling.BILINEAR)) / 255

@@ -1,10 +1,10 @@
 """Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|NAME [--data key=value ...] [--sets NAME=FOLDER ...]`.
 
-Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/; with --sets on
-ImageNet's further sets instead (val, real, v2, a, r, sketch, c), into RUN/sets.json. --overlays N draws N predictions
-of a detector or segmenter, too. NAME is a timm or tessel model
-with published weights, judged with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
-figures on IMAGENET/val/CLASS/*; --weights takes a file that is already here.
+Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/, with --overlays N
+also pictures of N predictions of a segmenter or detector; with --sets on ImageNet's further sets instead (val, real,
+v2, a, r, sketch, c), into RUN/sets.json. NAME is a timm or tessel model with published weights, judged with its own
+preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the figures on IMAGENET/val/CLASS/*; --weights
+takes a file that is already here.
 """
 
 import argparse
@@ -173,7 +173,8 @@ def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
     run = target.parent.parent if (target / checkpoint.MANIFEST).is_file() else target
     recipe = load_recipe(_recipe_file(run), overrides)
     model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
-    return run, dataclasses.replace(recipe, model=model)
+    segment = dataclasses.replace(recipe.task.segment, load_from=None)
+    return run, dataclasses.replace(recipe, model=model, task=dataclasses.replace(recipe.task, segment=segment))
 
 
 def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:

@@ -89,6 +89,41 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class SegmentTest:
+    mode: Literal["whole", "slide"] = "whole"
+    """the image at once, or in overlapping windows whose logits are averaged"""
+    crop: PositiveInt | None = None
+    """side of a window; null: data.size"""
+    stride: PositiveInt | None = None
+    """from one window to the next; null: two thirds of a window"""
+    flip: bool = False
+    """average with the prediction of the mirrored image"""
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
+    """average the predictions of the image at these sizes, as factors of its own"""
+    divisor: PositiveInt | None = None
+    """enlarge an image until its sides are multiples of this, for example 32"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Segment:
+    decode_head: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """mmsegmentation's words, for example {type: UPerHead, channels: 512}; what backbone and data say is filled in"""
+    auxiliary_head: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """a second head that is trained along, for example {type: FCNHead, channels: 256}; empty: none"""
+    neck: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
+    class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
+    """weight in the loss by class name, for example {background: 0.2}; 1 where not given"""
+    batch_norm: Literal["train", "eval", "frozen"] = "train"
+    """of the backbone: eval keeps its running statistics, frozen its weights too"""
+    norms: tuple[bool, ...] | None = None
+    """which of the maps that are read have a norm; null: as the paper's backbone, none on models that are not ours"""
+    load_from: str | None = None
+    """begin with a published segmenter's file, by mmsegmentation's names"""
+    test: SegmentTest = SegmentTest()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Detect:
     detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "fcos"
     """torchvision's detector; mask_rcnn learns instance masks too"""
@@ -118,7 +153,7 @@ class Detect:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Task:
-    kind: Literal["classify", "detect"] = "classify"
+    kind: Literal["classify", "segment", "detect"] = "classify"
     """what is learned"""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """null: as many as the data has"""
@@ -129,6 +164,7 @@ class Task:
     probe: Literal["linear", "attentive"] | None = None
     """freeze the model and train a classifier of its pooled features, or of attention over its last map"""
     distill: Distill = Distill()
+    segment: Segment = Segment()
     detect: Detect = Detect()
 
 
@@ -166,13 +202,32 @@ class Aug:
     """share of cutmix where both are on"""
     repeats: PositiveInt = 1
     """repeated augmentation: copies of an image in a batch; an epoch keeps its length"""
+    resize: tuple[float, float] = (1.0, 1.0)
+    """range of the random factor on data.fit, before the crop (segment)"""
+    crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """a crop in which one class has more than this share is drawn again, up to ten times (segment)"""
+    photometric: bool = False
+    """brightness, contrast, saturation, hue, each at random (segment)"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
-    source: Literal["digits", "folder", "tar", "wds", "hfds", "tfds", "digit_scenes", "coco", "voc2012"]
-    """embedded digits or scenes of them; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow
-    datasets; COCO or Pascal VOC below root"""
+    source: Literal[
+        "digits",
+        "folder",
+        "tar",
+        "wds",
+        "hfds",
+        "tfds",
+        "digit_scenes",
+        "ade20k",
+        "cityscapes",
+        "voc2012",
+        "voc2012_aug",
+        "coco",
+    ]
+    """embedded digits or scenes of them; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or
+    TensorFlow datasets; ADE20K, Cityscapes, Pascal VOC or COCO in their own layouts below root"""
     root: str | None = None
     """folder of the data: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
     name: str | None = None
@@ -189,6 +244,8 @@ class Data:
     """text file that lists the classes, a line each (null: those that are found)"""
     size: PositiveInt = 224
     """side of the input, pixels; the short side in detection"""
+    fit: tuple[PositiveInt, PositiveInt] | None = None
+    """longer and shorter side that an image is resized to fit in, its ratio kept; null: as it is (segment)"""
     scenes: PositiveInt = 1000
     """training scenes of source=digit_scenes, drawn anew by their number; a fifth as many are held out"""
     batch: PositiveInt = 256

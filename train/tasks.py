@@ -74,6 +74,10 @@ def build_task(recipe: Recipe, world: World) -> Task:
         from .classify import Classify
 
         return Classify(recipe, world)
+    if recipe.task.kind == "segment":
+        from .segment.task import SegmentTask
+
+        return SegmentTask(recipe, world)
     if recipe.task.kind == "detect":
         from .detect.task import DetectObjects
 

@@ -61,6 +61,8 @@ class DenseBackbone(nn.Module):
         self.channels = [features.feature_info.channels()[level] for level in levels]
         self.strides = [reductions[level] for level in levels]
         self.indices = [features.out_indices[level] for level in levels]
+        if levels[-1] < 3:  # what comes after the last map that is read would never learn
+            self.body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         ours = is_ours(name)
         if norms is None:
             norms = [ours and dense_norm(name) is not None] * len(levels)

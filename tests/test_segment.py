@@ -1,0 +1,250 @@
+"""Segmentation through the trainer: exact resume, one result on any number of processes, what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scenery
+import timm
+import torch
+import trainer
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from tessel.train import engine, evaluate
+from tessel.train.config import dump, load_recipe
+from tessel.train.launch import World
+from tessel.train.schema import UserError
+from tessel.train.segment import load
+from tessel.train.segment.task import SegmentTask
+
+STEPS = 6
+# no batch statistics, so that any number of processes learns the same
+HEAD = {"type": "FPNHead", "channels": 8, "norm_cfg": {"type": "GN", "num_groups": 2}}
+AUX = {"type": "FCNHead", "channels": 8, "num_convs": 1, "norm_cfg": {"type": "GN", "num_groups": 2}}
+
+
+def write_recipe(path: Path, root: Path, **task: Any) -> Path:
+    """A recipe of 6 steps of 4 crops, with augmentation, drop path, dropout, weights and moving average on."""
+    segment = {"decode_head": HEAD, "auxiliary_head": AUX, "class_weight": {"wall": 0.5}, **task}
+    aug = {"hflip": 0.5, "resize": [0.5, 2.0], "crop_share": 0.75, "photometric": True}
+    recipe = {
+        "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
+        "model": {"name": "test_convnext", "drop_path": 0.1},
+        "task": {"kind": "segment", "segment": segment},
+        "data": {"source": "ade20k", "root": str(root), "size": 32, "fit": [64, 36], "batch": 4, "micro_batch": 2}
+        | {"aug": aug},
+        "optim": {"lr": 2e-3, "clip": 1.0, "layer_decay": 0.9},
+        "sched": {"steps": STEPS, "warmup": 1},
+        "ema": {"decay": 0.9},
+        "log": {"every": 1},
+        "ckpt": {"every": 2},
+        "eval": {"every": 3},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return scenery.ade20k(tmp_path_factory.mktemp("scenery"), train=8, val=3)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, images):
+    """A run without interruption."""
+    recipe = write_recipe(tmp_path_factory.mktemp("straight") / "tiny.yaml", images)
+    assert trainer.train(recipe) == 0
+    return recipe.parent / "runs" / "tiny"
+
+
+@pytest.fixture
+def recipe(tmp_path, images):
+    return write_recipe(tmp_path / "tiny.yaml", images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, workers):
+    run, step = recipe.parent / "runs/tiny", engine.Engine.step
+
+    def hooked(self):
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "step", hooked)
+        assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert json.loads((run / "PREEMPTED").read_text()) == {"step": 3}
+    assert trainer.train(recipe, f"data.workers={workers}") == 0
+    assert f"resuming {run} at step 3 (exact)" in capsys.readouterr().out
+    trainer.assert_same_checkpoint(*(r / "checkpoints/step-00000006" for r in (run, straight)))
+    assert trainer.learning(run) == trainer.learning(straight)
+
+
+def test_replicas_and_shards_learn_the_same(recipe, straight):
+    runs = [[recipe, f"run.name={way}", f"parallel.strategy={way}"] for way in ("ddp", "fsdp")]
+    done = trainer.on_processes(2, *runs)
+    assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
+    one = trainer.learning(straight)
+    for way in ("ddp", "fsdp"):
+        other = trainer.learning(recipe.parent / "runs" / way)
+        assert len(one) == len(other) == 8
+        for left, right in zip(one, other, strict=True):
+            for key in left.keys() & {"loss", "grad_norm", "aacc", "count"}:
+                assert right[key] == pytest.approx(left[key], rel=1e-4), (way, key, left["step"])
+        state = load(recipe.parent / f"runs/{way}/export").state_dict()
+        for name, tensor in load(straight / "export").state_dict().items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_run_leaves(straight):
+    figures = json.loads((straight / "evaluation/evaluation.json").read_text())
+    assert figures["count"] == 3 and figures["step"] == STEPS and set(figures["classes"]) == {"iou", "acc"}
+    assert list(figures["classes"]["iou"])[:2] == ["wall", "building"] and len(figures["classes"]["iou"]) == 150
+    assert figures["classes"]["iou"]["wall"] is not None and figures["classes"]["acc"]["sky"] is None
+    arrays = np.load(straight / "evaluation/predictions.npz")
+    assert arrays["index"].tolist() == [0, 1, 2] and arrays["target"].shape == (3, 40, 50)
+    assert arrays["size"].tolist() == [[40, 48], [40, 49], [40, 50]] and arrays["confusion"].shape == (150, 150)
+    last = [record for record in trainer.metrics(straight) if record["kind"] == "eval"][-1]
+    assert last["aacc"] == pytest.approx(figures["aacc"]) == pytest.approx(
+        100 * arrays["confusion"].trace() / arrays["confusion"].sum()
+    )  # fmt: skip
+    recipe = load_recipe(straight / "recipe.yaml")
+    assert recipe.task.segment.decode_head == HEAD
+    (again := straight.parent / "again.yaml").write_text(dump(recipe))
+    assert load_recipe(again) == recipe
+
+
+def test_export_reads_back(straight, tmp_path):
+    model = load(straight / "export")
+    state = trainer.tensors(straight / "checkpoints/step-00000006")
+    assert not model.training and model.classes[0] == "wall" and model.palette[0] == [120, 120, 120]
+    for name, tensor in model.state_dict().items():  # the export holds the averaged weights
+        assert torch.equal(tensor, state[f"ema.{name}"]), name
+    assert model(torch.zeros(2, 3, 41, 57)).shape == (2, 150, 41, 57)
+    facts = json.loads((straight / "export/config.json").read_text())
+    assert facts["kind"] == "tessel segmenter" and facts["specification"]["backbone"]["name"] == "test_convnext"
+    with pytest.raises(UserError, match="holds no config.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(UserError, match="is no exported segmenter"):
+        load(tmp_path)
+
+
+def test_evaluation_of_run_and_checkpoint(straight, capsys):
+    last = [record for record in trainer.metrics(straight) if record["kind"] == "eval"][-1]
+    for target, arguments in ((straight, ["--overlays", "2"]), (straight / "checkpoints/step-00000006", [])):
+        assert evaluate.main([str(target), "--data", "eval_batch=2", *arguments]) == 0
+        assert f"miou {last['miou']:.2f}" in capsys.readouterr().out
+        overlays = sorted(path.name for path in (straight / "evaluation").glob("overlays/*"))
+        assert overlays == (["00000.png", "00001.png"] if arguments else [])
+        if arguments:
+            with Image.open(straight / "evaluation/overlays/00001.png") as picture:
+                assert picture.size == (2 * 49 + 4, 40)
+    assert evaluate.main([str(straight), "--sets", f"v2={straight}"]) == 1
+    assert "--sets has no effect with task.kind=segment" in capsys.readouterr().err
+
+
+def test_windows_and_views_change_the_evaluation(recipe, images):
+    figures = {}
+    for name, test in {"whole": {}, "views": {"flip": True, "scales": [0.5, 1.0], "divisor": 32}}.items():
+        path = write_recipe(recipe.parent / f"{name}.yaml", images, test=test)
+        assert trainer.train(path, f"run.name={name}", "sched.steps=1", "sched.warmup=0", "data.workers=1") == 0
+        figures[name] = json.loads((recipe.parent / f"runs/{name}/DONE").read_text())["aacc"]
+    assert figures["whole"] != figures["views"]
+    slide = {"mode": "slide", "crop": 64, "stride": 20}
+    assert trainer.train(write_recipe(recipe, images, test=slide), "sched.steps=1", "sched.warmup=0") == 0
+    done = json.loads((recipe.parent / "runs/tiny/DONE").read_text())
+    assert done["aacc"] == figures["whole"], "one window covers the image"
+
+
+def test_dry_run_writes_nothing(recipe, capsys):
+    assert trainer.train(recipe, "--dry-run", "parallel.precision=bf16", "parallel.grad_checkpointing=true") == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("test_convnext", "GFLOP", "8 images, 6 steps of 4", "one micro-batch: loss"))
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_begins_with_a_classifier_or_a_published_segmenter(recipe, tmp_path, images):
+    classifier = timm.create_model("test_convnext", num_classes=7)
+    folder = tmp_path / "classifier"
+    timm.models.save_for_hf(classifier, str(folder), safe_serialization=True)
+    task = SegmentTask(load_recipe(recipe, [f"model.init_from=local-dir:{folder}"]), World())
+    body = task.build_model().backbone.body.state_dict()
+    assert all(torch.equal(tensor, classifier.state_dict()[key]) for key, tensor in body.items())
+
+    path = write_recipe(tmp_path / "cswin.yaml", images)
+    model = SegmentTask(load_recipe(path, ["model.name=cswin_atto"]), World()).build_model()
+    file = tmp_path / "published.safetensors"
+    save_file({"decode_head.conv_seg.bias": model.decode_head.conv_seg.bias.detach()}, file)
+    task = SegmentTask(load_recipe(path, ["model.name=cswin_atto", f"task.segment.load_from={file}"]), World())
+    with pytest.raises(
+        UserError, match=r"task.segment.load_from=.*published.safetensors does not fit model.name=cswin"
+    ):
+        task.build_model()
+    task = SegmentTask(load_recipe(recipe, ["model.init_from=test_resnet", "model.name=test_convnext"]), World())
+    with pytest.raises(UserError, match=r"model.init_from=test_resnet"):
+        task.build_model()
+
+
+def test_a_damaged_image_is_named(recipe, tmp_path, capsys):
+    root = scenery.ade20k(tmp_path)
+    path = root / "images/training/ADE_train_00000002.jpg"
+    path.write_bytes(b"\xff\xd8 no picture")
+    assert trainer.train(recipe, f"data.root={root}", "data.workers=1") == 1
+    error = capsys.readouterr().err
+    assert f"image {path} cannot be decoded" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task.segment.decode_head=null"], "task.segment.decode_head"),
+        (["task.segment.decode_head={channels: 3}"], "task.segment.decode_head needs a type"),
+        (["task.segment.neck={out_channels: 3}"], "task.segment.neck needs a type, as in {type: FPN"),
+        (["data.aug.mixup=0.2"], "data.aug.mixup has no effect with task.kind=segment; remove it"),
+        (["data.aug.auto_augment=rand-m9"], "data.aug.auto_augment has no effect"),
+        (["task.smoothing=0.1"], "task.smoothing has no effect with task.kind=segment"),
+        (["task.num_classes=4"], "task.num_classes has no effect"),
+        (["data.crop_pct=0.9"], "data.crop_pct has no effect"),
+        (["data.source=folder"], "data.source=folder is not for task.kind=segment, which takes ade20k, cityscapes"),
+        (["data.root=null"], "data.source=ade20k needs data.root, ADEChallengeData2016"),
+        (["data.source=digit_scenes"], "data.root has no effect with data.source=digit_scenes"),
+        (["task.segment.test.stride=4"], "task.segment.test.stride has no effect with task.segment.test.mode=whole"),
+        (["task.segment.test.mode=slide", "task.segment.test.stride=40"], "leaves gaps between windows"),
+        (["task.segment.load_from=x.pth", "model.pretrained=true"], "has the backbone's weights too"),
+        (["task.kind=classify"], "task.segment has no effect with task.kind=classify; remove it"),
+        (["task.kind=classify"], "data.aug.photometric has no effect with task.kind=classify; remove it"),
+        (["task.kind=classify"], "data.source=ade20k is not for task.kind=classify, which takes digits, folder"),
+        (["data.aug.resize=[2, 1]"], "data.aug.resize=[2.0, 1.0] is no rising range"),
+        (["task.segment.class_weight.wal=1.0"], "task.segment.class_weight names wal, but data.source=ade20k has"),
+        (["task.segment.load_from=nowhere.pth"], "task.segment.load_from=nowhere.pth does not fit"),
+    ],
+)
+def test_mistakes_in_a_recipe(recipe, capsys, overrides, words):
+    assert trainer.train(recipe, *overrides) == 1
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_overlays_are_not_for_classification(tmp_path, capsys):
+    root = trainer.draw_folder(tmp_path / "images", train=4, val=2)
+    path = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(root)}, sched={"steps": 1, "warmup": 0})
+    assert trainer.train(path) == 0
+    assert evaluate.main([str(tmp_path / "runs/tiny"), "--overlays", "1"]) == 1
+    assert "--overlays has no effect with task.kind=classify" in capsys.readouterr().err
+
+
+def test_classification_loads_no_segmentation():
+    code = "import sys, tessel.train.engine, tessel.train.classify, tessel.train.evaluate; print(*sys.modules)"
+    names = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {name for name in names if name.startswith(("mmseg", "mmengine", "mmcv", "tessel.train.segment"))}

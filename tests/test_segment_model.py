@@ -1,0 +1,233 @@
+"""Segmenters: mmsegmentation's heads on any backbone, their losses, their names, their published weights."""
+
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import group_parameters
+from torch.nn import functional as F
+
+from tessel import zoo
+from tessel.train.openmmlab import build
+from tessel.train.parallel import layers
+from tessel.train.schema import UserError
+from tessel.train.segment.heads import cross_entropy
+from tessel.train.segment.model import Segmenter, assemble
+
+UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
+FPN_NECK: dict[str, Any] = {"type": "FPN", "out_channels": 16}
+HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
+    "uper": (UPER, {}, (0, 1, 2, 3)),
+    "semantic fpn": ({"type": "FPNHead", "channels": 16}, FPN_NECK, (0, 1, 2, 3)),
+    "fpn of three": (
+        {"type": "FPNHead", "channels": 8, "in_index": [0, 1, 2]},
+        FPN_NECK | {"start_level": 1},
+        (1, 2, 3),
+    ),
+    "segformer": ({"type": "SegformerHead", "channels": 8, "in_index": [0, 2]}, {}, (0, 2)),
+    "aspp": ({"type": "ASPPHead", "channels": 8, "dilations": [1, 2]}, {}, (3,)),
+    "deeplab v3+": (
+        {"type": "DepthwiseSeparableASPPHead", "channels": 8, "c1_channels": 4, "dilations": [1, 2]},
+        {},
+        (0, 3),
+    ),
+    "fcn": ({"type": "FCNHead", "channels": 8, "in_index": 1, "num_convs": 1}, {}, (1,)),
+    "psp": ({"type": "PSPHead", "channels": 8, "norm_cfg": {"type": "SyncBN"}}, {}, (3,)),
+    "concatenated": ({"type": "FCNHead", "channels": 8, "input_transform": "resize_concat"}, {}, (0, 1, 2, 3)),
+}
+
+
+def spec(head: dict[str, Any] = UPER, name: str = "biformer_atto", **parts: Any) -> dict[str, Any]:
+    backbone = {"name": name, "options": {}, "norms": None, "batch_norm": "train"} | parts.pop("backbone", {})
+    rest = {"neck": {}, "auxiliary_head": {}, "num_classes": 5, "class_weight": None}
+    return {"backbone": backbone, "decode_head": head, **rest, **parts}
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([value for key, value in losses.items() if "loss" in key]).sum()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(0, 5, (2, 64, 64), generator=generator)
+    masks[:, :20] = 255
+    return torch.randn(2, 3, 64, 64, generator=generator), masks
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_train_every_weight_and_give_logits_at_any_size(kind, batch):
+    head, neck, levels = HEADS[kind]
+    aux = {"type": "FCNHead", "channels": 8, "num_convs": 1, "in_index": levels[-1]} if not neck else {}
+    model = assemble(spec(head, neck=neck, auxiliary_head=aux))
+    assert model.backbone.levels == levels
+    total(model(*batch)).backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert {name.partition(".")[0] for name, _ in model.named_parameters()} == {
+        "backbone", "decode_head", *(["neck"] if neck else ["auxiliary_head"])
+    }  # fmt: skip
+    for size in ((64, 64), (45, 70)):
+        assert model.eval()(torch.randn(1, 3, *size)).shape == (1, 5, *size)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list_models() if name.endswith("_atto")] + ["resnet18"])
+def test_every_family(name, batch):
+    model = assemble(spec(name=name))
+    losses = model(*batch)
+    total(losses).backward()
+    assert float(total(losses).detach()) == pytest.approx(math.log(5), abs=0.4)
+    assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_unused_stages_are_not_built():
+    """A parameter without a gradient stops the training on several processes."""
+    model = assemble(spec({"type": "FCNHead", "channels": 8, "in_index": 1}))
+    whole = assemble(spec())
+    assert len(model.backbone.norms) == 1
+    assert sum(p.numel() for p in model.backbone.parameters()) < sum(p.numel() for p in whole.backbone.parameters()) / 4
+
+
+def test_loss_is_the_cross_entropy_of_the_enlarged_logits(batch):
+    images, masks = batch
+    weights = [0.2, 1.0, 1.0, 2.0, 1.0]
+    model = assemble(spec(class_weight=weights, auxiliary_head={"type": "FCNHead", "channels": 8})).eval()
+    losses, logits = model(images, masks), model(images)
+    expected = F.cross_entropy(logits, masks, torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(losses["decode.loss_ce"], expected)
+    assert set(losses) == {f"{head}.{key}" for head in ("decode", "auxiliary") for key in ("loss_ce", "acc_seg")}
+    light = {"type": "FCNHead", "channels": 8, "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}}
+    lighter = assemble(spec(class_weight=weights, auxiliary_head=light)).eval()
+    lighter.load_state_dict(model.state_dict())
+    torch.testing.assert_close(lighter(images, masks)["auxiliary.loss_ce"], 0.4 * losses["auxiliary.loss_ce"])
+
+
+def test_a_crop_without_known_pixels_costs_nothing(batch):
+    model = assemble(spec(class_weight=[0.2, 1, 1, 1, 1]))
+    loss = total(model(batch[0], torch.full_like(batch[1], 255)))
+    loss.backward()
+    assert float(loss.detach()) == 0 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    weighted=st.booleans(),
+    known=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 99),
+)
+def test_cross_entropy_is_mmsegmentations_where_that_works(weighted, known, reduction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pred, label = torch.randn(2, 4, 3, 5, generator=generator), torch.randint(0, 4, (2, 3, 5), generator=generator)
+    if not weighted:
+        label[0, 0] = 255  # with weights theirs looks up the weight of class 255
+    pixels = torch.rand(2, 3, 5, generator=generator)
+    class_weight = [0.5, 1.0, 2.0, 0.1] if weighted else None
+    config = {"type": "CrossEntropyLoss", "avg_non_ignore": known, "class_weight": class_weight, "reduction": reduction}
+    loss: Any = build(config)
+    theirs = loss(pred, label, weight=pixels, ignore_index=255)
+    loss.cls_criterion = cross_entropy
+    torch.testing.assert_close(loss(pred, label, weight=pixels, ignore_index=255), theirs)
+
+
+def test_several_losses_and_their_weights(batch):
+    losses = [{"type": "CrossEntropyLoss"}, {"type": "DiceLoss", "loss_name": "loss_dice"}]
+    found = assemble(spec(UPER | {"loss_decode": losses}, class_weight=[0.5] * 5))(*batch)
+    assert {"decode.loss_ce", "decode.loss_dice"} < set(found)
+    with pytest.raises(UserError, match="class_weight has no effect with .* DiceLoss"):
+        assemble(spec(UPER | {"loss_decode": losses[1]}, class_weight=[0.5] * 5))
+
+
+@pytest.mark.parametrize(
+    ("head", "neck", "words"),
+    [
+        ({"type": "UperHead", "channels": 8}, {}, "UperHead is unknown to mmsegmentation; did you mean UPerHead"),
+        ({"type": "Mask2FormerHead"}, {}, "Mask2FormerHead is built on mmdetection"),
+        ({"type": "PSAHead", "channels": 8, "mask_size": [2, 2]}, {}, "PSAHead does not run .* psamask"),
+        ({"type": "PointHead", "channels": 8}, {}, "PointHead refines another head's result"),
+        ({"type": "UPerHead"}, {}, "UPerHead cannot be built with .*channels"),
+        (UPER | {"chanels": 3}, {}, "chanels"),
+        (UPER | {"num_classes": 7}, {}, "num_classes=7, but the data has 5 classes"),
+        (UPER | {"in_index": 3}, {}, "in_index=3: UPerHead reads several maps"),
+        (UPER | {"in_index": [0, 4]}, {}, "in_index=.0, 4. is not of the four maps"),
+        ({"type": "CrossEntropyLoss"}, {}, "CrossEntropyLoss is no decode head"),
+        (UPER | {"in_index": [0, 1, 2]}, FPN_NECK, "hands out 4 maps, of which no head reads 3"),
+        (UPER, {"type": "FPN"}, "neck needs out_channels"),
+        (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
+        (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_head(head, neck, words):
+    with pytest.raises(UserError, match=words) as caught:
+        assemble(spec(head, neck=neck))
+    assert "task.segment." in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_layers_and_lists_of_the_backbone_are_passed_on():
+    model = assemble(spec(name="transnext_atto", neck=FPN_NECK))
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    inner = group_parameters(model.backbone.body, model.backbone.body.group_matcher(), reverse=True)
+    body = {key: group for key, group in groups.items() if key.startswith("backbone.body.")}
+    assert body == {f"backbone.body.{key}": group for key, group in inner.items()}
+    assert all(group > max(body.values()) for key, group in groups.items() if key not in body)
+    spared = model.no_weight_decay()
+    assert spared and spared <= {name for name, _ in model.named_parameters()}
+    assert len(layers(model)) == len(layers(model.backbone.body))
+
+
+def test_batch_norm_and_norms_keys():
+    model = assemble(spec(backbone={"batch_norm": "frozen", "norms": [True, False, True, False]})).train()
+    assert set(model.backbone.norms) == {"0", "2"} and model.decode_head.training
+    assert all(not m.training for m in model.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with pytest.raises(UserError, match="model.name=biformer_atto.*norms"):
+        assemble(spec(backbone={"norms": [True]}))
+    with pytest.raises(UserError, match="did you mean"):
+        assemble(spec(name="biformer_ato"))
+    with pytest.raises(UserError, match="hierarchical"):
+        assemble(spec(name="vit_tiny_patch16_224"))
+
+
+def published(model: Segmenter, name: str) -> dict[str, torch.Tensor]:
+    """The weights of `model` as a published segmenter's file has them."""
+    classifier = timm.create_model(name)
+    marked = {key: torch.full_like(tensor, -7) for key, tensor in classifier.state_dict().items()}
+    marked.update(model.backbone.body.state_dict())
+    body = {key: tensor for key, tensor in zoo.to_published(name, marked).items() if not (tensor == -7).all()}
+    norms = {f"norm{int(key[0]) + 1}{key[1:]}": tensor for key, tensor in model.backbone.norms.state_dict().items()}
+    rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("backbone.")}
+    return {f"backbone.{key}": tensor for key, tensor in (body | norms).items()} | rest
+
+
+def drawn(model: Segmenter) -> Segmenter:
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 1)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_segmenter(prefix):
+    recipe = spec(name="cswin_atto", auxiliary_head={"type": "FCNHead", "channels": 8})
+    one, other = drawn(assemble(recipe)), assemble(recipe)
+    state = {prefix + key: tensor for key, tensor in published(one, "cswin_atto").items()}
+    assert f"{prefix}backbone.stage1.0.qkv.weight" in state and f"{prefix}decode_head.conv_seg.weight" in state
+    other.load_published(state)
+    loaded = other.state_dict()
+    assert all(
+        torch.equal(loaded[key], tensor) for key, tensor in one.state_dict().items() if tensor.is_floating_point()
+    )
+
+
+def test_published_segmenter_that_does_not_fit():
+    model = assemble(spec(name="cswin_atto"))
+    state = published(model, "cswin_atto")
+    with pytest.raises(ValueError, match="asks for: decode_head.conv_seg.bias"):
+        model.load_published({key: tensor for key, tensor in state.items() if key != "decode_head.conv_seg.bias"})
+    with pytest.raises(ValueError, match="does not know: auxiliary_head.x"):
+        model.load_published(state | {"auxiliary_head.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"conv_seg.bias is \[7\] there, \[5\] by this recipe"):
+        model.load_published(state | {"decode_head.conv_seg.bias": torch.zeros(7)})

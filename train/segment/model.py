@@ -1,0 +1,169 @@
+"""The segmenter: a backbone, and on its maps a neck and heads in mmsegmentation's own modules and names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...checkpoints import read_state
+from ...zoo.dense import DenseBackbone, below
+from ..classify import check_name
+from ..schema import Recipe, UserError
+from ..transfer import REFUSALS, create
+from .heads import Wanted, build_head, build_neck, read_maps
+
+PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
+
+
+class Segmenter(nn.Module):
+    """Images [B, 3, H, W] to logits [B, classes, H, W]; with masks [B, H, W] to the parts of the loss.
+
+    Parameters are named as in mmsegmentation: backbone, neck, decode_head, auxiliary_head.
+    """
+
+    def __init__(
+        self,
+        backbone: DenseBackbone,
+        decode_head: nn.Module,
+        *,
+        neck: nn.Module | None = None,
+        auxiliary_head: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        if neck is not None:
+            self.neck = neck
+        self.decode_head = decode_head
+        if auxiliary_head is not None:
+            self.auxiliary_head = auxiliary_head
+        self.pretrained_cfg = backbone.pretrained_cfg
+        self.classes: list[str] = []
+        self.palette: list[list[int]] = []
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Any:
+        maps = self.maps(images)
+        if masks is None:
+            head: Any = self.decode_head
+            return head.predict(maps, [{"img_shape": images.shape[-2:]}], None)
+        samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask[None])) for mask in masks]
+        losses = {}
+        for name in ("decode", "auxiliary"):
+            if (head := getattr(self, f"{name}_head", None)) is not None:
+                losses |= {f"{name}.{key}": value for key, value in head.loss(maps, samples, None).items()}
+        return losses
+
+    def maps(self, images: Tensor) -> list[Tensor | None]:
+        """What the heads see, numbered as mmsegmentation does: a stage without a reader is None."""
+        maps: list[Tensor | None] = [None] * 4
+        for level, found in zip(self.backbone.levels, self.backbone(images), strict=True):
+            maps[level] = found
+        return list(self.neck(maps)) if hasattr(self, "neck") else maps
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the backbone; the heads are not written for it."""
+        self.backbone.compile(*args, **kwargs)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups of the backbone under the names they have here; all else counts as the last layer."""
+        groups = self.backbone.group_matcher(coarse=coarse)
+        return {key: below(spec, "backbone.") for key, spec in groups.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay beside biases and one-dimensional ones."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a published segmenter, whose names are mmsegmentation's and the paper's.
+
+        Raises ValueError naming what is missing, unknown or of another shape.
+        """
+        rest = {key.removeprefix("module."): tensor for key, tensor in self.backbone.load_published(state).items()}
+        own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith(PREFIXES)}
+        for words, keys in (("does not know", rest.keys() - own.keys()), ("asks for", own.keys() - rest.keys())):
+            if keys:
+                raise ValueError(f"{len(keys)} weights that this recipe {words}: {', '.join(sorted(keys)[:5])}")
+        for key, tensor in rest.items():
+            if tensor.shape != own[key].shape:
+                raise ValueError(f"{key} is {list(tensor.shape)} there, {list(own[key].shape)} by this recipe")
+        self.load_state_dict(self.state_dict() | rest)
+
+
+def specification(recipe: Recipe, classes: list[str]) -> dict[str, Any]:
+    """What `assemble` needs, in plain values: it goes into the export."""
+    model, segment = recipe.model, recipe.task.segment
+    if unknown := sorted(segment.class_weight.keys() - set(classes)):
+        raise UserError(
+            f"task.segment.class_weight names {', '.join(unknown)}, but data.source={recipe.data.source} has the "
+            f"classes {', '.join(classes[:12])}{', ...' * (len(classes) > 12)}"
+        )
+    weights = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
+    options: dict[str, Any] = dict(model.kwargs)
+    if model.drop_path is not None:
+        options["drop_path_rate"] = model.drop_path
+    return {
+        "backbone": {"name": model.name, "options": options, "norms": segment.norms, "batch_norm": segment.batch_norm},
+        "neck": segment.neck,
+        "decode_head": segment.decode_head,
+        "auxiliary_head": segment.auxiliary_head,
+        "num_classes": len(classes),
+        "class_weight": weights,
+    }
+
+
+def assemble(spec: Mapping[str, Any], *, pretrained: bool = False) -> Segmenter:
+    """The segmenter of a specification, with new weights or on the backbone's published ones.
+
+    Only what a head reads is built: a parameter without a gradient would stop the training on several processes.
+    """
+    wanted = {name: Wanted(name, spec[name]) for name in ("decode_head", "auxiliary_head") if spec[name]}
+    count, weights = spec["num_classes"], spec["class_weight"]
+    levels = read_maps(wanted.values(), spec["neck"])
+    backbone = build_backbone(spec["backbone"], levels, pretrained=pretrained)
+    channels, strides = [0] * 4, [0] * 4
+    for level, width, stride in zip(levels, backbone.channels, backbone.strides, strict=True):
+        channels[level], strides[level] = width, stride
+    neck = None
+    if spec["neck"]:
+        neck, channels, strides = build_neck(spec["neck"], channels, strides, wanted.values())
+    heads = {name: build_head(one, channels, strides, count, weights) for name, one in wanted.items()}
+    return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
+
+
+def build_backbone(spec: Mapping[str, Any], levels: list[int], *, pretrained: bool) -> DenseBackbone:
+    name, options = spec["name"], spec["options"]
+    check_name(name)
+    try:
+        return DenseBackbone(
+            name,
+            pretrained=pretrained,
+            levels=levels,
+            norms=spec["norms"],
+            batch_norm=spec["batch_norm"],
+            **options,
+        )
+    except REFUSALS as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"model.name={name} with {options} and pretrained={pretrained}: {reason}") from error
+
+
+def begin(model: Segmenter, recipe: Recipe) -> None:
+    """Give `model` the weights that the recipe begins with: a classifier's, or a published segmenter's."""
+    wanted, published = recipe.model, recipe.task.segment.load_from
+    try:
+        if wanted.init_from:
+            check_name(wanted.init_from, "model.init_from")
+            key, source = f"model.init_from={wanted.init_from}", wanted.init_from
+            classifier = create(source, recipe.data.size, key="model.init_from", pretrained=True, num_classes=None)
+            model.backbone.start_from(classifier.state_dict())
+        if published:
+            key = f"task.segment.load_from={published}"
+            model.load_published(read_state(Path(published)))
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key} does not fit model.name={wanted.name} and its heads: {error}") from error

@@ -1,0 +1,75 @@
+"""Semantic segmentation as a task of the trainer."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import default_collate
+
+from ... import zoo as zoo  # registers the models with timm
+from ..launch import World
+from ..parallel import memory_format
+from ..schema import Recipe
+from ..tasks import Supervised
+from .augment import eval_transform, normalisation, train_transform
+from .data import build_dataset
+from .export import write_export
+from .model import Segmenter, assemble, begin, specification
+from .overlays import pictures, write_overlays
+from .scores import SegmentScores
+
+
+class SegmentTask(Supervised):
+    """A class for each pixel."""
+
+    metric = "miou"
+
+    def __init__(self, recipe: Recipe, world: World):
+        super().__init__(recipe, world, *(build_dataset(recipe.data, split) for split in ("train", "val")))
+        self.classes, self.palette = self.train.classes, self.train.palette
+        self.window = recipe.task.segment.test.crop or recipe.data.size
+        self.kept = 16  # validation images whose predictions are kept
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Any:
+        """Training crops in one tensor; images to be judged have sizes of their own."""
+        return samples if isinstance(samples[0][0], list) else default_collate(samples)
+
+    def build_model(self) -> Segmenter:
+        recipe = self.recipe
+        self.specification = specification(recipe, self.classes)
+        model = assemble(self.specification, pretrained=recipe.model.pretrained)
+        begin(model, recipe)
+        self.pretrained_cfg = model.pretrained_cfg
+        self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
+        self.eval_transform = eval_transform(recipe.data, recipe.task.segment.test, self.pretrained_cfg)
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        device = self.world.device
+        images = batch[0].to(device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        return model(images, batch[1].to(device, non_blocking=True))
+
+    def scores(self, *, keep: bool = False) -> SegmentScores:
+        return SegmentScores(self, keep)
+
+    def example(self) -> tuple[Any, ...]:
+        size = self.recipe.data.size
+        return (torch.zeros(1, 3, size, size, device=self.world.device),)
+
+    def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
+        mean, std = normalisation(self.pretrained_cfg)
+        facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std}
+        write_export(path, state, {"specification": self.specification, **facts})
+
+    def pictures(self, predictions: dict[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture) of the first `count` predictions: truth beside prediction."""
+        return pictures(self, predictions, count)
+
+    def draw(self, predictions: dict[str, np.ndarray], folder: Path, count: int) -> None:
+        """Overlays of the first `count` validation images."""
+        write_overlays(self, predictions, folder, count)
