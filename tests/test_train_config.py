@@ -72,7 +72,7 @@ def test_yaml_numbers_and_words(tmp_path):
         ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
         ("data.size=2.5", ["data.size=2.5", "integer"]),
         ("run.fresh=yes", ["run.fresh='yes'", "boolean"]),
-        ("data.source=imgs", ["data.source='imgs'", "'digits' or 'folder'"]),
+        ("data.source=imgs", ["data.source='imgs'", "'digits', 'folder'"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("data=4", ["unknown key data"]),

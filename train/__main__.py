@@ -62,7 +62,7 @@ def train(recipe: Recipe) -> None:
             begun = run.check()
         begun, done = world.share((begun, begun and run.finished()))
         if done:
-            say(f"{run.path} is finished: {_figures(done)}\n{_next(run.path)}")
+            say(f"{run.path} is finished: {_figures(done)}\n{_next(run)}")
             return
         with world.together():
             if world.main:
@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> None:
             loggers.close()
         step = engine.progress.step
         if complete:
-            say(f"finished {run.path}: {_figures(engine.progress.figures)}\n{_next(run.path)}")
+            say(f"finished {run.path}: {_figures(engine.progress.figures)}\n{_next(run)}")
             return
         if world.main:
             run.mark("PREEMPTED", {"step": step})
@@ -205,11 +205,14 @@ def _figures(figures: dict[str, typing.Any]) -> str:
     return ", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float))
 
 
-def _next(run: Path) -> str:
+def _next(directory: "RunDir") -> str:
+    run = directory.path
+    reading = {"segment": f"tessel.train.segment.load('{run}/export')"}
+    plain = f"timm.create_model('local-dir:{run}/export', pretrained=True)"
     return (
         f"  python -m tessel.train.report {run}       curves, confusion matrix, mistakes\n"
         f"  python -m tessel.train.evaluate {run}     judge it again, also on other data (--data)\n"
-        f"  timm.create_model('local-dir:{run}/export', pretrained=True)\n"
+        f"  {reading.get(directory.recipe.task.kind, plain)}\n"
         "  run.fresh=true trains it anew and keeps this one aside"
     )
 

@@ -81,6 +81,10 @@ def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     path = Path(run)
     recipe = load_recipe(_recipe_file(path))
     _finished(path)
+    if recipe.task.kind == "segment":
+        from .segment import load
+
+        return recipe, load(path / "export")
     return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
 
 
