@@ -124,7 +124,8 @@ def test_what_a_run_leaves(straight):
 
 
 def test_export_reads_back(straight, tmp_path):
-    model = load(straight / "export")
+    model: Any = evaluate.load_run(straight)[1]
+    assert model.state_dict().keys() == load(straight / "export").state_dict().keys()
     state = trainer.tensors(straight / "checkpoints/step-00000006")
     assert not model.training and model.classes[0] == "wall" and model.palette[0] == [120, 120, 120]
     for name, tensor in model.state_dict().items():  # the export holds the averaged weights
