@@ -171,8 +171,7 @@ class Aug:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
     source: Literal["digits", "folder", "tar", "wds", "hfds", "tfds", "digit_scenes", "coco", "voc2012"]
-    """embedded digits or scenes of them; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow
-    datasets; COCO or Pascal VOC below root"""
+    """embedded digits or scenes; root/{train,val}/CLASS/*.jpg; tar; WebDataset, Hugging Face, TensorFlow; COCO, VOC"""
     root: str | None = None
     """folder of the data: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
     name: str | None = None
