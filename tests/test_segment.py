@@ -90,7 +90,7 @@ def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, w
 
 
 def test_replicas_and_shards_learn_the_same(recipe, straight):
-    runs = [[recipe, f"run.name={way}", f"parallel.strategy={way}"] for way in ("ddp", "fsdp")]
+    runs = [[recipe, f"run.name={way}", f"parallel.strategy={way}", "ckpt.every=6"] for way in ("ddp", "fsdp")]
     done = trainer.on_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
     one = trainer.learning(straight)
