@@ -1,6 +1,8 @@
 """Runs of the trainer on several processes, forked from one that has loaded torch: a start costs tenths of a second.
 
 python tests/ranks.py SIZE '[["recipe.yaml", "key=value"], ...]'      one run after another; prints their exit codes
+
+A run that begins with "@RANK:STEP[:SIGNAL[:evaluation|finish]]" has that process get a signal there, SIGKILL if none.
 """
 
 import json
@@ -14,6 +16,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401
 import torch
 
 from tessel.train import __main__, engine, loggers, tasks  # noqa: F401  everything a start imports
@@ -48,32 +52,57 @@ def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda
 
 
 def mortal(place: str) -> Callable[[int], None]:
-    """The `prepare` after which the process "RANK:STEP" is killed there."""
-    doomed, last = map(int, place.split(":"))
-    step = engine.Engine.step
+    """The `prepare` after which a process gets a signal at a place "RANK:STEP[:SIGNAL[:evaluation|finish]]"."""
+    rank_and_step, _, name = place.partition(":SIG")
+    doomed, last = map(int, rank_and_step.split(":"))
+    name, _, within = name.partition(":")
+    number = signal.Signals[f"SIG{name or 'KILL'}"]
+    step, scores, measure = engine.Engine.step, engine.Engine.scores, engine.measure
+    due: list[int] = []  # batches until the signal
 
     def hooked(self: engine.Engine) -> bool:
         if self.progress.step == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return step(self)
 
+    def noted(self: engine.Engine, *, keep: bool = False) -> Any:
+        due[:] = [2] if self.progress.step == last and keep == (within == "finish") else []
+        return scores(self, keep=keep)
+
+    def interrupted(*arguments: Any, stop: Callable[[], bool], **options: Any) -> Any:
+        def asked() -> bool:
+            due[:] = [batches - 1 for batches in due]
+            if due == [0]:
+                os.kill(os.getpid(), number)
+            return stop()
+
+        return measure(*arguments, stop=asked, **options)
+
     def prepare(rank: int) -> None:
-        if rank == doomed:
+        if rank != doomed:
+            return
+        if within:
+            engine.Engine.scores, engine.measure = noted, interrupted
+        else:
             engine.Engine.step = hooked
 
     return prepare
 
 
 def wait(children: list[int], timeout: float = 120) -> list[int]:
-    """Their exit codes; those still there after `timeout` seconds are killed."""
+    """Their exit codes; killed are those still there after `timeout` seconds, or stopped when all others have ended."""
     codes: dict[int, int] = {}
+    stopped: set[int] = set()
     end = time.monotonic() + timeout
     while len(codes) < len(children):
         for child in set(children) - codes.keys():
-            if time.monotonic() > end:
+            if time.monotonic() > end or stopped == set(children) - codes.keys():
                 os.kill(child, signal.SIGKILL)
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
+            done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+            if done and os.WIFSTOPPED(status):
+                stopped.add(child)
+            elif done:
+                stopped.discard(child)
                 codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     return [codes[child] for child in children]
@@ -82,8 +111,11 @@ def wait(children: list[int], timeout: float = 120) -> list[int]:
 def main() -> None:
     torch.set_num_threads(1)
     size, runs = int(sys.argv[1]), json.loads(sys.argv[2])
-    prepare = mortal(sys.argv[3]) if len(sys.argv) > 3 else lambda rank: None
-    print(json.dumps([wait(fork(size, arguments, prepare)) for arguments in runs]), flush=True)
+    codes = []
+    for arguments in runs:
+        places = [mortal(word[1:]) for word in arguments if word.startswith("@")]
+        codes.append(wait(fork(size, arguments[len(places) :], *places)))
+    print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":

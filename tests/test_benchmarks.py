@@ -49,6 +49,21 @@ def test_dry_run(tmp_path):
     assert all(row["least_bytes"] > 0 and row["flop"] > 0 for row in found["rows"])
 
 
+def test_dry_run_of_the_trainer(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "trainer.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["dry_run"] and {"device", "torch", "commit", "load_average", "model"} <= found.keys()
+    assert found["overhead"]["ours_ms_a_step"] > 0 < found["overhead"]["bare_ms_a_step"]
+    assert {"background_saving_percent", "foreground_saving_percent"} <= found["saving"].keys()
+    assert all(size > 50 for size in found["memory"]["resident_mib"].values())
+    parts = found["startup_seconds"]
+    assert list(parts) == ["imports", "data", "model", "first_step", "total"]
+    assert sum(list(parts.values())[:-1]) == pytest.approx(parts["total"], abs=0.01)
+    assert set(found["goals"]) == {"overhead_percent", "memory_growth_percent", "background_saving_percent"}
+
+
 def test_needs_a_gpu_or_says_so(benchmark, monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -312,11 +312,26 @@ def test_compiled_model_trains_and_exports(recipe, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_tensorboard_and_offline_wandb(recipe, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert trainer.train(recipe, "sched.steps=3", "log.tensorboard=true", "log.wandb=offline") == 0
-    run = recipe.parent / "runs/tiny"
-    assert list(run.glob("tensorboard/events.*")) and list(run.glob("wandb/offline-run-*"))
+@pytest.mark.parametrize("mode", ["offline", "auto"])
+def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
+    """Without account and network; both starts of a run are one run to wandb, to be sent later."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "NETRC", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(recipe.parent / "nobody"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    options = ["log.every=1", "log.tensorboard=true", f"log.wandb={mode}"]
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trainer.train(recipe, *options) == 0
+    assert trainer.train(recipe, *options) == 0
+    out, run = capsys.readouterr().out, recipe.parent / "runs/tiny"
+    assert "at step 2 (exact)" in out and "warning" not in out
+    assert list(run.glob("tensorboard/events.*"))
+    name = (run / "wandb-id").read_text()
+    records = sorted(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(records) == len(list(run.glob("wandb/offline-run-*"))) == 2
 
 
 def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):
@@ -458,6 +473,17 @@ def test_moving_average_and_its_loan():
 def test_agreement_of_one():
     world = World()
     assert world.agree(True) and not world.agree(False) and world.share(3) == 3 and world.gather("x") == ["x"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_sum_over_the_processes_leaves_its_argument_alone(monkeypatch, size):
+    """What is added to later would count the other processes' share twice."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(size))
+    losses = torch.ones((), dtype=torch.float64)
+    world = World(size=size)
+    assert [float(world.sum(losses)) for _ in range(3)] == [size] * 3 and losses == 1
+    world.sum(losses).add_(1)
+    assert losses == 1
 
 
 def test_engine_is_short_and_knows_no_task():

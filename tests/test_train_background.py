@@ -3,10 +3,12 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
 import trainer
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from tessel.train import checkpoint
 from tessel.train.checkpoint import Checkpoints, broken
@@ -52,6 +54,36 @@ def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatc
     checkpoints.wait()
     checkpoints.close()
     assert [trainer.tensors(tmp_path / f"step-0000000{step}")["weight"][0].item() for step in (1, 2)] == [0, 1]
+
+
+def test_one_copy_at_a_time(tmp_path, monkeypatch):
+    """Whatever the pace: no copy is taken while another is there to be written."""
+    copies, most = [], []
+    write, stage = Checkpoints._write, DefaultStager.stage
+
+    def counted(self, state):
+        copies.append(state)
+        most.append(len(copies))
+        return stage(self, state)
+
+    def slow(self, *arguments):
+        time.sleep(0.2)
+        try:
+            return write(self, *arguments)
+        finally:
+            copies.pop()
+
+    monkeypatch.setattr(DefaultStager, "stage", counted)
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    checkpoints = Checkpoints(tmp_path, World(), print, background=True)
+    for step in range(1, 6):
+        checkpoints.save({"weight": torch.full((3,), float(step))}, {"step": step}, best=0, last=5)
+    checkpoints.wait()
+    checkpoints.close()
+    assert most == [1] * 5 and not copies
+    for step in range(1, 6):
+        path = tmp_path / f"step-{step:08d}"
+        assert broken(path) is None and trainer.tensors(path)["weight"].tolist() == [step] * 3
 
 
 def test_full_disk_in_the_background_is_told(recipe, monkeypatch, capsys):

@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 import trainer
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 from tessel.train import checkpoint
 from tessel.train.launch import World
+from tessel.train.optim import clip_units
 from tessel.train.parallel import layers, replicate
 from tessel.train.schema import Parallel, UserError
 
@@ -77,6 +79,37 @@ def test_checkpoints_fit_every_other_way(finished, capfd):
         )
     again = recipe.parent / "fsdp-fsdp/fsdp"
     trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000004" for run in (again, finished / "fsdp")))
+
+
+def test_adaptive_clipping_of_shards_is_that_of_the_whole(tmp_path):
+    """A row's norm is of the whole row, a vector's of the whole vector, wherever they are cut."""
+    data = {"root": str(trainer.draw_folder(tmp_path / "images")), "micro_batch": 2}
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data)
+    clipped = [*SHARED, "optim.name=sgd", "optim.lr=0.1", "optim.clip=0.01", "optim.clip_mode=agc"]
+    ways = {name: WAYS[name] for name in ("ddp", "fsdp")} | {"free": ["optim.clip=null"]}
+    done = trainer.on_processes(2, *([recipe, *clipped, *way, f"run.name={name}"] for name, way in ways.items()))
+    assert trainer.exit_codes(done) == [[0, 0]] * len(ways), done.stdout + done.stderr
+    states = {way: trainer.tensors(tmp_path / f"runs/{way}/checkpoints/step-00000004") for way in ways}
+    differences = {True: 0.0, False: 0.0}
+    for name, tensor in states["ddp"].items():
+        torch.testing.assert_close(states["fsdp"][name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+        if name.startswith("model."):
+            difference = float((states["free"][name] - tensor).abs().max())
+            differences[tensor.ndim > 1] = max(difference, differences[tensor.ndim > 1])
+    assert all(difference > 1e-4 for difference in differences.values()), differences  # rows and vectors were clipped
+
+
+def test_units_are_timms():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        for scale, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.linspace(0, scale, parameter.numel()).reshape(parameter.shape)
+    adaptive_clip_grad(models[0].parameters(), 0.05)
+    clip_units(list(models[1].parameters()), 0.05)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])

@@ -101,14 +101,14 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert not different
 
 
-def on_processes(size: int, *runs: list[Any], kill: str = "") -> subprocess.CompletedProcess[str]:
+def on_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str]:
     """One run of the trainer after another, each on `size` processes; their exit codes are the last line of stdout.
 
-    kill: "RANK:STEP", where a process dies.
+    A run may begin with "@RANK:STEP[:SIGNAL[:evaluation|finish]]": what befalls which process where; see ranks.py.
     """
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(size)]
     arguments = json.dumps([[str(word) for word in run] for run in runs])
-    return subprocess.run([*command, arguments, *filter(None, [kill])], capture_output=True, text=True, timeout=280)
+    return subprocess.run([*command, arguments], capture_output=True, text=True, timeout=280)
 
 
 def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:

@@ -56,7 +56,7 @@ def train(recipe: Recipe) -> None:
     from .launch import RunDir, Signals, join
     from .loggers import Loggers
 
-    with join(recipe.run) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
+    with join(recipe.run, recipe.guard) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
         say = print if world.main else lambda text: None
         with world.together():
             begun = run.check()
@@ -155,7 +155,7 @@ def dry_run(recipe: Recipe) -> None:
     from .launch import join
     from .perf import peak_memory
 
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         task, schedule, engine = build(recipe, world)
         batches = task.train_batches(schedule, 0)
         try:

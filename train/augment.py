@@ -1,4 +1,4 @@
-"""Augmentation: from a PIL image to a normalised tensor, and the mixing of a batch."""
+"""Augmentation: from a PIL image to a normalised tensor, then on the device the erasing and mixing of a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from .schema import Aug, Data, Task, UserError
@@ -19,7 +20,7 @@ def of_image(transform: ImageTransform, image: Image.Image, target: Any) -> tupl
 
 
 def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
-    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation, erasing. -> [3, size, size]"""
+    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation. -> [3, size, size]"""
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     try:
         policy = create_transform(
@@ -34,8 +35,6 @@ def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
             interpolation=cfg["interpolation"],
             mean=cfg["mean"],
             std=cfg["std"],
-            re_prob=aug.erasing,
-            re_mode="pixel",
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
@@ -58,6 +57,14 @@ def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
     return resolve_data_config(
         {key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg)
     )
+
+
+def erasing(aug: Aug, device: torch.device) -> RandomErasing | None:
+    """Random erasing of each image of a normalised batch, in place on `device`, with noise; None where it is off.
+
+    Zhong et al., arXiv 1708.04896. It draws from the generators of random and of the device, which an update seeds.
+    """
+    return RandomErasing(aug.erasing, mode="pixel", device=str(device)) if aug.erasing else None
 
 
 def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:

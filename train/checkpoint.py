@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,14 @@ class Checkpoints:
     def __init__(self, path: Path, world: World, say: Callable[[str], None], *, background: bool = False):
         """background: write from a copy while the training goes on, at most one checkpoint at a time."""
         self.path, self.world, self.say = path, world, say
+        # a process of a killed start may live on for a while: it must not write among the files of this one
+        self.start = world.share(uuid.uuid4().hex[:8])
         self.thread = ThreadPoolExecutor(1) if background else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         # a thread's collectives must not get between those of the training
-        self.group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self.group: Any = (
+            dist.new_group(backend="gloo", timeout=world.timeout) if background and world.size > 1 else None
+        )
         self.pending: Future[UserError | None] | None = None
 
     def at(self, step: int) -> Path:
@@ -53,10 +58,6 @@ class Checkpoints:
         written, or in the background the one before it; what was there before stays as it was.
         """
         self.wait()
-        part = self._part(facts["step"])
-        with self.world.together():
-            if self.world.main:
-                shutil.rmtree(part, ignore_errors=True)
         if self.thread:
             copied = self.stager.stage(state)
             self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ class Checkpoints:
             self.thread.shutdown()
 
     def _part(self, step: int) -> Path:
-        return self.path / f".tmp-{self.at(step).name}"
+        return self.path / f".tmp-{self.at(step).name}-{self.start}"
 
     def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
         step = facts["step"]
@@ -90,7 +91,7 @@ class Checkpoints:
             # rank 0 comes back from DCP when all have written their files
             if self.world.main:
                 self._publish(self._part(step), facts)
-                self._prune({best}, last)
+                self._prune(step, {best}, last)
         except (CheckpointException, OSError, RuntimeError) as error:
             if self.world.main:
                 shutil.rmtree(self._part(step), ignore_errors=True)
@@ -110,11 +111,15 @@ class Checkpoints:
         os.replace(part, path)
         _sync(self.path)
 
-    def _prune(self, keep: set[int], last: int) -> None:
+    def _prune(self, step: int, keep: set[int], last: int) -> None:
+        done = sorted(path for path in self.path.glob("step-*") if path.name <= self.at(step).name)
+        kept = {self.at(number) for number in keep} | set(done[-last:])
+        # those of later steps are broken, or resume would have taken one: they must not count among the last
+        for path in set(self.path.glob("step-*")) - kept:
+            with suppress(OSError):
+                os.replace(path, self.path / f".tmp-{path.name}-{self.start}")  # complete or absent, at any instant
         # with what crashes left behind
-        done = sorted(self.path.glob("step-*"))
-        kept = {self.at(step) for step in keep} | set(done[-last:])
-        for path in [*(p for p in done if p not in kept), *self.path.glob(".tmp-*")]:
+        for path in self.path.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def newest(self, recipe_hash: str) -> Path | None:

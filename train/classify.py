@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import zoo as zoo  # registers the models with timm
-from .augment import eval_transform, input_config, mixing, of_image, train_transform
+from .augment import erasing, eval_transform, input_config, mixing, of_image, train_transform
 from .checkpoint import export
 from .config import Plan
 from .data import Loader, build_dataset
@@ -37,16 +37,15 @@ class Classify(Supervised):
         super().__init__(recipe, world, *(build_dataset(recipe.data, split) for split in ("train", "val")))
         self.classes = self.train.classes
         if self.val.classes != self.classes:
-            odd = sorted(set(self.val.classes) ^ set(self.classes))
-            raise UserError(
-                f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}; make them agree"
-            )
+            odd, where = sorted(set(self.val.classes) ^ set(self.classes)), recipe.data.root or recipe.data.name
+            raise UserError(f"train and val of {where} hold different classes: {', '.join(odd[:5])}; make them agree")
         wanted = recipe.task.num_classes
         if wanted not in (None, len(self.classes)):
             raise UserError(
                 f"task.num_classes={wanted}, but data.source={recipe.data.source} has {len(self.classes)} classes; "
                 f"use {len(self.classes)} or leave it out"
             )
+        self.erasing = erasing(recipe.data.aug, world.device)
         self.mixing = mixing(recipe.data.aug, recipe.task, len(self.classes))
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixing else recipe.task.smoothing)
         if recipe.task.loss == "bce":
@@ -71,6 +70,8 @@ class Classify(Supervised):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         images, targets = self.placed(batch)
+        if self.erasing:
+            images = self.erasing(images)
         if self.mixing:
             images, targets = self.mixing(images, targets)
         if self.recipe.task.probe:

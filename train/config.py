@@ -27,17 +27,15 @@ NEUTRAL = re.compile(
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
-SOURCES = {  # of each task: those that need data.root, with what is expected there, and those that do not
-    "classify": ({"folder": "a folder with train/CLASS/ and val/CLASS/"}, {"digits"}),
-    "segment": (
-        {
-            "ade20k": "ADEChallengeData2016, with images/ and annotations/",
-            "cityscapes": "a folder with leftImg8bit/ and gtFine/",
-            "voc2012": "VOC2012, with JPEGImages/, SegmentationClass/ and ImageSets/",
-            "voc2012_aug": "VOC2012, with JPEGImages/, SegmentationClassAug/ and ImageSets/",
-        },
-        {"digit_scenes"},
-    ),
+LAYOUTS = {  # of the data sets to be segmented, below data.root
+    "ade20k": "images/ and annotations/",
+    "cityscapes": "leftImg8bit/ and gtFine/",
+    "voc2012": "JPEGImages/, SegmentationClass/ and ImageSets/",
+    "voc2012_aug": "JPEGImages/, SegmentationClassAug/ and ImageSets/",
+}
+SOURCES = {
+    "classify": ("digits", "folder", "tar", "wds", "hfds", "tfds"),
+    "segment": ("digit_scenes", *LAYOUTS),
 }
 # augmentations that a task other than classification has; only classification lacks those of SEGMENT_AUG
 SEGMENT_AUG = {"resize", "crop_share", "photometric"}
@@ -95,7 +93,7 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) 
     for override in overrides:
         _override(data, override)
     recipe = _validate(data, source)
-    if problems := [*_contradictions(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
+    if problems := [*_contradictions(recipe), *_sources(recipe), *_idle_keys(recipe), *_foreign_keys(recipe)]:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
@@ -253,8 +251,32 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}; {hint}"
 
 
+def _sources(recipe: Recipe) -> Iterator[str]:
+    """What a source of data needs and what it does not look at."""
+    data, kind = recipe.data, recipe.task.kind
+    if data.source not in SOURCES[kind]:
+        yield f"data.source={data.source} is not for task.kind={kind}, which takes {', '.join(SOURCES[kind])}"
+    places = LAYOUTS | {
+        "folder": "train/CLASS/ and val/CLASS/",
+        "tar": "train/*.tar and val/*.tar",
+        "wds": "train/*.tar and val/*.tar",
+    }
+    if data.source in places and not data.root:
+        yield f"data.source={data.source} needs data.root, a folder with {places[data.source]}"
+    if data.source in ("hfds", "tfds") and not data.name:
+        yield f"data.source={data.source} needs data.name"
+    masks = SOURCES["segment"]
+    idle = {"name": ("digits", "folder", "tar", "wds", *masks), "class_map": ("digits", "folder", *masks)}
+    idle |= {"root": ("digits", "digit_scenes")}
+    idle |= dict.fromkeys(("input_key", "target_key"), ("digits", "folder", "tar", *masks))
+    idle |= dict.fromkeys(("train_split", "val_split"), ("digits", *masks))
+    for key, sources in idle.items():
+        if getattr(data, key) is not None and data.source in sources:
+            yield f"data.{key} has no effect with data.source={data.source}; remove it"
+
+
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    data, aug, optim, sched, parallel = recipe.data, recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
+    aug, optim, sched, parallel = recipe.data.aug, recipe.optim, recipe.sched, recipe.parallel
     if (sched.epochs is None) == (sched.steps is None):
         yield "give one of sched.epochs and sched.steps"
     for key in ("decay_rate", "decay_steps", "milestones"):
@@ -263,16 +285,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, key in (("multistep", "milestones"), ("step", "decay_steps")):
         if sched.name == name and not getattr(sched, key):
             yield f"sched.name={name} needs sched.{key}"
-    rooted, embedded = SOURCES[recipe.task.kind]
-    if data.source not in rooted.keys() | embedded:
-        yield (
-            f"data.source={data.source} is not for task.kind={recipe.task.kind}, which takes "
-            f"{', '.join(sorted(rooted.keys() | embedded))}"
-        )
-    if data.source in rooted and not data.root:
-        yield f"data.source={data.source} needs data.root, {rooted[data.source]}"
-    if data.source in embedded and data.root:
-        yield f"data.root has no effect with data.source={data.source}; remove it"
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect beside data.aug.auto_augment; remove one"
     if parallel.shard and parallel.strategy != "hsdp":

@@ -8,14 +8,16 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .schema import Data, UserError
@@ -26,6 +28,10 @@ WORKER_DIED = (
     "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
     "The same command goes on from the last checkpoint"
 )
+WORKER_HANGS = (
+    "no batch came within {timeout:g} s: a loader process hangs, or the images come too slowly; look whether data.root "
+    "can be read. The same command goes on from the last checkpoint, and guard.timeout makes it wait longer"
+)
 Key = tuple[int, int]  # epoch, index
 Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target to what the model takes
 
@@ -35,14 +41,31 @@ def build_dataset(data: Data, split: str) -> Any:
 
     Raises UserError naming a folder that is missing, unreadable or without images.
     """
-    if data.source == "folder":
-        return Folder(Path(str(data.root)) / split)
-    from .demo_data import digits
+    if data.source == "digits":
+        from .demo_data import digits
 
+        try:
+            return digits(split)
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    usual = "validation" if split == "val" and data.source in ("hfds", "tfds") else split
+    name = (data.train_split if split == "train" else data.val_split) or usual
+    if data.source == "folder":
+        return Folder(Path(str(data.root)) / name)
+    from .readers import open_reader
+
+    return open_reader(data, name)
+
+
+def decoded(opener: Callable[[], Any], name: str) -> Image.Image:
+    """The RGB image in the binary file that `opener()` opens. Raises UserError naming it, whatever is wrong with it."""
     try:
-        return digits(split)
-    except ImportError as error:
-        raise UserError(str(error)) from error
+        with opener() as file, Image.open(file) as image:
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # what decoders raise at damaged files has no end
+        raise UserError(f"image {name} cannot be decoded ({error}); repair or remove the file") from error
 
 
 class Folder(Dataset[tuple[Image.Image, int]]):
@@ -69,30 +92,44 @@ class Folder(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = self.paths[index].decode()
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), int(self.targets[index])
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise UserError(f"image {path} cannot be decoded ({error}); repair or remove the file") from error
+        return decoded(partial(open, path, "rb"), path), int(self.targets[index])
+
+
+@dataclass
+class Replaced:
+    """A sample in the place of others, or None where none is left; why each of those others (by index) is lost."""
+
+    sample: tuple[Any, Any, int] | None
+    lost: dict[int, str]
 
 
 class Seeded(Dataset[Any]):
     """`[(epoch, index)]` -> (image, target, index), transformed by generators seeded with (seed, epoch, index).
 
-    An unreadable sample is returned as the UserError that names it: raised here, a worker would bury it in a traceback.
+    A sample that the data set refuses with a UserError is replaced by the first good one of up to `spare` that follow
+    it in the `order` of its epoch, transformed as the lost one would have been. So batches keep their size, no other
+    sample or augmentation changes, and who loads it does not matter.
     """
 
-    def __init__(self, dataset: Any, transform: Transform, seed: int):
+    def __init__(
+        self, dataset: Any, transform: Transform, seed: int, *, order: "GlobalOrder | None" = None, spare: int = 0
+    ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.order, self.spare = order, spare
 
-    def __getitem__(self, key: Key) -> tuple[Any, Any, int] | UserError:
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
-        try:
-            image, target = self.dataset[index]
-        except UserError as error:
-            return error
-        return *self.transform(image, target), index
+    def __getitem__(self, key: Key) -> tuple[Any, Any, int] | Replaced:
+        lost: dict[int, str] = {}
+        following = self.order.following(key) if self.order else ()
+        for index in chain((key[1],), islice(following, self.spare)):
+            seed_all(self.seed, *key)
+            try:
+                image, target = self.dataset[index]
+            except UserError as error:
+                lost[index] = str(error)
+                continue
+            sample = (*self.transform(image, target), index)
+            return Replaced(sample, lost) if lost else sample
+        return Replaced(None, lost)
 
 
 class GlobalOrder(Sampler[list[Key]]):
@@ -131,6 +168,16 @@ class GlobalOrder(Sampler[list[Key]]):
         places = (divmod(position, self.length) for position in range(start, stop))
         return [(epoch, int(permutation(self.seed, epoch, self.length)[place])) for epoch, place in places]
 
+    def following(self, key: Key) -> Iterator[int]:
+        """The other indices of the key's epoch in its order, from the key on and round its end."""
+        order = permutation(self.seed, self.epoch(key), self.length)
+        place = int(np.flatnonzero(order == key[1])[0])
+        yield from map(int, chain(order[place + 1 :], order[:place]))
+
+    def epoch(self, key: Key) -> int:
+        """The epoch whose permutation a key is from."""
+        return key[0]
+
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
@@ -139,15 +186,23 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def seed_all(*key: int, devices: bool = False) -> None:
-    """Seed random, numpy and torch (with `devices` also its accelerators) with a function of `key`."""
+    """Seed random, numpy and torch (with `devices` also its GPUs) with a function of `key`."""
     words = np.random.SeedSequence(key).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
-    (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[3]))
+    torch.default_generator.manual_seed(int(words[3]))
+    if (
+        devices and torch.cuda.is_available()
+    ):  # torch.manual_seed also keeps a stack trace for each kind it does not find
+        torch.cuda.manual_seed_all(int(words[3]))
 
 
 class Loader:
-    """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers."""
+    """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers.
+
+    `lost` collects the samples that could not be read, by index, and why. Where there is none to take the place of one,
+    the batch is not to be had: UserError.
+    """
 
     def __init__(
         self,
@@ -158,8 +213,10 @@ class Loader:
         workers: int,
         ahead: int,
         pin: bool,
+        timeout: float = 0.0,
     ):
-        """ahead: batches each worker prepares in advance."""
+        """ahead: batches each worker prepares; timeout: seconds after which a worker counts as hung; 0: none does."""
+        self.timeout, self.hung = timeout, False
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -168,34 +225,50 @@ class Loader:
             collate_fn=partial(_collate, collate),
             worker_init_fn=_deaf,
             pin_memory=pin,
+            timeout=timeout if workers else 0,
         )
         self.batches = iter(self.loader)
+        self.lost: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         try:
-            batch = next(self.batches)
+            batch, lost = next(self.batches)
         except (RuntimeError, EOFError, ConnectionError) as error:
+            if "timed out" in str(error):
+                self.hung = True
+                raise UserError(WORKER_HANGS.format(timeout=self.timeout)) from error
             # a killed process loses its connections a moment before it counts as dead
             if not wait([worker.sentinel for worker in getattr(self.batches, "_workers", ())], timeout=2):
                 raise
             raise UserError(WORKER_DIED) from error
-        if isinstance(batch, UserError):
-            raise batch
+        self.lost |= lost
+        if batch is None:
+            raise UserError(next(reversed(lost.values())))
         return batch
 
     def close(self) -> None:
         """End the workers now rather than when the interpreter does."""
         batches, self.batches = self.batches, iter(())
+        for worker in getattr(batches, "_workers", ()) if self.hung else ():
+            # deaf to SIGTERM; torch raises the death of a worker wherever this process is
+            with suppress(RuntimeError):
+                worker.kill()
+                worker.join()
         # a traceback may keep the iterator, and torch raises the death of a worker anew until it is shut down
         with suppress(AttributeError, RuntimeError):
             batches._shutdown_workers()  # type: ignore[union-attr]
 
 
-def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Any, dict[int, str]]:
+    lost: dict[int, str] = {}
+    for place, sample in enumerate(samples):
+        if isinstance(sample, Replaced):
+            lost |= sample.lost
+            samples[place] = sample.sample
+    return None if None in samples else collate(samples), lost
 
 
 def _deaf(worker: int) -> None:

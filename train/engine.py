@@ -26,6 +26,7 @@ from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
 from .perf import Meter, Tracer, forward_gflops, peak_tflops
 from .schema import Recipe, UserError
+from .supply import Supply
 from .tasks import Scores, Task
 
 
@@ -40,6 +41,7 @@ class Progress:
     loss_sum: float = 0.0
     loss_steps: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    corrupt: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -68,7 +70,9 @@ class Engine:
         """Train to the last step: True; or until a signal: False. The state is saved either way."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
-        tracer = Tracer(checkpoints.path.parent, self.world.rank, enabled=self.recipe.log.profile)
+        run, budget = checkpoints.path.parent, self.recipe.guard.max_corrupt
+        tracer = Tracer(run, self.world.rank, enabled=self.recipe.log.profile)
+        self.supply = Supply(self.batches, self.world, self.progress.corrupt, budget, run / "corrupt.jsonl")
         self.meter.restart()
         try:
             complete = False
@@ -85,17 +89,13 @@ class Engine:
 
     def step(self) -> bool:
         """One update on one global batch; False, and no update, after a signal to any process."""
-        batches, problem = [], None
         with self.meter.waiting():
-            try:
-                batches = [next(self.batches) for _ in range(self.plan.accumulate)]
-            except UserError as error:
-                problem = error
-        if self.world.agree(self.signals.raised, problem):
+            self.supply.draw(self.plan.accumulate)
+        if self.supply.agree(self.signals.raised, self.loggers.say):
             return False
         step = self.progress.step
         self.schedule.step_update(step)
-        loss = self.backward(batches)
+        loss = self.backward(self.supply.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip(self.model, self.recipe.optim)
         if self.guard.admits(step, norm, loss):
@@ -214,7 +214,7 @@ class Engine:
         self.saved = self.progress.step
         self.loss_sum.fill_(self.progress.loss_sum)
         if facts["recipe_hash"] != recipe_hash(self.recipe):
-            self.progress.best, self.progress.best_step = None, 0
+            self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             return "not the recipe of that checkpoint"
         then, now = facts["arithmetic"], arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
         changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]

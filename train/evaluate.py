@@ -133,7 +133,7 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         raise UserError(f"--weights {weights}: there is no such file")
     folders = sets or {"val": Path(str(recipe.data.root)) / "val"}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         with world.together():
             model = create(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
         classes = ImageNetInfo().label_names()
@@ -150,7 +150,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     run, recipe = opened(target, overrides)
     if recipe.task.kind != "classify":
         raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these are sets of ImageNet's classes")
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
             classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
@@ -182,7 +182,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
     """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         task: Any = build_task(recipe, world)
         if overlays and not hasattr(task, "draw"):
             raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from .config import decisive, dump, load_recipe, recipe_hash
 from .data import WORKER_DIED
 from .rendezvous import meet
-from .schema import Lost, Recipe, Run, UserError
+from .schema import Guard, Lost, Recipe, Run, UserError
 
-PATIENCE = timedelta(minutes=30)  # how long one process waits for another
 LOCK = ".lock"
+BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
@@ -36,6 +36,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     local_size: int = 1  # processes on this node
+    timeout: timedelta = timedelta(minutes=30)  # how long one process waits for another
 
     @property
     def main(self) -> bool:
@@ -84,7 +85,7 @@ class World:
 
 
 @contextmanager
-def join(run: Run) -> Iterator[World]:
+def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  frozen
     """The world that torchrun's environment describes, or this process alone."""
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
@@ -97,28 +98,37 @@ def join(run: Run) -> Iterator[World]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(run.deterministic)
-    if size > 1:
-        store, rank, size = meet(PATIENCE)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    # a process that waits for its batch is still waited for, and tells what is the matter
+    timeout = timedelta(seconds=2 * guard.timeout)
     try:
-        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        if size > 1:
+            store, rank, size = meet(timeout)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), timeout)
     except RuntimeError as error:
-        if known := explained(error):
+        if known := explained(error, timeout):
             raise known from error
         raise
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        if size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def explained(error: RuntimeError) -> UserError | None:
+def explained(error: RuntimeError, timeout: timedelta) -> UserError | None:
     """What a RuntimeError out of torch's depths means to the user, where that is known."""
     text = next(iter(str(error).strip().splitlines()), "")
     if "DataLoader worker" in text:
         return Lost(WORKER_DIED)
-    if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
+    remote = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+    if remote and ("timed out" in text.lower() or "timeout" in text):
+        return Lost(
+            f"another process of this run has not answered for {timeout.total_seconds():g} s: it hangs. End what is "
+            "left of the run (kill -9), then the same command goes on from the last checkpoint; guard.timeout makes it "
+            "wait longer"
+        )
+    if remote:
         return Lost(f"another process of this run is gone ({text[:160]}); the same command goes on where it can")
     if isinstance(error, torch.OutOfMemoryError):
         return Lost(f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing")
@@ -200,7 +210,7 @@ class RunDir:
 
     def check(self) -> bool:
         """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
-        there = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.is_dir() else ()
+        there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
         if self.recipe.run.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
@@ -231,8 +241,8 @@ class RunDir:
         # someone else may have begun it while this process had no lock yet
         self.check()
         with writing(self.path):
-            self.checkpoints.mkdir(exist_ok=True)
             write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            self.checkpoints.mkdir(exist_ok=True)
             (self.path / "PREEMPTED").unlink(missing_ok=True)
         return aside
 

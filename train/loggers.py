@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import flatten
-from .launch import World, writing
+from .launch import World, write_atomically, writing
 from .schema import Log, Recipe
 
 
@@ -108,7 +108,7 @@ class Wandb:
             mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
         identity = path / "wandb-id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
+            write_atomically(identity, uuid.uuid4().hex[:8])
         self.run = wandb.init(
             project=recipe.log.wandb_project,
             name=recipe.run.name,

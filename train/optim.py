@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from .config import Plan
+from .parallel import local
 from .schema import Optim, Recipe, UserError
 
 
@@ -96,9 +97,30 @@ def clip(model: nn.Module, optim: Optim) -> torch.Tensor:
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if optim.clip:
+    if optim.clip and optim.clip_mode == "agc" and any(isinstance(parameter, DTensor) for parameter in parameters):
+        clip_units(parameters, optim.clip)
+    elif optim.clip:
         dispatch_clip_grad(parameters, optim.clip, mode=optim.clip_mode)
     return norm
+
+
+def clip_units(parameters: list[nn.Parameter], factor: float) -> None:
+    """Adaptive clipping (Brock et al., arXiv 2102.06171, equation 3) of shards, to what timm's makes of the whole."""
+    for parameter in parameters:
+        assert parameter.grad is not None
+        grad = parameter.grad.detach()
+        limit = unit_norm(parameter.detach()).clamp(min=1e-3) * factor
+        norm = unit_norm(grad)
+        local(grad).mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))
+
+
+def unit_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """The norm of each of this process's rows [rows, 1, ...], or of a whole vector over all processes []."""
+    if tensor.ndim > 1:
+        # shards are cut between rows
+        return torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    norm = torch.linalg.vector_norm(tensor)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class NonFinite(Exception):

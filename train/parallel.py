@@ -60,6 +60,8 @@ def replicate(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
         shape, names = (world.size // group, group), ("replicate", "shard")
     share(model.state_dict().values(), world)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    for name in names:
+        dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
     try:
         for layer in [*layers(model), model]:
             fully_shard(layer, mesh=mesh)

@@ -162,11 +162,11 @@ class Aug:
     auto_augment: str | None = None
     """timm policy, for example rand-m9-mstd0.5-inc1"""
     erasing: Share = 0.0
-    """probability of random erasing"""
+    """probability of random erasing, on the device"""
     mixup: NonNegativeFloat = 0.0
-    """mixup's beta parameter; 0: off"""
+    """mixup's beta parameter, on the device; 0: off"""
     cutmix: NonNegativeFloat = 0.0
-    """cutmix's beta parameter; 0: off"""
+    """cutmix's beta parameter, on the device; 0: off"""
     mix_prob: Share = 1.0
     """share of micro-batches that are mixed"""
     switch_prob: Share = 0.5
@@ -183,10 +183,26 @@ class Aug:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
-    source: Literal["digits", "folder", "digit_scenes", "ade20k", "cityscapes", "voc2012", "voc2012_aug"]
-    """embedded digits or scenes of them, root/{train,val}/CLASS/*.jpg, or a data set in its own layout below root"""
+    source: Literal[
+        *("digits", "folder", "tar", "wds", "hfds", "tfds"),
+        *("digit_scenes", "ade20k", "cityscapes", "voc2012", "voc2012_aug"),
+    ]
+    """embedded digits; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow datasets; to be
+    segmented: embedded scenes of digits, or a data set as it comes out of its archive, below root"""
     root: str | None = None
-    """folder of the data, for all but the embedded ones"""
+    """folder of the images or tar files: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
+    name: str | None = None
+    """hfds, tfds: name of the dataset; hfds: or its folder"""
+    train_split: str | None = None
+    """null: train; tar, wds: also a pattern like imagenet-train-*.tar"""
+    val_split: str | None = None
+    """null: val, with hfds and tfds validation"""
+    input_key: str | None = None
+    """hfds, tfds: column of the images (null: image); wds: endings of them, like jpg;png"""
+    target_key: str | None = None
+    """hfds, tfds: column of the classes (null: label); wds: their key in KEY.json (null: they are in KEY.cls)"""
+    class_map: str | None = None
+    """text file that lists the classes, a line each (null: those that are found)"""
     size: PositiveInt = 224
     """side of the input, pixels"""
     fit: tuple[PositiveInt, PositiveInt] | None = None
@@ -320,6 +336,10 @@ class Eval:
 class Guard:
     max_skips: NonNegativeInt = 0
     """updates in a row skipped for a non-finite gradient before stopping"""
+    max_corrupt: NonNegativeInt = 0
+    """training samples that cannot be read and are replaced before stopping; evaluation replaces none"""
+    timeout: PositiveFloat = 900.0
+    """seconds to wait for a batch, and twice as long for another process, before stopping"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -89,7 +89,8 @@ class Judge:
         mine = [(0, index) for index in range(world.rank, len(images), world.size)]
         keys = [mine[at : at + data.eval_batch] for at in range(0, len(mine), data.eval_batch)]
         dataset = Seeded(images, self.transform, self.recipe.run.seed)
-        batches = Loader(dataset, keys, workers=data.workers, ahead=2, pin=world.device.type == "cuda")
+        pin, timeout = world.device.type == "cuda", self.recipe.guard.timeout
+        batches = Loader(dataset, keys, workers=data.workers, ahead=2, pin=pin, timeout=timeout)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         try:
             with world.together(), torch.no_grad(), autocast(self.recipe.parallel, world):

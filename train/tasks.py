@@ -96,10 +96,11 @@ class Supervised:
         self.train, self.val, self.samples = train, val, len(train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed)
+        order, spare = self._order(plan, step), self.recipe.guard.max_corrupt
+        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed, order=order, spare=spare)
         workers = max(self.recipe.data.workers, 1)
         ahead = max(2, -(-plan.accumulate // workers) + 1)  # an update's micro-batches and then some
-        return self._loader(dataset, self._order(plan, step), ahead)
+        return self._loader(dataset, order, ahead)
 
     def sample_keys(self, plan: Plan, step: int) -> list[Key]:
         batch = self.recipe.data.batch
@@ -126,7 +127,8 @@ class Supervised:
 
     def _loader(self, dataset: Seeded, batches: Any, ahead: int) -> Loader:
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
-        return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin)
+        timeout = self.recipe.guard.timeout
+        return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin, timeout=timeout)
 
 
 class RepeatedOrder(GlobalOrder):
@@ -148,3 +150,6 @@ class RepeatedOrder(GlobalOrder):
             (epoch * self.repeats + copy, int(permutation(self.seed, epoch, self.length)[image]))
             for copy, epoch, image in copies
         ]
+
+    def epoch(self, key: Key) -> int:
+        return key[0] // self.repeats

@@ -1,0 +1,298 @@
+"""What the trainer costs beside a bare loop: time a step, memory over many steps, start-up, and saving meanwhile.
+
+    python benchmarks/trainer.py                      on the CPU, a few minutes; --dry-run: seconds, figures of no worth
+    python benchmarks/trainer.py --device cuda --model biformer_tiny --size 224 --batch 128 --workers 8
+
+overhead   our loop over forty lines of plain PyTorch with the same model, loader, precision and optimizer, in turns
+memory     growth of the resident set from step 200 to 2,000 of a tiny model, with logging, evaluation, checkpoints
+startup    seconds from the start of the process to the end of the first step, median of several processes
+saving     steps with a checkpoint among them over steps without, in turns: written beside the training, and within it
+
+Goals: at most 3 % overhead, 1 % growth, 5 % for saving in the background. Results: results/trainer_DEVICE.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GOALS = {"overhead_percent": 3.0, "memory_growth_percent": 1.0, "background_saving_percent": 5.0}
+
+
+def make(args: argparse.Namespace, out: str, **sections: dict):
+    """The recipe of a run on the digits, as long as it is let."""
+    from tessel.train.config import make_recipe
+
+    recipe = {
+        "run": {"name": "bench", "out": out, "device": args.device},
+        "model": {"name": args.model},
+        "data": {"source": "digits", "size": args.size, "batch": args.batch, "workers": args.workers},
+        "sched": {"steps": 10**6},
+        "parallel": {"precision": "bf16" if args.device == "cuda" else "fp32"},
+        **{section: {"every": 10**6} for section in ("eval", "ckpt")},
+    }
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    return make_recipe(recipe, [], source="benchmark")
+
+
+class Ours:
+    """The trainer's own loop, some steps at a time."""
+
+    def __init__(self, recipe, world):
+        from tessel.train.__main__ import build, take_up
+        from tessel.train.launch import RunDir, Signals
+        from tessel.train.loggers import Loggers
+        from tessel.train.supply import Supply
+
+        self.task, self.plan, self.engine = build(recipe, world)
+        engine, run = self.engine, RunDir(recipe)
+        run.open()
+        engine.checkpoints, engine.signals = take_up(engine, run, world, print, False), Signals()
+        engine.loggers = Loggers(recipe, run.path, world, total=self.plan.steps, step=0)
+        engine.loggers.sinks.remove(engine.loggers.screen)
+        engine.batches = self.task.train_batches(self.plan, 0)
+        engine.supply = Supply(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
+        engine.meter.restart()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.review()
+            self.engine.step()
+
+    def saving(self, count: int) -> None:
+        """Save, go on for `count` steps, and be done with both."""
+        self.engine.save()
+        self.steps(count)
+        self.engine.checkpoints.wait()
+
+    def close(self) -> None:
+        self.engine.batches.close()
+        self.engine.checkpoints.close()
+        self.engine.loggers.close()
+
+
+class Bare:
+    """The loop one would write oneself."""
+
+    def __init__(self, ours: Ours):
+        import timm.optim
+        import torch
+
+        recipe, self.device = ours.engine.recipe, ours.engine.world.device
+        self.model = ours.task.build_model().to(self.device)
+        self.optimizer = timm.optim.create_optimizer_v2(
+            self.model, recipe.optim.name, recipe.optim.lr, recipe.optim.weight_decay
+        )
+        self.criterion = torch.nn.CrossEntropyLoss()
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16")
+        self.batches = ours.task.train_batches(ours.plan, 0)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            images, targets, _ = next(self.batches)
+            images = images.to(self.device, non_blocking=True)
+            targets = targets.to(self.device, non_blocking=True)
+            with self.autocast:
+                loss = self.criterion(self.model(images), targets)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def overhead(args: argparse.Namespace, world) -> dict:
+    from measuring import ratio, side_by_side
+
+    block = 2 if args.dry_run else args.block
+    with tempfile.TemporaryDirectory() as out:
+        ours = Ours(make(args, out), world)
+        bare = Bare(ours)
+        clocks: dict[str, list[float]] = {"ours": [], "bare": []}
+
+        def clocked(name: str, loop: Ours | Bare) -> None:
+            start = time.process_time()
+            loop.steps(block)
+            clocks[name].append(time.process_time() - start)
+
+        runs = {"ours": lambda: clocked("ours", ours), "bare": lambda: clocked("bare", bare)}
+        times = side_by_side(runs, seconds=args.seconds, device=args.device)
+        ours.close()
+        bare.close()
+    milliseconds = {name: round(1e3 * statistics.median(found) / block, 3) for name, found in times.items()}
+    return {
+        "ours_ms_a_step": milliseconds["ours"],
+        "bare_ms_a_step": milliseconds["bare"],
+        "overhead_percent": round(100 * (ratio(times, "bare", "ours") - 1), 2),
+        # of the processor's time, which other processes on the machine do not lengthen
+        "overhead_cpu_time_percent": round(100 * (ratio(clocks, "bare", "ours") - 1), 2),
+        "rounds": len(times["ours"]),
+        "steps_a_round": block,
+    }
+
+
+def saving(args: argparse.Namespace, world) -> dict:
+    from measuring import ratio, side_by_side
+
+    every = 2 if args.dry_run else args.every
+    found = {"every_steps": every}
+    for way in ("background", "foreground"):
+        with tempfile.TemporaryDirectory() as out:
+            ours = Ours(make(args, out, ckpt={"background": way == "background"}), world)
+            runs = {"none": lambda ours=ours: ours.steps(every), way: lambda ours=ours: ours.saving(every)}
+            times = side_by_side(runs, seconds=args.seconds, device=args.device)
+            ours.close()
+        found[f"{way}_saving_percent"] = round(100 * (ratio(times, "none", way) - 1), 2)
+        found["rounds"] = len(times["none"])
+    return found
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print the resident set over the steps of a whole run, as JSON."""
+    from measuring import resident
+
+    from tessel.train import __main__, engine
+
+    step, sizes, first, last = engine.Engine.step, {}, *((4, 12) if args.dry_run else (200, 2000))
+
+    def hooked(self):
+        done = self.progress.step
+        if done == first or (done > first and done % (last // 10) == 0):
+            sizes[done] = resident()
+        return step(self)
+
+    engine.Engine.step = hooked
+    with tempfile.TemporaryDirectory() as out:
+        every = {"every": last // 4}
+        tiny = {"model": {"name": "test_resnet"}, "data": {"batch": 8, "size": 32}}
+        recipe = make(args, out, **tiny, sched={"steps": last}, eval=every, ckpt=every, log={"progress": "lines"})
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        try:
+            __main__.train(recipe)
+        finally:
+            sys.stdout = stdout
+    sizes[last] = resident()
+    growth = 100 * (max(sizes.values()) / sizes[first] - 1)
+    mib = {step: round(size / 2**20, 1) for step, size in sizes.items()}
+    print(json.dumps({"resident_mib": mib, "memory_growth_percent": round(growth, 2)}))
+
+
+def startup(args: argparse.Namespace) -> None:
+    """Print the seconds of each part of a start, as JSON."""
+    import torch
+
+    from tessel.train.config import plan
+    from tessel.train.engine import Engine
+    from tessel.train.launch import join
+    from tessel.train.tasks import build_task
+
+    marks = {"imports": time.time()}
+    torch.set_num_threads(args.threads)
+    recipe = make(args, "nowhere")
+    with join(recipe.run) as world:
+        task = build_task(recipe, world)
+        marks["data"] = time.time()
+        engine = Engine(recipe, task, world, schedule := plan(recipe, samples=task.samples, world_size=1))
+        marks["model"] = time.time()
+        batches = task.train_batches(schedule, 0)
+        engine.backward([next(batches)])
+        engine.optimizer.step()
+        marks["first_step"] = time.time()
+        batches.close()
+    begin, parts = args.since, {}
+    for name, mark in marks.items():
+        parts[name], begin = round(mark - begin, 3), mark
+    print(json.dumps(parts | {"total": round(marks["first_step"] - args.since, 3)}))
+
+
+def alone(part: str, args: argparse.Namespace) -> dict:
+    """A part in a process of its own."""
+    from measuring import RETURNING
+
+    values = ("device", "model", "size", "batch", "workers", "threads")
+    options = [word for name in values for word in (f"--{name}", str(getattr(args, name)))]
+    command = [sys.executable, __file__, "--part", part, *options, *(["--dry-run"] if args.dry_run else [])]
+    run = subprocess.run([*command, "--since", repr(time.time())], capture_output=True, text=True, env=RETURNING)
+    if run.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", default="biformer_atto")
+    parser.add_argument("--size", type=int, default=32, help="pixels (default 32)")
+    parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each of two contenders (default 60)")
+    parser.add_argument("--block", type=int, default=10, help="steps in a turn of the overhead's (default 10)")
+    parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint (default 50)")
+    parser.add_argument("--starts", type=int, default=3, help="processes started (default 3)")
+    parts = "overhead,saving,memory,startup"
+    parser.add_argument("--parts", default=parts, help=f"which of them to measure (default {parts})")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--out", type=Path, help="the JSON (default benchmarks/results/trainer_DEVICE.json)")
+    parser.add_argument("--part", choices=["memory", "startup"], help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.starts, args.seconds = (1, 0.0) if args.dry_run else (args.starts, args.seconds)
+    if args.dry_run and not (args.out or args.part):
+        parser.error("--dry-run writes figures of no worth: say where with --out")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.part == "startup":
+        return startup(args)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if args.part == "memory":
+        return memory(args)
+    from measuring import facts
+
+    from tessel.train.launch import join
+
+    settings = {name: getattr(args, name) for name in ("model", "size", "batch", "workers")}
+    out = args.out or RESULTS / f"trainer_{args.device}.json"
+    found = {"dry_run": args.dry_run, **facts(args.device), "cores": os.cpu_count(), **settings, "load_average": {}}
+    with join(make(args, "nowhere").run) as world:
+        parts = {
+            "overhead": lambda: overhead(args, world),
+            "saving": lambda: saving(args, world),
+            "memory": lambda: alone("memory", args),
+            "startup_seconds": lambda: started(args),
+        }
+        for name in (name for name in parts if name.startswith(tuple(args.parts.split(",")))):
+            found[name] = parts[name]()
+            found["load_average"][name] = round(os.getloadavg()[0], 2)
+            out.write_text(json.dumps(found, indent=1) + "\n")  # at once: the whole takes minutes
+            print(f"{name}: {found[name]}", flush=True)
+    figures = found.get("overhead", {}) | found.get("saving", {}) | found.get("memory", {})
+    goals = {name: goal for name, goal in GOALS.items() if name in figures}
+    found["goals"] = {name: {"at_most": goal, "met": figures[name] <= goal} for name, goal in goals.items()}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, goal in goals.items():
+        print(f"{name:28}{figures[name]:8.2f}  (at most {goal:g}: {'met' if figures[name] <= goal else 'not met'})")
+    print(f"load average {found['load_average']} on {os.cpu_count()} cores; written to {out}")
+
+
+def started(args: argparse.Namespace) -> dict:
+    """The median of several starts."""
+    starts = [alone("startup", args) for _ in range(args.starts)]
+    return {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What happens to a batch on the device: erasing, then mixing, drawn from the seeds of the update."""
+
+import pytest
+import torch
+import trainer
+
+from tessel.train.augment import erasing, train_transform
+from tessel.train.classify import Classify
+from tessel.train.config import load_recipe
+from tessel.train.data import build_dataset, seed_all
+from tessel.train.launch import World
+from tessel.train.schema import Aug, Data
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def test_loader_processes_do_not_erase():
+    image = build_dataset(Data(source="digits"), "train")[0][0]
+    config = {"input_size": (3, 32, 32)}
+    plain, erased = (
+        train_transform(Data(source="digits", size=32, aug=Aug(erasing=p)), config)(image) for p in (0.0, 1.0)
+    )
+    assert torch.equal(plain, erased)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_image_is_erased_by_itself_and_by_the_seed(device):
+    erase = erasing(Aug(erasing=0.25), torch.device(device))
+    assert erase and erasing(Aug(), torch.device(device)) is None
+
+    def erased(*key):
+        seed_all(*key, devices=True)
+        return erase(torch.full((512, 3, 32, 32), 9.0, device=device).to(memory_format=torch.channels_last))
+
+    batch = erased(1, 2)
+    changed = batch != 9
+    rows = changed.flatten(1).any(1)
+    assert 0.18 < rows.float().mean() < 0.32
+    assert torch.equal(erased(1, 2), batch) and not torch.equal(erased(1, 3), batch)
+    areas = changed[rows][:, 0].flatten(1).float().mean(1)
+    assert areas.min() > 0.01 and areas.max() < 0.37 and len(areas.unique()) > 50
+    for mask in changed[rows][:20, 0]:  # rectangles
+        height, width = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == height * width
+    noise = batch[changed]
+    assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05 and batch.device.type == device
+
+
+def test_the_task_erases_before_it_mixes(tmp_path):
+    data = {"source": "digits", "aug": {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0}}
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path": None})
+    task, seen = Classify(load_recipe(recipe), World()), []
+    assert task.erasing and task.mixing
+
+    def model(images):
+        seen.append(images.clone())
+        return torch.zeros(len(images), 10)
+
+    seed_all(0, devices=True)
+    task.loss(model, [torch.full((4, 3, 32, 32), 5.0), torch.arange(4), torch.arange(4)])
+    seed_all(0, devices=True)
+    expected = task.erasing(torch.full((4, 3, 32, 32), 5.0))
+    assert (expected != 5).flatten(1).any(1).all()
+    assert torch.equal(seen[0], task.mixing(expected, torch.arange(4))[0])

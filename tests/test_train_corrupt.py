@@ -1,0 +1,200 @@
+"""Samples that cannot be read: named, counted once, replaced up to a budget; nothing else changes."""
+
+import json
+import os
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+import trainer
+
+from tessel.train.data import Folder, Loader, Seeded
+from tessel.train.engine import Engine
+from tessel.train.schema import UserError
+from tessel.train.tasks import RepeatedOrder
+
+VICTIMS = "class_0/3.png", "class_2/7.png"
+BUDGET = "guard.max_corrupt=2"
+
+
+class Numbers:
+    """Any data set: an image and a target of several parts, some of them unreadable."""
+
+    def __init__(self, *bad):
+        self.bad = bad
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        torch.rand(1)
+        if index in self.bad:
+            raise UserError(f"scene {index} is torn")
+        return torch.full((2,), float(index)), {"boxes": torch.tensor([index])}
+
+
+def jittered(image, target):
+    return image + torch.rand(2) / 2, target
+
+
+def order(repeats=1):
+    sizes = {"micro_batch": 5, "accumulate": 1, "rank": 0, "world_size": 1}
+    return RepeatedOrder(repeats=repeats, length=20, seed=3, start=0, stop=60, **sizes)
+
+
+def drawn(dataset, repeats=1, spare=3, workers=0):
+    """(image, index) of 60 samples, and what was lost."""
+    stream = order(repeats)
+    seeded = Seeded(dataset, jittered, 1, order=stream, spare=spare)
+    loader = Loader(seeded, stream, workers=workers, ahead=2, pin=False)
+    batches = list(loader)
+    loader.close()
+    assert all(len(batch[0]) == 5 for batch in batches)
+    pairs = [pair for batch in batches for pair in zip(batch[0].tolist(), batch[2].tolist(), strict=True)]
+    return pairs, loader.lost
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_next_of_the_epoch_stands_in_and_all_else_is_as_it_was(repeats):
+    epochs = [[index for _, index in drawn(Numbers())[0][at : at + 20]] for at in (0, 20, 40)]
+    bad = epochs[0][0], epochs[0][4], epochs[0][5]
+    whole, (mended, lost) = drawn(Numbers(), repeats)[0], drawn(Numbers(*bad), repeats)
+    assert lost == {index: f"scene {index} is torn" for index in bad}
+    keys = [key for batch in order(repeats) for key in batch]
+    assert len(keys) == len(whole) == 60
+    for (epoch, index), before, after in zip(keys, whole, mended, strict=True):
+        assert before[1] == index
+        if index not in bad:
+            assert after == before
+            continue
+        good = [i for i in 2 * epochs[epoch // repeats] if i not in bad or i == index]
+        assert after[1] == good[good.index(index) + 1]
+        # as the lost one would have been augmented
+        shift = [value - index for value in before[0]]
+        assert after[0] == pytest.approx([after[1] + value for value in shift], abs=1e-5)
+
+
+def test_workers_change_nothing():
+    assert drawn(Numbers(2, 11)) == drawn(Numbers(2, 11), workers=2)
+
+
+def test_where_none_is_left_the_batch_is_not_to_be_had():
+    for spare in (0, 3):
+        stream = order()
+        loader = Loader(
+            Seeded(Numbers(*range(20)), jittered, 1, order=stream, spare=spare), stream, workers=0, ahead=2, pin=False
+        )
+        with pytest.raises(UserError, match=r"scene \d+ is torn"):
+            next(loader)
+        assert len(loader.lost) >= spare + 1
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = trainer.draw_folder(tmp_path_factory.mktemp("corrupt") / "images")
+    for victim in VICTIMS:
+        path = root / "train" / victim
+        path.write_bytes(path.read_bytes()[:60])
+    return root
+
+
+def write_recipe(folder, images):
+    # no batch statistics, so that any number of processes learns the same
+    return trainer.write_recipe(
+        folder / "tiny.yaml", data={"root": str(images), "micro_batch": 2}, model={"name": "test_convnext"}
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path, images):
+    return write_recipe(tmp_path, images)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, images):
+    recipe = write_recipe(tmp_path_factory.mktemp("straight"), images)
+    assert trainer.train(recipe, BUDGET) == 0
+    return recipe.parent / "runs/tiny"
+
+
+def account(run):
+    return [json.loads(line) for line in (run / "corrupt.jsonl").read_text().splitlines()]
+
+
+def test_the_account_names_each_once(straight, images):
+    """Over two epochs, in the run directory and in its checkpoints."""
+    found = account(straight)
+    paths = [path.decode() for path in Folder(images / "train").paths]
+    assert {paths[entry["index"]] for entry in found} == {str(images / "train" / victim) for victim in VICTIMS}
+    for entry in found:
+        assert f"image {paths[entry['index']]} cannot be decoded" in entry["reason"]
+    manifest = json.loads((straight / "checkpoints/step-00000009/manifest.json").read_text())
+    assert manifest["progress"]["corrupt"] == {str(entry["index"]): entry["reason"] for entry in found}
+
+
+def test_resume_is_exact_and_counts_on(recipe, straight, monkeypatch, capsys):
+    """Also with another number of workers."""
+    run, step = recipe.parent / "runs/tiny", Engine.step
+
+    def hooked(self):
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", hooked)
+        assert trainer.train(recipe, BUDGET) == 0
+    assert capsys.readouterr().out.count("is replaced by another") == 2
+    assert trainer.train(recipe, BUDGET, "data.workers=2") == 0
+    out = capsys.readouterr().out
+    assert "at step 5 (exact)" in out and "is replaced by another" not in out
+    assert account(run) == account(straight) and trainer.learning(run) == trainer.learning(straight)
+    trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
+
+
+def test_two_processes_count_together(recipe, straight):
+    done = trainer.on_processes(2, [recipe, BUDGET, "run.name=two"], [recipe, "guard.max_corrupt=1", "run.name=one"])
+    assert trainer.exit_codes(done) == [[0, 0], [1, 1]], done.stderr
+    two = recipe.parent / "runs/two"
+    assert account(two) == account(straight)
+    for left, right in zip(trainer.learning(straight), trainer.learning(two), strict=True):
+        for key in left.keys() & {"loss", "grad_norm", "top1"}:
+            assert right[key] == pytest.approx(left[key], abs=1e-5, rel=1e-5), key
+    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1 and all(victim in messages[0] for victim in VICTIMS), done.stderr
+
+
+def test_over_the_budget_stops_with_the_list_and_goes_on_with_a_larger_one(recipe, straight, capsys):
+    run = recipe.parent / "runs/tiny"
+    assert trainer.train(recipe, "guard.max_corrupt=1", "ckpt.every=1") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 samples cannot be read, and guard.max_corrupt=1") and error.count("\n") == 1
+    assert all(fragment in error for fragment in (*VICTIMS, str(run / "corrupt.jsonl"), "repair or remove"))
+    assert account(run) == account(straight)
+    stopped = len(list((run / "checkpoints").iterdir()))
+    assert trainer.train(recipe, BUDGET) == 0
+    assert ("(exact)" in capsys.readouterr().out) == bool(stopped)
+    assert account(run) == account(straight)
+    trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
+
+
+def test_repaired_files_are_off_the_account_of_a_new_start(recipe, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    train = partial(trainer.train, recipe, f"data.root={tmp_path}/images", "sched.steps=5", "eval.every=5")
+    assert train() == 1
+    assert "cannot be decoded" in capsys.readouterr().err
+    assert len(account(recipe.parent / "runs/tiny")) == 1
+    for victim in VICTIMS:
+        shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / victim)
+    assert train() == 0 and account(recipe.parent / "runs/tiny") == []
+
+
+def test_evaluation_replaces_nothing(recipe, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    victim = tmp_path / "images/val/class_1/2.png"
+    victim.write_bytes(b"")
+    assert trainer.train(recipe, f"data.root={tmp_path}/images", "guard.max_corrupt=9") == 1
+    error = capsys.readouterr().err
+    assert str(victim) in error and "cannot be decoded" in error

@@ -1,0 +1,104 @@
+"""kill -9 at any instant costs the steps since the last checkpoint and nothing else."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import trainer
+from killing import INSTANTS, PLACES
+
+from tessel.train.checkpoint import Checkpoints, broken
+from tessel.train.config import load_recipe
+from tessel.train.launch import RunDir, World
+
+KILLS, STEPS = 25, 30
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_equal_at_the_end(tmp_path):
+    recipe = trainer.write_recipe(
+        tmp_path / "tiny.yaml",
+        model={"name": "test_resnet", "drop_path": None},
+        data={"source": "digits", "micro_batch": 4},
+        sched={"steps": STEPS},
+        ckpt={"every": 1},
+        eval={"every": STEPS},
+    )
+    done = trainer.on_processes(2, [recipe, "run.name=straight", f"ckpt.every={STEPS}"])
+    assert trainer.exit_codes(done) == [[0, 0]], done.stderr
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(KILLS), str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert kills.pop() == {"codes": [0, 0], "step": STEPS, "broken": []}
+    assert len(kills) == KILLS and {(kill["instant"], kill["background"]) for kill in kills} == {
+        (instant, background) for instant in INSTANTS for background in (False, True)
+    }
+    for kill in kills:
+        # who was left has noticed
+        assert kill["codes"] == [-signal.SIGKILL if rank in kill["killed"] else 1 for rank in range(2)], kill
+        assert not kill["broken"] and kill["before"] <= kill["step"] <= kill["before"] + 2, kill
+        if kill["instant"] in PLACES[:3]:
+            # the first process clears away what it cannot complete
+            assert kill["step"] == kill["before"] and kill["partial"] == (0 in kill["killed"]), kill
+        elif kill["instant"] == "prune":
+            assert kill["step"] == kill["before"] + 1, kill
+    assert all(one["step"] == other["before"] for one, other in pairwise(kills))
+    resumed = [int(step) for step in re.findall(r"resuming \S+ at step (\d+) \(exact\)", done.stdout)]
+    assert resumed == sorted(resumed) and resumed[-1] == kills[-1]["step"] and "is broken" not in done.stdout
+    runs = tmp_path / "runs"
+    assert not list((runs / "tiny/checkpoints").glob(".tmp-*"))
+    paths = (runs / f"{name}/checkpoints/step-{STEPS:08d}" for name in ("straight", "tiny"))
+    trainer.assert_same_checkpoint(*paths)
+    # metrics of a step say the same, whichever start wrote them
+    assert trainer.learning(runs / "tiny") == trainer.learning(runs / "straight")
+
+
+def save(checkpoints, step, last):
+    checkpoints.save({"weight": torch.full((2,), float(step))}, {"step": step, "recipe_hash": "x"}, best=0, last=last)
+
+
+def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, World(), print)
+    for step in (3, 6):
+        save(checkpoints, step, last=2)
+    (tmp_path / "step-00000006/manifest.json").unlink()
+    resumed = Checkpoints(tmp_path, World(), print)
+    assert resumed.newest("x") == tmp_path / "step-00000003"
+    save(resumed, 4, last=1)
+    assert resumed.newest("x") == tmp_path / "step-00000004" and "falling back" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004"]
+
+
+def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
+    """A process that outlives its start writes into a directory of its own."""
+    old, new = (Checkpoints(tmp_path, World(), print) for _ in range(2))
+    assert old._part(1) != new._part(1) and old.at(1) == new.at(1)
+    old._part(1).mkdir()
+    (old._part(1) / "__1_0.distcp").write_bytes(b"half")
+    save(new, 1, last=2)
+    assert not broken(new.at(1)) and not old._part(1).exists()
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.yaml.part"]])
+def test_killed_while_it_began(tmp_path, left):
+    """The directory of a start that came no further is begun anew, without a question."""
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
+    (run := tmp_path / "runs/tiny").mkdir(parents=True)
+    for name in left:
+        (run / name).touch()
+    assert not RunDir(recipe).check()
+
+
+def test_recipe_is_the_first_that_a_run_holds(tmp_path, monkeypatch):
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
+    monkeypatch.setattr("tessel.train.launch.write_atomically", lambda path, text: 1 / 0)
+    with RunDir(recipe).held() as run, pytest.raises(ZeroDivisionError):
+        run.open()
+    assert not run.check() and not run.checkpoints.exists()

@@ -1,0 +1,371 @@
+"""Data in archives and of other libraries: the same images and classes as in folders, at random, in any process."""
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trainer
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from tessel.train.config import load_recipe
+from tessel.train.data import Loader, Seeded, build_dataset
+from tessel.train.engine import Engine
+from tessel.train.schema import Data, UserError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return trainer.draw_folder(tmp_path_factory.mktemp("images"))
+
+
+def files(images, split):
+    """(class, path) of a split, in the order of the folder source."""
+    return [(path.parent.name, path) for path in sorted((images / split).rglob("*.png"))]
+
+
+def pack(archive: Path, members: list[tuple[str, bytes]]) -> None:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def one_archive(images, root, split):
+    pack(root / f"{split}.tar", [(f"data/{label}/{p.name}", p.read_bytes()) for label, p in files(images, split)])
+
+
+def archive_of_each_class(images, root, split):
+    for wanted in sorted({label for label, _ in files(images, split)}):
+        members = [(p.name, p.read_bytes()) for label, p in files(images, split) if label == wanted]
+        pack(root / split / f"{wanted}.tar", members)
+
+
+def archives_in_an_archive(images, root, split):
+    archive_of_each_class(images, root / "parts", split)
+    pack(root / f"{split}.tar", [(p.name, p.read_bytes()) for p in sorted((root / "parts" / split).iterdir())])
+
+
+def shards(images, root, split, label=str, places=("shard-{}.tar",)):
+    """Three shards of WebDataset."""
+    found = files(images, split)
+    classes = sorted({name for name, _ in found})
+    for shard in range(3):
+        members = []
+        for number in range(shard * len(found) // 3, (shard + 1) * len(found) // 3):
+            name, path = found[number]
+            sidecars = {"cls": label(classes.index(name)), "json": json.dumps({"kind": {"a": 1}, "wnid": name})}
+            members += [(f"./s{number:04d}.{key}", text.encode()) for key, text in sidecars.items()]
+            members.append((f"./s{number:04d}.PNG", path.read_bytes()))
+        pack(root / split / f"shard-{shard}.tar", members)
+
+
+def same(dataset, reference):
+    assert len(dataset) == len(reference)
+    for index in np.random.default_rng(0).permutation(len(reference)):
+        (image, target), (expected, label) = dataset[int(index)], reference[int(index)]
+        assert image.mode == "RGB" and target == label and np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("layout", [one_archive, archive_of_each_class, archives_in_an_archive])
+def test_tar_holds_what_the_folder_does(images, tmp_path, layout):
+    for split in ("train", "val"):
+        layout(images, tmp_path, split)
+        reference = build_dataset(Data(source="folder", root=str(images)), split)
+        dataset = build_dataset(Data(source="tar", root=str(tmp_path)), split)
+        assert dataset.classes == reference.classes
+        same(dataset, reference)
+        # timm's reader takes the class from the same places
+        single = tmp_path / f"{split}.tar"
+        theirs = ReaderImageInTar(str(single if single.exists() else tmp_path / split))
+        pairs = zip(theirs.targets, theirs.filenames(basename=True), strict=True)
+        found = sorted((theirs.class_idx_to_name[target], name) for target, name in pairs)
+        assert found == sorted((label, path.name) for label, path in files(images, split))
+
+
+@pytest.mark.parametrize(
+    ("keys", "label", "classes"),
+    [
+        ({}, str, ["0", "1", "2"]),
+        ({"class_map": "names.txt"}, "  {}\n".format, ["class_0", "class_1", "class_2"]),
+        ({"class_map": "names.txt"}, "class_{}".format, ["class_0", "class_1", "class_2"]),
+        ({}, "kind {}".format, ["kind 0", "kind 1", "kind 2"]),
+        ({"target_key": "wnid"}, str, ["class_0", "class_1", "class_2"]),
+        ({"input_key": "jpg;png", "val_split": "val/shard-*.tar"}, str, ["0", "1", "2"]),
+    ],
+)
+def test_webdataset_holds_what_the_folder_does(images, tmp_path, keys, label, classes):
+    shards(images, tmp_path, "val", label)
+    (tmp_path / "names.txt").write_text("class_0\nclass_1\nclass_2\n\n")
+    dataset = build_dataset(Data(source="wds", root=str(tmp_path), **keys), "val")
+    assert dataset.classes == classes
+    same(dataset, build_dataset(Data(source="folder", root=str(images)), "val"))
+
+
+def test_shards_of_the_webdataset_package_are_read(images, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    with wds.ShardWriter(str(tmp_path / "x-train-%06d.tar"), maxcount=10, verbose=0) as sink:
+        for number, (label, path) in enumerate(files(images, "train")):
+            sink.write({"__key__": f"a/b{number:03d}", "png": path.read_bytes(), "cls": int(label[-1])})
+    dataset = build_dataset(Data(source="wds", root=str(tmp_path), train_split="x-train-*.tar"), "train")
+    same(dataset, build_dataset(Data(source="folder", root=str(images)), "train"))
+
+
+def test_training_from_shards_is_that_from_folders(images, tmp_path, monkeypatch, capsys):
+    """Interrupted after five of nine updates, with two loader processes."""
+    for split in ("train", "val"):
+        shards(images, tmp_path, split)
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
+    assert trainer.train(recipe) == 0
+    step, changes = Engine.step, ["data.source=wds", f"data.root={tmp_path}", "run.name=wds", "data.workers=2"]
+
+    def hooked(self):
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", hooked)
+        assert trainer.train(recipe, *changes) == 0
+    assert trainer.train(recipe, *changes) == 0
+    assert "at step 5 (exact)" in capsys.readouterr().out
+    runs = tmp_path / "runs"
+    trainer.assert_same_checkpoint(*(runs / name / "checkpoints/step-00000009" for name in ("tiny", "wds")))
+    assert trainer.learning(runs / "wds") == trainer.learning(runs / "tiny")
+
+
+def lacks_a_class(root):
+    pack(root / "train.tar", [("x.cls", b"1"), ("x.txt", b"a cat")])
+
+
+def is_compressed(root):
+    (root / "train.tar").write_bytes(gzip.compress(b"0" * 9999))
+
+
+def is_cut(root):
+    content = (root / "train/shard-1.tar").read_bytes()
+    (root / "train/shard-1.tar").write_bytes(content[:700])
+
+
+def is_no_json(root):
+    pack(root / "train.tar", [("x.png", b""), ("x.json", b"{}")])
+
+
+def knows_few(root):
+    (root / "names.txt").write_text("one\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "harm", "fragments"),
+    [
+        ({"root": "/nowhere"}, None, ["no /nowhere/train.tar", "data.root"]),
+        ({"train_split": "/a/*.tar"}, None, ["/a/*.tar", "cannot be listed"]),
+        ({}, lacks_a_class, ["train.tar: sample x has .cls, .txt", ".png", "beside .cls"]),
+        ({}, is_compressed, ["train.tar cannot be read", "without compression"]),
+        ({}, is_cut, ["shard-1.tar cannot be read", "whole"]),
+        ({"target_key": "label"}, is_no_json, ["train.tar:x.json", "'label'", "data.target_key"]),
+        ({"class_map": "names.txt"}, knows_few, ["'1'", "data.class_map=names.txt", "every class"]),
+        ({"class_map": "none.txt"}, None, ["data.class_map=none.txt cannot be read"]),
+        ({"source": "tar", "train_split": "flat"}, lambda root: pack(root / "flat.tar", [("a.png", b"")]), ["folder"]),
+        ({"source": "tar", "train_split": "flat"}, lambda root: pack(root / "flat.tar", [("a", b"")]), ["no images"]),
+        ({"source": "hfds", "name": "x"}, None, ["needs the package datasets", "pip install datasets"]),
+        ({"source": "tfds", "name": "x"}, None, ["tensorflow_datasets", "pip install tensorflow-datasets"]),
+    ],
+)
+def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, keys, harm, fragments):
+    shards(images, tmp_path, "train")
+    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: None)
+    if harm:
+        harm(tmp_path)
+    with pytest.raises(UserError) as caught:
+        build_dataset(Data(**{"source": "wds", "root": str(tmp_path), **keys}), "train")
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments) and "\n" not in message, message
+
+
+def test_damaged_image_in_a_shard_is_named_and_counted(images, tmp_path):
+    shards(images, tmp_path, "val")
+    archive = tmp_path / "val/shard-1.tar"
+    content = bytearray(archive.read_bytes())
+    with tarfile.open(archive) as tar:
+        victim = tar.getmembers()[2]
+    content[victim.offset_data : victim.offset_data + 40] = bytes(40)
+    archive.write_bytes(content)
+    dataset = build_dataset(Data(source="wds", root=str(tmp_path)), "val")
+    loader = Loader(Seeded(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, ahead=2, pin=False)
+    with pytest.raises(UserError, match=f"image {archive}:{victim.name.removeprefix('./')} cannot be decoded"):
+        next(loader)
+    assert list(loader.lost) == [5]
+
+
+class StandIn:
+    """What timm's reader uses of a Hugging Face dataset; the package itself, where it is there, is tested below."""
+
+    def __init__(self, rows):
+        names = sorted({name for name, _ in rows})
+        self.rows = [{"image": {"bytes": path.read_bytes()}, "label": names.index(name)} for name, path in rows]
+        self.info = types.SimpleNamespace(features={"label": types.SimpleNamespace(names=names)}, splits=None)
+
+    def cast_column(self, column, feature):
+        assert column == "image"
+        return self
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.fixture(params=["stand-in", "package"])
+def hugging_face(request, images, monkeypatch):
+    """The name of a dataset of the images."""
+    if request.param == "package":
+        pytest.importorskip("datasets")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        yield str(images)
+        return
+
+    def load_dataset(name, *, split, cache_dir):
+        if name != "cats":
+            raise FileNotFoundError(f"Couldn't find {name} on the hub\nor here")
+        return StandIn(files(images, {"train": "train", "validation": "val"}[split]))
+
+    module = types.ModuleType("datasets")
+    module.load_dataset, module.Image = load_dataset, lambda decode: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    sys.modules.pop("timm.data.readers.reader_hfds", None)
+    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: True)
+    yield "cats"
+    sys.modules.pop("timm.data.readers.reader_hfds", None)  # it holds on to the stand-in
+
+
+@pytest.mark.filterwarnings("default")
+def test_hugging_face_holds_what_the_folder_does(hugging_face, images, tmp_path):
+    for split in ("train", "val"):
+        data = Data(source="hfds", name=hugging_face, root=str(tmp_path / "store"))
+        dataset, reference = (build_dataset(d, split) for d in (data, Data(source="folder", root=str(images))))
+        assert dataset.classes == reference.classes
+        same(dataset, reference)
+    (tmp_path / "names.txt").write_text("class_2\nclass_1\nclass_0\n")
+    data = Data(source="hfds", name=hugging_face, root=str(tmp_path / "store"), class_map=str(tmp_path / "names.txt"))
+    turned = build_dataset(data, "val")
+    assert turned.classes == ["class_2", "class_1", "class_0"] and [turned[i][1] for i in (0, 14)] == [2, 0]
+    with pytest.raises(UserError, match="data.source=hfds: split train of /no/such cannot be read: "):
+        build_dataset(Data(source="hfds", name="/no/such"), "train")
+
+
+def prepared_by_package(images, store):
+    import tensorflow_datasets as tfds  # type: ignore[import-not-found]
+
+    class Stripes(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            names = ["class_0", "class_1", "class_2"]
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._rows("train"), "validation": self._rows("val")}
+
+        def _rows(self, split):
+            for number, (label, path) in enumerate(files(images, split)):
+                yield number, {"image": str(path), "label": label}
+
+        def _generate_examples(self):
+            raise AssertionError
+
+    Stripes(data_dir=str(store), file_format="array_record").download_and_prepare()
+
+
+def prepared_stand_in(images, monkeypatch):
+    """The calls of tensorflow_datasets that are used; the package itself, where it is there, is tested too."""
+
+    def builder(name, data_dir):
+        def as_data_source(split, decoders):
+            assert decoders == {"image": "raw"}
+            rows = StandIn(files(images, {"train": "train", "validation": "val"}[split])).rows
+            return [{"image": row["image"]["bytes"], "label": np.int64(row["label"])} for row in rows]
+
+        label = types.SimpleNamespace(names=["class_0", "class_1", "class_2"])
+        info = types.SimpleNamespace(features={"label": label})
+        if name != "stripes":
+            raise ValueError(f"Dataset {name} not found")
+        return types.SimpleNamespace(info=info, as_data_source=as_data_source)
+
+    module = types.ModuleType("tensorflow_datasets")
+    module.builder, module.decode = builder, types.SimpleNamespace(SkipDecoding=lambda: "raw")  # type: ignore
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: True)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("how", ["stand-in", "package"])
+def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeypatch, how):
+    if how == "package":
+        pytest.importorskip("tensorflow_datasets")
+        # in a process of its own, for the same reason as below
+        call = f"from test_train_readers import *; prepared_by_package(Path({str(images)!r}), Path({str(tmp_path)!r}))"
+        subprocess.run([sys.executable, "-c", call], check=True, cwd=Path(__file__).parent, capture_output=True)
+    else:
+        prepared_stand_in(images, monkeypatch)
+    data = Data(source="tfds", name="stripes", root=str(tmp_path))
+    # first by loader processes: the files of array_record do not survive a fork once they are open
+    dataset = build_dataset(data, "train")
+    loader = Loader(Seeded(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, ahead=2, pin=False)
+    batches = list(loader)
+    loader.close()
+    assert np.array_equal(batches[0][0][0].numpy(), np.asarray(dataset[4][0]))
+    assert batches[1][1].tolist() == [dataset[9][1]]
+    for split in ("train", "val"):
+        dataset, reference = (build_dataset(d, split) for d in (data, Data(source="folder", root=str(images))))
+        assert dataset.classes == reference.classes
+        found = [
+            (target, np.asarray(image).tobytes()) for image, target in map(dataset.__getitem__, range(len(dataset)))
+        ]
+        wanted = [
+            (target, np.asarray(image).tobytes()) for image, target in map(reference.__getitem__, range(len(reference)))
+        ]
+        assert sorted(found) == sorted(wanted)  # its own order of preparation
+    assert len(dataset) == 15 and dataset[3][1] == dataset[3][1]
+    with pytest.raises(UserError, match=r"split train of nothing cannot be read at random.*array_record"):
+        build_dataset(Data(source="tfds", name="nothing", root=str(tmp_path)), "train")
+
+
+def pixels(image: Image.Image, target: int):
+    return np.asarray(image), target
+
+
+@pytest.mark.parametrize(
+    ("keys", "fragment"),
+    [
+        ("source=tar", "data.source=tar needs data.root"),
+        ("source=hfds", "data.source=hfds needs data.name"),
+        ("source=wds root=x name=y", "data.name has no effect with data.source=wds"),
+        ("source=tar root=x target_key=y", "data.target_key has no effect with data.source=tar"),
+        ("source=folder root=x class_map=y", "data.class_map has no effect with data.source=folder"),
+        ("source=digits val_split=x", "data.val_split has no effect with data.source=digits"),
+    ],
+)
+def test_keys_that_a_source_does_not_look_at(tmp_path, keys, fragment):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: test_resnet}\ndata: {source: digits}\nsched: {epochs: 1}\n")
+    with pytest.raises(UserError, match=fragment):
+        load_recipe(path, [f"data.{key}" for key in keys.split()])
+
+
+def test_splits_of_a_folder_have_names(images):
+    data = Data(source="folder", root=str(images), train_split="val", val_split="train")
+    assert [len(build_dataset(data, split)) for split in ("train", "val")] == [15, 36]

@@ -1,0 +1,86 @@
+"""The position in the stream of samples is all the state that its loader has."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import trainer
+
+from tessel.train.config import load_recipe, plan
+from tessel.train.data import seed_all
+from tessel.train.launch import World
+from tessel.train.tasks import build_task
+
+STEPS = 12  # of 8 samples, in epochs of 36
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return trainer.draw_folder(tmp_path_factory.mktemp("stream"))
+
+
+class Draws:
+    """An image's transform, and what the three generators give before and after it."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image, target):
+        before = self.draw()
+        image, target = self.transform(image, target)
+        return (image, before, self.draw()), target
+
+    def draw(self):
+        return torch.tensor(
+            [random.random(), np.random.rand(), torch.rand((), dtype=torch.float64)], dtype=torch.double
+        )
+
+
+def stream(root, *overrides, workers=0, start=0):
+    """Every micro-batch from the update `start` on, as lists of tensors; the generators are left somewhere else."""
+    aug = {"repeats": 3, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-n2", "scale": [0.3, 1.0], "mixup": 0.0}
+    aug |= {"cutmix": 0.0, "hflip": 0.5}
+    path = root / f"{workers}-{start}.yaml"
+    recipe = load_recipe(
+        trainer.write_recipe(path, data={"root": str(root), "aug": aug, "workers": workers}, sched={"steps": STEPS}),
+        overrides,
+    )
+    seed_all(1000 + start + workers)
+    task = build_task(recipe, World())
+    task.build_model()
+    task.train_transform = Draws(task.train_transform)
+    batches = task.train_batches(plan(recipe, samples=task.samples, world_size=1), start)
+    try:
+        found = []
+        for images, labels, index in batches:
+            found.append([*images, labels, index])
+            torch.rand(3), random.random(), np.random.rand()
+        return found
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_images_labels_and_draws_are_bit_equal(root, workers, start):
+    """With no and two loader processes, from the beginning, within the first epoch and within the second."""
+    whole = stream(root)
+    assert len(whole) == 2 * STEPS
+    rest = stream(root, workers=workers, start=start)
+    assert len(rest) == 2 * (STEPS - start)
+    for left, right in zip(whole[2 * start :], rest, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def test_no_two_samples_draw_the_same(root):
+    """Neither two copies of an image in a batch nor one image in two epochs; all three generators are seeded."""
+    whole = stream(root)
+    draws = torch.cat([batch[1] for batch in whole])
+    assert len(draws) == 8 * STEPS
+    assert all(len(column.unique()) == len(draws) for column in draws.T)
+    index = torch.cat([batch[4] for batch in whole])
+    assert len(index.unique()) < len(index) / 2  # repeats, and a second epoch
+    images = torch.cat([batch[0] for batch in whole]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+    assert not any(torch.equal(one[1], other[1]) for one, other in zip(whole, stream(root, "run.seed=1"), strict=True))
