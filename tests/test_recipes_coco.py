@@ -11,6 +11,7 @@ from tessel.train.__main__ import build
 from tessel.train.config import PACKAGED, load_recipe, plan
 from tessel.train.launch import Signals, World
 from tessel.train.optim import build_optimizer, build_schedule
+from tessel.train.supply import Supply
 
 COCO = 117_266  # training images with objects
 RECIPES = sorted(path.stem for path in (PACKAGED / "coco").glob("*.yaml"))
@@ -119,7 +120,8 @@ def one_step(name, tmp_path):
     recipe = load_recipe(f"coco/{name}", [*here, *short, *small, *begin])
     task, schedule, engine = build(recipe, World())
     before = {key: tensor.detach().clone() for key, tensor in engine.model.named_parameters()}
-    engine.signals, engine.batches = Signals(), task.train_batches(schedule, 0)
+    batches = task.train_batches(schedule, 0)
+    engine.signals, engine.supply = Signals(), Supply(batches, World(), {}, 0, tmp_path / "corrupt.jsonl")
     assert engine.step() and math.isfinite(engine.summed_loss())
     engine.settle()
     after = dict(engine.model.named_parameters())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessel.train.data import Seeded
+from tessel.train.data import Replaced, Seeded
 from tessel.train.schema import Aug, Data, SegmentTest, UserError
 from tessel.train.segment.augment import Photometric, eval_transform, fitted, random_crop, train_transform
 from tessel.train.segment.data import build_dataset
@@ -111,7 +111,7 @@ def test_damaged_files_are_named_from_the_loader(tmp_path, kind):
     path = min((root / kind / "training").iterdir())
     path.write_bytes(path.read_bytes()[:-60])
     found = Seeded(dataset("ade20k", root), train_transform(Data(source="ade20k", size=16), CFG), 0)[(0, 0)]
-    assert isinstance(found, UserError) and str(path) in str(found) and "decoded" in str(found)
+    assert isinstance(found, Replaced) and str(path) in found.lost[0] and "decoded" in found.lost[0]
 
 
 def test_missing_parts_are_named(tmp_path):

@@ -63,10 +63,10 @@ def _sources(data: Data) -> Iterator[str]:
         "folder": "train/CLASS/ and val/CLASS/",
         "tar": "train/*.tar and val/*.tar",
         "wds": "train/*.tar and val/*.tar",
-        "ade20k": "images/ and annotations/, the ADEChallengeData2016 of the archive",
+        "ade20k": "images/ and annotations/",
         "cityscapes": "leftImg8bit/ and gtFine/",
         "coco": "annotations/, train2017/ and val2017/",
-        "voc2012": "JPEGImages/, annotations and ImageSets/, the VOC2012 of VOCdevkit",
+        "voc2012": "JPEGImages/, SegmentationClass/ or Annotations/, and ImageSets/",
         "voc2012_aug": "JPEGImages/, SegmentationClassAug/ and ImageSets/",
     }
     if data.source in places and not data.root:

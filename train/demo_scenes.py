@@ -27,8 +27,10 @@ class Scene:
 class DigitScenes:
     """`length` scenes of `side` pixels; those to train on and those to judge by are made of different digits."""
 
-    def __init__(self, split: str, *, length: int, side: int = 96):
+    def __init__(self, split: str, *, length: int, side: int = 96, heights: tuple[float, float] = (0.25, 0.5)):
+        """heights: of the smallest and the largest digit, as shares of the side."""
         self.digits, self.split, self.length, self.side = digits(split), split, length, side
+        self.heights = int(heights[0] * side), int(heights[1] * side)
         self.classes = self.digits.classes
 
     def __len__(self) -> int:
@@ -38,18 +40,18 @@ class DigitScenes:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng([("train", "val").index(self.split), index])
-        return draw(rng, self.digits, self.side)
+        return draw(rng, self.digits, self.side, self.heights)
 
 
-def draw(rng: np.random.Generator, ink: Digits, side: int) -> Scene:
-    """One scene of two to four digits between 3/10 and 6/10 of `side` high, and as many pieces of clutter."""
+def draw(rng: np.random.Generator, ink: Digits, side: int, heights: tuple[int, int]) -> Scene:
+    """One scene of two to four digits between `heights` pixels high, and as many pieces of clutter."""
     canvas = texture(rng, side)
     for _ in range(rng.integers(2, 5)):
         scratch(rng, canvas)
     instances, labels = np.zeros((side, side), np.int32), []
     for _ in range(rng.integers(2, 5)):
         chosen = int(rng.integers(len(ink)))
-        height = int(rng.integers(3 * side // 10, 6 * side // 10 + 1))
+        height = int(rng.integers(heights[0], heights[1] + 1))
         top, left = rng.integers(0, side - height + 1, 2)
         part = np.s_[top : top + height, left : left + height]
         alpha = np.asarray(ink[chosen][0].convert("L").resize((height, height), Image.Resampling.BILINEAR)) / 255

@@ -406,4 +406,4 @@ def leaves(section: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any,
             yield from leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
         else:
             default = {} if field.default_factory is not dataclasses.MISSING else field.default
-            yield prefix + field.name, hint, default, documented[field.name].description
+            yield prefix + field.name, hint, default, " ".join(documented[field.name].description.split())

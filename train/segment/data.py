@@ -69,7 +69,7 @@ class Scenes(Dataset[tuple[Image.Image, np.ndarray]]):
     def __init__(self, split: str, *, length: int, side: int):
         from ..demo_scenes import DigitScenes
 
-        self.scenes = DigitScenes(split, length=length, side=side)
+        self.scenes = DigitScenes(split, length=length, side=side, heights=HEIGHTS)
         self.classes = ["background", *self.scenes.classes]
         self.palette = [[0, 0, 0], *DIGIT_COLOURS]
 
@@ -81,6 +81,7 @@ class Scenes(Dataset[tuple[Image.Image, np.ndarray]]):
         return scene.image, np.concatenate([[0], 1 + scene.labels])[scene.instances].astype(np.uint8)
 
 
+HEIGHTS = (0.4, 0.7)  # of a digit, as shares of the scene: strokes of several cells of the finest map
 DIGIT_COLOURS = [
     *([230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48]),
     *([145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [170, 110, 40]),
