@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import detection
 import numpy as np
@@ -16,6 +18,7 @@ from tessel.train.__main__ import build
 from tessel.train.config import load_recipe
 from tessel.train.launch import World
 from tessel.train.report.__main__ import main as report
+from tessel.train.schema import UserError
 from tessel.train.tasks import build_task
 
 SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
@@ -139,23 +142,17 @@ def test_losses_are_summed(tmp_path, coco, detector):
     assert len(batch[0]) == 2 and all(64 not in image.shape or image.shape[0] == 3 for image in batch[0])
 
 
-def test_classification_loads_none_of_this(tmp_path):
-    import subprocess
-    import sys
-
-    recipe = trainer.write_recipe(tmp_path / "c.yaml", data={"root": str(trainer.draw_folder(tmp_path / "images"))})
+def test_classification_loads_none_of_this():
     code = (
-        "import sys; from tessel.train.__main__ import main; code = main(sys.argv[1:]);"
+        "import sys, tessel.train.engine, tessel.train.classify, tessel.train.evaluate;"
         "bad = [n for n in sys.modules if n.startswith(('tessel.train.detect', 'faster_coco_eval', 'pycocotools'))];"
-        "assert code == 0 and not bad, bad"
+        "assert not bad, bad"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(recipe), "--dry-run"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_classes_of_both_splits_must_agree(tmp_path):
-    from tessel.train.schema import UserError
-
     root = detection.draw_coco(tmp_path / "coco")
     detection.change(root, "val", lambda c: c["categories"][0].update(name="cat"))
     with pytest.raises(UserError, match="different classes: cat, dog"):

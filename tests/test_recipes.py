@@ -16,9 +16,8 @@ import tessel.zoo
 from tessel.checkpoints import load_manifest
 from tessel.train.__main__ import build
 from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.launch import Signals, World
+from tessel.train.launch import World
 from tessel.train.optim import build_optimizer, build_schedule
-from tessel.train.supply import Supply
 
 IMAGENET = 1_281_167  # training images
 RECIPES = sorted(path.stem for path in (PACKAGED / "imagenet").glob("*.yaml"))
@@ -213,8 +212,7 @@ def two_steps(name, images, tmp_path, model):
     recipe = load_recipe(f"imagenet/{name}", [*here, *short, *where])
     task, schedule, engine = build(recipe, World())
     before = {key: tensor.detach().clone() for key, tensor in engine.model.named_parameters()}
-    batches = task.train_batches(schedule, 0)
-    engine.signals, engine.supply = Signals(), Supply(batches, World(), {}, 0, tmp_path / "corrupt.jsonl")
+    trainer.ready(engine, task, schedule, tmp_path)
     assert engine.step() and engine.step() and engine.progress.step == 2
     engine.settle()
     after = dict(engine.model.named_parameters())

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import scenery
 import torch
-import trainer  # noqa: F401  one thread and no network, as everywhere
+import trainer
 
 import tessel.zoo
 from tessel.train.__main__ import build
 from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.launch import Signals, World
+from tessel.train.launch import World
 from tessel.train.optim import build_optimizer, build_schedule
 from tessel.train.segment.model import assemble, specification
-from tessel.train.supply import Supply
 
 IMAGES = 20_210  # for training
 RECIPES = sorted(path.stem for path in (PACKAGED / "ade20k").glob("*.yaml"))
@@ -123,8 +122,7 @@ def two_steps(recipe):
     """Two updates; the weights that moved."""
     task, schedule, engine = build(recipe, World())
     before = {key: tensor.detach().clone() for key, tensor in engine.model.named_parameters()}
-    batches = task.train_batches(schedule, 0)
-    engine.signals, engine.supply = Signals(), Supply(batches, World(), {}, 0, Path(recipe.run.out) / "corrupt.jsonl")
+    trainer.ready(engine, task, schedule, Path(recipe.run.out))
     assert engine.step() and engine.step()
     engine.settle()
     after = dict(engine.model.named_parameters())

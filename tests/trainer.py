@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tessel.train.__main__ import main
 from tessel.train.checkpoint import load
-from tessel.train.launch import World
+from tessel.train.launch import Signals, World
+from tessel.train.supply import Supply
 
 SIZE = 32
 
@@ -113,3 +115,10 @@ def on_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str
 
 def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def ready(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
+    """Make `engine.step()` possible without a run directory: the first batches, and nobody who listens."""
+    batches = task.train_batches(schedule, 0)
+    engine.signals, engine.loggers = Signals(), SimpleNamespace(say=print)
+    engine.supply = Supply(batches, World(), {}, 0, folder / "corrupt.jsonl")
