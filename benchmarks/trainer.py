@@ -238,6 +238,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=10, help="steps in a turn of the overhead's (default 10)")
     parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint (default 50)")
     parser.add_argument("--starts", type=int, default=3, help="processes started (default 3)")
+    parts = "overhead,saving,memory,startup"
+    parser.add_argument("--parts", default=parts, help=f"which of them to measure (default {parts})")
     parser.add_argument("--dry-run", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--out", type=Path, help="the JSON (default benchmarks/results/trainer_DEVICE.json)")
     parser.add_argument("--part", choices=["memory", "startup"], help=argparse.SUPPRESS)
@@ -263,22 +265,33 @@ def main() -> None:
     from tessel.train.launch import join
 
     settings = {name: getattr(args, name) for name in ("model", "size", "batch", "workers")}
-    busy = [round(os.getloadavg()[0], 2)]
-    with join(make(args, "nowhere").run) as world:
-        found = {"overhead": overhead(args, world), "saving": saving(args, world)}
-    found["memory"] = alone("memory", args)
-    starts = [alone("startup", args) for _ in range(args.starts)]
-    found["startup_seconds"] = {name: statistics.median(start[name] for start in starts) for name in starts[0]}
-    busy.append(round(os.getloadavg()[0], 2))
-    figures = found["overhead"] | found["saving"] | found["memory"]
-    found["goals"] = {name: {"at_most": goal, "met": figures[name] <= goal} for name, goal in GOALS.items()}
-    content = {**facts(args.device), "load_average": busy, "cores": os.cpu_count(), **settings, **found}
     out = args.out or RESULTS / f"trainer_{args.device}.json"
-    out.write_text(json.dumps({"dry_run": args.dry_run, **content}, indent=1) + "\n")
-    for name, goal in GOALS.items():
+    found = {"dry_run": args.dry_run, **facts(args.device), "cores": os.cpu_count(), **settings, "load_average": {}}
+    with join(make(args, "nowhere").run) as world:
+        parts = {
+            "overhead": lambda: overhead(args, world),
+            "saving": lambda: saving(args, world),
+            "memory": lambda: alone("memory", args),
+            "startup_seconds": lambda: started(args),
+        }
+        for name in (name for name in parts if name.startswith(tuple(args.parts.split(",")))):
+            found[name] = parts[name]()
+            found["load_average"][name] = round(os.getloadavg()[0], 2)
+            out.write_text(json.dumps(found, indent=1) + "\n")  # at once: the whole takes minutes
+            print(f"{name}: {found[name]}", flush=True)
+    figures = found.get("overhead", {}) | found.get("saving", {}) | found.get("memory", {})
+    goals = {name: goal for name, goal in GOALS.items() if name in figures}
+    found["goals"] = {name: {"at_most": goal, "met": figures[name] <= goal} for name, goal in goals.items()}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, goal in goals.items():
         print(f"{name:28}{figures[name]:8.2f}  (at most {goal:g}: {'met' if figures[name] <= goal else 'not met'})")
-    print("start-up: " + ", ".join(f"{name} {value:.2f} s" for name, value in found["startup_seconds"].items()))
-    print(f"load average {busy[0]} to {busy[1]} on {os.cpu_count()} cores; written to {out}")
+    print(f"load average {found['load_average']} on {os.cpu_count()} cores; written to {out}")
+
+
+def started(args: argparse.Namespace) -> dict:
+    """The median of several starts."""
+    starts = [alone("startup", args) for _ in range(args.starts)]
+    return {name: statistics.median(start[name] for start in starts) for name in starts[0]}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import trainer
 from torch import distributed as dist
 
-from tessel.train import classify
+from tessel.train import tasks
 from tessel.train.checkpoint import broken
 from tessel.train.data import Loader, Seeded
 from tessel.train.launch import explained
@@ -73,7 +73,7 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
             time.sleep(60)
         return image(self, key)
 
-    task = classify.Classify.train_batches
+    task = tasks.Supervised.train_batches
 
     def choose(self, plan, step):
         victims[:] = [self.sample_keys(plan, 3)[0]]
@@ -81,7 +81,7 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(Seeded, "__getitem__", hooked)
-        patch.setattr(classify.Classify, "train_batches", choose)
+        patch.setattr(tasks.Supervised, "train_batches", choose)
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=2", "guard.timeout=5") == 1
     (told,) = messages(capsys.readouterr().err)
     assert "no batch came within 5 s" in told and "data.root" in told and "guard.timeout" in told
@@ -92,7 +92,12 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
 
 def test_close_ends_processes_that_hang():
     loader = Loader(
-        Seeded(Slow(2), lambda *pair: pair, 0), [[(0, 1)], [(0, 2)]], workers=2, ahead=2, pin=False, timeout=3
+        Seeded(Slow(2), lambda image, target: (image, target), 0),
+        [[(0, 1)], [(0, 2)]],
+        workers=2,
+        ahead=2,
+        pin=False,
+        timeout=3,
     )
     assert next(loader)[0].item() == 1
     workers = loader.batches._workers

@@ -132,7 +132,7 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         raise UserError(f"--weights {weights}: there is no such file")
     folders = sets or {"val": Path(str(recipe.data.root)) / "val"}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    with join(recipe.run) as world:
+    with join(recipe.run, recipe.guard) as world:
         with world.together():
             model = create(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
         classes = ImageNetInfo().label_names()
