@@ -41,6 +41,7 @@ def edit_first(**values):
     ("edit", "fragment"),
     [
         (edit_first(bbox=[50, 5, 30, 9]), "reaches out of the image of 68 x 50"),
+        (edit_first(bbox=[-5, 5, 30, 9]), "reaches out of the image of 68 x 50"),
         (edit_first(bbox=[5, 5, 0, 9]), "has no area"),
         (edit_first(category_id=99), "is of a category that the annotations do not list"),
         (edit_first(segmentation={"size": [50, 68]}), "neither polygons nor RLE"),

@@ -216,7 +216,7 @@ def test_a_damaged_image_is_named(recipe, tmp_path, capsys):
         (["task.smoothing=0.1"], "task.smoothing has no effect with task.kind=segment"),
         (["task.num_classes=4"], "task.num_classes has no effect"),
         (["data.crop_pct=0.9"], "data.crop_pct has no effect"),
-        (["data.source=folder"], "data.source=folder is not for task.kind=segment, which takes digit_scenes, ade20k"),
+        (["data.source=folder"], "data.source=folder is not for task.kind=segment, which takes ade20k, cityscapes"),
         (["data.root=null"], "data.source=ade20k needs data.root, a folder with images/"),
         (["data.source=digit_scenes"], "data.root has no effect with data.source=digit_scenes"),
         (["task.segment.test.stride=4"], "task.segment.test.stride has no effect with task.segment.test.mode=whole"),
