@@ -184,11 +184,19 @@ class Aug:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
     source: Literal[
-        *("digits", "folder", "tar", "wds", "hfds", "tfds"),
-        *("digit_scenes", "ade20k", "cityscapes", "voc2012", "voc2012_aug"),
+        "digits",
+        "folder",
+        "tar",
+        "wds",
+        "hfds",
+        "tfds",
+        "digit_scenes",
+        "ade20k",
+        "cityscapes",
+        "voc2012",
+        "voc2012_aug",
     ]
-    """embedded digits; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or TensorFlow datasets; to be
-    segmented: embedded scenes of digits, or a data set as it comes out of its archive, below root"""
+    """embedded digits or scenes; root/{train,val}/CLASS/*.jpg; tar, WebDataset, Hugging Face, TensorFlow; published"""
     root: str | None = None
     """folder of the images or tar files: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
     name: str | None = None
