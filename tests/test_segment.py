@@ -90,14 +90,18 @@ def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, w
 
 
 def test_replicas_and_shards_learn_the_same(recipe, straight):
-    runs = [[recipe, f"run.name={way}", f"parallel.strategy={way}", "ckpt.every=6"] for way in ("ddp", "fsdp")]
+    runs = [
+        [recipe, f"run.name={way}", f"parallel.strategy={way}", "ckpt.every=6", "eval.every=6"]
+        for way in ("ddp", "fsdp")
+    ]
     done = trainer.on_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
-    one = trainer.learning(straight)
+    one = {(record["kind"], record["step"]): record for record in trainer.learning(straight)}
     for way in ("ddp", "fsdp"):
         other = trainer.learning(recipe.parent / "runs" / way)
-        assert len(one) == len(other) == 8
-        for left, right in zip(one, other, strict=True):
+        assert [record["kind"] for record in other] == ["train"] * STEPS + ["eval"]
+        for right in other:
+            left = one[right["kind"], right["step"]]
             for key in left.keys() & {"loss", "grad_norm", "aacc", "count"}:
                 assert right[key] == pytest.approx(left[key], rel=1e-4), (way, key, left["step"])
         state = load(recipe.parent / f"runs/{way}/export").state_dict()
