@@ -13,6 +13,7 @@ from .demo_data import Digits, digits
 
 INK = 0.4  # what of a digit's ink counts as digit
 HIDDEN = 0.35  # the largest share of a digit that later ones may cover
+HELD_OUT = 200  # most scenes to judge by
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class DigitScenes:
             raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng([("train", "val").index(self.split), index])
         return draw(rng, self.digits, self.side, self.heights)
+
+
+def split_length(split: str, scenes: int) -> int:
+    """The number of scenes of a split, of which `scenes` are to train on."""
+    return scenes if split == "train" else min(HELD_OUT, -(-scenes // 5))
 
 
 def draw(rng: np.random.Generator, ink: Digits, side: int, heights: tuple[int, int]) -> Scene:

@@ -247,7 +247,7 @@ class Data:
     fit: tuple[PositiveInt, PositiveInt] | None = None
     """longer and shorter side that an image is resized to fit in, its ratio kept; null: as it is (segment)"""
     scenes: PositiveInt = 1000
-    """training scenes of source=digit_scenes, drawn anew by their number; a fifth as many are held out"""
+    """training scenes of source=digit_scenes, drawn anew by their number; a fifth as many are held out, 200 at most"""
     batch: PositiveInt = 256
     """images per update, over all processes"""
     micro_batch: PositiveInt | None = None

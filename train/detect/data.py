@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets import VOCDetection
 
-from ..demo_scenes import DigitScenes
+from ..demo_scenes import DigitScenes, split_length
 from ..schema import Recipe, UserError
 
 VOC_CLASSES: str = (
@@ -34,9 +34,8 @@ def build_dataset(recipe: Recipe, split: str) -> Any:
     data, detect = recipe.data, recipe.task.detect
     masks, all_images = detect.detector == "mask_rcnn", split == "val" or detect.empty
     if data.source == "digit_scenes":
-        length = data.scenes if split == "train" else max(1, data.scenes // 5)
         try:
-            return Scenes(DigitScenes(split, length=length, side=data.size), masks=masks)
+            return Scenes(DigitScenes(split, length=split_length(split, data.scenes), side=data.size), masks=masks)
         except ImportError as error:
             raise UserError(str(error)) from error
     root = Path(str(data.root))

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from ..demo_scenes import DigitScenes, split_length
 from ..openmmlab import mmseg_modules
 from ..schema import Data, UserError
 
@@ -67,8 +68,6 @@ class Scenes(Dataset[tuple[Image.Image, np.ndarray]]):
     """Scenes of handwritten digits: class 0 is background, class 1 + d the digit d."""
 
     def __init__(self, split: str, *, length: int, side: int):
-        from ..demo_scenes import DigitScenes
-
         self.scenes = DigitScenes(split, length=length, side=side, heights=HEIGHTS)
         self.classes = ["background", *self.scenes.classes]
         self.palette = [[0, 0, 0], *DIGIT_COLOURS]
@@ -92,7 +91,7 @@ def build_dataset(data: Data, split: str) -> Any:
     """The "train" or "val" split. Raises UserError naming a folder, list or mask that is missing."""
     if data.source == "digit_scenes":
         try:
-            return Scenes(split, length=data.scenes if split == "train" else -(-data.scenes // 5), side=data.size)
+            return Scenes(split, length=split_length(split, data.scenes), side=data.size)
         except ImportError as error:
             raise UserError(str(error)) from error
     mmseg_modules()
