@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -196,11 +196,8 @@ def export(
 
     state: the weights, where the model holds but a share of them.
     """
-    part = path.with_name(f".tmp-{path.name}")
-    weights = model.state_dict() if state is None else state
-    plain: Any = _Whole(model, {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    try:
-        shutil.rmtree(part, ignore_errors=True)
+    plain: Any = _Whole(model, _plain(model.state_dict() if state is None else state))
+    with _replacing(path) as part:
         save_for_hf(
             plain,
             str(part),
@@ -208,11 +205,32 @@ def export(
             safe_serialization=True,
             data_config=data_config,
         )
+
+
+def export_with(path: Path, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Write weights, and in `config.json` what the model is built from again, for models that timm cannot make."""
+    with _replacing(path) as part:
+        save_file(_plain(state), part / "model.safetensors", metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """An empty folder that at the end takes the place of `path`, complete or not at all."""
+    part = path.with_name(f".tmp-{path.name}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
         shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def exported(path: Path) -> dict[str, Tensor]:

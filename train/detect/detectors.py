@@ -3,16 +3,12 @@
 import dataclasses
 import inspect
 import json
-import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchvision.models import detection
@@ -26,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import (
 
 from ... import zoo as zoo  # registers the models with timm
 from ...zoo.dense import DenseBackbone, below
-from ..checkpoint import exported
+from ..checkpoint import export_with, exported
 from ..schema import Detect, Model, UserError
 from ..transfer import REFUSALS, create
 
@@ -184,21 +180,10 @@ def export(
     path: Path, state: Mapping[str, Tensor], *, model: Model, detect: Detect, size: int, classes: list[str]
 ) -> None:
     """Write weights and all that `load` needs into the folder `path`, complete or not at all."""
-    part = path.with_name(f".tmp-{path.name}")
     plain = dataclasses.replace(model, pretrained=False, init_from=None)
     config = {"task": "detect", "size": size, "classes": classes}
     config |= {"model": dataclasses.asdict(plain), "detect": dataclasses.asdict(detect)}
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(weights, part / "model.safetensors")
-        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
+    export_with(path, state, config)
 
 
 def load(path: str | Path) -> nn.Module:
