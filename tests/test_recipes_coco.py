@@ -126,7 +126,7 @@ def one_step(name, tmp_path):
         loss = engine.backward([next(batches)])
     finally:
         batches.close()
-    assert math.isfinite(loss) and math.isfinite(clip(engine.model, recipe.optim))
+    assert math.isfinite(loss) and math.isfinite(clip(engine.optimizer, recipe.optim))
     engine.optimizer.step()
     after = dict(engine.model.named_parameters())
     assert all(torch.isfinite(tensor).all() for tensor in after.values())

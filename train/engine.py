@@ -97,7 +97,7 @@ class Engine:
         self.schedule.step_update(step)
         loss = self.backward(self.supply.batches)
         self.scaler.unscale_(self.optimizer)
-        norm = clip(self.model, self.recipe.optim)
+        norm = clip(self.optimizer, self.recipe.optim)
         if self.guard.admits(step, norm, loss):
             self.scaler.step(self.optimizer)
             self.loss_sum += loss

@@ -92,9 +92,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan)
     return schedule
 
 
-def clip(model: nn.Module, optim: Optim) -> torch.Tensor:
+def clip(optimizer: torch.optim.Optimizer, optim: Optim) -> torch.Tensor:
     """Clip the gradients as the recipe says; their norm before that."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    # from its groups, a list: to walk through the model's modules at every update would cost a percent of a small one's
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
