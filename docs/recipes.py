@@ -45,22 +45,31 @@ def keys() -> str:
     return "\n".join(lines)
 
 
+def heading(columns: str) -> list[str]:
+    """The first two lines of a table, from names with commas between."""
+    return [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+
+
+def settings(head: str) -> str:
+    """Whose settings a recipe has, by the comments it opens with."""
+    unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
+    return ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
+
+
 def recipes() -> str:
     """One line a recipe for ImageNet-1K."""
     columns = "recipe, paper, input, epochs, batch, optimizer, peak lr, begins with, settings, published top-1, ours"
-    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    lines = heading(columns)
     for path in sorted((PACKAGED / "imagenet").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         paper, top1 = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"top-1 ([\d.]+) % \(published", head)
         if not (paper and top1):
             raise SystemExit(f"{path} does not open with its paper and its published top-1")
-        unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
-        settings = ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
         lr = plan(recipe, samples=IMAGENET, world_size=8).lr
         begin = f"`{recipe.model.init_from}`" if recipe.model.init_from else ""
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{recipe.data.size} | {recipe.sched.epochs:g} | {recipe.data.batch}"
-        rates = f"{recipe.optim.name} | {lr:g} | {begin} | {settings} | {top1[1]} | not run"
+        rates = f"{recipe.optim.name} | {lr:g} | {begin} | {settings(head)} | {top1[1]} | not run"
         lines.append(f"| `imagenet/{path.stem}` | {link} | {counts} | {rates} |")
     return "\n".join(lines)
 
@@ -68,7 +77,7 @@ def recipes() -> str:
 def coco() -> str:
     """One line a recipe for COCO."""
     columns = "recipe, detector, schedule, optimizer, peak lr, decay, begins with, published box AP, mask AP, ours"
-    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    lines = heading(columns)
     for path in sorted((PACKAGED / "coco").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         box, mask = (re.search(rf"^# expected: .*{kind} AP ([\d.]+)", head, re.MULTILINE) for kind in ("box", "mask"))
@@ -86,20 +95,18 @@ def coco() -> str:
 def segmenters() -> str:
     """One line a recipe for ADE20K."""
     columns = "recipe, paper, decoder, crop, length, batch, peak lr, begins with, settings, published mIoU, ours"
-    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+    lines = heading(columns)
     for path in sorted((PACKAGED / "ade20k").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         paper, miou = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"mIoU ([\d.]+) % \(published", head)
         decoder = re.search(r"with (.*), ADE20K", head)
         if not (paper and miou and decoder):
             raise SystemExit(f"{path} does not open with its paper, its decoder and its published mIoU")
-        unsure = re.search(r"^# unverified: (every|all)?", head, re.MULTILINE)
-        settings = ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
         begin = recipe.model.init_from or ("published weights" if recipe.model.pretrained else "")
         length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
-        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {begin} | {settings} | {miou[1]} | not run |")
+        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {begin} | {settings(head)} | {miou[1]} | not run |")
     return "\n".join(lines)
 
 
