@@ -14,31 +14,26 @@ on a GPU. Results: benchmarks/results/dense_DEVICE.{json,md}, or where --out say
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from measuring import facts, in_own_process, ratio, side_by_side
+from measuring import check, facts, in_own_process, ratio, side_by_side
 from models import DEFAULT
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
 from tessel import zoo
-from tessel.train import openmmlab
-from tessel.zoo.dense import DenseBackbone
+from tessel.train.detect.detectors import build_detector
+from tessel.train.schema import Detect, Model
+from tessel.train.segment.model import Segmenter, assemble
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PASSES = ("inference", "training")
@@ -49,119 +44,79 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def backbone(name: str, height: int, width: int) -> DenseBackbone:
-    """With the paper's own norms, and one on each map of timm's models."""
-    options = {}
-    config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
-        options = {"img_size": (height, -(-width // 32) * 32)}
-    return DenseBackbone(name, norms=None if name in zoo.list_models() else [True] * 4, **options)
-
-
-class UPerNet(nn.Module):
-    classes = 150
-
-    def __init__(self, name: str, height: int, width: int, *, channels: int = 512):
-        super().__init__()
-        self.backbone = backbone(name, height, width)
-        common = {"num_classes": self.classes, "norm_cfg": {"type": "BN"}, "align_corners": False}
-        widths = self.backbone.channels
-        self.head = openmmlab.build(
-            {"type": "UPerHead", "in_channels": widths, "in_index": [0, 1, 2, 3], "channels": channels, **common}
-        )
-        self.auxiliary = openmmlab.build(
-            {"type": "FCNHead", "in_channels": widths[2], "in_index": 2, "channels": channels // 2, "num_convs": 1}
-            | {"concat_input": False, **common}
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._upsampled(self.head(self.backbone(images)), images).argmax(1)
-
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        maps = self.backbone(images)
-        main, auxiliary = (self._upsampled(head(maps), images) for head in (self.head, self.auxiliary))
-        return F.cross_entropy(main.float(), labels) + 0.4 * F.cross_entropy(auxiliary.float(), labels)
-
-    def _upsampled(self, logits: Tensor, images: Tensor) -> Tensor:
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
-
-    def targets(self, batch: int, height: int, width: int, device: str) -> Tensor:
-        return torch.randint(self.classes, (batch, height, width), device=device)
-
-    def cost(self, height: int, width: int) -> None:
-        """What of the model counts towards its multiply-adds."""
-        self(torch.empty(1, 3, height, width))
-
-
-class Pyramid(nn.Module):
-    def __init__(self, name: str, height: int, width: int):
-        super().__init__()
-        self.body, self.out_channels = backbone(name, height, width), 256
-        self.fpn = FeaturePyramidNetwork(self.body.channels, self.out_channels, extra_blocks=LastLevelMaxPool())
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(images))))
-
-
-class Detector(nn.Module):
-    def __init__(self, name: str, height: int, width: int, **options: int):
-        super().__init__()
-        anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
-        self.net = MaskRCNN(
-            Pyramid(name, height, width),
-            num_classes=91,
-            min_size=height,
-            max_size=width,
-            rpn_anchor_generator=anchors,
-            **options,
-        )
-        # every proposal passes as an object of the first class: the mask head has as much to do as it can
-        nn.init.constant_(self.net.roi_heads.box_predictor.cls_score.bias[1:2], 10)
-
-    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        return self.net(list(images))
-
-    def loss(self, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        return sum(self.net(list(images), targets).values())
-
-    def targets(self, batch: int, height: int, width: int, device: str) -> list[dict[str, Tensor]]:
-        """Eight boxes an image, filled."""
-        corners = torch.rand(batch, 8, 2) * torch.tensor([width, height]) / 2
-        boxes = torch.cat([corners, corners + torch.tensor([width, height]) / 4], -1).round()
-        masks = torch.zeros(batch, 8, height, width, dtype=torch.uint8)
-        for number, image in enumerate(boxes.int().tolist()):
-            for index, (left, top, right, bottom) in enumerate(image):
-                masks[number, index, top:bottom, left:right] = 1
-        labels = torch.randint(1, 91, (batch, 8))
-        return [
-            {"boxes": b.to(device), "labels": c.to(device), "masks": m.to(device)}
-            for b, c, m in zip(boxes, labels, masks, strict=True)
-        ]
-
-    def cost(self, height: int, width: int) -> None:
-        maps = self.net.backbone(torch.empty(1, 3, height, -(-width // 32) * 32))
-        self.net.rpn.head(list(maps.values()))
-        heads = self.net.roi_heads
-        heads.box_predictor(heads.box_head(torch.empty(1000, 256, 7, 7)))
-        heads.mask_predictor(heads.mask_head(torch.empty(100, 256, 14, 14)))
-
-
 class Case(NamedTuple):
     """A task at one size. `least`: the smallest batch to train with; UPerNet normalises one pixel an image."""
 
     task: str
     height: int
     width: int
-    build: Callable[[str, int, int], nn.Module]
+    build: Callable[[str, int, int], Any]
+    classes: int
     least: int = 1
 
 
+def options(name: str, height: int, width: int) -> tuple[dict[str, Any], tuple[bool, ...] | None]:
+    """What a backbone is built with, and its norms: the paper's own, one on each map of timm's models."""
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size
+    norms = None if name in zoo.list_models() else (True,) * 4
+    return ({"img_size": (height, -(-width // 32) * 32)} if fixed else {}), norms
+
+
+def upernet(name: str, height: int, width: int, *, channels: int = 512) -> Segmenter:
+    arguments, norms = options(name, height, width)
+    auxiliary = {"type": "FCNHead", "channels": channels // 2, "num_convs": 1, "concat_input": False}
+    return assemble(
+        {
+            "backbone": {"name": name, "options": arguments, "norms": norms, "batch_norm": "train"},
+            "neck": {},
+            "decode_head": {"type": "UPerHead", "channels": channels},
+            "auxiliary_head": auxiliary | {"loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}},
+            "num_classes": CASES["upernet"].classes,
+            "class_weight": None,
+        }
+    )
+
+
+def mask_rcnn(name: str, height: int, width: int, **few: int) -> Any:
+    arguments, norms = options(name, height, width)
+    detect = Detect(detector="mask_rcnn", longest=width, norms=norms, kwargs=few)
+    classes = CASES["mask_rcnn"].classes
+    detector: Any = build_detector(Model(name=name, kwargs=arguments), detect, size=height, classes=classes)
+    # every proposal passes as an object of the first class: the mask head has as much to do as it can
+    nn.init.constant_(detector.roi_heads.box_predictor.cls_score.bias[1:2], 10)
+    return detector
+
+
 FEW = {"rpn_post_nms_top_n_train": 32, "rpn_post_nms_top_n_test": 32, "box_batch_size_per_image": 8}
-CASES = {"upernet": Case("upernet", 512, 512, UPerNet, 2), "mask_rcnn": Case("mask_rcnn", 800, 1333, Detector)}
-DRY = {
-    "upernet": Case("upernet", 64, 64, partial(UPerNet, channels=16), 2),
-    "mask_rcnn": Case("mask_rcnn", 64, 96, partial(Detector, box_detections_per_img=4, **FEW)),
+CASES = {
+    "upernet": Case("upernet", 512, 512, upernet, 150, 2),
+    "mask_rcnn": Case("mask_rcnn", 800, 1333, mask_rcnn, 90),
 }
+DRY = {
+    "upernet": Case("upernet", 64, 64, partial(upernet, channels=16), 150, 2),
+    "mask_rcnn": Case("mask_rcnn", 64, 96, partial(mask_rcnn, box_detections_per_img=4, **FEW), 90),
+}
+
+
+def masks(case: Case, batch: int, device: str) -> Tensor:
+    """A class for each pixel."""
+    return torch.randint(case.classes, (batch, case.height, case.width), device=device)
+
+
+def objects(case: Case, batch: int, device: str) -> list[dict[str, Tensor]]:
+    """Eight boxes an image, filled."""
+    sides = torch.tensor([case.width, case.height])
+    found = []
+    for _ in range(batch):
+        corners = torch.rand(8, 2) * sides / 2
+        boxes = torch.cat([corners, corners + sides / 4], -1).round()
+        filled = torch.zeros(8, case.height, case.width, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(filled, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        target = {"boxes": boxes, "labels": torch.randint(case.classes, (8,)), "masks": filled}
+        found.append({key: tensor.to(device) for key, tensor in target.items()})
+    return found
 
 
 @cache
@@ -169,35 +124,47 @@ def cost(case: Case, name: str) -> tuple[float, float]:
     """Parameters in millions and multiply-adds of one image in billions."""
     with torch.device("meta"), torch.no_grad():
         model = case.build(name, case.height, case.width).eval()
+        images = torch.empty(1, 3, case.height, -(-case.width // 32) * 32)
         with FlopCounterMode(display=False) as counter:
-            model.cost(case.height, case.width)
+            if case.task == "upernet":
+                model(images)
+            else:
+                heads = model.roi_heads
+                model.rpn.head(list(model.backbone(images).values()))
+                heads.box_predictor(heads.box_head(torch.empty(1000, 256, 7, 7)))
+                heads.mask_predictor(heads.mask_head(torch.empty(100, 256, 14, 14)))
     return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
 def prepare(case: Case, name: str, *, train: bool, batch: int, device: str) -> Callable[[], None]:
     """The call to be timed, of an inference or of a forward and backward."""
     torch.manual_seed(0)
-    layout = torch.channels_last
+    layout, segments = torch.channels_last, case.task == "upernet"
     model = case.build(name, case.height, case.width).to(device, memory_format=layout).train(train)
-    images = torch.rand(batch, 3, case.height, case.width, device=device).contiguous(memory_format=layout)
-    targets = model.targets(batch, case.height, case.width, device)
+    images: Any = torch.rand(batch, 3, case.height, case.width, device=device).contiguous(memory_format=layout)
+    targets: Any = (masks if segments else objects)(case, batch, device)
+    images = images if segments else list(images)
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             if not train:
                 with torch.inference_mode():
-                    model(images)
+                    found = model(images)
+                    if segments:
+                        found.argmax(1)
                 return
-            loss = model.loss(images, targets)
-        loss.backward()
+            losses = model(images, targets)
+        # mmsegmentation's heads hand out their accuracy too
+        sum(loss for key, loss in losses.items() if "acc" not in key).backward()
         model.zero_grad(set_to_none=True)
 
     return run
 
 
 def own_peak() -> float:
-    """MiB that this process held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    """MiB that this process held at most; that of `getrusage` begins with what the process that started it held."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
 
 def peak_mib(case: Case, name: str, *, train: bool, batch: int, device: str, dry: bool) -> float:
@@ -256,11 +223,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.models = args.models or (["biformer_atto"] if args.dry_run else list(DEFAULT))
     args.peers = args.peers or (["convnext_atto"] if args.dry_run else list(PEERS))
-    for name in [*args.models, *args.peers]:
-        if not timm.is_model(name):
-            parser.error(f"{name} is no registered model; see timm.list_models() and tessel.zoo.list_models()")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no GPU")
+    check(parser, args)
     return args
 
 

@@ -1,5 +1,6 @@
 """What the scripts of this folder share: times side by side, peak memory, and where a figure was measured."""
 
+import argparse
 import os
 import platform
 import statistics
@@ -30,6 +31,15 @@ def facts(device: str = "cpu") -> dict[str, str | int]:
         "timm": timm.__version__,
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a sentence where a model or the device that `args` names is not there."""
+    for name in [*args.models, *(args.peers or [])]:
+        if not timm.is_model(name):
+            parser.error(f"{name} is no registered model; see timm.list_models() and tessel.zoo.list_models()")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
 
 
 def cpu_name() -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import timm
 import torch
-from measuring import facts, in_own_process, peak_of, ratio, side_by_side
+from measuring import check, facts, in_own_process, peak_of, ratio, side_by_side
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -223,15 +223,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where to write, without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for name in [*args.models, *(args.peers or [])]:
-        if not timm.is_model(name):
-            parser.error(f"{name} is no registered model; see timm.list_models() and tessel.zoo.list_models()")
     try:
         args.batch = [int(b) for b in args.batch.split(",")]
     except ValueError:
         parser.error(f"--batch {args.batch} must be whole numbers with commas, as 1,8")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no GPU")
+    check(parser, args)
     return args
 
 
