@@ -7,7 +7,7 @@ all there is to resume; which worker, process or restart loads a sample changes 
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -59,13 +59,19 @@ def build_dataset(data: Data, split: str) -> Any:
 
 def decoded(opener: Callable[[], Any], name: str) -> Image.Image:
     """The RGB image in the binary file that `opener()` opens. Raises UserError naming it, whatever is wrong with it."""
+    with decoding(f"image {name}"), opener() as file, Image.open(file) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a file within into the UserError that names it."""
     try:
-        with opener() as file, Image.open(file) as image:
-            return image.convert("RGB")
-    except MemoryError:
+        yield
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # what decoders raise at damaged files has no end
-        raise UserError(f"image {name} cannot be decoded ({error}); repair or remove the file") from error
+        raise UserError(f"{name} cannot be decoded ({error}); repair or remove the file") from error
 
 
 class Folder(Dataset[tuple[Image.Image, int]]):

@@ -12,10 +12,11 @@ from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import VOCDetection
 
+from ..data import decoding
 from ..demo_scenes import DigitScenes, split_length
 from ..schema import Recipe, UserError
 
@@ -188,13 +189,10 @@ def read_image(path: str, height: int, width: int) -> Image.Image:
 
     Raises UserError naming the file where it cannot be decoded or has another size.
     """
-    try:
-        with Image.open(path) as stored:
-            upright = ImageOps.exif_transpose(stored)
-            fits = not height or upright.size == (width, height)
-            image = (upright if fits else stored).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {path} cannot be decoded ({error}); repair or remove the file") from error
+    with decoding(f"image {path}"), Image.open(path) as stored:
+        upright = ImageOps.exif_transpose(stored)
+        fits = not height or upright.size == (width, height)
+        image = (upright if fits else stored).convert("RGB")
     if height and image.size != (width, height):
         raise UserError(f"image {path} is {image.width} x {image.height}, its annotations are for {width} x {height}")
     return image

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from ..data import decoding
 from ..demo_scenes import DigitScenes, split_length
 from ..openmmlab import mmseg_modules
 from ..schema import Data, UserError
@@ -156,27 +157,19 @@ def _voc(root: Path, name: str, folder: str) -> Pairs:
 
 def read_image(path: str) -> Image.Image:
     """RGB as stored; the orientation it asks for in EXIF is still in `info`."""
-    try:
-        with Image.open(path) as image:
-            turn = image.getexif().get(ORIENTATION, 1)
-            colours = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {path} cannot be decoded ({error}); repair or remove the file") from error
+    with decoding(f"image {path}"), Image.open(path) as image:
+        turn = image.getexif().get(ORIENTATION, 1)
+        colours = image.convert("RGB")
     colours.info = {"orientation": turn}
     return colours
 
 
 def read_mask(path: str) -> np.ndarray:
     """The values [H, W] of a mask: palette indices, or grey levels of 8 or 16 bits."""
-    try:
-        with Image.open(path) as mask:
-            if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                raise UserError(
-                    f"mask {path} is a picture of mode {mask.mode}; it must hold class numbers, one a pixel"
-                )
-            return np.array(mask).astype(np.int32)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"mask {path} cannot be decoded ({error}); repair or remove the file") from error
+    with decoding(f"mask {path}"), Image.open(path) as mask:
+        if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise UserError(f"mask {path} is a picture of mode {mask.mode}; it must hold class numbers, one a pixel")
+        return np.array(mask).astype(np.int32)
 
 
 def oriented(image: Image.Image, mask: np.ndarray, names: str) -> Image.Image:
