@@ -14,9 +14,11 @@ import torch
 from faster_coco_eval.core import mask as coder
 from PIL import Image
 
+from tessel.train import evaluate
 from tessel.train.config import load_recipe
 from tessel.train.detect.augment import Eval
 from tessel.train.detect.data import build_dataset
+from tessel.train.detect.overlay import drawn
 from tessel.train.detect.scores import DetectScores
 from tessel.train.detect.task import DetectObjects, as_lists
 from tessel.train.launch import World
@@ -167,7 +169,7 @@ def test_predictions_are_those_of_each_image(judged, tmp_path):
     assert (coder.decode(first) == (found[0]["masks"][best, 0] > 0.5).numpy()).all()
 
     np.savez(tmp_path / "p.npz", **rows)  # type: ignore[arg-type]
-    task.draw(np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
+    evaluate.draw(task, np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
     drawn = sorted((tmp_path / "overlays").iterdir())
     assert [path.name for path in drawn] == [f"{index:06d}.png" for index in range(5)]
     left, right = (np.asarray(Image.open(drawn[4]))[:, part] for part in (slice(0, 300), slice(304, 604)))
@@ -198,3 +200,19 @@ def test_half_precision_and_many_detections(judged):
 
 def test_the_data_set_of_the_task(judged):
     assert len(cast(DetectObjects, judged[1]).train) == 9 and len(build_dataset(judged[1].recipe, "val")) == 12
+
+
+def test_the_surest_of_several_classes_is_drawn_in_a_place():
+    image = torch.zeros(3, 96, 96)
+    found = {
+        "boxes": torch.tensor([[4.0, 4, 60, 60], [5, 4, 60, 61], [40, 40, 90, 90], [0, 60, 30, 90], [9, 9, 9, 30]]),
+        "labels": torch.tensor([1, 0, 2, 0, 0]),
+        "scores": torch.tensor([0.4, 0.9, 0.31, 0.29, 0.8]),
+    }
+    picture = drawn(image, found, ["a", "b", "c"])
+    kept = {key: tensor[[2, 1]] for key, tensor in found.items()}  # the others are less sure, too unsure, and empty
+    assert torch.equal(picture, drawn(image, kept, ["a", "b", "c"])) and picture.any()
+    elsewhere = kept | {"boxes": found["boxes"][[2, 0]]}
+    assert not torch.equal(picture, drawn(image, elsewhere, ["a", "b", "c"]))
+    nothing = {key: tensor[3:] for key, tensor in found.items()}
+    assert not drawn(image, nothing, ["a", "b", "c"]).any()

@@ -1,8 +1,6 @@
 """Segmentation through the trainer: exact resume, one result on any number of processes, what a run leaves behind."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tessel.train import engine, evaluate
+from tessel.train import evaluate
 from tessel.train.config import dump, load_recipe
 from tessel.train.launch import World
 from tessel.train.schema import UserError
@@ -71,16 +69,9 @@ def recipe(tmp_path, images):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, workers):
-    run, step = recipe.parent / "runs/tiny", engine.Engine.step
-
-    def hooked(self):
-        if self.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Engine, "step", hooked)
+def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
+    run = recipe.parent / "runs/tiny"
+    with trainer.before_step(3):
         assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert json.loads((run / "PREEMPTED").read_text()) == {"step": 3}
     assert trainer.train(recipe, f"data.workers={workers}") == 0
@@ -150,9 +141,9 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
         assert evaluate.main([str(target), "--data", "eval_batch=2", *arguments]) == 0
         assert f"miou {last['miou']:.2f}" in capsys.readouterr().out
         overlays = sorted(path.name for path in (straight / "evaluation").glob("overlays/*"))
-        assert overlays == (["00000.png", "00001.png"] if arguments else [])
+        assert overlays == (["000000.png", "000001.png"] if arguments else [])
         if arguments:
-            with Image.open(straight / "evaluation/overlays/00001.png") as picture:
+            with Image.open(straight / "evaluation/overlays/000001.png") as picture:
                 assert picture.size == (2 * 49 + 4, 40)
     assert evaluate.main([str(straight), "--sets", f"v2={straight}"]) == 1
     assert "--sets has no effect with task.kind=segment" in capsys.readouterr().err
@@ -207,6 +198,18 @@ def test_a_damaged_image_is_named(recipe, tmp_path, capsys):
     assert trainer.train(recipe, f"data.root={root}", "data.workers=1") == 1
     error = capsys.readouterr().err
     assert f"image {path} cannot be decoded" in error and "Traceback" not in error
+
+
+def test_a_single_image_is_too_few_for_some_heads(tmp_path, images, capsys):
+    words = {"type": "UPerHead", "channels": 8}
+    recipe = write_recipe(tmp_path / "tiny.yaml", images, decode_head=words, auxiliary_head={})
+    assert trainer.train(recipe, "data.micro_batch=1", "--dry-run") == 1
+    error = capsys.readouterr().err
+    assert "in a micro-batch of 1; give each process two images at once" in error and "Traceback" not in error
+    assert trainer.train(recipe, "--dry-run") == 0
+    group = words | {"norm_cfg": {"type": "GN", "num_groups": 2}}
+    recipe = write_recipe(recipe, images, decode_head=group, auxiliary_head={})
+    assert trainer.train(recipe, "data.micro_batch=1", "--dry-run") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Figures of segmentation against a count by hand, windows and views against whole images, and the pictures."""
 
+import errno
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from tessel.train.evaluate import draw
 from tessel.train.launch import World
-from tessel.train.schema import Parallel, SegmentTest
-from tessel.train.segment.overlays import GAP, overlay, write_overlays
+from tessel.train.schema import Parallel, SegmentTest, UserError
+from tessel.train.segment.overlay import GAP, overlay, pictures
 from tessel.train.segment.scores import SegmentScores, alike, confusion, predict, sliding, starts, thinned
 
 
@@ -199,6 +202,11 @@ def test_confusion_of_nothing_known():
     assert confusion(torch.full((2, 2), 255), torch.zeros(2, 2), 3).sum() == 0
 
 
+def full(*_):
+    yield 0, Image.new("RGB", (4, 4))
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_overlay_shows_truth_beside_prediction(tmp_path):
     target, guess = np.array([[0, 1], [255, 1]], np.uint8), np.array([[1, 1], [0, 0]], np.uint8)
     image = Image.new("RGB", (4, 4), (100, 100, 100))
@@ -210,8 +218,12 @@ def test_overlay_shows_truth_beside_prediction(tmp_path):
     arrays = {"index": np.array([3, 5]), "size": np.array([[2, 2], [1, 2]])}
     arrays |= {"target": np.stack([target] * 2), "prediction": np.stack([guess] * 2)}
     task: Any = SimpleNamespace(val=[(image, None)] * 6, palette=[[0, 0, 0], [200, 100, 0]])
-    for count, names in ((2, ["00003.png", "00005.png"]), (1, ["00003.png"])):
-        write_overlays(task, arrays, tmp_path / "overlays", count)
+    task.pictures = partial(pictures, task)
+    for count, names in ((2, ["000003.png", "000005.png"]), (1, ["000003.png"])):
+        draw(task, arrays, tmp_path / "overlays", count)
         assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == names
-    with Image.open(tmp_path / "overlays/00003.png") as picture:
+    with pytest.raises(UserError, match="overlays cannot be written"):
+        draw(SimpleNamespace(pictures=full), arrays, tmp_path / "overlays", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["overlays"], "what was there stays, and nothing else"
+    with Image.open(tmp_path / "overlays/000003.png") as picture:
         assert np.array_equal(np.asarray(picture), drawn)

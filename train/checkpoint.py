@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from .launch import World, write_atomically
+from .files import replacing, write_atomically
+from .launch import World
 from .schema import UserError
 
 MANIFEST = "manifest.json"
+YIELDING = 2e-4  # seconds; Python's own is 5e-3
 
 
 class Checkpoints:
@@ -60,7 +63,7 @@ class Checkpoints:
         self.wait()
         if self.thread:
             copied = self.stager.stage(state)
-            self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
+            self.pending = self.thread.submit(self._write_beside, copied, facts, best, last)  # type: ignore[arg-type]
         else:
             self.world.agree(error=self._write(state, facts, best, last))
 
@@ -77,6 +80,15 @@ class Checkpoints:
 
     def _part(self, step: int) -> Path:
         return self.path / f".tmp-{self.at(step).name}-{self.start}"
+
+    def _write_beside(self, *arguments: Any) -> UserError | None:
+        # the training wants the interpreter's lock back after every operation; a writer may keep it this long
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(YIELDING)
+        try:
+            return self._write(*arguments)
+        finally:
+            sys.setswitchinterval(usual)
 
     def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
         step = facts["step"]
@@ -197,7 +209,7 @@ def export(
     state: the weights, where the model holds but a share of them.
     """
     plain: Any = _Whole(model, _plain(model.state_dict() if state is None else state))
-    with _replacing(path) as part:
+    with _exporting(path) as part:
         save_for_hf(
             plain,
             str(part),
@@ -209,23 +221,18 @@ def export(
 
 def export_with(path: Path, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
     """Write weights, and in `config.json` what the model is built from again, for models that timm cannot make."""
-    with _replacing(path) as part:
+    with _exporting(path) as part:
         save_file(_plain(state), part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """An empty folder that at the end takes the place of `path`, complete or not at all."""
-    part = path.with_name(f".tmp-{path.name}")
+def _exporting(path: Path) -> Iterator[Path]:
+    """The folder of an export, complete or not at all."""
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
+        with replacing(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
 
 

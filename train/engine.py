@@ -20,7 +20,8 @@ from .checkpoint import Checkpoints
 from .config import Plan, recipe_hash
 from .data import seed_all
 from .evaluate import measure
-from .launch import Signals, World, write_atomically, writing
+from .files import write_atomically, writing
+from .launch import Signals, World
 from .loggers import Loggers
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share

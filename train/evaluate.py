@@ -11,10 +11,8 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from torch import nn
 from . import checkpoint
 from .classify import Classify, check_name
 from .config import load_recipe, make_recipe
-from .launch import World, join, write_atomically, writing
+from .files import replacing, write_atomically, writing
+from .launch import World, join
 from .parallel import autocast, place
 from .schema import Parallel, Recipe, UserError, report_errors
 from .sets import Judge, lines, parse
@@ -64,17 +63,20 @@ def measure(
 def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
     """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
     figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
-    path, part = run / "evaluation", run / ".tmp-evaluation"
+    path = run / "evaluation"
     with world.together():
         if world.main:
-            with writing(path):
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
+            with writing(path), replacing(path) as part:
                 np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]
                 write_atomically(part / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(part, path)
     return figures
+
+
+def draw(task: Any, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
+    """`folder/NNNNNN.png` of each of the first `count` predictions that were kept, all or none."""
+    with writing(folder), replacing(folder) as part:
+        for index, picture in task.pictures(predictions, count):
+            picture.save(part / f"{index:06d}.png")
 
 
 def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
@@ -183,7 +185,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
     at_checkpoint = run != target
     with join(recipe.run, recipe.guard) as world:
         task: Any = build_task(recipe, world)
-        if overlays and not hasattr(task, "draw"):
+        if overlays and not hasattr(task, "pictures"):
             raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")
         task.kept = max(overlays, getattr(task, "kept", 0))
         model = task.build_model()
@@ -201,7 +203,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
             predictions = scores.predictions()
             with world.together():
                 if world.main:
-                    task.draw(predictions, run / "evaluation" / "overlays", overlays)
+                    draw(task, predictions, run / "evaluation" / "overlays", overlays)
         if world.main:
             print(", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float)))
             print(f"{figures['count']} images; written to {run / 'evaluation'}")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
 from .data import WORKER_DIED
+from .files import write_atomically, writing
 from .rendezvous import meet
 from .schema import Guard, Lost, Recipe, Run, UserError
 
@@ -261,31 +262,6 @@ class RunDir:
         with writing(self.metrics):
             lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
-
-
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError within into the UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); free space there or set run.out to another place"
-        ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a crash leaves the old content or the new, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _step(line: str) -> float:

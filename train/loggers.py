@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import flatten
-from .launch import World, write_atomically, writing
+from .files import write_atomically, writing
+from .launch import World
 from .schema import Log, Recipe
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-from .launch import World, writing
+from .files import writing
+from .launch import World
 from .schema import Parallel
 
 # dense bf16 tensor-core TFLOP/s by the makers' data sheets, by a part of the device's name; the first that fits holds

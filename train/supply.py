@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .data import Loader
-from .launch import World, write_atomically, writing
+from .files import write_atomically, writing
+from .launch import World
 from .schema import UserError
 
 NAMED = 20  # most samples that a message names

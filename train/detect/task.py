@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..classify import check_name
-from ..launch import World, writing
+from ..launch import World
 from ..schema import Recipe, UserError
 from ..tasks import Supervised
 from .augment import Eval, Train
@@ -80,13 +80,6 @@ class DetectObjects(Supervised):
         for index in predictions["image"][:count].tolist():
             image, target = self.eval_transform(*self.val[index])
             yield index, side_by_side(image, target, of_image(predictions, index), self.classes)
-
-    def draw(self, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
-        """Write these pictures into `folder`."""
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for index, picture in self.pictures(predictions, count):
-                picture.save(folder / f"{index:06d}.png")
 
     def placed(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device = self.world.device

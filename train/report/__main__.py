@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 
-from ..launch import write_atomically
+from ..files import write_atomically
 from ..perf import parameters
 from ..schema import UserError, report_errors
 from . import classify, dense

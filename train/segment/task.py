@@ -13,14 +13,20 @@ from torch.utils.data import default_collate
 from ... import zoo as zoo  # registers the models with timm
 from ..launch import World
 from ..parallel import memory_format
-from ..schema import Recipe
+from ..schema import Recipe, UserError
 from ..tasks import Supervised
 from .augment import eval_transform, normalisation, train_transform
 from .data import build_dataset
 from .export import write_export
 from .model import Segmenter, assemble, begin, specification
-from .overlays import pictures, write_overlays
+from .overlay import pictures
 from .scores import SegmentScores
+
+LONELY = (
+    "a head of task.segment averages a whole image into one pixel, and its batch norm has nothing to compare that with "
+    "in a micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or the head "
+    "norm_cfg: {{type: GN, num_groups: 32}}"
+)
 
 
 class SegmentTask(Supervised):
@@ -52,7 +58,12 @@ class SegmentTask(Supervised):
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         device = self.world.device
         images = batch[0].to(device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
-        return model(images, batch[1].to(device, non_blocking=True))
+        try:
+            return model(images, batch[1].to(device, non_blocking=True))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(LONELY.format(len(images))) from error
 
     def scores(self, *, keep: bool = False) -> SegmentScores:
         return SegmentScores(self, keep)
@@ -69,7 +80,3 @@ class SegmentTask(Supervised):
     def pictures(self, predictions: dict[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of the first `count` predictions: truth beside prediction."""
         return pictures(self, predictions, count)
-
-    def draw(self, predictions: dict[str, np.ndarray], folder: Path, count: int) -> None:
-        """Overlays of the first `count` validation images."""
-        write_overlays(self, predictions, folder, count)

@@ -1,15 +1,11 @@
 """Pictures of what a segmenter sees: the image under the colours of its classes, truth beside prediction."""
 
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ..launch import writing
 from .data import IGNORED
 
 if TYPE_CHECKING:
@@ -25,18 +21,6 @@ def pictures(task: "SegmentTask", predictions: dict[str, np.ndarray], count: int
         height, width = predictions["size"][number]
         pair = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
         yield index, overlay(task.val[index][0], pair, task.palette)
-
-
-def write_overlays(task: "SegmentTask", predictions: dict[str, np.ndarray], folder: Path, count: int) -> None:
-    """`folder/NNNNN.png` of each of the `pictures`, all or none."""
-    part = folder.with_name(f".tmp-{folder.name}")
-    with writing(folder):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for index, picture in pictures(task, predictions, count):
-            picture.save(part / f"{index:05d}.png")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
 
 
 def overlay(image: Image.Image, masks: list[np.ndarray], palette: list[list[int]]) -> Image.Image:
