@@ -7,6 +7,7 @@ killed; the others come from outside, at any instant of a start, which gets no f
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import random
@@ -36,6 +37,7 @@ def main() -> None:
     recipe = load_recipe(arguments[0], arguments[1:])
     checkpoints = Path(recipe.run.out) / recipe.run.name / "checkpoints"
     rng = random.Random(0)
+    importlib.import_module(f"tessel.train.{recipe.task.kind}")  # once, not at every start
     for number in range(kills):
         # every instant in both ways of saving
         background = (number + number // len(INSTANTS)) % 2 == 1

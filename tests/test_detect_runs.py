@@ -1,8 +1,6 @@
 """Detection through the trainer: exact resume, one result on any number of processes, evaluation, export, dry run."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 
@@ -13,7 +11,7 @@ import torch
 import trainer
 from PIL import Image
 
-from tessel.train import detect, engine, evaluate
+from tessel.train import detect, evaluate
 from tessel.train.__main__ import build
 from tessel.train.config import load_recipe
 from tessel.train.launch import World
@@ -40,16 +38,9 @@ def straight(tmp_path_factory, coco):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_a_signal_is_exact(tmp_path, coco, straight, monkeypatch, capsys, workers):
-    recipe, step = detection.write_recipe(tmp_path / "tiny.yaml", coco, **SHORT), engine.Engine.step
-
-    def hooked(self):
-        if self.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Engine, "step", hooked)
+def test_resume_after_a_signal_is_exact(tmp_path, coco, straight, capsys, workers):
+    recipe = detection.write_recipe(tmp_path / "tiny.yaml", coco, **SHORT)
+    with trainer.before_step(3):
         assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert "at step 3 (exact)" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The rules of the house: which room imports which, what is shipped, how long things grow."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import tessel
+from tessel.train import engine
 
 ROOT = Path(tessel.__file__).parent
 FLOORS = ["kernels", "blocks", "zoo", "train"]  # each imports from those before it
 ASIDE = "checkpoints"  # imports no room; zoo and train read it
 SOURCES = sorted(p for room in [*FLOORS, ASIDE] for p in (ROOT / room).rglob("*.py"))
+TRAIN = ROOT / "train"
 SOFT_LINES, HARD_LINES, TRITON_LINES, FUNCTION_LINES = 300, 500, 700, 60
 
 
@@ -109,3 +112,19 @@ def test_sizes(capsys):
         for length, where in long_functions:
             print(f"\n  {where}: {length} lines", end="")
     assert not [entry for entry in too_long if entry[0] > entry[1]]
+
+
+def test_engine_is_short_and_knows_no_task():
+    source = (TRAIN / "engine.py").read_text()
+    assert not re.search("segment|detect|classif", source, re.IGNORECASE)
+    assert len(source.splitlines()) <= 250
+    for verb in ("step", "evaluate", "save", "log"):
+        assert callable(getattr(engine.Engine, verb))
+
+
+def test_models_are_reached_through_timm_alone():
+    apart = {"explain.py", "mmseg.py"}  # which know mixers, and hand our models to another framework
+    for path in {*TRAIN.glob("*.py")} - {TRAIN / name for name in apart}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module is None and {name.name for name in node.names} <= {"zoo", "__version__"}, path

@@ -2,18 +2,13 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import scenery
-import torch
 import trainer
 
 import tessel.zoo
-from tessel.train.__main__ import build
 from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.launch import World
-from tessel.train.optim import build_optimizer, build_schedule
 from tessel.train.segment.model import assemble, specification
 
 IMAGES = 20_210  # for training
@@ -95,12 +90,7 @@ def test_recipe_holds_the_published_figures(name):
 def test_learning_rate_at_named_points(name):
     recipe = loaded(name)
     planned, sched = plan(recipe, samples=IMAGES, world_size=8), recipe.sched
-    optimizer = build_optimizer(torch.nn.Linear(1, 1), type(recipe.optim)(name="sgd"), planned.lr)
-    schedule = build_schedule(optimizer, recipe, planned)
-
-    def lr(step):
-        schedule.step_update(step)
-        return optimizer.param_groups[0]["lr"]
+    lr = trainer.learning_rate(recipe, planned)
 
     def expected(step):
         done = step / planned.steps
@@ -118,18 +108,6 @@ def images(tmp_path_factory):
     return scenery.ade20k(tmp_path_factory.mktemp("scenery"), train=4, val=1)
 
 
-def two_steps(recipe):
-    """Two updates; the weights that moved."""
-    task, schedule, engine = build(recipe, World())
-    before = {key: tensor.detach().clone() for key, tensor in engine.model.named_parameters()}
-    trainer.ready(engine, task, schedule, Path(recipe.run.out))
-    assert engine.step() and engine.step()
-    engine.settle()
-    after = dict(engine.model.named_parameters())
-    assert all(torch.isfinite(tensor).all() for tensor in after.values()) and math.isfinite(engine.summed_loss())
-    return {key for key in after if not torch.equal(before[key], after[key])}
-
-
 def here(images, tmp_path):
     short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "parallel.precision=fp32", "data.workers=0"]
     data = [f"data.root={images}", "data.size=64", "data.fit=[256, 64]", "data.batch=2", "data.micro_batch=null"]
@@ -143,14 +121,14 @@ def test_two_steps_with_the_familys_smallest_model(name, images, tmp_path):
     narrow = ["task.segment.decode_head.channels=8", f"model.name={atto}"]
     narrow += ["task.segment.neck.out_channels=8"] if loaded(name).task.segment.neck else []
     narrow += ["task.segment.auxiliary_head.channels=8"] if loaded(name).task.segment.auxiliary_head else []
-    moved = two_steps(loaded(name, *here(images, tmp_path), *narrow))
+    _, moved = trainer.updated(loaded(name, *here(images, tmp_path), *narrow), 2)
     assert {key.partition(".")[0] for key in moved} >= {"backbone", "decode_head"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["affnet_extra_tiny_deeplabv3", "biformer_small_fpn", "tessel_davit_tiny_upernet"])
 def test_two_steps_with_the_model_itself(name, images, tmp_path):
-    assert two_steps(loaded(name, *here(images, tmp_path)))
+    assert trainer.updated(loaded(name, *here(images, tmp_path)), 2)[1]
 
 
 @pytest.mark.slow

@@ -1,15 +1,11 @@
 """The trainer's promises: exact resume, one result on any number of processes, nothing lost or begun by accident."""
 
-import ast
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +15,6 @@ import trainer
 
 from tessel.train import checkpoint, engine, evaluate, loggers
 from tessel.train.config import load_recipe
-from tessel.train.data import GlobalOrder, Seeded, build_dataset, seed_all
-from tessel.train.launch import Signals, World
-from tessel.train.optim import Guard, NonFinite, build_optimizer, build_schedule, clip
-from tessel.train.parallel import MovingAverage
-from tessel.train.schema import Ema, Optim
 
 TRAIN = Path(engine.__file__).parent
 
@@ -46,23 +37,10 @@ def recipe(tmp_path, images):
     return trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
 
 
-def before_step(monkeypatch, number, action):
-    """Call `action` when the engine is about to begin update `number` (from 0)."""
-    step = engine.Engine.step
-
-    def hooked(self):
-        if self.progress.step == number:
-            action()
-        return step(self)
-
-    monkeypatch.setattr(engine.Engine, "step", hooked)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, workers):
+def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     run = recipe.parent / "runs" / "tiny"
-    with monkeypatch.context() as patch:
-        before_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with trainer.before_step(5):
         assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert json.loads((run / "PREEMPTED").read_text()) == {"step": 5} and not (run / "DONE").exists()
     assert "the same command goes on" in capsys.readouterr().out
@@ -74,16 +52,14 @@ def test_resume_after_a_signal_is_exact(recipe, straight, monkeypatch, capsys, w
     assert trainer.learning(run) == trainer.learning(straight)
 
 
-def test_crash_and_broken_checkpoint_fall_back(recipe, straight, monkeypatch, capsys):
+def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
     run = recipe.parent / "runs" / "tiny"
 
     def crash():
         raise RuntimeError("power cut")
 
-    with monkeypatch.context() as patch:
-        before_step(patch, 8, crash)
-        with pytest.raises(RuntimeError, match="power cut"):
-            trainer.train(recipe)
+    with trainer.before_step(8, crash), pytest.raises(RuntimeError, match="power cut"):
+        trainer.train(recipe)
     newest = run / "checkpoints/step-00000006"
     weights = next(newest.glob("*.distcp"))
     content = bytearray(weights.read_bytes())
@@ -113,9 +89,9 @@ def test_incomplete_checkpoints_are_named(straight, tmp_path, harm):
     assert victim.name in str(checkpoint.broken(copy))
 
 
-def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, monkeypatch, capsys):
-    before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    assert trainer.train(recipe) == 0
+def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, capsys):
+    with trainer.before_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+        assert trainer.train(recipe) == 0
     for manifest in (recipe.parent / "runs/tiny/checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     assert trainer.train(recipe) == 1
@@ -144,17 +120,17 @@ def test_another_recipe_is_refused_by_key(straight, capsys):
         assert fragment in error
 
 
-def test_fresh_moves_the_old_run_aside(recipe, monkeypatch, capsys):
+def test_fresh_moves_the_old_run_aside(recipe, capsys):
     runs = recipe.parent / "runs"
-    before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     for _ in range(3):
-        assert trainer.train(recipe, "run.fresh=true", "optim.lr=1e-4") == 0
+        with trainer.before_step(1):
+            assert trainer.train(recipe, "run.fresh=true", "optim.lr=1e-4") == 0
     assert sorted(path.name for path in runs.iterdir()) == ["tiny", "tiny.old-1", "tiny.old-2"]
     assert all((run / "checkpoints/step-00000001/manifest.json").exists() for run in runs.iterdir())
     assert f"moved the old run to {runs / 'tiny.old-2'}" in capsys.readouterr().out
 
 
-def test_resume_never_and_from_a_path(recipe, straight, monkeypatch, capsys):
+def test_resume_never_and_from_a_path(recipe, straight, capsys):
     source = straight / "checkpoints/step-00000009"
     assert trainer.train(recipe, "run.name=longer", f"ckpt.resume={source}", "sched.steps=10") == 0
     assert "at step 9" in (out := capsys.readouterr().out) and "not the recipe of that checkpoint" in out
@@ -162,8 +138,8 @@ def test_resume_never_and_from_a_path(recipe, straight, monkeypatch, capsys):
 
     assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}") == 1
     assert "is no good checkpoint" in capsys.readouterr().err
-    before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert trainer.train(recipe, "ckpt.resume=never") == 0
+    with trainer.before_step(1):
+        assert trainer.train(recipe, "ckpt.resume=never") == 0
     assert trainer.train(recipe, "ckpt.resume=never") == 1
     assert "ckpt.resume=never" in capsys.readouterr().err
 
@@ -322,8 +298,7 @@ def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     options = ["log.every=1", "log.tensorboard=true", f"log.wandb={mode}"]
-    with monkeypatch.context() as patch:
-        before_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with trainer.before_step(2):
         assert trainer.train(recipe, *options) == 0
     assert trainer.train(recipe, *options) == 0
     out, run = capsys.readouterr().out, recipe.parent / "runs/tiny"
@@ -347,156 +322,3 @@ def test_progress_bar(recipe, capsys):
     assert trainer.train(recipe, "sched.steps=4", "log.progress=bar") == 0
     out = capsys.readouterr().out
     assert "4/4" in out and "images/s" in out and "top1" in out
-
-
-def test_order_is_one_stream_for_any_number_of_processes():
-    def stream(rank, world_size, start=0):
-        accumulate = 4 // world_size
-        sizes = {"micro_batch": 3, "accumulate": accumulate, "rank": rank, "world_size": world_size}
-        order = GlobalOrder(length=17, seed=5, start=start, stop=120, **sizes)
-        flat = [key for keys in order for key in keys]
-        return [flat[at : at + 3 * accumulate] for at in range(0, len(flat), 3 * accumulate)]
-
-    whole = [key for step in stream(0, 1) for key in step]
-    assert [key[0] for key in whole] == sorted(key[0] for key in whole)
-    for epoch in range(7):
-        assert sorted(index for number, index in whole if number == epoch) == list(range(17))
-    assert whole[:17] != [(0, index) for index in range(17)] and whole[:17] != [(0, i) for _, i in whole[17:34]]
-    for world_size in (2, 4):
-        ranks = [stream(rank, world_size) for rank in range(world_size)]
-        assert [key for step in zip(*ranks, strict=True) for part in step for key in part] == whole
-    assert [key for step in stream(0, 1, start=48) for key in step] == whole[48:]
-
-
-def test_samples_depend_on_their_key_alone(images):
-    data = load_recipe(trainer.write_recipe(images.parent / "keys.yaml", data={"root": str(images)})).data
-    from tessel.train.augment import of_image, train_transform
-
-    dataset = Seeded(
-        build_dataset(data, "train"), partial(of_image, train_transform(data, {"input_size": (3, 32, 32)})), seed=1
-    )
-    keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
-    first = {key: dataset[key][0] for key in keys}
-    seed_all(99)
-    assert all(torch.equal(dataset[key][0], first[key]) for key in reversed(keys))
-    assert not torch.equal(first[0, 7], first[1, 7])
-
-    class OneImage:
-        def __getitem__(self, index):
-            return None, 0
-
-    numbers = Seeded(OneImage(), lambda image, target: (torch.rand(1), target), seed=1)
-    assert len({float(numbers[key][0]) for key in keys}) == len(keys)
-
-
-def test_signals_are_noted_and_a_second_interrupt_interrupts():
-    before = signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        with Signals().caught() as signals:
-            assert not signals.raised
-            os.kill(os.getpid(), number)
-            assert signals.raised
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_guard_skips_then_stops():
-    good, bad, loss = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)
-    guard = Guard(2, torch.amp.GradScaler("cpu", enabled=False))
-    assert [guard.admits(i, norm, loss) for i, norm in enumerate([good, bad, bad, good, bad, bad])] == [
-        1,
-        0,
-        0,
-        1,
-        0,
-        0,
-    ]
-    with pytest.raises(NonFinite, match="gradient norm nan at step 6"):
-        guard.admits(6, bad, loss)
-
-
-def test_schedule_is_a_function_of_the_step(recipe):
-    loaded = load_recipe(recipe)
-    plan = engine.Plan(steps=20, warmup=4, epoch_steps=5, micro_batch=4, accumulate=1, lr=1e-2, lr_text="")
-    model = torch.nn.Linear(2, 2)
-    optimizer = build_optimizer(model, Optim(name="sgd"), plan.lr)
-    schedule = build_schedule(optimizer, loaded, plan)
-
-    def lr(step):
-        schedule.step_update(step)
-        return optimizer.param_groups[0]["lr"]
-
-    forwards = [lr(step) for step in range(20)]
-    assert [lr(step) for step in reversed(range(20))] == forwards[::-1]
-    assert forwards[0] == pytest.approx(1e-6) and max(forwards) == pytest.approx(1e-2, rel=0.1) and forwards[-1] < 1e-3
-
-
-def test_parameter_groups_decay_and_layers():
-    model: Any = timm.create_model("test_vit")
-    optimizer = build_optimizer(model, Optim(weight_decay=0.1, layer_decay=0.5), 1e-3)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name in model.no_weight_decay()
-        assert groups[id(parameter)]["weight_decay"] == (0 if exempt else 0.1), name
-    assert groups[id(model.head.weight)]["lr_scale"] == 1
-    assert (
-        groups[id(model.patch_embed.proj.weight)]["lr_scale"] < groups[id(model.blocks[-1].mlp.fc1.weight)]["lr_scale"]
-    )
-
-
-@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
-def test_clip_returns_the_norm_before_it(mode):
-    model = torch.nn.Linear(3, 3)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 10.0)
-    before = 10 * 12**0.5
-    assert clip(torch.optim.SGD(model.parameters()), Optim(clip=0.5, clip_mode=mode)).item() == pytest.approx(before)
-    after = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
-    assert after.norm() < before and (mode != "norm" or after.norm() == pytest.approx(0.5, rel=1e-4))
-    assert mode != "value" or after.max() == 0.5
-
-
-def test_moving_average_and_its_loan():
-    model: Any = torch.nn.BatchNorm1d(2)
-    average = MovingAverage(model, Ema(decay=0.75, warmup=False))
-    with torch.no_grad():
-        model.weight.fill_(5.0)
-        model.num_batches_tracked.fill_(3)
-    average.update(model, 1)
-    assert average.state["weight"].tolist() == [2.0, 2.0] and average.state["num_batches_tracked"] == 3
-    with average.worn_by(model):
-        assert model.weight.tolist() == [2.0, 2.0]
-    assert model.weight.tolist() == [5.0, 5.0]
-
-
-def test_agreement_of_one():
-    world = World()
-    assert world.agree(True) and not world.agree(False) and world.share(3) == 3 and world.gather("x") == ["x"]
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_sum_over_the_processes_leaves_its_argument_alone(monkeypatch, size):
-    """What is added to later would count the other processes' share twice."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(size))
-    losses = torch.ones((), dtype=torch.float64)
-    world = World(size=size)
-    assert [float(world.sum(losses)) for _ in range(3)] == [size] * 3 and losses == 1
-    world.sum(losses).add_(1)
-    assert losses == 1
-
-
-def test_engine_is_short_and_knows_no_task():
-    source = (TRAIN / "engine.py").read_text()
-    assert not re.search("segment|detect|classif", source, re.IGNORECASE)
-    assert len(source.splitlines()) <= 250
-    for verb in ("step", "evaluate", "save", "log"):
-        assert callable(getattr(engine.Engine, verb))
-
-
-def test_models_are_reached_through_timm_alone():
-    apart = {"explain.py", "mmseg.py"}  # which know mixers, and hand our models to another framework
-    for path in {*TRAIN.glob("*.py")} - {TRAIN / name for name in apart}:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 2:
-                assert node.module is None and {name.name for name in node.names} <= {"zoo", "__version__"}, path

@@ -1,9 +1,7 @@
 """Samples that cannot be read: named, counted once, replaced up to a budget; nothing else changes."""
 
 import json
-import os
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 import trainer
 
 from tessel.train.data import Folder, Loader, Seeded
-from tessel.train.engine import Engine
 from tessel.train.schema import UserError
 from tessel.train.tasks import RepeatedOrder
 
@@ -134,17 +131,10 @@ def test_the_account_names_each_once(straight, images):
     assert manifest["progress"]["corrupt"] == {str(entry["index"]): entry["reason"] for entry in found}
 
 
-def test_resume_is_exact_and_counts_on(recipe, straight, monkeypatch, capsys):
+def test_resume_is_exact_and_counts_on(recipe, straight, capsys):
     """Also with another number of workers."""
-    run, step = recipe.parent / "runs/tiny", Engine.step
-
-    def hooked(self):
-        if self.progress.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", hooked)
+    run = recipe.parent / "runs/tiny"
+    with trainer.before_step(5):
         assert trainer.train(recipe, BUDGET) == 0
     assert capsys.readouterr().out.count("is replaced by another") == 2
     assert trainer.train(recipe, BUDGET, "data.workers=2") == 0

@@ -1,6 +1,7 @@
 """Replicas and shards: one result, whichever way the weights are spread over however many processes."""
 
 import shutil
+from typing import Any
 
 import pytest
 import timm
@@ -12,8 +13,8 @@ from torch import nn
 from tessel.train import checkpoint
 from tessel.train.launch import World
 from tessel.train.optim import clip_units
-from tessel.train.parallel import layers, replicate
-from tessel.train.schema import Parallel, UserError
+from tessel.train.parallel import MovingAverage, layers, replicate
+from tessel.train.schema import Ema, Parallel, UserError
 
 # no batch statistics, so that any number of processes learns the same
 SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]
@@ -137,3 +138,32 @@ def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
     assert checkpoint.broken(target) is None and evaluate.main([str(target)]) == 0
     last = [record for record in trainer.metrics(finished / "fsdp") if record["kind"] == "eval"][-1]
     assert f"top1 {last['top1']:.2f}" in capfd.readouterr().out
+
+
+def test_moving_average_and_its_loan():
+    model: Any = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(model, Ema(decay=0.75, warmup=False))
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.num_batches_tracked.fill_(3)
+    average.update(model, 1)
+    assert average.state["weight"].tolist() == [2.0, 2.0] and average.state["num_batches_tracked"] == 3
+    with average.worn_by(model):
+        assert model.weight.tolist() == [2.0, 2.0]
+    assert model.weight.tolist() == [5.0, 5.0]
+
+
+def test_agreement_of_one():
+    world = World()
+    assert world.agree(True) and not world.agree(False) and world.share(3) == 3 and world.gather("x") == ["x"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_sum_over_the_processes_leaves_its_argument_alone(monkeypatch, size):
+    """What is added to later would count the other processes' share twice."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(size))
+    losses = torch.ones((), dtype=torch.float64)
+    world = World(size=size)
+    assert [float(world.sum(losses)) for _ in range(3)] == [size] * 3 and losses == 1
+    world.sum(losses).add_(1)
+    assert losses == 1

@@ -1,19 +1,23 @@
-"""A signal in the middle of an evaluation, to one of two processes: all stop, what was learned is kept, none fails."""
+"""Signals: noted, not obeyed at once; one to one of two processes amid an evaluation stops all, and none fails."""
 
 import json
+import os
+import signal
 
+import pytest
 import trainer
 
 from tessel.train.checkpoint import broken
+from tessel.train.launch import Signals
+
+SLOW = pytest.mark.slow
+DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "eval_batch": 32}}
 
 
-def test_signal_within_an_evaluation(tmp_path):
-    recipe = trainer.write_recipe(
-        tmp_path / "tiny.yaml",
-        model={"name": "test_resnet", "drop_path": None},
-        data={"source": "digits", "micro_batch": 4, "eval_batch": 32},
-        sched={"steps": 6},
-    )
+@pytest.mark.parametrize("task", ["classify", pytest.param("segment", marks=SLOW), pytest.param("detect", marks=SLOW)])
+def test_signal_within_an_evaluation(tmp_path, task):
+    sections = trainer.SCENES.get(task, DIGITS)
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **sections, sched={"steps": 6})
     runs = tmp_path / "runs"
     places = {"usr1": "@1:3:SIGUSR1:evaluation", "term": "@0:3:SIGTERM:evaluation", "last": "@1:6:SIGTERM:finish"}
     first = [[place, recipe, f"run.name={name}"] for name, place in places.items()]
@@ -32,3 +36,15 @@ def test_signal_within_an_evaluation(tmp_path):
         assert trainer.learning(runs / name) == trainer.learning(runs / "straight"), name
         paths = (runs / f"{run}/checkpoints/step-00000006" for run in (name, "straight"))
         trainer.assert_same_checkpoint(*paths)
+
+
+def test_signals_are_noted_and_a_second_interrupt_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        with Signals().caught() as signals:
+            assert not signals.raised
+            os.kill(os.getpid(), number)
+            assert signals.raised
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,14 +1,16 @@
-"""The position in the stream of samples is all the state that its loader has."""
+"""The stream of samples: one order for any number of processes, and the position in it is all the state of a loader."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import trainer
 
+from tessel.train.augment import of_image, train_transform
 from tessel.train.config import load_recipe, plan
-from tessel.train.data import seed_all
+from tessel.train.data import GlobalOrder, Seeded, build_dataset, seed_all
 from tessel.train.launch import World
 from tessel.train.tasks import build_task
 
@@ -84,3 +86,41 @@ def test_no_two_samples_draw_the_same(root):
     images = torch.cat([batch[0] for batch in whole]).flatten(1)
     assert len(images.unique(dim=0)) == len(images)
     assert not any(torch.equal(one[1], other[1]) for one, other in zip(whole, stream(root, "run.seed=1"), strict=True))
+
+
+def test_order_is_one_stream_for_any_number_of_processes():
+    def stream(rank, world_size, start=0):
+        accumulate = 4 // world_size
+        sizes = {"micro_batch": 3, "accumulate": accumulate, "rank": rank, "world_size": world_size}
+        order = GlobalOrder(length=17, seed=5, start=start, stop=120, **sizes)
+        flat = [key for keys in order for key in keys]
+        return [flat[at : at + 3 * accumulate] for at in range(0, len(flat), 3 * accumulate)]
+
+    whole = [key for step in stream(0, 1) for key in step]
+    assert [key[0] for key in whole] == sorted(key[0] for key in whole)
+    for epoch in range(7):
+        assert sorted(index for number, index in whole if number == epoch) == list(range(17))
+    assert whole[:17] != [(0, index) for index in range(17)] and whole[:17] != [(0, i) for _, i in whole[17:34]]
+    for world_size in (2, 4):
+        ranks = [stream(rank, world_size) for rank in range(world_size)]
+        assert [key for step in zip(*ranks, strict=True) for part in step for key in part] == whole
+    assert [key for step in stream(0, 1, start=48) for key in step] == whole[48:]
+
+
+def test_samples_depend_on_their_key_alone(tmp_path, root):
+    data = load_recipe(trainer.write_recipe(tmp_path / "keys.yaml", data={"root": str(root)})).data
+    dataset = Seeded(
+        build_dataset(data, "train"), partial(of_image, train_transform(data, {"input_size": (3, 32, 32)})), seed=1
+    )
+    keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
+    first = {key: dataset[key][0] for key in keys}
+    seed_all(99)
+    assert all(torch.equal(dataset[key][0], first[key]) for key in reversed(keys))
+    assert not torch.equal(first[0, 7], first[1, 7])
+
+    class OneImage:
+        def __getitem__(self, index):
+            return None, 0
+
+    numbers = Seeded(OneImage(), lambda image, target: (torch.rand(1), target), seed=1)
+    assert len({float(numbers[key][0]) for key in keys}) == len(keys)

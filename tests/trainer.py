@@ -1,8 +1,13 @@
 """A few dozen images, a tiny model and short runs of the trainer, for its tests."""
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +19,31 @@ from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tessel.train.__main__ import main
+from tessel.train import engine
+from tessel.train.__main__ import build, main
 from tessel.train.checkpoint import load
+from tessel.train.config import Plan
 from tessel.train.launch import Signals, World
+from tessel.train.optim import build_optimizer, build_schedule
+from tessel.train.schema import Optim, Recipe
 from tessel.train.supply import Supply
 
 SIZE = 32
+SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks that look at digit scenes
+    "segment": {
+        "model": {"name": "test_convnext"},
+        "task": {
+            "kind": "segment",
+            "segment": {"decode_head": {"type": "FPNHead", "channels": 8, "norm_cfg": {"type": "GN", "num_groups": 2}}},
+        },
+        "data": {"source": "digit_scenes", "scenes": 24, "eval_batch": 1, "aug": {"hflip": 0.5}},
+    },
+    "detect": {
+        "model": {"name": "litv2_atto"},
+        "task": {"kind": "detect", "detect": {"detector": "faster_rcnn", "channels": 16, "batch_norm": "frozen"}},
+        "data": {"source": "digit_scenes", "size": 64, "scenes": 24, "eval_batch": 1, "aug": {"hflip": 0.5}},
+    },
+}
 
 
 def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) -> Path:
@@ -34,6 +58,28 @@ def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) 
                 pixels[:: label + 2, :, label % 3] += 150
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
+
+
+def asked_to_end() -> None:
+    """This process is, as by a cluster's scheduler."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def before_step(number: int, action: Callable[[], None] = asked_to_end) -> Iterator[None]:
+    """Within, `action()` is called whenever an engine is about to begin update `number` (from 0)."""
+    step = engine.Engine.step
+
+    def hooked(self: engine.Engine) -> bool:
+        if self.progress.step == number:
+            action()
+        return step(self)
+
+    engine.Engine.step = hooked
+    try:
+        yield
+    finally:
+        engine.Engine.step = step
 
 
 def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
@@ -115,6 +161,30 @@ def on_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str
 
 def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def learning_rate(recipe: Recipe, planned: Plan) -> Callable[[int], float]:
+    """The learning rate by step."""
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), Optim(name="sgd"), planned.lr)
+    schedule = build_schedule(optimizer, recipe, planned)
+
+    def lr(step: int) -> float:
+        schedule.step_update(step)
+        return optimizer.param_groups[0]["lr"]
+
+    return lr
+
+
+def updated(recipe: Recipe, steps: int) -> tuple[engine.Engine, set[str]]:
+    """The engine after that many updates, all of them finite, and the names of the weights that moved."""
+    task, planned, built = build(recipe, World())
+    before = {key: tensor.detach().clone() for key, tensor in built.model.named_parameters()}
+    ready(built, task, planned, Path(recipe.run.out))
+    assert all(built.step() for _ in range(steps)) and built.progress.step == steps
+    built.settle()
+    after = dict(built.model.named_parameters())
+    assert all(torch.isfinite(tensor).all() for tensor in after.values()) and math.isfinite(built.summed_loss())
+    return built, {key for key in after if not torch.equal(before[key], after[key])}
 
 
 def ready(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
