@@ -11,13 +11,16 @@ FRESH ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo demo-segment demo-detect test test-slow lint tables clean
+SCENES := demo-segment demo-detect
+
+.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow lint tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
 	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
 	@echo "make demo-segment    transfer it to the segmentation of scenes of digits; FRESH=1 as above"
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
+	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
 	@echo "make lint            formatting, lint, types"
 	@echo "make tables          rewrite the generated tables in README.md and docs/"
@@ -37,15 +40,20 @@ demo: $(INSTALLED)
 runs/digits/DONE:
 	$(MAKE) demo SEED=0 FRESH= DEMO_ARGS=
 
-demo-segment: $(INSTALLED) runs/digits/DONE
-	$(BIN)/python -m tessel.train configs/demo/digit_segment.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
-	$(BIN)/python -m tessel.train.evaluate runs/digit_segment --overlays 16
-	$(BIN)/python -m tessel.train.report runs/digit_segment
+$(SCENES): demo-%: $(INSTALLED) runs/digits/DONE
+	$(BIN)/python -m tessel.train configs/demo/digit_$*.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/digit_$* --overlays 16
+	$(BIN)/python -m tessel.train.report runs/digit_$*
+	@echo "  make demo-$*-scratch    the same from random weights, and the curves of both in one report"
 
-demo-detect: $(INSTALLED) runs/digits/DONE
-	$(BIN)/python -m tessel.train configs/demo/digit_detect.yaml $(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
-	$(BIN)/python -m tessel.train.evaluate runs/digit_detect --overlays 16
-	$(BIN)/python -m tessel.train.report runs/digit_detect
+$(SCENES:demo-%=runs/digit_%/DONE): runs/digit_%/DONE:
+	$(MAKE) demo-$* FRESH= DEMO_ARGS=
+
+$(SCENES:%=%-scratch): demo-%-scratch: $(INSTALLED) runs/digit_%/DONE
+	$(BIN)/python -m tessel.train configs/demo/digit_$*.yaml model.init_from=null run.name=digit_$*_scratch \
+		$(if $(FRESH),run.fresh=true) $(DEMO_ARGS)
+	$(BIN)/python -m tessel.train.evaluate runs/digit_$*_scratch --overlays 16
+	$(BIN)/python -m tessel.train.report runs/digit_$* runs/digit_$*_scratch --out runs/digit_$*_compared
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
