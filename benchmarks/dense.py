@@ -182,16 +182,18 @@ def compare(case: Case, names: list[str], peers: list[str], *, train: bool, args
     """A row for each model, timed in turns; `ratio` is the speed of the first peer over the model's."""
     batch = max(args.batch, case.least) if train else args.batch
     kind = {"train": train, "batch": batch, "device": args.device}
-    runs = {name: prepare(case, name, **kind) for name in [*names, *peers]}
+    everyone, title = [*names, *peers], f"{case.task}, {PASSES[train]}"
+    # first, while this process is small: all models together fill the memory of a small machine
+    peaks = {n: peak_mib(case, n, dry=args.dry_run, **kind) for n in tqdm(everyone, f"memory, {title}", disable=None)}
+    runs = {name: prepare(case, name, **kind) for name in everyone}
     times = side_by_side(runs, seconds=args.seconds, device=args.device, least=args.rounds)
-    runs.clear()
     rows = []
-    for name in tqdm(times, f"memory, {case.task}", disable=None):
+    for name in everyone:
         parameters, gmacs = cost(case, name)
         values = (
             case.task, name, round(parameters, 2), round(gmacs, 3), case.height, case.width, batch,
             PASSES[train], round(batch / statistics.median(times[name]), 4),
-            round(ratio(times, name, peers[0]), 3), round(peak_mib(case, name, dry=args.dry_run, **kind), 1),
+            round(ratio(times, name, peers[0]), 3), round(peaks[name], 1),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
@@ -239,13 +241,16 @@ def main() -> None:
     measured = {(case.task, direction) for case in cases for direction in args.passes}
     rows = json.loads(out.with_suffix(".json").read_text())["rows"] if args.add else []
     rows = [row for row in rows if (row["task"], row["pass"]) not in measured]
+    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for direction in args.passes:
             rows += compare(case, args.models, args.peers, train=direction == "training", args=args)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({**where, "dry_run": args.dry_run, "rows": rows}, indent=1) + "\n")
-    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n"
-    out.with_suffix(".md").write_text(heading + table(rows, args.peers[0]))
+            # after each: a later one may want more memory than there is
+            out.with_suffix(".json").write_text(
+                json.dumps({**where, "dry_run": args.dry_run, "rows": rows}, indent=1) + "\n"
+            )
+            out.with_suffix(".md").write_text(heading + table(rows, args.peers[0]))
     print(table(rows, args.peers[0]))
     print(f"written: {out}.json, .md", file=sys.stderr)
 
