@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,6 @@ from .launch import World
 from .schema import UserError
 
 MANIFEST = "manifest.json"
-YIELDING = 2e-4  # seconds; Python's own is 5e-3
 
 
 class Checkpoints:
@@ -63,7 +61,7 @@ class Checkpoints:
         self.wait()
         if self.thread:
             copied = self.stager.stage(state)
-            self.pending = self.thread.submit(self._write_beside, copied, facts, best, last)  # type: ignore[arg-type]
+            self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
         else:
             self.world.agree(error=self._write(state, facts, best, last))
 
@@ -80,15 +78,6 @@ class Checkpoints:
 
     def _part(self, step: int) -> Path:
         return self.path / f".tmp-{self.at(step).name}-{self.start}"
-
-    def _write_beside(self, *arguments: Any) -> UserError | None:
-        # the training wants the interpreter's lock back after every operation; a writer may keep it this long
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(YIELDING)
-        try:
-            return self._write(*arguments)
-        finally:
-            sys.setswitchinterval(usual)
 
     def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
         step = facts["step"]
