@@ -49,6 +49,14 @@ def test_resume_after_a_signal_is_exact(tmp_path, coco, straight, capsys, worker
     assert trainer.learning(run) == trainer.learning(straight)
 
 
+def test_the_log_tells_the_parts_of_the_loss(straight):
+    lines = [record for record in trainer.learning(straight) if record["kind"] == "train"]
+    assert lines
+    for line in lines:
+        parts = [line[f"loss_{name}"] for name in ("classification", "bbox_regression", "bbox_ctrness")]
+        assert line["loss"] == pytest.approx(sum(parts))
+
+
 def test_run_is_judged_drawn_and_loaded(straight, coco, capsys):
     last = [record for record in trainer.metrics(straight) if record["kind"] == "eval"][-1]
     assert {"box_ap", "box_ap50", "box_ap75", "box_ar", "count"} <= last.keys() and last["count"] == 6

@@ -80,6 +80,14 @@ def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     assert trainer.learning(run) == trainer.learning(straight)
 
 
+def test_the_log_tells_the_parts_of_the_loss(straight):
+    parts = {f"{head}.{key}" for head in ("decode", "auxiliary") for key in ("loss_ce", "acc_seg")}
+    lines = [record for record in trainer.learning(straight) if record["kind"] == "train"]
+    assert len(lines) == STEPS
+    for line in lines:
+        assert parts < set(line) and line["loss"] == pytest.approx(line["decode.loss_ce"] + line["auxiliary.loss_ce"])
+
+
 def test_replicas_and_shards_learn_the_same(recipe, straight):
     runs = [
         [recipe, f"run.name={way}", f"parallel.strategy={way}", "ckpt.every=6", "eval.every=6"]

@@ -158,7 +158,7 @@ def test_weight_shares_the_loss_between_labels_and_teacher(recipe, base):
     made.model.eval()
     parts = task.loss(made.model, batch)
     logits = made.model(batch[0])
-    torch.testing.assert_close(parts["loss"], 0.75 * F.cross_entropy(logits, batch[1]))
+    torch.testing.assert_close(parts["label_loss"], 0.75 * F.cross_entropy(logits, batch[1]))
     torch.testing.assert_close(parts["distill_loss"], 0.25 * task.teacher.loss(batch[0], logits))
 
 

@@ -161,7 +161,7 @@ def dry_run(recipe: Recipe) -> None:
         try:
             with world.together():
                 batch = next(batches)
-            loss = float(engine.backward([batch]))
+            loss = float(engine.backward([batch])["loss"])
         finally:
             batches.close()
         if world.main:

@@ -81,7 +81,7 @@ class Classify(Supervised):
         if self.teacher is None:
             return {"loss": loss}
         share = self.recipe.task.distill.weight
-        return {"loss": (1 - share) * loss, "distill_loss": share * self.teacher.loss(images, logits)}
+        return {"label_loss": (1 - share) * loss, "distill_loss": share * self.teacher.loss(images, logits)}
 
     def scores(self, *, keep: bool = False) -> "ClassScores":
         return ClassScores(self, keep)

@@ -23,6 +23,7 @@ from .evaluate import measure
 from .files import write_atomically, writing
 from .launch import Signals, World
 from .loggers import Loggers
+from .losses import Losses
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
 from .perf import Meter, Tracer, forward_gflops, peak_tflops
@@ -39,8 +40,8 @@ class Progress:
     evaluated: int = 0
     best_step: int = 0
     best: float | None = None
-    loss_sum: float = 0.0
-    loss_steps: int = 0
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    updates: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     corrupt: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -64,7 +65,7 @@ class Engine:
         self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world))
         self.progress = Progress()
         self.saved = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.losses = Losses(world)
         self.norm = torch.zeros(())
 
     def train(self, checkpoints: Checkpoints, loggers: Loggers, signals: Signals) -> bool:
@@ -96,13 +97,12 @@ class Engine:
             return False
         step = self.progress.step
         self.schedule.step_update(step)
-        loss = self.backward(self.supply.batches)
+        losses = self.backward(self.supply.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip(self.optimizer, self.recipe.optim)
-        if self.guard.admits(step, norm, loss):
+        if self.guard.admits(step, norm, losses["loss"]):
             self.scaler.step(self.optimizer)
-            self.loss_sum += loss
-            self.progress.loss_steps += 1
+            self.losses.add(losses)
             self.norm = norm
         else:
             self.loggers.say(f"update {step} skipped: its gradient norm is {norm:g}")
@@ -113,19 +113,20 @@ class Engine:
             self.average.update(self.model, step + 1)
         return True
 
-    def backward(self, batches: list[Any]) -> torch.Tensor:
-        """Gradients of the mean loss of this process's micro-batches; that mean."""
-        total = torch.zeros_like(self.loss_sum)
+    def backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
+        """Gradients of the mean loss of this process's micro-batches; that mean, and those of the loss's parts."""
+        means: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(batches):
             chunk = self.world.rank * len(batches) + number
             seed_all(self.recipe.run.seed, self.progress.step, chunk, devices=True)
             with accumulating(self.replicas, last=number == len(batches) - 1):
                 with autocast(self.recipe.parallel, self.world):
                     parts = self.task.loss(self.replicas, batch)
-                loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum() / len(batches)
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+                loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum()
+                self.scaler.scale(loss / len(batches)).backward()
+            for name, value in (parts | {"loss": loss}).items():
+                means[name] = means.get(name, 0.0) + (value.detach() / len(batches)).double()
+        return means
 
     def settle(self) -> None:
         """Before the weights are judged or kept: they are sound, and one model on all processes."""
@@ -138,7 +139,7 @@ class Engine:
         """What is due at this step: log, evaluate, save; False if a signal cut the evaluation short."""
         recipe, progress, epoch = self.recipe, self.progress, self.plan.epoch_steps
         self.loggers.advance(progress.step)
-        if self.due(recipe.log.every) and progress.loss_steps:
+        if self.due(recipe.log.every) and self.losses.updates:
             self.log()
         if self.due(recipe.eval.every or epoch) and progress.evaluated < progress.step and not self.evaluate():
             return False
@@ -155,13 +156,11 @@ class Engine:
         self.guard.settle()
         norm = float(self.norm)
         figures = {
-            "loss": self.summed_loss() / max(self.progress.loss_steps, 1),
+            **self.losses.means(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "grad_norm": norm if math.isfinite(norm) else None,
         }
         self.loggers.log({"kind": "train", **self.place_in_run(), **figures, **self.meter.read()})
-        self.loss_sum.zero_()
-        self.progress.loss_steps = 0
 
     def evaluate(self) -> bool:
         """Judge the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
@@ -193,7 +192,7 @@ class Engine:
             return
         with self.meter.paused():
             self.settle()
-            progress.loss_sum = self.summed_loss()
+            progress.losses, progress.updates = self.losses.totals(), self.losses.updates
             facts = {
                 "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
@@ -213,7 +212,7 @@ class Engine:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**facts["progress"])
         self.saved = self.progress.step
-        self.loss_sum.fill_(self.progress.loss_sum)
+        self.losses.restore(self.progress.losses, self.progress.updates)
         if facts["recipe_hash"] != recipe_hash(self.recipe):
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             return "not the recipe of that checkpoint"
@@ -226,9 +225,6 @@ class Engine:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
         return state | ({"ema": self.average.state} if self.average else {})
-
-    def summed_loss(self) -> float:
-        return float(self.world.sum(self.loss_sum)) / self.world.size
 
     def place_in_run(self) -> dict[str, float]:
         step = self.progress.step

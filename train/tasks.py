@@ -48,7 +48,8 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """Scalars; the sum of those whose name contains "loss" is minimised."""
+        """Scalars, all of them logged; the sum of those whose name contains "loss", itself logged as `loss`, is
+        minimised."""
         ...
 
     def eval_batches(self) -> Loader:

@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
         losses = {}
         for name in ("decode", "auxiliary"):
             if (head := getattr(self, f"{name}_head", None)) is not None:
-                losses |= {f"{name}.{key}": value for key, value in head.loss(maps, samples, None).items()}
+                losses |= {f"{name}.{key}": value.squeeze() for key, value in head.loss(maps, samples, None).items()}
         return losses
 
     def maps(self, images: Tensor) -> list[Tensor | None]:
