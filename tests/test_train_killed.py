@@ -1,6 +1,7 @@
 """kill -9 at any instant costs the steps since the last checkpoint and nothing else."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from killing import INSTANTS, PLACES
 from tessel.train.checkpoint import Checkpoints, broken
 from tessel.train.config import load_recipe
 from tessel.train.launch import RunDir, World
+from tessel.train.schema import UserError
 
 DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits"}}
 
@@ -76,6 +78,21 @@ def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
     save(resumed, 4, last=1)
     assert resumed.newest("x") == tmp_path / "step-00000004" and "falling back" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004"]
+
+
+def test_a_checkpoint_appears_by_one_rename(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def refuse(source, target):
+        if Path(source).is_dir():
+            raise OSError("not today")
+        rename(source, target)
+
+    save(Checkpoints(tmp_path, World(), print), 1, last=2)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="step 2 cannot be written.*not today"):
+        save(Checkpoints(tmp_path, World(), print), 2, last=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not broken(tmp_path / "step-00000001")
 
 
 def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):

@@ -1,0 +1,52 @@
+"""What the log tells of the loss."""
+
+import torch
+import trainer
+
+from tessel.train.__main__ import build
+from tessel.train.config import load_recipe
+from tessel.train.launch import World
+from tessel.train.losses import Losses
+
+
+def scalars(**values):
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def test_a_line_tells_the_mean_of_its_updates():
+    losses = Losses(World())
+    assert losses.totals() == losses.means() == {}
+    losses.add(scalars(loss=1.0, loss_box=0.25))
+    losses.add(scalars(loss=4.0, loss_box=0.5))
+    assert losses.totals() == {"loss": 5.0, "loss_box": 0.75} and losses.updates == 2
+    assert losses.means() == {"loss": 2.5, "loss_box": 0.375}
+    assert losses.totals() == {} and losses.updates == 0
+
+
+def test_sums_go_on_where_they_were():
+    losses, resumed = Losses(World()), Losses(World())
+    losses.add(scalars(loss=1.0))
+    resumed.restore(losses.totals(), losses.updates)
+    resumed.add(scalars(loss=2.0))
+    assert resumed.means() == {"loss": 1.5}
+
+
+def test_micro_batches_are_averaged(tmp_path):
+    """The loss of an update is that of its whole batch, and so is its gradient."""
+    path = trainer.write_recipe(
+        tmp_path / "tiny.yaml", model={"name": "test_convnext", "drop_path": None}, data={"source": "digits"}
+    )
+    task, plan, engine = build(
+        load_recipe(path, [f"data.aug.{name}=0" for name in ("erasing", "mixup", "cutmix")]), World()
+    )
+    batches = task.train_batches(plan, 0)
+    first, second = next(batches), next(batches)
+    batches.close()
+    means = engine.backward([first, second])
+    assert set(means) == {"loss"}
+    weight = next(engine.model.parameters())
+    gradient, weight.grad = weight.grad.clone(), None
+    whole = task.loss(engine.model, (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), None))["loss"]
+    whole.backward()
+    torch.testing.assert_close(means["loss"].float(), whole.detach())
+    torch.testing.assert_close(gradient, weight.grad)
