@@ -20,7 +20,7 @@ from tessel.train.detect.augment import Eval
 from tessel.train.detect.data import build_dataset
 from tessel.train.detect.overlay import drawn
 from tessel.train.detect.scores import DetectScores
-from tessel.train.detect.task import DetectObjects, as_lists
+from tessel.train.detect.task import DetectTask, as_lists
 from tessel.train.launch import World
 
 NAMES = [
@@ -88,7 +88,7 @@ def judged(tmp_path_factory):
     """The data set, a task that has it, its samples and what a made-up detector finds in them."""
     rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("coco")
     recipe = load_recipe(detection.write_recipe(root / "r.yaml", draw(root, rng)), ["task.detect.detector=mask_rcnn"])
-    task = DetectObjects(recipe, World())
+    task = DetectTask(recipe, World())
     samples = [(*Eval()(*task.val[index]), index) for index in range(len(task.val))]
     return root, task, samples, [guesses(sample[1], rng) for sample in samples]
 
@@ -199,7 +199,7 @@ def test_half_precision_and_many_detections(judged):
 
 
 def test_the_data_set_of_the_task(judged):
-    assert len(cast(DetectObjects, judged[1]).train) == 9 and len(build_dataset(judged[1].recipe, "val")) == 12
+    assert len(cast(DetectTask, judged[1]).train) == 9 and len(build_dataset(judged[1].recipe, "val")) == 12
 
 
 def test_the_surest_of_several_classes_is_drawn_in_a_place():

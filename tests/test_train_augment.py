@@ -5,7 +5,7 @@ import torch
 import trainer
 
 from tessel.train.augment import erasing, train_transform
-from tessel.train.classify import Classify
+from tessel.train.classify import ClassifyTask
 from tessel.train.config import load_recipe
 from tessel.train.data import build_dataset, seed_all
 from tessel.train.launch import World
@@ -49,7 +49,7 @@ def test_each_image_is_erased_by_itself_and_by_the_seed(device):
 def test_the_task_erases_before_it_mixes(tmp_path):
     data = {"source": "digits", "aug": {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0}}
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path": None})
-    task, seen = Classify(load_recipe(recipe), World()), []
+    task, seen = ClassifyTask(load_recipe(recipe), World()), []
     assert task.erasing and task.mixing
 
     def model(images):

@@ -148,7 +148,7 @@ def test_full_disk_while_logging(recipe, monkeypatch, capsys):
 
 def spoil(monkeypatch, *steps):
     """Make the loss of these updates infinite."""
-    loss, step = classify.Classify.loss, Engine.step
+    loss, step = classify.ClassifyTask.loss, Engine.step
     current = []
 
     def hooked(self):
@@ -162,7 +162,7 @@ def spoil(monkeypatch, *steps):
         }
 
     monkeypatch.setattr(Engine, "step", hooked)
-    monkeypatch.setattr(classify.Classify, "loss", spoiled)
+    monkeypatch.setattr(classify.ClassifyTask, "loss", spoiled)
 
 
 def test_non_finite_loss_stops_with_step_and_images(recipe, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from .tasks import Supervised
 from .transfer import Teacher, begin_with, create, probe
 
 
-class Classify(Supervised):
+class ClassifyTask(Supervised):
     """One class an image."""
 
     metric = "top1"
@@ -102,7 +102,7 @@ class Classify(Supervised):
 class ClassScores:
     """Top-1, top-5 (percent) and cross entropy over a data set; with `keep`, every prediction too."""
 
-    def __init__(self, task: Classify, keep: bool):
+    def __init__(self, task: ClassifyTask, keep: bool):
         self.task, self.keep = task, keep
         self.sums = torch.zeros(4, dtype=torch.float64, device=task.world.device)
         self.rows: list[list[np.ndarray]] = []

@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from . import checkpoint
-from .classify import Classify, check_name
+from .classify import ClassifyTask, check_name
 from .config import load_recipe, make_recipe
 from .files import replacing, write_atomically, writing
 from .launch import World, join
@@ -156,7 +156,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
             model: Any = load_run(run)[1]
             classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
         else:
-            task = Classify(recipe, world)
+            task = ClassifyTask(recipe, world)
             model, classes = task.build_model(), task.classes
             step = load_checkpoint(target, model, world)
         judge, file = Judge(recipe, place(model, recipe.parallel, world).eval(), classes, world), run / "sets.json"

@@ -72,17 +72,17 @@ class Task(Protocol):
 def build_task(recipe: Recipe, world: World) -> Task:
     """The task that `task.kind` names; only its own libraries are loaded."""
     if recipe.task.kind == "classify":
-        from .classify import Classify
+        from .classify import ClassifyTask
 
-        return Classify(recipe, world)
+        return ClassifyTask(recipe, world)
     if recipe.task.kind == "segment":
         from .segment.task import SegmentTask
 
         return SegmentTask(recipe, world)
     if recipe.task.kind == "detect":
-        from .detect.task import DetectObjects
+        from .detect.task import DetectTask
 
-        return DetectObjects(recipe, world)
+        return DetectTask(recipe, world)
     raise AssertionError(recipe.task.kind)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..schema import UserError
 
 if TYPE_CHECKING:
-    from .task import DetectObjects
+    from .task import DetectTask
 
 FIGURES = {
     "map": "ap",
@@ -35,7 +35,7 @@ class DetectScores:
     decides which checkpoint is the best, for instance segmentation too.
     """
 
-    def __init__(self, task: "DetectObjects"):
+    def __init__(self, task: "DetectTask"):
         self.task = task
         self.kinds = ("bbox", "segm") if task.masks else ("bbox",)
         self.metric, self.indices = self._metric(), []

@@ -28,7 +28,7 @@ def as_lists(samples: list[Any]) -> Batch:
     return list(images), list(targets), list(indices)
 
 
-class DetectObjects(Supervised):
+class DetectTask(Supervised):
     """Boxes with classes, and masks where the detector has them."""
 
     collate = staticmethod(as_lists)
