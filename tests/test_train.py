@@ -154,7 +154,7 @@ def test_kept_checkpoints_are_the_last_and_the_best(straight):
 def test_metrics_have_the_promised_fields(straight):
     steps = {"train": [2, 4, 6, 8, 9], "eval": [3, 6, 9]}
     fields = {
-        "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds tflops",
+        "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds tflops memory_gb",
         "eval": "epoch top1 top5 loss count",
     }
     for kind in steps:
@@ -321,4 +321,4 @@ def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):
 def test_progress_bar(recipe, capsys):
     assert trainer.train(recipe, "sched.steps=4", "log.progress=bar") == 0
     out = capsys.readouterr().out
-    assert "4/4" in out and "images/s" in out and "top1" in out
+    assert all(word in out for word in ("4/4", "images/s", "s a step", "data wait", "GB", "top1"))

@@ -9,7 +9,7 @@ import trainer
 from torch import nn
 
 from tessel.train.launch import World
-from tessel.train.perf import Meter, forward_gflops, peak_tflops
+from tessel.train.perf import Meter, forward_gflops, peak_memory, peak_tflops
 from tessel.train.schema import Parallel
 
 
@@ -38,13 +38,20 @@ def test_peak_is_of_the_known_devices_alone(monkeypatch, name, precision, expect
 
 
 def test_figures_agree_with_each_other():
-    meter = Meter(10, gflops=2.0, peak=5.0)
+    meter = Meter(10, gflops=2.0, peak=5.0, device=torch.device("cpu"))
     for _ in range(3):
         with meter.waiting():
             pass
     figures = meter.read()
     assert figures["tflops"] == pytest.approx(3 * 2.0 * figures["images_per_second"] / 1e3, rel=1e-3)
     assert figures["mfu"] == pytest.approx(figures["tflops"] / 5.0, rel=1e-2)
+    assert figures["memory_gb"] > 0.1
+
+
+def test_memory_is_the_gpus_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000_000)
+    assert peak_memory(torch.device("cuda", 0)) == 5.0
+    assert 0.1 < peak_memory(torch.device("cpu")) < 100
 
 
 def test_trace_of_ten_updates(tmp_path):

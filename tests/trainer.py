@@ -125,7 +125,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def learning(run: Path) -> list[dict[str, Any]]:
     """The metrics without what depends on the clock."""
-    clock = {"time", "images_per_second", "data_wait", "step_seconds", "tflops"}
+    clock = {"time", "images_per_second", "data_wait", "step_seconds", "tflops", "memory_gb"}
     return [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
 
 

@@ -62,7 +62,7 @@ class Engine:
         self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
         self.guard = Guard(recipe.guard.max_skips, self.scaler)
-        self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world))
+        self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world), world.device)
         self.progress = Progress()
         self.saved = 0
         self.losses = Losses(world)

@@ -4,11 +4,13 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .config import flatten
 from .files import write_atomically, writing
@@ -36,22 +38,26 @@ class Jsonl:
         self.file.close()
 
 
+class Bar(Progress):
+    """A progress bar, and below it the latest figures on as many lines as this terminal needs for them."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures, no_wrap=False, overflow="fold")  # the console itself wraps nothing
+
+
 class Screen:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, log: Log, total: int, step: int):
         self.console = Console(highlight=False, soft_wrap=True)
         self.total = total
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
         if log.progress == "bar" or (log.progress == "auto" and self.console.is_terminal):
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-            )
-            self.bar = Progress(*columns, console=self.console)
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+            self.bar = Bar(*columns, console=self.console)
             self.task = self.bar.add_task("", total=total, completed=step)
             self.figures: dict[str, str] = {}
             self.bar.start()
@@ -66,14 +72,15 @@ class Screen:
         else:
             line = (
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
-                f"data wait {record['data_wait']:.0%}"
+                f"{record['step_seconds']:.3g} s a step  data wait {record['data_wait']:.0%}  "
+                f"memory {record['memory_gb']:.1f} GB"
             )
             line += f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
         if not self.bar:
             self.console.print(f"step {record['step']}/{self.total}  {line}", markup=False)
             return
         self.figures[record["kind"]] = line if record["kind"] == "train" else _figures(record, 1)
-        self.bar.update(self.task, description="  ".join(self.figures.values()))
+        self.bar.figures = "  ".join(self.figures.values())
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

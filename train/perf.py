@@ -35,9 +35,9 @@ PEAKS = {
 class Meter:
     """Speed since the last reading."""
 
-    def __init__(self, images_per_step: int, gflops: float, peak: float | None):
+    def __init__(self, images_per_step: int, gflops: float, peak: float | None, device: torch.device):
         """gflops: of the forward of one image; peak: TFLOP/s of all devices together, where they are known."""
-        self.images_per_step, self.gflops, self.peak = images_per_step, gflops, peak
+        self.images_per_step, self.gflops, self.peak, self.device = images_per_step, gflops, peak, device
         self.restart()
 
     def restart(self) -> None:
@@ -62,7 +62,8 @@ class Meter:
         """Figures over all processes since the last reading; starts the next one.
 
         images_per_second, data_wait in 0..1, step_seconds, tflops (per second; a backward counts as two forwards,
-        what is recomputed does not count) and, on known devices, mfu: tflops as a share of their peak.
+        what is recomputed does not count), memory_gb, the `peak_memory` of this process alone, and, on known devices,
+        mfu: tflops as a share of their peak.
         """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         steps, waited = self.steps, self.waited
@@ -74,6 +75,7 @@ class Meter:
             "data_wait": round(waited / elapsed, 4),
             "step_seconds": round(elapsed / max(steps, 1), 5),
             "tflops": float(f"{tflops:.4g}"),
+            "memory_gb": round(peak_memory(self.device), 3),
         }
         return figures | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
 
