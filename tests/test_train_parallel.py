@@ -13,7 +13,7 @@ from torch import nn
 from tessel.train import checkpoint
 from tessel.train.launch import World
 from tessel.train.optim import clip_units
-from tessel.train.parallel import MovingAverage, layers, replicate
+from tessel.train.parallel import MovingAverage, layers, place, replicate
 from tessel.train.schema import Ema, Parallel, UserError
 
 # no batch statistics, so that any number of processes learns the same
@@ -111,6 +111,19 @@ def test_units_are_timms():
     clip_units(list(models[1].parameters()), 0.05)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "biformer_atto", "tessel_halonet_atto"])
+def test_batch_norms_are_synchronised_on_several_gpus_by_key(monkeypatch, name):
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # no GPU is needed to see what is built
+    image, several = torch.rand(2, 3, 64, 64), World(size=2, device=torch.device("cuda", 0))
+    for world, wanted in [(World(device=several.device), True), (several, False), (several, True)]:
+        model = timm.create_model(name).eval()
+        before = model(image)
+        model = place(model, Parallel(sync_batch_norm=wanted), world)
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        assert norms and {isinstance(norm, nn.SyncBatchNorm) for norm in norms} == {wanted and world.size == 2}
+        torch.testing.assert_close(model(image), before)  # with the activations that some norms hold
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -27,8 +28,8 @@ def place(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
         raise UserError("parallel.precision=fp16 needs cuda; use bf16 or fp32 on the cpu")
     if parallel.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if world.size > 1 and world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
+        model = convert_sync_batchnorm(model)  # timm's: torch's loses the activations that some norms hold
     # shards need contiguous weights; the images' format is enough to steer the kernels
     sharded = world.size > 1 and parallel.strategy != "ddp"
     layout = torch.contiguous_format if sharded else memory_format(parallel)

@@ -333,6 +333,8 @@ class Parallel:
     """torch.compile the model"""
     channels_last: bool = False
     """channels_last memory format"""
+    sync_batch_norm: bool = True
+    """batch norms see the images of all GPUs, so that their number changes nothing; false: each its own"""
     grad_checkpointing: bool = False
     """recompute activations: less memory, more time"""
 
