@@ -1,6 +1,7 @@
 """The trainer's promises: exact resume, one result on any number of processes, nothing lost or begun by accident."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -307,6 +308,15 @@ def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
     name = (run / "wandb-id").read_text()
     records = sorted(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
     assert len(records) == len(list(run.glob("wandb/offline-run-*"))) == 2
+
+
+def test_an_overflow_is_null_in_json_and_no_obstacle_elsewhere(tmp_path):
+    """As where half precision skips an update whose gradients it cannot hold."""
+    record = {"kind": "train", "step": 3, "loss": 0.5, "grad_norm": math.inf, "loss_box": math.nan}
+    for sink in (loggers.Jsonl(tmp_path / "metrics.jsonl"), loggers.TensorBoard(tmp_path / "tensorboard")):
+        sink.log(record)
+        sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record | {"grad_norm": None, "loss_box": None}
 
 
 def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):

@@ -6,7 +6,6 @@ of (seed, step, chunk of the global batch), so a resumed run repeats an uninterr
 
 import dataclasses
 import json
-import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -154,11 +153,10 @@ class Engine:
     def log(self) -> None:
         """One line of figures on the updates since the last one."""
         self.guard.settle()
-        norm = float(self.norm)
         figures = {
             **self.losses.means(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": float(self.norm),
         }
         self.loggers.log({"kind": "train", **self.place_in_run(), **figures, **self.meter.read()})
 

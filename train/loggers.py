@@ -1,6 +1,7 @@
 """Where figures go: metrics.jsonl always, the console, tensorboard and wandb on request."""
 
 import json
+import math
 import os
 import time
 import uuid
@@ -25,14 +26,18 @@ class Logger(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line, unbuffered."""
+    """One JSON object a line, unbuffered; what is not finite is null."""
 
     def __init__(self, path: Path):
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def log(self, record: dict[str, Any]) -> None:
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         with writing(self.file.name):
-            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.write(json.dumps(known, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         self.file.close()

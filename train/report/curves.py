@@ -63,8 +63,8 @@ def draw_optimisation(runs: Sequence[Run]) -> Figure:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one figure, where it was logged."""
-    known = [line for line in lines if key in line]
+    """Steps and values of one figure, where it was logged and finite."""
+    known = [line for line in lines if line.get(key) is not None]
     return [line["step"] for line in known], [line[key] for line in known]
 
 
