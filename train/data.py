@@ -197,9 +197,8 @@ def seed_all(*key: int, devices: bool = False) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
     torch.default_generator.manual_seed(int(words[3]))
-    if (
-        devices and torch.cuda.is_available()
-    ):  # torch.manual_seed also keeps a stack trace for each kind it does not find
+    if devices and torch.cuda.is_available():
+        # alone: torch.manual_seed would keep a stack trace for each kind of device that it does not find
         torch.cuda.manual_seed_all(int(words[3]))
 
 
