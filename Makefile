@@ -56,10 +56,10 @@ $(SCENES:%=%-scratch): demo-%-scratch: $(INSTALLED) runs/digit_%/DONE
 	$(BIN)/python -m tessel.train.report runs/digit_$* runs/digit_$*_scratch --out runs/digit_$*_compared
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
