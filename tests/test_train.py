@@ -306,7 +306,7 @@ def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
     assert "at step 2 (exact)" in out and "warning" not in out
     assert list(run.glob("tensorboard/events.*"))
     name = (run / "wandb-id").read_text()
-    records = sorted(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    records = sorted(run.glob(f"wandb/offline-run-*-{name}*/run-{name}.wandb"))
     assert len(records) == len(list(run.glob("wandb/offline-run-*"))) == 2
 
 
