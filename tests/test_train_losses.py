@@ -31,6 +31,16 @@ def test_sums_go_on_where_they_were():
     assert resumed.means() == {"loss": 1.5}
 
 
+def test_what_was_not_logged_yet_goes_on_with_its_own_recipe_alone(tmp_path):
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"})
+    with trainer.before_step(3):
+        assert trainer.train(recipe, "log.every=5") == 0
+    for keys, updates in (([], 3), (["optim.lr=1e-4"], 0)):
+        engine = build(load_recipe(recipe, keys), World())[2]
+        engine.resume(tmp_path / "runs/tiny/checkpoints/step-00000003")
+        assert engine.losses.updates == updates and bool(engine.losses.totals()) == bool(updates)
+
+
 def test_micro_batches_are_averaged(tmp_path):
     """The loss of an update is that of its whole batch, and so is its gradient."""
     path = trainer.write_recipe(

@@ -213,6 +213,7 @@ class Engine:
         self.losses.restore(self.progress.losses, self.progress.updates)
         if facts["recipe_hash"] != recipe_hash(self.recipe):
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
+            self.losses.restore({}, 0)
             return "not the recipe of that checkpoint"
         then, now = facts["arithmetic"], arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
         changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
