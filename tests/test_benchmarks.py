@@ -58,9 +58,8 @@ def test_dry_run_of_the_trainer(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["dry_run"] and {"device", "torch", "commit", "load_average", "model"} <= found.keys()
     assert found["overhead"]["ours_ms_a_step"] > 0 < found["overhead"]["bare_ms_a_step"]
-    assert {f"{way}_{cost}_percent" for way in ("background", "foreground") for cost in ("saving", "stall")} <= found[
-        "saving"
-    ].keys()
+    costs = {f"{way}_{cost}_percent" for way in ("background", "foreground") for cost in ("saving", "stall")}
+    assert costs <= found["saving"].keys()
     assert all(size > 50 for size in found["memory"]["resident_mib"].values())
     parts = found["startup_seconds"]
     assert list(parts) == ["imports", "data", "model", "first_step", "total"]

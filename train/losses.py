@@ -17,7 +17,7 @@ class Losses:
     def add(self, losses: dict[str, Tensor]) -> None:
         """Those of one update, scalars in float64."""
         for name, value in losses.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.updates += 1
 
     def totals(self) -> dict[str, float]:
