@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from tessel import zoo
 from tessel.train.detect.detectors import build_detector
-from tessel.train.schema import Detect, Model
+from tessel.train.schema import Dense, Detect, Model, Segment
 from tessel.train.segment.model import Segmenter, assemble
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -66,23 +66,17 @@ def options(name: str, height: int, width: int) -> tuple[dict[str, Any], tuple[b
 def upernet(name: str, height: int, width: int, *, channels: int = 512) -> Segmenter:
     arguments, norms = options(name, height, width)
     auxiliary = {"type": "FCNHead", "channels": channels // 2, "num_convs": 1, "concat_input": False}
-    return assemble(
-        {
-            "backbone": {"name": name, "options": arguments, "norms": norms, "batch_norm": "train"},
-            "neck": {},
-            "decode_head": {"type": "UPerHead", "channels": channels},
-            "auxiliary_head": auxiliary | {"loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}},
-            "num_classes": CASES["upernet"].classes,
-            "class_weight": None,
-        }
-    )
+    auxiliary |= {"loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}}
+    heads = Segment(decode_head={"type": "UPerHead", "channels": channels}, auxiliary_head=auxiliary)
+    classes = [str(number) for number in range(CASES["upernet"].classes)]
+    return assemble(Model(name=name, kwargs=arguments), heads, dense=Dense(norms=norms), classes=classes)
 
 
 def mask_rcnn(name: str, height: int, width: int, **few: int) -> Any:
     arguments, norms = options(name, height, width)
-    detect = Detect(detector="mask_rcnn", longest=width, norms=norms, kwargs=few)
-    classes = CASES["mask_rcnn"].classes
-    detector: Any = build_detector(Model(name=name, kwargs=arguments), detect, size=height, classes=classes)
+    model, dense, classes = Model(name=name, kwargs=arguments), Dense(norms=norms), CASES["mask_rcnn"].classes
+    detect = Detect(detector="mask_rcnn", longest=width, kwargs=few)
+    detector: Any = build_detector(model, detect, dense=dense, size=height, classes=classes)
     # every proposal passes as an object of the first class: the mask head has as much to do as it can
     nn.init.constant_(detector.roi_heads.box_predictor.cls_score.bias[1:2], 10)
     return detector

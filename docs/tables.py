@@ -26,6 +26,9 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 @cache
 def cost(name: str) -> tuple[float, float, int]:
     """Parameters in millions, multiply-adds in billions, and the input side they are counted at."""
+    tag = timm.get_pretrained_cfg(name).tag
+    if tag and "." not in name:
+        return cost(f"{name}.{tag}")  # counted once for both names
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         size = model.default_cfg["input_size"]

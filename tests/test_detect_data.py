@@ -12,7 +12,7 @@ from tessel.train.config import load_recipe
 from tessel.train.data import Seeded, seed_all
 from tessel.train.detect.augment import CropWithin, Eval, Train
 from tessel.train.detect.data import build_dataset
-from tessel.train.schema import UserError
+from tessel.train.errors import UserError
 
 MASKS = "task.detect.detector=mask_rcnn"
 

@@ -10,19 +10,22 @@ from torch import nn
 from torchvision.models import detection
 
 from tessel.train import detect
-from tessel.train.detect.detectors import DETECTORS, build_detector, export
+from tessel.train.detect.detectors import DETECTORS, build_detector
+from tessel.train.errors import UserError
+from tessel.train.exports import export_parts
 from tessel.train.optim import build_optimizer
-from tessel.train.schema import Detect, Model, Optim, UserError
+from tessel.train.schema import Dense, Detect, Model, Optim
 
-ATTO = Model(name="biformer_atto")
+ATTO, PLAIN = Model(name="biformer_atto"), Dense()
 SMALL = {"channels": 64, "longest": 200}
 IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
 CLASSES = ["a", "b", "c"]
 
 
-def built(detector, model=ATTO, **keys):
+def built(detector, model=ATTO, dense=PLAIN, **keys):
     side = {} if detector == "fcos" else {"anchor": 8}
-    return build_detector(model, Detect(detector=detector, **{**SMALL, **side, **keys}), size=64, classes=3)
+    wanted = Detect(detector=detector, **{**SMALL, **side, **keys})
+    return build_detector(model, wanted, dense=dense, size=64, classes=3)
 
 
 def targets():
@@ -94,7 +97,7 @@ def test_levels_follow_the_detector():
 
 def test_batch_norm_of_the_backbone_holds_still_in_training():
     for mode, trained in (("train", True), ("eval", True), ("frozen", False)):
-        model = built("fcos", batch_norm=mode).train()
+        model = built("fcos", dense=Dense(batch_norm=mode)).train()
         norms = [module for module in model.backbone.body.modules() if isinstance(module, nn.BatchNorm2d)]
         assert norms and {norm.training for norm in norms} == {mode == "train"}
         assert {norm.weight.requires_grad for norm in norms} == {trained}
@@ -130,7 +133,7 @@ def test_backbone_begins_with_a_classifier():
         ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
         ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
         ({"channels": 40}, ATTO, ["fcos", "40"]),
-        ({"norms": (True,)}, ATTO, ["norms=[True]", "3 levels"]),
+        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 levels"]),
         ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
         ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
         ({}, Model(name="biformer_atto", init_from="test_resnet"), ["test_resnet"]),
@@ -145,14 +148,19 @@ def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def handed_out(folder, model, wanted):
+    parts = {"model": ATTO, "dense": PLAIN, "detect": wanted}
+    export_parts(folder, model.state_dict(), task="detect", **parts, size=64, classes=CLASSES)
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
 def test_export_reads_back(tmp_path, name):
     keys = {**SMALL, "detector": name, "kwargs": {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}}
     wanted = Detect(**keys)
-    model = build_detector(ATTO, wanted, size=64, classes=3).eval()
+    model = build_detector(ATTO, wanted, dense=PLAIN, size=64, classes=3).eval()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").touch()
-    export(tmp_path / "export", model.state_dict(), model=ATTO, detect=wanted, size=64, classes=CLASSES)
+    handed_out(tmp_path / "export", model, wanted)
     again = detect.load(tmp_path / "export")
     assert not again.training and again.classes == CLASSES and not (tmp_path / "export" / "old").exists()
     with torch.no_grad():
@@ -165,7 +173,7 @@ def test_a_folder_without_a_detector_is_named(tmp_path, harm):
     model = built("fcos")
     folder = tmp_path / "export"
     if harm != "nothing":
-        export(folder, model.state_dict(), model=ATTO, detect=Detect(**SMALL), size=64, classes=CLASSES)
+        handed_out(folder, model, Detect(**SMALL))
         config = json.loads((folder / "config.json").read_text())
         config = {"architecture": "resnet"} if harm == "classifier" else config | {"classes": ["a"]}
         (folder / "config.json").write_text(json.dumps(config))

@@ -14,14 +14,14 @@ from PIL import Image
 from tessel.train import detect, evaluate
 from tessel.train.__main__ import build
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 from tessel.train.launch import World
 from tessel.train.report.__main__ import main as report
-from tessel.train.schema import UserError
 from tessel.train.tasks import build_task
 
 SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
 # no batch statistics, and no choice by chance of what a loss is taken of: any number of processes learns the same
-SHARED = ["model.name=litv2_atto", "task.detect.batch_norm=frozen", "ema.decay=null"]
+SHARED = ["model.name=litv2_atto", "task.dense.batch_norm=frozen", "ema.decay=null"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from openmm import config, draw_ade
 
 from tessel import zoo
-from tessel.train.schema import UserError
+from tessel.train.errors import UserError
 from tessel.zoo.dense import DenseBackbone
 
 # what packages that are no longer released warn of is nothing we can mend

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessel.train import openmmlab
-from tessel.train.schema import UserError
+from tessel.train.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["UPerHead", "SegformerHead", "FPNHead", "FCNHead"])

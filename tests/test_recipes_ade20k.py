@@ -9,7 +9,7 @@ import trainer
 
 import tessel.zoo
 from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.segment.model import assemble, specification
+from tessel.train.segment.model import assemble
 
 IMAGES = 20_210  # for training
 RECIPES = sorted(path.stem for path in (PACKAGED / "ade20k").glob("*.yaml"))
@@ -134,6 +134,7 @@ def test_two_steps_with_the_model_itself(name, images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MILLIONS)
 def test_size_of_the_whole_segmenter(name):
-    model = assemble(specification(loaded(name), [str(number) for number in range(150)]))
+    recipe, classes = loaded(name), [str(number) for number in range(150)]
+    model = assemble(recipe.model, recipe.task.segment, dense=recipe.task.dense, classes=classes)
     counted = sum(weight.numel() for key, weight in model.named_parameters()) / 1e6
     assert counted == pytest.approx(MILLIONS[name], abs=1.5)

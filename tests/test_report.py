@@ -18,13 +18,14 @@ from torch import nn
 
 from tessel.blocks import BiLevelRouting
 from tessel.train import explain
-from tessel.train.checkpoint import export
 from tessel.train.demo_data import digits
+from tessel.train.errors import UserError
+from tessel.train.exports import export
 from tessel.train.report import __main__ as report
 from tessel.train.report import classify, curves
 from tessel.train.report.page import STYLE, duration
 from tessel.train.report.runs import read_run
-from tessel.train.schema import Data, UserError
+from tessel.train.schema import Data
 
 SECTIONS = {
     "Training": ["learning", "optimisation"],

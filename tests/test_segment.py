@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from tessel.train import evaluate
 from tessel.train.config import dump, load_recipe
+from tessel.train.errors import UserError
 from tessel.train.launch import World
-from tessel.train.schema import UserError
 from tessel.train.segment import load
 from tessel.train.segment.task import SegmentTask
 
@@ -135,11 +135,11 @@ def test_export_reads_back(straight, tmp_path):
         assert torch.equal(tensor, state[f"ema.{name}"]), name
     assert model(torch.zeros(2, 3, 41, 57)).shape == (2, 150, 41, 57)
     facts = json.loads((straight / "export/config.json").read_text())
-    assert facts["kind"] == "tessel segmenter" and facts["specification"]["backbone"]["name"] == "test_convnext"
-    with pytest.raises(UserError, match="holds no config.json"):
+    assert facts["read_with"] == "tessel.train.segment.load" and facts["model"]["name"] == "test_convnext"
+    with pytest.raises(UserError, match="holds no export .*config.json"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
-    with pytest.raises(UserError, match="is no exported segmenter"):
+    with pytest.raises(UserError, match="not of task.kind=segment"):
         load(tmp_path)
 
 
@@ -238,10 +238,11 @@ def test_a_single_image_is_too_few_for_some_heads(tmp_path, images, capsys):
         (["task.segment.test.mode=slide", "task.segment.test.stride=40"], "leaves gaps between windows"),
         (["task.segment.load_from=x.pth", "model.pretrained=true"], "has the backbone's weights too"),
         (["task.kind=classify"], "task.segment has no effect with task.kind=classify; remove it"),
+        (["task.kind=classify", "task.dense.batch_norm=eval"], "task.dense has no effect with task.kind=classify"),
         (["task.kind=classify"], "data.aug.photometric has no effect with task.kind=classify; remove it"),
         (["task.kind=classify"], "data.source=ade20k is not for task.kind=classify, which takes digits, folder"),
         (["data.aug.resize=[2, 1]"], "data.aug.resize=[2.0, 1.0] is no rising range"),
-        (["task.segment.class_weight.wal=1.0"], "task.segment.class_weight names wal, but data.source=ade20k has"),
+        (["task.segment.class_weight.wal=1.0"], "task.segment.class_weight names wal, but the classes of the data are"),
         (["task.segment.load_from=nowhere.pth"], "task.segment.load_from=nowhere.pth does not fit"),
     ],
 )

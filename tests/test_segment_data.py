@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tessel.train.data import Replaced, Seeded
-from tessel.train.schema import Aug, Data, SegmentTest, UserError
+from tessel.train.errors import UserError
+from tessel.train.schema import Aug, Data, SegmentTest
 from tessel.train.segment.augment import Photometric, eval_transform, fitted, random_crop, train_transform
 from tessel.train.segment.data import build_dataset
 

@@ -12,12 +12,14 @@ from timm.models import group_parameters
 from torch.nn import functional as F
 
 from tessel import zoo
+from tessel.train.errors import UserError
 from tessel.train.openmmlab import build
 from tessel.train.parallel import layers
-from tessel.train.schema import UserError
+from tessel.train.schema import Dense, Model, Segment
 from tessel.train.segment.heads import cross_entropy
 from tessel.train.segment.model import Segmenter, assemble
 
+PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
 FPN_NECK: dict[str, Any] = {"type": "FPN", "out_channels": 16}
 HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
@@ -41,10 +43,10 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def spec(head: dict[str, Any] = UPER, name: str = "biformer_atto", **parts: Any) -> dict[str, Any]:
-    backbone = {"name": name, "options": {}, "norms": None, "batch_norm": "train"} | parts.pop("backbone", {})
-    rest = {"neck": {}, "auxiliary_head": {}, "num_classes": 5, "class_weight": None}
-    return {"backbone": backbone, "decode_head": head, **rest, **parts}
+def assembled(
+    head: dict[str, Any] = UPER, name: str = "biformer_atto", dense: Dense = PLAIN, **parts: Any
+) -> Segmenter:
+    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES)
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -63,7 +65,7 @@ def batch():
 def test_heads_train_every_weight_and_give_logits_at_any_size(kind, batch):
     head, neck, levels = HEADS[kind]
     aux = {"type": "FCNHead", "channels": 8, "num_convs": 1, "in_index": levels[-1]} if not neck else {}
-    model = assemble(spec(head, neck=neck, auxiliary_head=aux))
+    model = assembled(head, neck=neck, auxiliary_head=aux)
     assert model.backbone.levels == levels
     total(model(*batch)).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
@@ -76,7 +78,7 @@ def test_heads_train_every_weight_and_give_logits_at_any_size(kind, batch):
 
 @pytest.mark.parametrize("name", [name for name in zoo.list_models() if name.endswith("_atto")] + ["resnet18"])
 def test_every_family(name, batch):
-    model = assemble(spec(name=name))
+    model = assembled(name=name)
     losses = model(*batch)
     total(losses).backward()
     assert float(total(losses).detach()) == pytest.approx(math.log(5), abs=0.4)
@@ -85,28 +87,28 @@ def test_every_family(name, batch):
 
 def test_unused_stages_are_not_built():
     """A parameter without a gradient stops the training on several processes."""
-    model = assemble(spec({"type": "FCNHead", "channels": 8, "in_index": 1}))
-    whole = assemble(spec())
+    model = assembled({"type": "FCNHead", "channels": 8, "in_index": 1})
+    whole = assembled()
     assert len(model.backbone.norms) == 1
     assert sum(p.numel() for p in model.backbone.parameters()) < sum(p.numel() for p in whole.backbone.parameters()) / 4
 
 
 def test_loss_is_the_cross_entropy_of_the_enlarged_logits(batch):
     images, masks = batch
-    weights = [0.2, 1.0, 1.0, 2.0, 1.0]
-    model = assemble(spec(class_weight=weights, auxiliary_head={"type": "FCNHead", "channels": 8})).eval()
+    weights = {"a": 0.2, "d": 2.0}
+    model = assembled(class_weight=weights, auxiliary_head={"type": "FCNHead", "channels": 8}).eval()
     losses, logits = model(images, masks), model(images)
-    expected = F.cross_entropy(logits, masks, torch.tensor(weights), ignore_index=255)
+    expected = F.cross_entropy(logits, masks, torch.tensor([0.2, 1, 1, 2, 1]), ignore_index=255)
     torch.testing.assert_close(losses["decode.loss_ce"], expected)
     assert set(losses) == {f"{head}.{key}" for head in ("decode", "auxiliary") for key in ("loss_ce", "acc_seg")}
     light = {"type": "FCNHead", "channels": 8, "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}}
-    lighter = assemble(spec(class_weight=weights, auxiliary_head=light)).eval()
+    lighter = assembled(class_weight=weights, auxiliary_head=light).eval()
     lighter.load_state_dict(model.state_dict())
     torch.testing.assert_close(lighter(images, masks)["auxiliary.loss_ce"], 0.4 * losses["auxiliary.loss_ce"])
 
 
 def test_a_crop_without_known_pixels_costs_nothing(batch):
-    model = assemble(spec(class_weight=[0.2, 1, 1, 1, 1]))
+    model = assembled(class_weight={"a": 0.2})
     loss = total(model(batch[0], torch.full_like(batch[1], 255)))
     loss.backward()
     assert float(loss.detach()) == 0 and all(p.grad.isfinite().all() for p in model.parameters())
@@ -135,10 +137,10 @@ def test_cross_entropy_is_mmsegmentations_where_that_works(weighted, known, redu
 
 def test_several_losses_and_their_weights(batch):
     losses = [{"type": "CrossEntropyLoss"}, {"type": "DiceLoss", "loss_name": "loss_dice"}]
-    found = assemble(spec(UPER | {"loss_decode": losses}, class_weight=[0.5] * 5))(*batch)
+    found = assembled(UPER | {"loss_decode": losses}, class_weight=dict.fromkeys(CLASSES, 0.5))(*batch)
     assert {"decode.loss_ce", "decode.loss_dice"} < set(found)
     with pytest.raises(UserError, match="class_weight has no effect with .* DiceLoss"):
-        assemble(spec(UPER | {"loss_decode": losses[1]}, class_weight=[0.5] * 5))
+        assembled(UPER | {"loss_decode": losses[1]}, class_weight=dict.fromkeys(CLASSES, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -162,12 +164,12 @@ def test_several_losses_and_their_weights(batch):
 )  # fmt: skip
 def test_mistakes_name_the_head(head, neck, words):
     with pytest.raises(UserError, match=words) as caught:
-        assemble(spec(head, neck=neck))
+        assembled(head, neck=neck)
     assert "task.segment." in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_layers_and_lists_of_the_backbone_are_passed_on():
-    model = assemble(spec(name="transnext_atto", neck=FPN_NECK))
+    model = assembled(name="transnext_atto", neck=FPN_NECK)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     inner = group_parameters(model.backbone.body, model.backbone.body.group_matcher(), reverse=True)
     body = {key: group for key, group in groups.items() if key.startswith("backbone.body.")}
@@ -179,15 +181,15 @@ def test_layers_and_lists_of_the_backbone_are_passed_on():
 
 
 def test_batch_norm_and_norms_keys():
-    model = assemble(spec(backbone={"batch_norm": "frozen", "norms": [True, False, True, False]})).train()
+    model = assembled(dense=Dense(batch_norm="frozen", norms=(True, False, True, False))).train()
     assert set(model.backbone.norms) == {"0", "2"} and model.decode_head.training
     assert all(not m.training for m in model.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d))
     with pytest.raises(UserError, match="model.name=biformer_atto.*norms"):
-        assemble(spec(backbone={"norms": [True]}))
+        assembled(dense=Dense(norms=(True,)))
     with pytest.raises(UserError, match="did you mean"):
-        assemble(spec(name="biformer_ato"))
+        assembled(name="biformer_ato")
     with pytest.raises(UserError, match="hierarchical"):
-        assemble(spec(name="vit_tiny_patch16_224"))
+        assembled(name="vit_tiny_patch16_224")
 
 
 def published(model: Segmenter, name: str) -> dict[str, torch.Tensor]:
@@ -211,8 +213,8 @@ def drawn(model: Segmenter) -> Segmenter:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_published_segmenter(prefix):
-    recipe = spec(name="cswin_atto", auxiliary_head={"type": "FCNHead", "channels": 8})
-    one, other = drawn(assemble(recipe)), assemble(recipe)
+    one, other = (assembled(name="cswin_atto", auxiliary_head={"type": "FCNHead", "channels": 8}) for _ in range(2))
+    drawn(one)
     state = {prefix + key: tensor for key, tensor in published(one, "cswin_atto").items()}
     assert f"{prefix}backbone.stage1.0.qkv.weight" in state and f"{prefix}decode_head.conv_seg.weight" in state
     other.load_published(state)
@@ -223,7 +225,7 @@ def test_published_segmenter(prefix):
 
 
 def test_published_segmenter_that_does_not_fit():
-    model = assemble(spec(name="cswin_atto"))
+    model = assembled(name="cswin_atto")
     state = published(model, "cswin_atto")
     with pytest.raises(ValueError, match="asks for: decode_head.conv_seg.bias"):
         model.load_published({key: tensor for key, tensor in state.items() if key != "decode_head.conv_seg.bias"})

@@ -14,8 +14,8 @@ from torch import nn
 
 from tessel.train import evaluate, sets
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 from tessel.train.launch import World
-from tessel.train.schema import UserError
 from tessel.train.sets import ALEXNET_ERROR, Judge
 
 SYNSETS = timm.data.ImageNetInfo().label_names()

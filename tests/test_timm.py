@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +17,16 @@ from timm_yardstick import CORE_TESTS
 
 import tessel.zoo
 
-FAMILIES = [tuple(family.variants) for family in tessel.zoo.list_families()]
+
+def structures(variants: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the variants, each structure once: a fine-tuned model may be built like the one it comes from."""
+    first = {}
+    for name, row in variants.items():
+        first.setdefault(row, name)
+    return tuple(first.values())
+
+
+FAMILIES = [structures(family.variants) for family in tessel.zoo.list_families()]
 ATTO = tuple(name for names in FAMILIES for name in names if name.endswith("_atto"))
 
 

@@ -9,7 +9,8 @@ import trainer
 import yaml
 
 from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, plan, recipe_hash
-from tessel.train.schema import Recipe, UserError, leaves
+from tessel.train.errors import UserError
+from tessel.train.schema import Recipe, leaves
 
 MINIMAL = {"model": {"name": "test_resnet"}, "data": {"source": "digits"}, "sched": {"epochs": 2}}
 

@@ -9,7 +9,7 @@ import torch
 import trainer
 
 from tessel.train.data import Folder, Loader, Seeded
-from tessel.train.schema import UserError
+from tessel.train.errors import UserError
 from tessel.train.tasks import RepeatedOrder
 
 VICTIMS = "class_0/3.png", "class_2/7.png"

@@ -13,8 +13,8 @@ from torch import distributed as dist
 from tessel.train import tasks
 from tessel.train.checkpoint import broken
 from tessel.train.data import Loader, Seeded
+from tessel.train.errors import Lost, UserError
 from tessel.train.launch import explained
-from tessel.train.schema import Lost, UserError
 
 TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 4}}
 

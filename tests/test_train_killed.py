@@ -16,8 +16,8 @@ from killing import INSTANTS, PLACES
 
 from tessel.train.checkpoint import Checkpoints, broken
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 from tessel.train.launch import RunDir, World
-from tessel.train.schema import UserError
 
 DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits"}}
 

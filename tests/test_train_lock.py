@@ -8,8 +8,8 @@ import pytest
 import trainer
 
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 from tessel.train.launch import RunDir
-from tessel.train.schema import UserError
 
 HOLD = """
 import sys

@@ -17,7 +17,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from tessel.train.config import load_recipe
 from tessel.train.data import Loader, Seeded, build_dataset
-from tessel.train.schema import Data, UserError
+from tessel.train.errors import UserError
+from tessel.train.schema import Data
 
 
 @pytest.fixture(scope="module")

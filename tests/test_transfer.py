@@ -11,9 +11,10 @@ from tessel.train import engine, evaluate, transfer
 from tessel.train.__main__ import build
 from tessel.train.config import load_recipe, plan
 from tessel.train.data import GlobalOrder
+from tessel.train.errors import UserError
 from tessel.train.launch import World
 from tessel.train.optim import build_optimizer, build_schedule
-from tessel.train.schema import Distill, Optim, UserError
+from tessel.train.schema import Distill, Optim
 from tessel.train.tasks import RepeatedOrder
 from tessel.train.transfer import Teacher
 

@@ -40,7 +40,11 @@ SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks 
     },
     "detect": {
         "model": {"name": "litv2_atto"},
-        "task": {"kind": "detect", "detect": {"detector": "faster_rcnn", "channels": 16, "batch_norm": "frozen"}},
+        "task": {
+            "kind": "detect",
+            "dense": {"batch_norm": "frozen"},
+            "detect": {"detector": "faster_rcnn", "channels": 16},
+        },
         "data": {"source": "digit_scenes", "size": 64, "scenes": 24, "eval_batch": 1, "aug": {"hflip": 0.5}},
     },
 }

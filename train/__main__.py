@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .config import Plan, load_recipe, plan, recipe_hash
-from .schema import Recipe, UserError, leaves, report_errors
+from .errors import UserError, report_errors
+from .schema import Recipe, leaves
 
 if typing.TYPE_CHECKING:
     from .checkpoint import Checkpoints

@@ -9,7 +9,8 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from .schema import Aug, Data, Task, UserError
+from .errors import UserError
+from .schema import Aug, Data, Task
 
 ImageTransform = Callable[[Image.Image], torch.Tensor]
 

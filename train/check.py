@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .config import load_recipe
+from .errors import UserError, report_errors
 from .launch import World
-from .schema import Recipe, UserError, report_errors
+from .schema import Recipe
 from .tasks import build_task
 
 IGNORED = 255  # the class of pixels that are not judged

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, verified before use, and the export that timm reads.
+"""Checkpoints: complete or absent, verified before use.
 
 A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size
 and sha256, and itself with the sha256 of the rest of it. It is written under a temporary name, synced, and renamed: a
@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,16 +19,12 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
-from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from .files import replacing, write_atomically
+from .errors import UserError
+from .files import write_atomically
 from .launch import World
-from .schema import UserError
 
 MANIFEST = "manifest.json"
 
@@ -183,71 +179,6 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
-
-
-def export(
-    model: nn.Module,
-    path: Path,
-    *,
-    classes: list[str],
-    data_config: dict[str, Any],
-    state: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the weights as `timm.create_model("local-dir:PATH", pretrained=True)` reads them.
-
-    state: the weights, where the model holds but a share of them.
-    """
-    plain: Any = _Whole(model, _plain(model.state_dict() if state is None else state))
-    with _exporting(path) as part:
-        save_for_hf(
-            plain,
-            str(part),
-            model_config={"label_names": classes},
-            safe_serialization=True,
-            data_config=data_config,
-        )
-
-
-def export_with(path: Path, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Write weights, and in `config.json` what the model is built from again, for models that timm cannot make."""
-    with _exporting(path) as part:
-        save_file(_plain(state), part / "model.safetensors", metadata={"format": "pt"})
-        (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
-
-
-@contextmanager
-def _exporting(path: Path) -> Iterator[Path]:
-    """The folder of an export, complete or not at all."""
-    try:
-        with replacing(path) as part:
-            yield part
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def exported(path: Path) -> dict[str, Tensor]:
-    """The weights of an export, under the names of the model in training."""
-    try:
-        return load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
-
-
-class _Whole:
-    """A model as timm saves it, with other weights than it holds: a sharded one cannot be copied."""
-
-    def __init__(self, model: nn.Module, state: dict[str, Any]):
-        self.model, self.state = model, state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from .. import zoo as zoo  # registers the models with timm
 from .augment import erasing, eval_transform, input_config, mixing, of_image, train_transform
-from .checkpoint import export
 from .config import Plan
 from .data import Loader, build_dataset
+from .errors import UserError
+from .exports import export
 from .launch import World
 from .parallel import memory_format
-from .schema import Recipe, UserError
+from .schema import Recipe
 from .tasks import Supervised
 from .transfer import Teacher, begin_with, create, probe
 

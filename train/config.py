@@ -16,7 +16,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .contradictions import contradictions
-from .schema import Recipe, UserError, leaves
+from .errors import UserError
+from .schema import Recipe, leaves
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 

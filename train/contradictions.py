@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from .schema import Aug, Data, Detect, Distill, Recipe, Segment
+from .schema import Aug, Data, Dense, Detect, Distill, Recipe, Segment
 
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
@@ -116,6 +116,8 @@ def _foreign_keys(recipe: Recipe) -> Iterator[str]:
     for key, value in idle.items():
         if value is not None:
             yield f"{key} has no effect with task.kind={kind}; remove it"
+    if kind == "classify" and task.dense != Dense():
+        yield "task.dense has no effect with task.kind=classify; remove it"
     if kind != "segment" and task.segment != Segment():
         yield f"task.segment has no effect with task.kind={kind}; remove it"
     if kind != "detect" and task.detect != Detect():

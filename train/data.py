@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .schema import Data, UserError
+from .errors import UserError
+from .schema import Data
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 LAYOUT = "data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg"

@@ -18,6 +18,7 @@ from . import checkpoint
 from .checkpoint import Checkpoints
 from .config import Plan, recipe_hash
 from .data import seed_all
+from .errors import UserError
 from .evaluate import measure
 from .files import write_atomically, writing
 from .launch import Signals, World
@@ -26,7 +27,7 @@ from .losses import Losses
 from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
 from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
 from .perf import Meter, Tracer, forward_gflops, peak_tflops
-from .schema import Recipe, UserError
+from .schema import Recipe
 from .supply import Supply
 from .tasks import Scores, Task
 

@@ -26,10 +26,12 @@ from torch import nn
 from . import checkpoint
 from .classify import ClassifyTask, check_name
 from .config import load_recipe, make_recipe
+from .errors import UserError, report_errors
+from .exports import exported
 from .files import replacing, write_atomically, writing
 from .launch import World, join
 from .parallel import autocast, place
-from .schema import Parallel, Recipe, UserError, report_errors
+from .schema import Parallel, Recipe
 from .sets import Judge, lines, parse
 from .tasks import Scores, Task, build_task
 from .transfer import create
@@ -193,7 +195,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
             step = load_checkpoint(target, model, world)
         else:
             step = _finished(run)["step"]
-            model.load_state_dict(checkpoint.exported(run / "export"))
+            model.load_state_dict(exported(run / "export"))
         place(model, recipe.parallel, world)
         scores = measure(task, model, world, recipe.parallel, keep=True)
         assert scores is not None

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..blocks import BiLevelRouting
 from .augment import eval_transform, input_config
-from .schema import Data, UserError
+from .errors import UserError
+from .schema import Data
 
 EXAMPLES = 4  # images that are shown
 Box = tuple[int, int, int, int]

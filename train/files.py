@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .schema import UserError
+from .errors import UserError
 
 
 @contextmanager

@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from .config import decisive, dump, load_recipe, recipe_hash
 from .data import WORKER_DIED
+from .errors import Lost, UserError
 from .files import write_atomically, writing
 from .rendezvous import meet
-from .schema import Guard, Lost, Recipe, Run, UserError
+from .schema import Guard, Recipe, Run
 
 LOCK = ".lock"
 BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves

@@ -16,8 +16,8 @@ from ..checkpoints import fetch, read_state
 from ..zoo import from_published
 from ..zoo._registry import is_ours
 from ..zoo.dense import PREFIXES, BatchNorms, DenseBackbone
+from .errors import UserError
 from .openmmlab import history_allowed, mend_runner, stand_in
-from .schema import UserError
 
 stand_in()
 mend_runner()

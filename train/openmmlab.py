@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .schema import UserError
+from .errors import UserError
 
 COMPILED = "mmcv._ext"
 

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from .config import Plan
+from .errors import UserError
 from .parallel import local
-from .schema import Optim, Recipe, UserError
+from .schema import Optim, Recipe
 
 
 def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:

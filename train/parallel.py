@@ -16,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError
 from .launch import World
-from .schema import Ema, Parallel, UserError
+from .schema import Ema, Parallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

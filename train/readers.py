@@ -28,7 +28,8 @@ from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset
 
 from .data import EXTENSIONS, decoded
-from .schema import Data, UserError
+from .errors import UserError
+from .schema import Data
 
 REFUSALS = (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError)
 PACKAGES = {"hfds": ("datasets", "datasets"), "tfds": ("tensorflow_datasets", "tensorflow-datasets")}

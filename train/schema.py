@@ -5,11 +5,8 @@ Every key says here what it does; `python -m tessel.train --help` prints these l
 """
 
 import dataclasses
-import os
-import sys
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -17,33 +14,6 @@ from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class UserError(ValueError):
-    """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
-
-
-class Lost(UserError):
-    """What only the process that meets it can tell."""
-
-
-@dataclasses.dataclass
-class Outcome:
-    """The exit code of a command."""
-
-    code: int = 0
-
-
-@contextmanager
-def report_errors() -> Iterator[Outcome]:
-    """Turn a UserError into one message on stderr, from rank 0 unless it is `Lost`, and a non-zero exit code."""
-    outcome = Outcome()
-    try:
-        yield outcome
-    except UserError as error:
-        outcome.code = 1
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, Lost):
-            print(f"error: {error}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,6 +59,14 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dense:
+    batch_norm: Literal["train", "eval", "frozen"] = "train"
+    """batch norms of the backbone; eval: the statistics stay as they are; frozen: weights and biases too"""
+    norms: tuple[bool, ...] | None = None
+    """which maps that are read have a norm; null: as the paper's dense backbone, none on models that are not ours"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SegmentTest:
     mode: Literal["whole", "slide"] = "whole"
     """the image at once, or in overlapping windows whose logits are averaged"""
@@ -114,10 +92,6 @@ class Segment:
     """between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
     class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     """weight in the loss by class name, for example {background: 0.2}; 1 where not given"""
-    batch_norm: Literal["train", "eval", "frozen"] = "train"
-    """of the backbone: eval keeps its running statistics, frozen its weights too"""
-    norms: tuple[bool, ...] | None = None
-    """which of the maps that are read have a norm; null: as the paper's backbone, none on models that are not ours"""
     load_from: str | None = None
     """begin with a published segmenter's file, by mmsegmentation's names"""
     test: SegmentTest = SegmentTest()
@@ -131,10 +105,6 @@ class Detect:
     """width of the feature pyramid and of what reads it"""
     anchor: PositiveInt | None = None
     """side of the smallest anchors, pixels, doubled from map to map; null: 32; fcos has none"""
-    batch_norm: Literal["train", "eval", "frozen"] = "train"
-    """batch norms of the backbone; eval: the statistics stay as they are; frozen: weights and biases too"""
-    norms: tuple[bool, ...] | None = None
-    """which maps of the backbone that are read have a norm; null: as the paper's dense backbone has them"""
     short: tuple[PositiveInt, ...] | None = None
     """short sides to train at, drawn for each image; null: data.size, which is the one of evaluation"""
     longest: PositiveInt = 1333
@@ -164,6 +134,7 @@ class Task:
     probe: Literal["linear", "attentive"] | None = None
     """freeze the model and train a classifier of its pooled features, or of attention over its last map"""
     distill: Distill = Distill()
+    dense: Dense = Dense()
     segment: Segment = Segment()
     detect: Detect = Detect()
 

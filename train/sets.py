@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .augment import eval_transform, of_image
 from .data import Folder, Loader, Seeded
+from .errors import UserError
 from .launch import World
 from .parallel import autocast, memory_format
-from .schema import Recipe, UserError
+from .schema import Recipe
 
 NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
 VALIDATION_IMAGES = 50_000

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .data import Loader
+from .errors import UserError
 from .files import write_atomically, writing
 from .launch import World
-from .schema import UserError
 
 NAMED = 20  # most samples that a message names
 

@@ -11,7 +11,8 @@ from timm.task import DistillationTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .schema import Distill, Model, UserError
+from .errors import UserError
+from .schema import Distill, Model
 
 REFUSALS = (
     TypeError,

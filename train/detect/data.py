@@ -18,7 +18,8 @@ from torchvision.datasets import VOCDetection
 
 from ..data import decoding
 from ..demo_scenes import DigitScenes, split_length
-from ..schema import Recipe, UserError
+from ..errors import UserError
+from ..schema import Recipe
 
 VOC_CLASSES: str = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "

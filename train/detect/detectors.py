@@ -1,14 +1,10 @@
 """torchvision's detectors on any backbone of timm or tessel, and the folder that holds a trained one."""
 
-import dataclasses
 import inspect
-import json
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchvision.models import detection
@@ -22,11 +18,11 @@ from torchvision.ops.feature_pyramid_network import (
 
 from ... import zoo as zoo  # registers the models with timm
 from ...zoo.dense import DenseBackbone, below
-from ..checkpoint import export_with, exported
-from ..schema import Detect, Model, UserError
-from ..transfer import REFUSALS, create
+from ..backbones import begin_backbone, build_backbone
+from ..errors import UserError
+from ..exports import load_weights, read_parts
+from ..schema import Dense, Detect, Model
 
-CONFIG = "config.json"
 BODY = "backbone.body."
 Found = dict[str, Tensor]
 
@@ -99,7 +95,7 @@ DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": Reti
 OURS = {"backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs", "self"}
 
 
-def build_detector(model: Model, detect: Detect, *, size: int, classes: int) -> nn.Module:
+def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, classes: int) -> nn.Module:
     """The detector of a recipe, with the weights of its backbone. Raises UserError for what cannot be built.
 
     R-CNNs read strides 4 to 32 and a pooled 64; RetinaNet and FCOS strides 8 to 32 and two further maps by
@@ -107,7 +103,8 @@ def build_detector(model: Model, detect: Detect, *, size: int, classes: int) -> 
     their short side becomes `size`. They are padded to multiples of 32.
     """
     kind, two_stages = DETECTORS[detect.detector], "rcnn" in detect.detector
-    body = build_body(model, detect, size, levels=(0, 1, 2, 3) if two_stages else (1, 2, 3))
+    body = build_backbone(model, dense, (0, 1, 2, 3) if two_stages else (1, 2, 3))
+    begin_backbone(body, model, size)
     extra: ExtraFPNBlock = LastLevelMaxPool()
     if not two_stages:
         from_body = detect.detector == "retinanet"
@@ -136,35 +133,6 @@ def build_detector(model: Model, detect: Detect, *, size: int, classes: int) -> 
     return detector
 
 
-def build_body(model: Model, detect: Detect, size: int, levels: tuple[int, ...]) -> DenseBackbone:
-    """The backbone, with published weights or those of another classifier where the recipe asks for them."""
-    options: dict[str, Any] = {**model.kwargs}
-    if model.drop_path is not None:
-        options["drop_path_rate"] = model.drop_path
-    try:
-        body = DenseBackbone(
-            model.name,
-            pretrained=model.pretrained,
-            levels=levels,
-            norms=detect.norms,
-            batch_norm=detect.batch_norm,
-            **options,
-        )
-    except (*REFUSALS, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.name={model.name} as the backbone of {detect.detector}: {reason}") from error
-    if model.init_from:
-        source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
-        try:
-            body.start_from(source.state_dict())
-        except ValueError as error:
-            raise UserError(
-                f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "
-                "take a model with the same parameters"
-            ) from error
-    return body
-
-
 def anchors(detect: Detect) -> dict[str, Any]:
     """The anchor generator as the argument that the detector takes; none where torchvision's own is wanted."""
     if detect.anchor is None:
@@ -176,39 +144,18 @@ def anchors(detect: Detect) -> dict[str, Any]:
     return {"rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in sides), ratios)}
 
 
-def export(
-    path: Path, state: Mapping[str, Tensor], *, model: Model, detect: Detect, size: int, classes: list[str]
-) -> None:
-    """Write weights and all that `load` needs into the folder `path`, complete or not at all."""
-    plain = dataclasses.replace(model, pretrained=False, init_from=None)
-    config = {"task": "detect", "size": size, "classes": classes}
-    config |= {"model": dataclasses.asdict(plain), "detect": dataclasses.asdict(detect)}
-    export_with(path, state, config)
-
-
 def load(path: str | Path) -> nn.Module:
     """The detector that a run exported into the folder `path`, in evaluation mode, with the attribute `classes`.
 
     It takes a list of images [3, H, W] in 0..1 and returns for each boxes [N, 4] in its pixels, labels (indices of
     `classes`), scores, and with Mask R-CNN masks. Raises UserError where the folder holds no detector.
     """
-    file = Path(path) / CONFIG
-    try:
-        config = json.loads(file.read_text())
-        if config.get("task") != "detect":
-            raise ValueError("its task is no detection")
-        model, detect = (
-            TypeAdapter(section).validate_json(json.dumps(config[key]))
-            for section, key in ((Model, "model"), (Detect, "detect"))
-        )
-        size, classes = config["size"], config["classes"]
-    except (OSError, ValueError, KeyError, AttributeError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} holds no exported detector ({reason}); it is a run's export/") from error
-    detector: Any = build_detector(cast(Model, model), cast(Detect, detect), size=size, classes=len(classes))
-    try:
-        detector.load_state_dict(exported(Path(path)))
-    except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its {CONFIG}: {str(error).splitlines()[-1]}") from error
+    path = Path(path)
+    parts = read_parts(path, "detect")
+    size, classes = parts["size"], parts["classes"]
+    detector: Any = build_detector(
+        parts["model"], parts["detect"], dense=parts["dense"], size=size, classes=len(classes)
+    )
+    load_weights(detector, path)
     detector.classes = classes
     return detector.eval()

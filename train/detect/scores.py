@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..schema import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from .task import DetectTask

@@ -10,12 +10,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..classify import check_name
+from ..errors import UserError
+from ..exports import export_parts
 from ..launch import World
-from ..schema import Recipe, UserError
+from ..schema import Recipe
 from ..tasks import Supervised
 from .augment import Eval, Train
 from .data import build_dataset
-from .detectors import build_detector, export
+from .detectors import build_detector
 from .overlay import side_by_side
 from .scores import DetectScores, of_image
 
@@ -48,7 +50,13 @@ class DetectTask(Supervised):
 
     def build_model(self) -> nn.Module:
         recipe = self.recipe
-        return build_detector(recipe.model, recipe.task.detect, size=recipe.data.size, classes=len(self.classes))
+        return build_detector(
+            recipe.model,
+            recipe.task.detect,
+            dense=recipe.task.dense,
+            size=recipe.data.size,
+            classes=len(self.classes),
+        )
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, targets = self.placed(batch)
@@ -66,14 +74,8 @@ class DetectTask(Supervised):
 
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
         recipe = self.recipe
-        export(
-            path,
-            state,
-            model=recipe.model,
-            detect=recipe.task.detect,
-            size=recipe.data.size,
-            classes=self.classes,
-        )
+        parts = {"model": recipe.model, "dense": recipe.task.dense, "detect": recipe.task.detect}
+        export_parts(path, state, task="detect", **parts, size=recipe.data.size, classes=self.classes)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of the first `count` validation images: what is there, and beside it what was found."""

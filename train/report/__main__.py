@@ -19,9 +19,9 @@ from typing import Any
 import timm
 import torch
 
+from ..errors import UserError, report_errors
 from ..files import write_atomically
 from ..perf import parameters
-from ..schema import UserError, report_errors
 from . import classify, dense
 from .curves import curves
 from .page import duration, page

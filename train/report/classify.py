@@ -10,8 +10,8 @@ from matplotlib import rcParams
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from ..errors import UserError
 from ..explain import explain
-from ..schema import UserError
 from .page import WIDTH, Contents, picture
 from .runs import Run
 

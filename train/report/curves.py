@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from ..schema import UserError
+from ..errors import UserError
 from .page import WIDTH, picture
 from .runs import Run, one_metric
 

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..errors import UserError
 from ..launch import World
-from ..schema import UserError
 from ..tasks import build_task
 from .page import WIDTH, Contents, picture
 from .runs import METRICS, Run

@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..schema import UserError
+from ..errors import UserError
 
 WIDTH = 9.2  # inches of a picture as wide as the page
 Contents = Callable[[], tuple[str, str]]  # of a section: text, and HTML below it

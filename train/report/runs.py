@@ -14,8 +14,9 @@ from torch import nn
 
 from ..config import load_recipe
 from ..data import build_dataset
+from ..errors import UserError
 from ..evaluate import load_run
-from ..schema import Recipe, UserError
+from ..schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from ..data import decoding
 from ..demo_scenes import DigitScenes, split_length
+from ..errors import UserError
 from ..openmmlab import mmseg_modules
-from ..schema import Data, UserError
+from ..schema import Data
 
 IGNORED = 255
 UNKNOWN = -1

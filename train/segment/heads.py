@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..openmmlab import build, mmseg_modules
-from ..schema import UserError
 
 STAGES = 4
 SEVERAL = {"UPerHead", "FPNHead", "SegformerHead"}  # read several maps without being told to

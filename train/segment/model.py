@@ -1,6 +1,6 @@
 """The segmenter: a backbone, and on its maps a neck and heads in mmsegmentation's own modules and names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ...checkpoints import read_state
 from ...zoo.dense import DenseBackbone, below
+from ..backbones import begin_backbone, build_backbone
 from ..classify import check_name
-from ..schema import Recipe, UserError
-from ..transfer import REFUSALS, create
+from ..errors import UserError
+from ..schema import Dense, Model, Recipe, Segment
 from .heads import Wanted, build_head, build_neck, read_maps
 
 PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
@@ -93,77 +94,41 @@ class Segmenter(nn.Module):
         self.load_state_dict(self.state_dict() | rest)
 
 
-def specification(recipe: Recipe, classes: list[str]) -> dict[str, Any]:
-    """What `assemble` needs, in plain values: it goes into the export."""
-    model, segment = recipe.model, recipe.task.segment
-    if unknown := sorted(segment.class_weight.keys() - set(classes)):
-        raise UserError(
-            f"task.segment.class_weight names {', '.join(unknown)}, but data.source={recipe.data.source} has the "
-            f"classes {', '.join(classes[:12])}{', ...' * (len(classes) > 12)}"
-        )
-    weights = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
-    options: dict[str, Any] = dict(model.kwargs)
-    if model.drop_path is not None:
-        options["drop_path_rate"] = model.drop_path
-    return {
-        "backbone": {"name": model.name, "options": options, "norms": segment.norms, "batch_norm": segment.batch_norm},
-        "neck": segment.neck,
-        "decode_head": segment.decode_head,
-        "auxiliary_head": segment.auxiliary_head,
-        "num_classes": len(classes),
-        "class_weight": weights,
-    }
-
-
-def assemble(spec: Mapping[str, Any], *, pretrained: bool = False) -> Segmenter:
-    """The segmenter of a specification, with new weights or on the backbone's published ones.
+def assemble(model: Model, segment: Segment, *, dense: Dense, classes: Sequence[str]) -> Segmenter:
+    """The segmenter of a recipe's sections. Raises UserError for what cannot be built.
 
     Only what a head reads is built: a parameter without a gradient would stop the training on several processes.
     """
-    wanted = {name: Wanted(name, spec[name]) for name in ("decode_head", "auxiliary_head") if spec[name]}
-    count, weights = spec["num_classes"], spec["class_weight"]
-    levels = read_maps(wanted.values(), spec["neck"])
-    backbone = build_backbone(spec["backbone"], levels, pretrained=pretrained)
+    if unknown := sorted(segment.class_weight.keys() - set(classes)):
+        raise UserError(
+            f"task.segment.class_weight names {', '.join(unknown)}, but the classes of the data are "
+            f"{', '.join(classes[:12])}{', ...' * (len(classes) > 12)}"
+        )
+    weights = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
+    parts = {"decode_head": segment.decode_head, "auxiliary_head": segment.auxiliary_head}
+    wanted = {name: Wanted(name, part) for name, part in parts.items() if part}
+    levels = read_maps(wanted.values(), segment.neck)
+    check_name(model.name)
+    backbone = build_backbone(model, dense, levels)
     channels, strides = [0] * 4, [0] * 4
     for level, width, stride in zip(levels, backbone.channels, backbone.strides, strict=True):
         channels[level], strides[level] = width, stride
     neck = None
-    if spec["neck"]:
-        neck, channels, strides = build_neck(spec["neck"], channels, strides, wanted.values())
-    heads = {name: build_head(one, channels, strides, count, weights) for name, one in wanted.items()}
+    if segment.neck:
+        neck, channels, strides = build_neck(segment.neck, channels, strides, wanted.values())
+    heads = {name: build_head(one, channels, strides, len(classes), weights) for name, one in wanted.items()}
     return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
 
 
-def build_backbone(spec: Mapping[str, Any], levels: list[int], *, pretrained: bool) -> DenseBackbone:
-    name, options = spec["name"], spec["options"]
-    check_name(name)
-    try:
-        return DenseBackbone(
-            name,
-            pretrained=pretrained,
-            levels=levels,
-            norms=spec["norms"],
-            batch_norm=spec["batch_norm"],
-            **options,
-        )
-    except REFUSALS as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model.name={name} with {options} and pretrained={pretrained}: {reason}") from error
-
-
-def begin(model: Segmenter, recipe: Recipe) -> None:
-    """Give `model` the weights that the recipe begins with: a classifier's, or a published segmenter's."""
-    wanted, published = recipe.model, recipe.task.segment.load_from
-    try:
-        if wanted.init_from:
-            check_name(wanted.init_from, "model.init_from")
-            key, source = f"model.init_from={wanted.init_from}", wanted.init_from
-            classifier = create(source, recipe.data.size, key="model.init_from", pretrained=True, num_classes=None)
-            model.backbone.start_from(classifier.state_dict())
-        if published:
-            key = f"task.segment.load_from={published}"
-            model.load_published(read_state(Path(published)))
-    except UserError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"{key} does not fit model.name={wanted.name} and its heads: {error}") from error
+def begin(segmenter: Segmenter, recipe: Recipe) -> None:
+    """Give `segmenter` the weights that the recipe begins with: a classifier's, or a published segmenter's."""
+    model, published = recipe.model, recipe.task.segment.load_from
+    check_name(model.init_from, "model.init_from")
+    begin_backbone(segmenter.backbone, model, recipe.data.size)
+    if published:
+        try:
+            segmenter.load_published(read_state(Path(published)))
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"task.segment.load_from={published} does not fit model.name={model.name} and its heads: {error}"
+            ) from error

@@ -1,5 +1,6 @@
 """Semantic segmentation as a task of the trainer."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ... import zoo as zoo  # registers the models with timm
+from ..errors import UserError
+from ..exports import export_parts
 from ..launch import World
 from ..parallel import memory_format
-from ..schema import Recipe, UserError
+from ..schema import Recipe
 from ..tasks import Supervised
 from .augment import eval_transform, normalisation, train_transform
 from .data import build_dataset
-from .export import write_export
-from .model import Segmenter, assemble, begin, specification
+from .model import Segmenter, assemble, begin
 from .overlay import pictures
 from .scores import SegmentScores
 
@@ -47,8 +49,7 @@ class SegmentTask(Supervised):
 
     def build_model(self) -> Segmenter:
         recipe = self.recipe
-        self.specification = specification(recipe, self.classes)
-        model = assemble(self.specification, pretrained=recipe.model.pretrained)
+        model = assemble(recipe.model, recipe.task.segment, dense=recipe.task.dense, classes=self.classes)
         begin(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
         self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
@@ -74,8 +75,11 @@ class SegmentTask(Supervised):
 
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
         mean, std = normalisation(self.pretrained_cfg)
+        task = self.recipe.task
+        segment = dataclasses.replace(task.segment, load_from=None)
+        parts = {"model": self.recipe.model, "dense": task.dense, "segment": segment}
         facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std}
-        write_export(path, state, {"specification": self.specification, **facts})
+        export_parts(path, state, task="segment", **parts, **facts)
 
     def pictures(self, predictions: dict[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of the first `count` predictions: truth beside prediction."""

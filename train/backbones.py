@@ -1,0 +1,44 @@
+"""The backbone of a dense task: built as the recipe says, on published weights or a classifier's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..zoo.dense import DenseBackbone
+from .errors import UserError
+from .schema import Dense, Model
+from .transfer import REFUSALS, create
+
+
+def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
+    """`model` as a backbone that hands out its maps of `levels`. Raises UserError for what timm refuses."""
+    options: dict[str, Any] = dict(model.kwargs)
+    if model.drop_path is not None:
+        options["drop_path_rate"] = model.drop_path
+    try:
+        return DenseBackbone(
+            model.name,
+            pretrained=model.pretrained,
+            levels=levels,
+            norms=dense.norms,
+            batch_norm=dense.batch_norm,
+            **options,
+        )
+    except (*REFUSALS, AssertionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {reason}"
+        ) from error
+
+
+def begin_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
+    """Give `backbone` the weights of the classifier that `model.init_from` names; without one, leave it as it is."""
+    if not model.init_from:
+        return
+    source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
+    try:
+        backbone.start_from(source.state_dict())
+    except ValueError as error:
+        raise UserError(
+            f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "
+            "take a model with the same parameters"
+        ) from error
