@@ -121,6 +121,8 @@ def test_layers_are_those_of_the_body(name):
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 def test_batch_norm(mode):
+    with pytest.raises(ValueError, match="batch_norm='froze' is unknown; use one of train, eval, frozen"):
+        DenseBackbone("biformer_atto", batch_norm="froze")
     model = DenseBackbone("biformer_atto", batch_norm=mode).train()
     stem = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     before = stem.running_mean.clone()

@@ -132,7 +132,9 @@ def test_other_packages_resolve_the_name(registered):
     assert [len(m.shape) for m in backbone(torch.zeros(1, 3, 64, 64))] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("kind", ["ours", "ours in a segmenter", "published", "published segmenter"])
+@pytest.mark.parametrize(
+    "kind", ["ours", "ours in a segmenter", "ours in a detector", "published", "published segmenter"]
+)
 def test_starts_from_a_file(registered, kind, tmp_path):
     classifier = timm.create_model("litv2_atto").state_dict()
     source = DenseBackbone("litv2_atto")
@@ -143,9 +145,12 @@ def test_starts_from_a_file(registered, kind, tmp_path):
     body = {k: t for k, t in published.items() if not k.startswith(("norm.", "head."))}
     head = {"decode_head.conv_seg.weight": torch.zeros(1)}
     norms = {f"norm{key}": t for key, t in source.norms.state_dict().items()}
+    pyramid = {"backbone.fpn.inner_blocks.0.0.weight": torch.zeros(1)}
+    detector = {f"backbone.body.{k}": t for k, t in source.state_dict().items()} | pyramid
     state = {
         "ours": classifier,
         "ours in a segmenter": {f"backbone.{k}": t for k, t in source.state_dict().items()} | head,
+        "ours in a detector": detector,
         "published": published,
         "published segmenter": {f"backbone.{k}": t for k, t in (body | norms).items()} | head,
     }[kind]
@@ -156,8 +161,13 @@ def test_starts_from_a_file(registered, kind, tmp_path):
     backbone = registered.TesselBackbone("litv2_atto", **how)
     backbone.init_weights()
     loaded, wanted = backbone.state_dict(), source.state_dict()
-    keys = [key for key in wanted if "segmenter" in kind or key.startswith("body.")]
+    keys = [key for key in wanted if " in a " in kind or "segmenter" in kind or key.startswith("body.")]
     assert all(torch.equal(loaded[key], wanted[key]) for key in keys)
+    if " in a " in kind:
+        with pytest.raises(ValueError, match="weights.pth: .*size mismatch"):
+            registered.TesselBackbone(
+                "litv2_atto", checkpoint=str(tmp_path / "weights.pth"), dims=(8,) * 4
+            ).init_weights()
 
 
 def test_published_segmenter_loads_into_the_model_around(registered):

@@ -1,6 +1,7 @@
 """Segmentation through the trainer: exact resume, one result on any number of processes, what a run leaves behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,16 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
                 assert picture.size == (2 * 49 + 4, 40)
     assert evaluate.main([str(straight), "--sets", f"v2={straight}"]) == 1
     assert "--sets has no effect with task.kind=segment" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_judged_by_other_windows_and_views(straight, tmp_path, capsys):
+    run = shutil.copytree(straight, tmp_path / "run")
+    trained = json.loads((run / "DONE").read_text())
+    assert evaluate.main([str(run), "task.segment.test.flip=true", "task.segment.test.scales=[1.0, 1.5]"]) == 0
+    judged = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert judged["aacc"] != trained["aacc"] and judged["overrides"][0] == "task.segment.test.flip=true"
+    assert evaluate.main([str(run), "task.segment.neck.type=FPN"]) == 1
+    assert "task.segment.neck.type=FPN has no effect on an evaluation" in capsys.readouterr().err
 
 
 def test_windows_and_views_change_the_evaluation(recipe, images):

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessel.train.data import Replaced, Seeded
+from tessel.train.data import Replaced, Seeded, decoded
+from tessel.train.detect import data as detect_data
 from tessel.train.errors import UserError
 from tessel.train.schema import Aug, Data, SegmentTest
 from tessel.train.segment.augment import Photometric, eval_transform, fitted, random_crop, train_transform
-from tessel.train.segment.data import build_dataset
+from tessel.train.segment.data import build_dataset, read_image
 
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 224, 224)}
 MEAN, STD = (torch.tensor(CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -241,6 +242,24 @@ def test_photometric_changes_colours_and_nothing_else():
     red = torch.tensor([200, 40, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
     torch.manual_seed(1)
     assert all(Photometric()(red)[:, 0, 0].argmax() == 0 for _ in range(30)), "channels stay where they are"
+
+
+@pytest.mark.parametrize("kind", ["folder", "segment", "detect"])
+def test_16_bit_pictures_are_scaled(tmp_path, kind):
+    """PIL's own conversion makes all above 255 white."""
+    file = tmp_path / "grey.png"
+    Image.fromarray(np.array([[0, 256], [20000, 65535]], np.uint16)).save(file)
+    readers = {
+        "folder": lambda: decoded(lambda: file.open("rb"), str(file)),
+        "segment": lambda: read_image(str(file)),
+        "detect": lambda: detect_data.read_image(str(file), 2, 2),
+    }
+    picture = readers[kind]()
+    assert np.array(picture).tolist() == [[[0] * 3, [1] * 3], [[78] * 3, [255] * 3]]
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "grey.tiff")
+    file = tmp_path / "grey.tiff"
+    with pytest.raises(UserError, match="grey.tiff cannot be decoded .*floating-point"):
+        readers[kind]()
 
 
 def test_evaluation_keeps_the_mask_and_scales_the_image():

@@ -170,6 +170,9 @@ def test_a_published_model_by_its_name(tmp_path, capsys):
     assert f"val: top1 {100 * np.mean(hits):.2f}" in said and "18 images of 3 classes" in said
     assert evaluate.main(["biformer_atto", *options, "--sets", f"v2={images}/val"]) == 0
     assert "v2: top1" in capsys.readouterr().out
+    (images / "val").rename(images / "held")
+    assert evaluate.main(["biformer_atto", *options, "data.val_split=held"]) == 0
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,10 @@ def test_a_published_model_by_its_name(tmp_path, capsys):
         (["biformer_atto"], "no weights that can be fetched; --weights FILE"),
         (["biformer_atto", "--weights", "nowhere.pth"], "no such file"),
         (["biformer_smal", "--weights", "nowhere.pth"], "did you mean biformer_small"),
-        (["biformer_smal"], "no run directory"),
+        (["biformer_smal"], "no run directory and no checkpoint: it holds no recipe.yaml; did you mean the model bifo"),
+        (["biformer_atto", "--overlays", "2"], "--overlays draws what a run predicts"),
+        (["biformer_atto", "--weights", __file__, "--data", "source=tar"], "data.source=tar: a model without a run"),
+        (["biformer_atto", "optim.lr=1"], "optim.lr=1 has no effect on an evaluation, which heeds data., task.segment"),
         (["biformer_small", "--data", "sise=64"], "did you mean data.size"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,27 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
         assert arrays["probability"].shape == (15, 3) and np.allclose(arrays["probability"].sum(1), 1)
         assert (arrays["prediction"] == arrays["probability"].argmax(1)).all()
         assert 100 * (arrays["prediction"] == arrays["target"]).mean() == pytest.approx(last["top1"])
+
+
+def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, capsys):
+    run = shutil.copytree(straight, tmp_path / "run")
+    other = trainer.draw_folder(tmp_path / "other", train=2, val=3)
+    assert evaluate.main([str(run), f"data.root={other}"]) == 0
+    figures = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert figures["count"] == 9 and figures["overrides"] == [f"data.root={other}"]
+    assert evaluate.main([str(run), "--weights", "some.pth"]) == 1
+    assert "--weights has no effect" in capsys.readouterr().err
+    for place in ("train", "val"):
+        (other / place / "class_1").rename(other / place / "class_1b")
+    for target in (run, run / "checkpoints/step-00000009"):
+        assert evaluate.main([str(target), "--data", f"root={other}"]) == 1
+        error = capsys.readouterr().err
+        assert "class 1 is class_1b, there class_1" in error and error.count("\n") == 1
+    for place in ("train", "val"):
+        shutil.rmtree(other / place / "class_1b")
+    assert evaluate.main([str(run), "--data", f"root={other}"]) == 1
+    assert "class 1 is class_2, there class_1" in capsys.readouterr().err
+    assert json.loads((run / "evaluation/evaluation.json").read_text()) == figures
 
 
 def test_dry_run_writes_nothing(recipe, capsys):

@@ -61,7 +61,16 @@ def build_dataset(data: Data, split: str) -> Any:
 def decoded(opener: Callable[[], Any], name: str) -> Image.Image:
     """The RGB image in the binary file that `opener()` opens. Raises UserError naming it, whatever is wrong with it."""
     with decoding(f"image {name}"), opener() as file, Image.open(file) as image:
-        return image.convert("RGB")
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in 8-bit RGB; 16 bits are scaled, which PIL's own conversion would clip at 255."""
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose white is unknown; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @contextmanager

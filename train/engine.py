@@ -198,6 +198,7 @@ class Engine:
                 "recipe_hash": recipe_hash(self.recipe),
                 "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
+                "classes": self.task.classes,
                 "progress": dataclasses.asdict(progress),
             }
             self.checkpoints.save(self.state(), facts, best=progress.best_step, last=self.recipe.ckpt.keep_last)

@@ -1,19 +1,20 @@
-"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|NAME [--data key=value ...] [--sets NAME=FOLDER ...]`.
+"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|NAME [key=value ...] [--sets NAME=FOLDER ...]`.
 
 Judges an exported run, or one of its checkpoints, on the validation split and writes RUN/evaluation/, with --overlays N
 also pictures of N predictions of a segmenter or detector; with --sets on ImageNet's further sets instead (val, real,
 v2, a, r, sketch, c), into RUN/sets.json. NAME is a timm or tessel model with published weights, judged with its own
 preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the figures on IMAGENET/val/CLASS/*; --weights
-takes a file that is already here.
+takes a file that is already here. Of a recipe's other keys those that judging heeds can be given anew, for example
+task.segment.test.flip=true or run.device=cpu.
 """
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from . import checkpoint
 from .classify import ClassifyTask, check_name
 from .config import load_recipe, make_recipe
 from .errors import UserError, report_errors
-from .exports import exported
+from .exports import exported_classes, load_weights
 from .files import replacing, write_atomically, writing
 from .launch import World, join
 from .parallel import autocast, place
@@ -35,6 +36,12 @@ from .schema import Parallel, Recipe
 from .sets import Judge, lines, parse
 from .tasks import Scores, Task, build_task
 from .transfer import create
+
+# keys of a recipe that judging heeds
+HEEDED = (
+    *("data.", "task.segment.test.", "task.detect.val", "task.detect.longest", "task.detect.kwargs"),
+    *("parallel.precision", "parallel.channels_last", "run.device", "guard.timeout"),
+)
 
 
 def measure(
@@ -106,20 +113,47 @@ def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tessel.train.evaluate", description=__doc__)
     parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what judging heeds of the recipe's keys")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
-    parser.add_argument("--overlays", type=int, default=0, metavar="N", help="draw the first N predictions")
+    parser.add_argument("--overlays", type=_count, default=0, metavar="N", help="draw the first N predictions")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of the model, instead of its published ones")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     with report_errors() as outcome:
-        overrides = [f"data.{text.removeprefix('data.')}" for text in options.data]
-        sets = parse(options.sets)
-        if not options.target.exists() and (timm.is_model(str(options.target)) or options.weights):
-            evaluate_model(str(options.target), overrides, sets, options.weights)
+        overrides = heeded([*options.overrides, *(_whole(text) for text in options.data)])
+        sets, target = parse(options.sets), options.target
+        is_run = any((target / name).is_file() for name in ("recipe.yaml", checkpoint.MANIFEST))
+        if options.weights and is_run:
+            raise UserError(f"--weights has no effect on {target}, which has weights of its own; remove it")
+        is_model = not is_run and (timm.is_model(str(target)) or options.weights is not None)
+        if options.overlays and (is_model or sets):
+            raise UserError("--overlays draws what a run predicts on its validation split; remove it or --sets")
+        if is_model:
+            evaluate_model(str(target), overrides, sets, options.weights)
+        elif sets:
+            evaluate_sets(target, overrides, sets)
         else:
-            judge = partial(evaluate, overlays=options.overlays)
-            (partial(evaluate_sets, sets=sets) if sets else judge)(options.target, overrides)
+            evaluate(target, overrides, options.overlays)
     return outcome.code
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise ValueError
+    return count
+
+
+def _whole(text: str) -> str:
+    """A key of --data as the recipe has it."""
+    return text if text.startswith(HEEDED) else f"data.{text}"
+
+
+def heeded(overrides: list[str]) -> list[str]:
+    """`overrides`. Raises UserError for a key that changes nothing of an evaluation."""
+    for text in overrides:
+        if not text.startswith(HEEDED):
+            raise UserError(f"{text} has no effect on an evaluation, which heeds {', '.join(HEEDED)}; remove it")
+    return overrides
 
 
 def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None) -> None:
@@ -134,7 +168,9 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         raise UserError(f"{name} has no weights that can be fetched; --weights FILE judges those of a file")
     if weights and not weights.is_file():
         raise UserError(f"--weights {weights}: there is no such file")
-    folders = sets or {"val": Path(str(recipe.data.root)) / "val"}
+    if recipe.data.source != "folder":
+        raise UserError(f"data.source={recipe.data.source}: a model without a run is judged on folders of classes")
+    folders = sets or {"val": Path(str(recipe.data.root)) / (recipe.data.val_split or "val")}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
     with join(recipe.run, recipe.guard) as world:
         with world.together():
@@ -156,6 +192,9 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     with join(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
+            side = model.pretrained_cfg["input_size"][-1]
+            if model.pretrained_cfg.get("fixed_input_size") and side != recipe.data.size:
+                raise UserError(f"data.size={recipe.data.size}: the model of {run} takes images of {side} alone")
             classes, step = list(model.pretrained_cfg["label_names"]), _finished(run)["step"]
         else:
             task = ClassifyTask(recipe, world)
@@ -174,7 +213,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
 
 def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
     """The run directory of a run or checkpoint, and its recipe with nothing to be fetched for its model."""
-    run = target.parent.parent if (target / checkpoint.MANIFEST).is_file() else target
+    run = target.absolute().parent.parent if (target / checkpoint.MANIFEST).is_file() else target
     recipe = load_recipe(_recipe_file(run), overrides)
     model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
     segment = dataclasses.replace(recipe.task.segment, load_from=None)
@@ -192,14 +231,17 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
         task.kept = max(overlays, getattr(task, "kept", 0))
         model = task.build_model()
         if at_checkpoint:
+            _same_classes(task.classes, checkpoint.manifest(target).get("classes"), target)
             step = load_checkpoint(target, model, world)
         else:
             step = _finished(run)["step"]
-            model.load_state_dict(exported(run / "export"))
+            _same_classes(task.classes, exported_classes(run / "export"), run)
+            load_weights(model, run / "export")
         place(model, recipe.parallel, world)
         scores = measure(task, model, world, recipe.parallel, keep=True)
         assert scores is not None
-        facts = {"step": step, "checkpoint": str(target if at_checkpoint else run / "export")}
+        judged = str(target if at_checkpoint else run / "export")
+        facts = {"step": step, "checkpoint": judged, "overrides": overrides}
         figures = save_evaluation(run, scores, facts, world)
         if overlays:
             predictions = scores.predictions()
@@ -211,9 +253,24 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
             print(f"{figures['count']} images; written to {run / 'evaluation'}")
 
 
+def _same_classes(found: list[str], trained: list[str] | None, target: Path) -> None:
+    """Raise UserError where the data has other classes than the model learned: its outputs would be misread."""
+    if trained is None or found == trained:
+        return
+    at = next((i for i, pair in enumerate(zip(found, trained, strict=False)) if pair[0] != pair[1]), None)
+    which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
+    there = f"{len(trained)}" if at is None else trained[at]
+    raise UserError(
+        f"the data has other classes than {target} was trained on: {which}, there {there}; judge it on data with the "
+        "same classes in the same order"
+    )
+
+
 def _recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml")
+        near = [] if run.exists() else difflib.get_close_matches(str(run), timm.list_models(), n=3)
+        hint = f"; did you mean the model {' or '.join(near)}?" if near else ""
+        raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml{hint}")
     return run / "recipe.yaml"
 
 

@@ -88,6 +88,15 @@ def exported(path: Path) -> dict[str, Tensor]:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 
 
+def exported_classes(path: Path) -> list[str]:
+    """Names of what the exported model tells apart, in the order of its outputs."""
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        return list(config["classes"] if "classes" in config else config["label_names"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
+
+
 @contextmanager
 def _exporting(path: Path) -> Iterator[Path]:
     """The folder of an export, complete or not at all."""

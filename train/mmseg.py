@@ -77,9 +77,14 @@ class TesselBackbone(DenseBackbone):
         """Take the backbone's weights out of a file or an address. Raises ValueError for what is missing or unknown."""
         with history_allowed():
             state = read_state(fetch(file))
-        ours = {key.removeprefix("backbone."): t for key, t in state.items() if key.startswith("backbone.")}
+        # in our detectors it lies within the feature pyramid
+        place = "backbone.body." if any(key.startswith("backbone.fpn.") for key in state) else "backbone."
+        ours = {key.removeprefix(place): t for key, t in state.items() if key.startswith(place)}
         if any(key.startswith("body.") for key in ours):
-            self.load_state_dict(ours)
+            try:
+                self.load_state_dict(ours)
+            except RuntimeError as error:
+                raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
         elif any(key.startswith(PREFIXES) for key in state):
             self.load_published(state)
         elif is_ours(self.name) and self.body.state_dict().keys() - state.keys():

@@ -35,6 +35,7 @@ class Scores(Protocol):
 
 class Task(Protocol):
     samples: int  # in the training split
+    classes: list[str]  # in the order of the model's outputs
     metric: str  # the figure by which the best checkpoint is chosen, higher is better
 
     def build_model(self) -> nn.Module: ...

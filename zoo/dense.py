@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 from timm.layers import LayerNorm2d
@@ -40,8 +40,11 @@ class DenseBackbone(nn.Module):
         levels: which of the last four stages hand out their map. norms: which of these have a norm; None: as the
         paper's own dense backbone has them, and none for models that are not ours. batch_norm: train; eval keeps the
         running statistics as they are and trains weights and biases; frozen trains neither. Raises ValueError for a
-        model without four stages of different strides, and for `norms` of another length than `levels`.
+        model without four stages of different strides, for `norms` of another length than `levels`, and for an
+        unknown `batch_norm`.
         """
+        if batch_norm not in (known := get_args(BatchNorms)):
+            raise ValueError(f"batch_norm={batch_norm!r} is unknown; use one of {', '.join(known)}")
         super().__init__()
         features: Any = timm.create_model(
             name, pretrained=pretrained, features_only=True, feature_cls="getter", out_indices=4, **options

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import VOCDetection
 
-from ..data import decoding
+from ..data import as_rgb, decoding
 from ..demo_scenes import DigitScenes, split_length
 from ..errors import UserError
 from ..schema import Recipe
@@ -193,7 +193,7 @@ def read_image(path: str, height: int, width: int) -> Image.Image:
     with decoding(f"image {path}"), Image.open(path) as stored:
         upright = ImageOps.exif_transpose(stored)
         fits = not height or upright.size == (width, height)
-        image = (upright if fits else stored).convert("RGB")
+        image = as_rgb(upright if fits else stored)
     if height and image.size != (width, height):
         raise UserError(f"image {path} is {image.width} x {image.height}, its annotations are for {width} x {height}")
     return image

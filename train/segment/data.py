@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..data import decoding
+from ..data import as_rgb, decoding
 from ..demo_scenes import DigitScenes, split_length
 from ..errors import UserError
 from ..openmmlab import mmseg_modules
@@ -160,7 +160,7 @@ def read_image(path: str) -> Image.Image:
     """RGB as stored; the orientation it asks for in EXIF is still in `info`."""
     with decoding(f"image {path}"), Image.open(path) as image:
         turn = image.getexif().get(ORIENTATION, 1)
-        colours = image.convert("RGB")
+        colours = as_rgb(image)
     colours.info = {"orientation": turn}
     return colours
 
