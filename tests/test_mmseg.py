@@ -166,7 +166,7 @@ def test_starts_from_a_file(registered, kind, tmp_path):
     if " in a " in kind:
         with pytest.raises(ValueError, match="weights.pth: .*size mismatch"):
             registered.TesselBackbone(
-                "litv2_atto", checkpoint=str(tmp_path / "weights.pth"), dims=(8,) * 4
+                "litv2_atto", checkpoint=str(tmp_path / "weights.pth"), dims=(16, 32, 64, 48)
             ).init_weights()
 
 
