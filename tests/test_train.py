@@ -195,22 +195,29 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
 def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, capsys):
     run = shutil.copytree(straight, tmp_path / "run")
     other = trainer.draw_folder(tmp_path / "other", train=2, val=3)
+    shutil.rmtree(other / "train")  # an evaluation does without
     assert evaluate.main([str(run), f"data.root={other}"]) == 0
     figures = json.loads((run / "evaluation/evaluation.json").read_text())
     assert figures["count"] == 9 and figures["overrides"] == [f"data.root={other}"]
     assert evaluate.main([str(run), "--weights", "some.pth"]) == 1
     assert "--weights has no effect" in capsys.readouterr().err
-    for place in ("train", "val"):
-        (other / place / "class_1").rename(other / place / "class_1b")
+    (other / "val/class_1").rename(other / "val/class_1b")
     for target in (run, run / "checkpoints/step-00000009"):
         assert evaluate.main([str(target), "--data", f"root={other}"]) == 1
         error = capsys.readouterr().err
         assert "class 1 is class_1b, there class_1" in error and error.count("\n") == 1
-    for place in ("train", "val"):
-        shutil.rmtree(other / place / "class_1b")
+    shutil.rmtree(other / "val/class_1b")
     assert evaluate.main([str(run), "--data", f"root={other}"]) == 1
     assert "class 1 is class_2, there class_1" in capsys.readouterr().err
     assert json.loads((run / "evaluation/evaluation.json").read_text()) == figures
+
+
+def test_splits_of_other_classes_are_refused(recipe, tmp_path, capsys):
+    other = trainer.draw_folder(tmp_path / "other", train=8, val=3)
+    (other / "val/class_1").rename(other / "val/class_1b")
+    assert trainer.train(recipe, f"data.root={other}") == 1
+    assert f"train and val of {other} hold different classes: class_1, class_1b" in capsys.readouterr().err
+    assert not (recipe.parent / "runs").exists()
 
 
 def test_dry_run_writes_nothing(recipe, capsys):

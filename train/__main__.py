@@ -98,7 +98,7 @@ def build(recipe: Recipe, world: "World") -> "tuple[Task, Plan, Engine]":
 
     with world.together():
         task = build_task(recipe, world)
-    schedule = plan(recipe, samples=task.samples, world_size=world.size)
+        schedule = plan(recipe, samples=task.samples, world_size=world.size)
     return task, schedule, Engine(recipe, task, world, schedule)
 
 

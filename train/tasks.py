@@ -1,6 +1,7 @@
 """What is learned. A task owns its model, its data, its loss and its figures; the engine knows only this protocol."""
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch.utils.data import default_collate
 
 from .config import Plan
 from .data import GlobalOrder, Key, Loader, Seeded, Transform, permutation
+from .errors import UserError
 from .launch import World
 from .schema import Recipe
 
@@ -34,9 +36,13 @@ class Scores(Protocol):
 
 
 class Task(Protocol):
-    samples: int  # in the training split
     classes: list[str]  # in the order of the model's outputs
     metric: str  # the figure by which the best checkpoint is chosen, higher is better
+
+    @property
+    def samples(self) -> int:
+        """Images of the training split."""
+        ...
 
     def build_model(self) -> nn.Module: ...
 
@@ -90,16 +96,32 @@ def build_task(recipe: Recipe, world: World) -> Task:
 class Supervised:
     """The data of a task: two splits of one data set, in the trainer's order, through the transforms of its model.
 
-    A task that builds on it sets `train_transform` and `eval_transform` when it builds its model.
+    `build(split)` opens one. The training split is opened when it is asked for: an evaluation does without. A task that
+    builds on this sets `train_transform` and `eval_transform` when it builds its model.
     """
 
     collate: Callable[[list[Any]], Any] = staticmethod(default_collate)
     train_transform: Transform
     eval_transform: Transform
 
-    def __init__(self, recipe: Recipe, world: World, train: Any, val: Any):
-        self.recipe, self.world = recipe, world
-        self.train, self.val, self.samples = train, val, len(train)
+    def __init__(self, recipe: Recipe, world: World, build: Callable[[str], Any]):
+        self.recipe, self.world, self.build = recipe, world, build
+        self.val = build("val")
+        self.classes: list[str] = self.val.classes
+
+    @cached_property
+    def train(self) -> Any:
+        """The training split. Raises UserError where it has other classes than the one to judge by."""
+        train = self.build("train")
+        if train.classes != self.classes:
+            odd = sorted(set(train.classes) ^ set(self.classes)) or ["the same in another order"]
+            where = self.recipe.data.root or self.recipe.data.name
+            raise UserError(f"train and val of {where} hold different classes: {', '.join(odd[:5])}; make them agree")
+        return train
+
+    @property
+    def samples(self) -> int:
+        return len(self.train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
         order, spare = self._order(plan, step), self.recipe.guard.max_corrupt

@@ -1,6 +1,7 @@
 """Detection and instance segmentation: which objects are where in an image."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..classify import check_name
-from ..errors import UserError
 from ..exports import export_parts
 from ..launch import World
 from ..schema import Recipe
@@ -40,11 +40,7 @@ class DetectTask(Supervised):
     def __init__(self, recipe: Recipe, world: World):
         check_name(recipe.model.name)
         check_name(recipe.model.init_from, "model.init_from")
-        super().__init__(recipe, world, *(build_dataset(recipe, split) for split in ("train", "val")))
-        self.classes: list[str] = self.train.classes
-        if self.val.classes != self.classes:
-            odd = sorted(set(self.val.classes) ^ set(self.classes)) or ["the same in another order"]
-            raise UserError(f"train and val of {recipe.data.root} hold different classes: {', '.join(odd[:5])}")
+        super().__init__(recipe, world, partial(build_dataset, recipe))
         self.masks = recipe.task.detect.detector == "mask_rcnn"
         self.train_transform, self.eval_transform = Train(recipe), Eval()
 

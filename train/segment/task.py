@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class SegmentTask(Supervised):
     metric = "miou"
 
     def __init__(self, recipe: Recipe, world: World):
-        super().__init__(recipe, world, *(build_dataset(recipe.data, split) for split in ("train", "val")))
-        self.classes, self.palette = self.train.classes, self.train.palette
+        super().__init__(recipe, world, partial(build_dataset, recipe.data))
+        self.palette = self.val.palette
         self.window = recipe.task.segment.test.crop or recipe.data.size
         self.kept = 16  # validation images whose predictions are kept
 
