@@ -185,7 +185,7 @@ def draw_voc(root):
             f"<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox><part><name>head</name></part></object>"
             for name, hard, box in found
         )
-        size = "<size><width>60</width><height>40</height><depth>3</depth></size>"
+        size = "<size><width>60.0</width><height>40</height><depth>3</depth></size>"
         (root / f"Annotations/2007_{number}.xml").write_text(f"<annotation>{size}{boxes}</annotation>")
     for split in ("train", "val"):
         (root / f"ImageSets/Main/{split}.txt").write_text("2007_0\n2007_1\n2007_2\n")
@@ -203,6 +203,36 @@ def test_pascal_voc_is_read_as_published(tmp_path):
     (tmp_path / "VOC2012/Annotations/2007_1.xml").unlink()
     with pytest.raises(UserError, match="2007_1.xml"):
         build_dataset(wanted, "val")
+
+
+@pytest.mark.parametrize("above", ["VOCdevkit/VOC2012", "VOC2012"])
+def test_pascal_voc_is_found_in_the_folder_it_was_unpacked_to(tmp_path, above):
+    draw_voc(tmp_path / above)
+    assert len(build_dataset(recipe(tmp_path, tmp_path, "data.source=voc2012"), "val")) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fragments"),
+    [
+        ("</annotation>", "", ["ParseError"]),
+        ("annotation>", "notes>", ["KeyError: 'annotation'"]),
+        ("<difficult>1", "<difficult>yes", ["difficult is 'yes'", "a number"]),
+        ("<difficult>1", "<difficult>2", ["difficult is '2'", "0 or 1"]),
+        ("bndbox", "box", ["KeyError: 'bndbox'"]),
+        ("<xmin>5</xmin>", "", ["KeyError: 'xmin'"]),
+        ("<xmin>5", "<xmin>nan", ["xmin is 'nan'"]),
+        ("<width>60.0", "<width>60.5", ["60.5 x 40"]),
+        ("<name>person", "<name>persona", ["'persona', which is none of the classes"]),
+    ],
+)
+def test_mistaken_files_of_pascal_voc_are_named(tmp_path, old, new, fragments):
+    file = draw_voc(tmp_path / "VOC2012") / "Annotations/2007_1.xml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError) as caught:
+        build_dataset(recipe(tmp_path, tmp_path / "VOC2012", "data.source=voc2012"), "val")
+    message = str(caught.value)
+    assert message.startswith(f"{file} cannot be read as Pascal VOC (") and "UserError" not in message
+    assert all(fragment in message for fragment in fragments) and "\n" not in message, message
 
 
 def test_digit_scenes(tmp_path):

@@ -153,7 +153,7 @@ def _voc_entry(root: Path, name: str, classes: list[str]) -> Entry:
         size = content.get("size", {})
         height, width = (_voc_number(size, key, "0") for key in ("height", "width"))
         if height % 1 or width % 1:
-            raise ValueError(f"a size of {width} x {height}")
+            raise ValueError(f"the size is {width:g} x {height:g}, which must be whole numbers")
         objects = [_voc_object(one, classes) for one in content.get("object", [])]
     except (ValueError, KeyError, TypeError, AttributeError, ElementTree.ParseError) as error:
         raise UserError(f"{file} cannot be read as Pascal VOC ({type(error).__name__}: {error})") from error
