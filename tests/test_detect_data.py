@@ -305,11 +305,13 @@ def test_samples_depend_on_their_key_alone(coco, tmp_path):
         ("data.crop_pct=0.9", "data.crop_pct has no effect"),
         ("task.smoothing=0.1", "task.smoothing has no effect"),
         ("task.detect.anchor=8", "task.detect.anchor has no effect with task.detect.detector=fcos"),
+        ("task.detect.channels=32", "task.detect.channels=32: task.detect.detector=fcos takes multiples of 32 from 64"),
+        ("task.detect.channels=80", "task.detect.channels=80: task.detect.detector=fcos takes multiples of 32 from 64"),
         ("task.detect.crop=[9, 3]", "no rising range"),
         ("task.kind=classify", "task.detect has no effect with task.kind=classify"),
     ],
 )
-def test_keys_without_effect_are_refused(coco, tmp_path, override, fragment):
+def test_keys_that_contradict_others_are_refused(coco, tmp_path, override, fragment):
     with pytest.raises(UserError) as caught:
         recipe(tmp_path, coco, override)
     assert fragment in str(caught.value)
