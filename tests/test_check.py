@@ -37,15 +37,37 @@ def edit_first(**values):
     return lambda c: next(a for a in c["annotations"] if a["image_id"] == 104).update(values)
 
 
+def alone(**values):
+    """Change the one object that an image is left with."""
+
+    def edit(content):
+        kept = next(a for a in content["annotations"] if a["image_id"] == 104)
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 104 or a is kept]
+        kept.update(values)
+
+    return edit
+
+
+SQUARE = [5, 5, 15, 5, 15, 15, 5, 15]
+
+
 @pytest.mark.parametrize(
     ("edit", "fragment"),
     [
         (edit_first(bbox=[50, 5, 30, 9]), "reaches out of the image of 68 x 50"),
         (edit_first(bbox=[-5, 5, 30, 9]), "reaches out of the image of 68 x 50"),
-        (edit_first(bbox=[5, 5, 0, 9]), "has no area"),
+        (edit_first(bbox=[5, 5, 0, 9]), "annotation 8, box [5.0, 5.0, 5.0, 14.0] has no area"),
+        (alone(bbox=[4, 4, 0, 10]), "box [4.0, 4.0, 4.0, 14.0] has no area"),
+        (alone(bbox=[9, 4, -5, 10]), "box [9.0, 4.0, 4.0, 14.0] has no area"),
         (edit_first(category_id=99), "is of a category that the annotations do not list"),
         (edit_first(segmentation={"size": [50, 68]}), "neither polygons nor RLE"),
-        (edit_first(segmentation={"counts": [3000], "size": [50, 60]}), "has a mask of (50, 60)"),
+        (edit_first(segmentation={"counts": [3000], "size": [50, 60]}), "json has a mask of (50, 60)"),
+        (edit_first(segmentation={"counts": [-5, 3405], "size": [50, 68]}), "annotation 8 of /"),
+        (edit_first(segmentation={"counts": "garbage", "size": [50, 68]}), "neither polygons nor RLE"),
+        (edit_first(segmentation=[[5, 5, 20, 20]]), "has a segmentation without a polygon of three points"),
+        (edit_first(segmentation=[["a"] * 6]), "has a segmentation without a polygon of three points"),
+        (edit_first(segmentation=[[1, 1, 4, 4], SQUARE]), "annotation 8 has a polygon that is not x and y of three"),
+        (edit_first(segmentation=[SQUARE, [*SQUARE, 5]]), "annotation 8 has a polygon that is not x and y of three"),
         (lambda c: c["images"][3].update(width=99), "its annotations are for 99 x 50"),
         (lambda c: c["images"][3].update(file_name="gone.jpg"), "gone.jpg cannot be decoded"),
         (lambda c: c["categories"].append({"id": 90, "name": "toothbrush"}), "1 of 4 classes have no example: toothbr"),
@@ -57,7 +79,15 @@ def test_what_is_wrong_with_annotations_is_listed(coco, capsys, edit, fragment):
         detection.change(root, split, edit)
     assert check.main([str(recipe), "task.detect.detector=mask_rcnn"]) == 1
     out = capsys.readouterr().out
-    assert fragment in out, out
+    for split in ("train", "val"):
+        assert any(line.startswith(f"{split}: ") and fragment in line for line in out.splitlines()), out
+
+
+def test_values_that_cannot_be_are_refused(coco, capsys):
+    root, recipe = coco
+    detection.change(root, "val", edit_first(bbox=[float("nan")] * 4))
+    assert check.main([str(recipe)]) == 1
+    assert "instances_val2017.json: annotation 8 has the bbox [nan, nan, nan, nan]" in capsys.readouterr().err
 
 
 def test_unreadable_images_of_classes_are_listed(tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_images_without_objects_are_judged_and_trained_on_by_key(coco, tmp_path)
 
 def test_annotations_are_arrays(coco, tmp_path):
     held = vars(build_dataset(recipe(tmp_path, coco, MASKS), "train"))
-    assert all(isinstance(value, np.ndarray | bool | list) for value in held.values())
+    assert all(isinstance(value, np.ndarray | bool | str | list) for value in held.values())
     assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
 
 
@@ -106,14 +106,34 @@ def test_annotated_size_decides_on_exif_rotation(tmp_path, annotated):
         assert val[0][0].getpixel((5, 25))[0] > 200 > 60 > val[0][0].getpixel((60, 25))[0]
 
 
+def first(**values):
+    """Change the first annotation of a file."""
+    return lambda content: content["annotations"][0].update(values)
+
+
 @pytest.mark.parametrize(
     ("edit", "fragments"),
     [
         (lambda c: c.pop("categories"), ["instances_train2017.json", "categories"]),
         (lambda c: c["annotations"][0].pop("bbox"), ["bbox"]),
-        (lambda c: c["annotations"][0].update(image_id=7), ["KeyError: 7"]),
+        (first(image_id=7), ["annotation 14 has the image_id 7"]),
+        (first(image_id=[7]), ["annotation 14 has the image_id [7]"]),
+        (first(category_id=None), ["annotation 14 has the category_id None"]),
+        (first(bbox=["a", 1, 2, 3]), ["annotation 14 has the bbox ['a', 1, 2, 3]", "four numbers"]),
+        (first(bbox=[1, 2, 3]), ["annotation 14 has the bbox [1, 2, 3]"]),
+        (first(bbox=[1, 2, 3, float("nan")]), ["annotation 14 has the bbox [1, 2, 3, nan]"]),
+        (first(bbox=[1, 2, 3, 10**400]), ["annotation 14 has the bbox [1, 2, 3, 1000"]),
+        (first(iscrowd=None), ["annotation 14 has the iscrowd None", "0 or 1"]),
+        (first(area="x"), ["annotation 14 has the area 'x'"]),
+        (first(id=12), ["2 annotations have the id 12"]),
+        (lambda c: c["images"][0].update(id=106), ["2 images have the id 106"]),
+        (lambda c: c["categories"][0].update(id=1), ["2 categories have the id 1"]),
+        (lambda c: c["images"][0].update(height=None), ["image 107 has the height None", "whole number"]),
+        (lambda c: c["images"][0].update(width=60.5), ["image 107 has the width 60.5"]),
+        (lambda c: c["images"][0].update(file_name=5), ["image 107 has the file_name 5"]),
+        (lambda c: [one.update(area="x") for one in c["annotations"]], ["annotation 14", "(and 14 more faults)"]),
         (lambda c: c.update(annotations=[]), ["has no images with objects"]),
-        (lambda c: c["annotations"][0].pop("segmentation"), ["without segmentation"]),
+        (lambda c: c["annotations"][0].pop("segmentation"), ["annotation 14 is without segmentation"]),
     ],
 )
 def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
@@ -122,6 +142,22 @@ def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
     with pytest.raises(UserError) as caught:
         build_dataset(recipe(tmp_path, root, MASKS), "train")
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+@pytest.mark.parametrize("odd", [[5, 5, 20, 20], [5, 5, 20, 20, 5], [5, 5, 20, 20, 5, "x"]])
+def test_polygons_without_three_points_are_no_mask(tmp_path, odd):
+    """COCO's tools would take four numbers for a box, and read the polygons after it as such too."""
+    root = detection.draw_coco(tmp_path / "coco")
+    square = [5, 5, 15, 5, 15, 15, 5, 15]
+    detection.change(root, "train", first(segmentation=[odd, square]))
+    train = build_dataset(recipe(tmp_path, root, MASKS), "train")
+    assert train[len(train) - 1][1]["masks"][0].sum() == 100
+    detection.change(root, "train", first(segmentation=[odd]))
+    train = build_dataset(recipe(tmp_path, root, MASKS), "train")
+    with pytest.raises(
+        UserError, match=r"annotation 14 of .*instances_train2017.json has a segmentation without a pol"
+    ):
+        train[len(train) - 1]
 
 
 def test_missing_files_are_named(tmp_path):
@@ -149,7 +185,7 @@ def draw_voc(root):
             f"<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox><part><name>head</name></part></object>"
             for name, hard, box in found
         )
-        size = "<size><width>60</width><height>40</height><depth>3</depth></size>"
+        size = "<size><width>60.0</width><height>40</height><depth>3</depth></size>"
         (root / f"Annotations/2007_{number}.xml").write_text(f"<annotation>{size}{boxes}</annotation>")
     for split in ("train", "val"):
         (root / f"ImageSets/Main/{split}.txt").write_text("2007_0\n2007_1\n2007_2\n")
@@ -167,6 +203,36 @@ def test_pascal_voc_is_read_as_published(tmp_path):
     (tmp_path / "VOC2012/Annotations/2007_1.xml").unlink()
     with pytest.raises(UserError, match="2007_1.xml"):
         build_dataset(wanted, "val")
+
+
+@pytest.mark.parametrize("above", ["VOCdevkit/VOC2012", "VOC2012"])
+def test_pascal_voc_is_found_in_the_folder_it_was_unpacked_to(tmp_path, above):
+    draw_voc(tmp_path / above)
+    assert len(build_dataset(recipe(tmp_path, tmp_path, "data.source=voc2012"), "val")) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fragments"),
+    [
+        ("</annotation>", "", ["ParseError"]),
+        ("annotation>", "notes>", ["KeyError: 'annotation'"]),
+        ("<difficult>1", "<difficult>yes", ["difficult is 'yes'", "a number"]),
+        ("<difficult>1", "<difficult>2", ["difficult is '2'", "0 or 1"]),
+        ("bndbox", "box", ["KeyError: 'bndbox'"]),
+        ("<xmin>5</xmin>", "", ["KeyError: 'xmin'"]),
+        ("<xmin>5", "<xmin>nan", ["xmin is 'nan'"]),
+        ("<width>60.0", "<width>60.5", ["60.5 x 40"]),
+        ("<name>person", "<name>persona", ["'persona', which is none of the classes"]),
+    ],
+)
+def test_mistaken_files_of_pascal_voc_are_named(tmp_path, old, new, fragments):
+    file = draw_voc(tmp_path / "VOC2012") / "Annotations/2007_1.xml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError) as caught:
+        build_dataset(recipe(tmp_path, tmp_path / "VOC2012", "data.source=voc2012"), "val")
+    message = str(caught.value)
+    assert message.startswith(f"{file} cannot be read as Pascal VOC (") and "UserError" not in message
+    assert all(fragment in message for fragment in fragments) and "\n" not in message, message
 
 
 def test_digit_scenes(tmp_path):
@@ -239,11 +305,13 @@ def test_samples_depend_on_their_key_alone(coco, tmp_path):
         ("data.crop_pct=0.9", "data.crop_pct has no effect"),
         ("task.smoothing=0.1", "task.smoothing has no effect"),
         ("task.detect.anchor=8", "task.detect.anchor has no effect with task.detect.detector=fcos"),
+        ("task.detect.channels=32", "task.detect.channels=32: task.detect.detector=fcos takes multiples of 32 from 64"),
+        ("task.detect.channels=80", "task.detect.channels=80: task.detect.detector=fcos takes multiples of 32 from 64"),
         ("task.detect.crop=[9, 3]", "no rising range"),
         ("task.kind=classify", "task.detect has no effect with task.kind=classify"),
     ],
 )
-def test_keys_without_effect_are_refused(coco, tmp_path, override, fragment):
+def test_keys_that_contradict_others_are_refused(coco, tmp_path, override, fragment):
     with pytest.raises(UserError) as caught:
         recipe(tmp_path, coco, override)
     assert fragment in str(caught.value)

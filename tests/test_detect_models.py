@@ -132,7 +132,7 @@ def test_backbone_begins_with_a_classifier():
     [
         ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
         ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
-        ({"channels": 40}, ATTO, ["fcos", "40"]),
+        ({"channels": 40}, ATTO, ["task.detect.channels=40", "with fcos"]),
         ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 levels"]),
         ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
         ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
@@ -146,6 +146,54 @@ def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
         built("fcos", model=model, **keys)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "fragment"),
+    [
+        (
+            "faster_rcnn",
+            {"box_score_thresh": "abc"},
+            "box_score_thresh='abc' with faster_rcnn; it must be a number from",
+        ),
+        ("faster_rcnn", {"box_positive_fraction": 1.5}, "a number from 0 to 1"),
+        ("faster_rcnn", {"box_batch_size_per_image": "x"}, "box_batch_size_per_image='x'"),
+        (
+            "mask_rcnn",
+            {"rpn_pre_nms_top_n_train": 1.5},
+            "rpn_pre_nms_top_n_train=1.5 with mask_rcnn; it must be a whole",
+        ),
+        ("mask_rcnn", {"bbox_reg_weights": [1, 2]}, "bbox_reg_weights=[1, 2] with mask_rcnn; it must be four numbers"),
+        ("faster_rcnn", {"bbox_reg_weights": 3}, "four numbers above 0"),
+        ("faster_rcnn", {"rpn_bg_iou_thresh": 0.8}, "rpn_bg_iou_thresh"),  # above that of the foreground
+        ("faster_rcnn", {"box_head": 3}, "box_head is no argument"),
+        ("mask_rcnn", {"rpn_head": 3}, "rpn_head is no argument"),
+        ("retinanet", {"proposal_matcher": 3}, "proposal_matcher is no argument"),
+        ("retinanet", {"score_thresh": None}, "score_thresh=None"),
+        ("retinanet", {"detections_per_img": True}, "detections_per_img=True"),
+        ("fcos", {"score_thresh": "abc"}, "score_thresh='abc' with fcos"),
+        ("fcos", {"score_thresh": float("nan")}, "score_thresh=nan"),
+        (
+            "fcos",
+            {"head": 3},
+            "head is no argument of fcos, which takes center_sampling_radius, detections_per_img, nms",
+        ),
+        ("fcos", {"center_sampling_radius": "x"}, "center_sampling_radius='x' with fcos; it must be a number above 0"),
+        ("fcos", {"detections_per_img": "x"}, "detections_per_img='x'"),
+        ("fcos", {"topk_candidates": 0}, "topk_candidates=0"),
+    ],
+)
+def test_arguments_that_a_detector_cannot_take_are_named(name, kwargs, fragment):
+    with pytest.raises(UserError) as caught:
+        built(name, kwargs=kwargs)
+    assert "task.detect.kwargs" in str(caught.value) and fragment in str(caught.value), caught.value
+
+
+def test_arguments_reach_the_detector():
+    rcnn = built("faster_rcnn", kwargs={"bbox_reg_weights": [1, 2, 3, 4], "box_nms_thresh": 0})
+    assert tuple(rcnn.roi_heads.box_coder.weights) == (1, 2, 3, 4) and rcnn.roi_heads.nms_thresh == 0
+    assert built("faster_rcnn", kwargs={"bbox_reg_weights": None}).roi_heads.box_coder.weights == (10, 10, 5, 5)
+    assert built("fcos", kwargs={"center_sampling_radius": 2}).center_sampling_radius == 2
 
 
 def handed_out(folder, model, wanted):

@@ -141,6 +141,15 @@ def test_losses_are_summed(tmp_path, coco, detector):
     assert len(batch[0]) == 2 and all(64 not in image.shape or image.shape[0] == 3 for image in batch[0])
 
 
+def test_one_small_image_is_too_little_for_batch_norm(tmp_path, coco):
+    wanted = load_recipe(detection.write_recipe(tmp_path / "tiny.yaml", coco))
+    task = build_task(wanted, World())
+    model = task.build_model().train()
+    target = {"boxes": torch.tensor([[1.0, 1, 20, 20]]), "labels": torch.tensor([0])}
+    with pytest.raises(UserError, match=r"biformer_atto .* micro-batch of 1, .*task.dense.batch_norm=eval$"):
+        task.loss(model, ([torch.rand(3, 32, 32)], [target], [0]))
+
+
 def test_classification_loads_none_of_this():
     code = (
         "import sys, tessel.train.engine, tessel.train.classify, tessel.train.evaluate;"

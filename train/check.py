@@ -4,8 +4,9 @@ Goes through the training and the validation split of any task and lists what is
 unreadable, masks or annotations of another size than the image, classes out of range, boxes outside the image or
 without area, classes without an example. The exit code is 1 if anything is.
 
-A data set may tell what is wrong with one of its samples, `problems(index) -> list[str]`, and the classes of all its
-objects, `targets`; of one that does not, samples are taken and looked at.
+A data set may tell what is wrong with one of its samples, `problems(index) -> list[str]`, the classes of all its
+objects, `targets`, and itself with the samples that training leaves out, `whole()`; of one that does not, samples are
+taken and looked at.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def looked_at(image: Image.Image, target: Any, classes: int) -> tuple[list[str],
     """What is wrong with an image and its class, its mask of classes or its objects, and the classes in it."""
     if isinstance(target, dict):
         labels = np.asarray(target["labels"])
-        found = [f"box {box.tolist()} has no area" for box in target["boxes"] if (box[2:] <= box[:2]).any()]
+        found = [f"box {box.tolist()} has no area" for box in target["boxes"] if not (box[2:] > box[:2]).all()]
         outside = (box for box in target["boxes"] if (box[:2] < -1).any() or (box[2:] > np.add(image.size, 1)).any())
         found += [f"box {box.tolist()} reaches out of {image.width} x {image.height}" for box in outside]
     elif isinstance(target, int | np.integer):
@@ -95,6 +96,7 @@ def check(recipe: Recipe, limit: int | None = None) -> int:
     total = 0
     for name, dataset in (("train", task.train), ("val", task.val)):
         count = 0
+        dataset = dataset.whole() if hasattr(dataset, "whole") else dataset
         for count, problem in enumerate(inspect(dataset, limit=limit, workers=recipe.data.workers, name=name), 1):
             if count <= SHOWN:
                 print(f"{name}: {problem}")

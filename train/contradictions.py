@@ -148,6 +148,9 @@ def _detect_problems(recipe: Recipe) -> Iterator[str]:
     detect, source = recipe.task.detect, recipe.data.source
     if detect.detector == "fcos" and detect.anchor:
         yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
+        # its group norms have 32 groups, and one value in each would be nothing to compare on a map of one pixel
+        yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos takes multiples of 32 from 64 on"
     if detect.detector == "mask_rcnn" and source == "voc2012":
         yield "task.detect.detector=mask_rcnn needs masks, which data.source=voc2012 has not; use faster_rcnn"
     if detect.crop and detect.crop[0] > detect.crop[1]:

@@ -110,18 +110,14 @@ def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, cla
         from_body = detect.detector == "retinanet"
         extra = LastLevelP6P7(body.channels[-1] if from_body else detect.channels, detect.channels)
         extra.use_P5 = not from_body  # torchvision goes by the widths, which may be equal by chance
-    known = set(inspect.signature(kind.__mro__[2].__init__).parameters) - OURS
-    if unknown := sorted(detect.kwargs.keys() - known):
-        raise UserError(
-            f"task.detect.kwargs: {unknown[0]} is no argument of {detect.detector}, which takes "
-            f"{', '.join(sorted(known))}"
-        )
+    check_kwargs(kind, detect)
     options = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **anchors(detect)}
     options |= {"min_size": size, "max_size": detect.longest, "_skip_resize": True, **detect.kwargs}
     try:
         detector = kind(Pyramid(body, detect.channels, extra), num_classes=classes + kind.first_label, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"task.detect.kwargs={detect.kwargs} with {detect.detector}: {error}") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        said = f"task.detect.channels={detect.channels} and task.detect.kwargs={detect.kwargs}"
+        raise UserError(f"{said} with {detect.detector}: {error}") from error
     heads = (
         [detector.rpn.head, detector.roi_heads.box_predictor, detector.roi_heads.mask_predictor]
         if two_stages
@@ -131,6 +127,39 @@ def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, cla
         # boxes are computed in what a head hands out: half precision is pixels off
         head.register_forward_hook(lambda module, args, out: tree_map_only(Tensor, Tensor.float, out))
     return detector
+
+
+def check_kwargs(kind: type[nn.Module], detect: Detect) -> None:
+    """Raise UserError for what the detector does not take: torchvision looks at few values before it uses them."""
+    given = inspect.signature(kind.__mro__[2].__init__).parameters
+    defaults = {key: one.default for key, one in given.items() if type(one.default) in (int, float)}
+    defaults = {key: default for key, default in defaults.items() if key not in OURS}
+    if "bbox_reg_weights" in given:
+        defaults["bbox_reg_weights"] = None
+    for key, value in detect.kwargs.items():
+        if key not in defaults:
+            raise UserError(
+                f"task.detect.kwargs: {key} is no argument of {detect.detector}, which takes "
+                f"{', '.join(sorted(defaults))}"
+            )
+        if (wanted := _wanted(key, defaults[key], value)) is not None:
+            raise UserError(f"task.detect.kwargs: {key}={value!r} with {detect.detector}; it must be {wanted}")
+
+
+def _wanted(key: str, default: Any, value: Any) -> str | None:
+    """What the value should be where it is something else."""
+    if default is None:
+        fits = value is None or isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_positive, value))
+        return None if fits else "four numbers above 0"
+    if isinstance(default, int):
+        return None if type(value) is int and value > 0 else "a whole number above 0"
+    if key.endswith(("_thresh", "_fraction")):
+        return None if type(value) in (int, float) and 0 <= value <= 1 else "a number from 0 to 1"
+    return None if _is_positive(value) else "a number above 0"
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def anchors(detect: Detect) -> dict[str, Any]:

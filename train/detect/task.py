@@ -21,6 +21,11 @@ from .detectors import build_detector
 from .overlay import side_by_side
 from .scores import DetectScores, of_image
 
+LONELY = (
+    "a batch norm of the backbone {} has one value of each channel in a micro-batch of {}, and nothing to compare that "
+    "with; give each process two images at once or more (data.batch, data.micro_batch), larger ones (data.size, "
+    "task.detect.short), or task.dense.batch_norm=eval"
+)
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 
 
@@ -56,7 +61,12 @@ class DetectTask(Supervised):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, targets = self.placed(batch)
-        losses: dict[str, Tensor] = model(images, targets)
+        try:
+            losses: dict[str, Tensor] = model(images, targets)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(LONELY.format(self.recipe.model.name, len(images))) from error
         return {name if "loss" in name else f"loss_{name}": value for name, value in losses.items()}
 
     def scores(self, *, keep: bool = False) -> DetectScores:
