@@ -16,8 +16,9 @@ from tessel.train.errors import UserError
 from tessel.train.openmmlab import build
 from tessel.train.parallel import layers
 from tessel.train.schema import Dense, Model, Segment
-from tessel.train.segment.heads import cross_entropy
+from tessel.train.segment.heads import Wanted, build_head, cross_entropy
 from tessel.train.segment.model import Segmenter, assemble
+from tessel.train.segment.trial import Map
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
@@ -160,12 +161,58 @@ def test_several_losses_and_their_weights(batch):
         (UPER, {"type": "FPN"}, "neck needs out_channels"),
         (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
         (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
+        (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but masks say 255 for unknown; leave it out"),
+        (UPER | {"out_channels": 1}, {}, "out_channels=1, but the data has 5 classes; leave it out"),
+        (UPER | {"init_cfg": {"type": "Pretrained", "checkpoint": "nope.pth"}}, {}, "cannot be built .*nope.pth"),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_head(head, neck, words):
     with pytest.raises(UserError, match=words) as caught:
         assembled(head, neck=neck)
     assert "task.segment." in str(caught.value) and "\n" not in str(caught.value)
+
+
+CE = {"type": "CrossEntropyLoss"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ({"type": "FocalLoss"}, "cannot be computed: "),
+        ({"type": "OhemCrossEntropy"}, "cannot be computed: .*weight"),
+        ({"type": "BoundaryLoss"}, "cannot be computed: "),
+        ({"type": "SiLogLoss"}, "cannot be computed: "),
+        (CE | {"use_mask": True}, "cannot be computed: "),
+        (CE | {"class_weight": [1, 2]}, "cannot be computed: weight tensor"),
+        (CE | {"class_weight": [1, 2], "use_sigmoid": True}, "cannot be computed: "),
+        (CE | {"class_weight": "nope.npy"}, "cannot be built with .*nope.npy"),
+        (CE | {"loss_weight": "x"}, "cannot be computed: "),
+        (CE | {"reduction": "none"}, "loss_ce is no single number"),
+        ([CE, CE | {"loss_name": "ce"}], "loss_name=ce lacks the word loss"),
+        ({"type": "CrossEntropyLos"}, "CrossEntropyLos is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
+        ({"type": "Nope"}, "Nope is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
+        (UPER | {"in_channels": [4], "in_index": [0], "num_classes": 5}, "UPerHead is no loss"),
+        *((loss, "it is a loss, as in .type: CrossEntropyLoss., or a list") for loss in ([], None, 3, [3], [[1]], {})),
+    ],
+)
+def test_mistakes_name_the_loss(loss, words):
+    with pytest.raises(UserError, match=words) as caught:
+        assembled({"type": "FCNHead", "channels": 4, "loss_decode": loss})
+    assert "task.segment.decode_head.loss_decode" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_trial_leaves_no_trace():
+    """A head built by itself is the same as one that was tried out, and so are the random numbers after it."""
+    words = {"type": "EMAHead", "channels": 4, "ema_channels": 8, "num_bases": 2, "num_stages": 1, "momentum": 0.5}
+    torch.manual_seed(0)
+    tried = build_head(Wanted("decode_head", words), [None, None, None, Map(8, 32)], 5, None).train()
+    after = torch.rand(())
+    torch.manual_seed(0)
+    plain: Any = build(words | {"in_channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}})
+    plain.init_weights()
+    assert torch.equal(after, torch.rand(()))
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(tried.state_dict()[key], tensor), key
 
 
 def test_layers_and_lists_of_the_backbone_are_passed_on():

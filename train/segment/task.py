@@ -49,7 +49,8 @@ class SegmentTask(Supervised):
 
     def build_model(self) -> Segmenter:
         recipe = self.recipe
-        model = assemble(recipe.model, recipe.task.segment, dense=recipe.task.dense, classes=self.classes)
+        known = {"dense": recipe.task.dense, "classes": self.classes, "size": recipe.data.size}
+        model = assemble(recipe.model, recipe.task.segment, **known)
         begin(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
         self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
