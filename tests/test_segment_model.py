@@ -16,7 +16,7 @@ from tessel.train.errors import UserError
 from tessel.train.openmmlab import build
 from tessel.train.parallel import layers
 from tessel.train.schema import Dense, Model, Segment
-from tessel.train.segment.heads import Wanted, build_head, cross_entropy
+from tessel.train.segment.heads import Wanted, build_head, build_neck, cross_entropy
 from tessel.train.segment.model import Segmenter, assemble
 from tessel.train.segment.trial import Map
 
@@ -31,6 +31,17 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         FPN_NECK | {"start_level": 1},
         (1, 2, 3),
     ),
+    "fpn of the finer two": (
+        {"type": "FPNHead", "channels": 8, "in_index": [0, 1]},
+        FPN_NECK | {"end_level": 2},
+        (0, 1),
+    ),
+    "jpu": (
+        {"type": "FCNHead", "channels": 8, "in_index": 2, "num_convs": 1},
+        {"type": "JPU", "start_level": 1, "mid_channels": 8, "dilations": [1, 2]},
+        (1, 2, 3),
+    ),
+    "multi-level": (UPER, {"type": "MultiLevelNeck", "out_channels": 8, "scales": [1, 1, 1, 1]}, (0, 1, 2, 3)),
     "segformer": ({"type": "SegformerHead", "channels": 8, "in_index": [0, 2]}, {}, (0, 2)),
     "aspp": ({"type": "ASPPHead", "channels": 8, "dilations": [1, 2]}, {}, (3,)),
     "deeplab v3+": (
@@ -84,6 +95,13 @@ def test_every_family(name, batch):
     total(losses).backward()
     assert float(total(losses).detach()) == pytest.approx(math.log(5), abs=0.4)
     assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_a_neck_of_one_width():
+    """No hierarchical backbone hands such maps out; what the neck makes of them is known from its trial."""
+    maps = [Map(8, 4), Map(8, 8), Map(8, 16), Map(4, 32)]
+    outs = build_neck({"type": "Feature2Pyramid", "embed_dim": 8}, maps, [Wanted("decode_head", UPER)])[1]
+    assert [(out.channels, out.stride) for out in outs] == [(8, 1), (8, 4), (8, 16), (4, 64)]
 
 
 def test_unused_stages_are_not_built():
@@ -158,7 +176,15 @@ def test_several_losses_and_their_weights(batch):
         (UPER | {"in_index": [0, 4]}, {}, "in_index=.0, 4. is not of the four maps"),
         ({"type": "CrossEntropyLoss"}, {}, "CrossEntropyLoss is no decode head"),
         (UPER | {"in_index": [0, 1, 2]}, FPN_NECK, "hands out 4 maps, of which no head reads 3"),
-        (UPER, {"type": "FPN"}, "neck needs out_channels"),
+        (UPER, {"type": "FPN"}, "neck.type=FPN cannot be built .*out_channels"),
+        (UPER, FPN_NECK | {"start_level": "x"}, "neck.start_level=x is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": 1.5}, "neck.start_level=1.5 is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": 4}, "neck.start_level=4 is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": -1}, "neck.start_level=-1 is not of the four maps"),
+        (UPER, FPN_NECK | {"end_level": 5}, "neck.end_level=5 is neither -1"),
+        (UPER, FPN_NECK | {"in_channels": [1, 2, 3, 4]}, "neck.type=FPN does not run on the maps of this backbone"),
+        (UPER, {"type": "MLANeck", "out_channels": 8}, "neck.type=MLANeck does not run on the maps"),
+        (UPER, {"type": "Feature2Pyramid", "embed_dim": 8}, "neck.type=Feature2Pyramid does not run on the maps"),
         (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
         (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
         (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but masks say 255 for unknown; leave it out"),

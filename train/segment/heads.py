@@ -47,18 +47,33 @@ class Wanted:
 def read_maps(heads: Iterable[Wanted], neck: Mapping[str, Any]) -> list[int]:
     """The stages of the backbone whose maps are read, rising."""
     if neck:
-        return list(range(neck.get("start_level", 0), STAGES))
+        return list(range(*_span(neck)))
     return sorted(set().union(*(head.reads for head in heads)))
+
+
+def _span(neck: Mapping[str, Any]) -> tuple[int, int]:
+    """The first stage that the neck reads, and the one after its last."""
+    start, end = neck.get("start_level", 0), neck.get("end_level", -1)
+    if type(start) is not int or not 0 <= start < STAGES:
+        raise UserError(f"task.segment.neck.start_level={start} is not of the four maps 0, 1, 2, 3")
+    if type(end) is not int or not (end == -1 or start < end <= STAGES):
+        raise UserError(
+            f"task.segment.neck.end_level={end} is neither -1, for all maps, nor in {start + 1}..{STAGES}: it stands "
+            "behind the last map that is read"
+        )
+    return start, STAGES if end == -1 else end
 
 
 def build_neck(words: Mapping[str, Any], maps: Maps, heads: Iterable[Wanted]) -> tuple[nn.Module, list[Map]]:
     """The neck, and the maps that it hands out."""
     words, key = dict(_plain(words)), "task.segment.neck"
-    if not isinstance(words.get("out_channels"), int):
-        raise UserError(f"{key} needs out_channels, the width of the maps it hands out")
-    words.setdefault("in_channels", [m.channels if m else 0 for m in maps])
+    start, end = _span(words)
+    if words["type"] != "Feature2Pyramid":  # which has one width, embed_dim
+        words.setdefault("in_channels", [m.channels if m else 0 for m in maps])
     if words["type"] == "FPN":
-        words.setdefault("num_outs", STAGES - words.get("start_level", 0))
+        words.setdefault("num_outs", end - start)
+    if words["type"] == "JPU":  # it refuses lists, and a recipe has no tuples
+        words = {word: tuple(value) if isinstance(value, list) else value for word, value in words.items()}
     neck = _built(key, words)
     outs = try_neck(f"{key}.type={words['type']}", neck, maps)
     made = {number for number, out in enumerate(outs) if not out.passed}
