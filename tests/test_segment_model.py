@@ -51,14 +51,22 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     ),
     "fcn": ({"type": "FCNHead", "channels": 8, "in_index": 1, "num_convs": 1}, {}, (1,)),
     "psp": ({"type": "PSPHead", "channels": 8, "norm_cfg": {"type": "SyncBN"}}, {}, (3,)),
+    "ann": ({"type": "ANNHead", "channels": 8, "project_channels": 8}, {}, (2, 3)),
+    "ham": ({"type": "LightHamHead", "channels": 8, "ham_channels": 8, "ham_kwargs": {"MD_R": 4}}, {}, (1, 2, 3)),
+    "enc": ({"type": "EncHead", "channels": 8, "num_codes": 4}, {}, (3,)),
+    "enc of three": ({"type": "EncHead", "channels": 8, "num_codes": 4, "add_lateral": True}, {}, (1, 2, 3)),
     "concatenated": ({"type": "FCNHead", "channels": 8, "input_transform": "resize_concat"}, {}, (0, 1, 2, 3)),
 }
 
 
 def assembled(
-    head: dict[str, Any] = UPER, name: str = "biformer_atto", dense: Dense = PLAIN, **parts: Any
+    head: dict[str, Any] = UPER,
+    name: str = "biformer_atto",
+    dense: Dense = PLAIN,
+    size: int | None = None,
+    **parts: Any,
 ) -> Segmenter:
-    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES)
+    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size)
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -95,6 +103,13 @@ def test_every_family(name, batch):
     total(losses).backward()
     assert float(total(losses).detach()) == pytest.approx(math.log(5), abs=0.4)
     assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_a_head_that_pools_large_windows_needs_large_images():
+    words = {"type": "LRASPPHead", "channels": 8, "in_index": [0, 1, 2], "input_transform": "multiple_select"}
+    assembled(words, size=784)  # the third map is of 49 pixels
+    with pytest.raises(UserError, match="LRASPPHead does not run on the maps of this backbone: .*Output size is too"):
+        assembled(words, size=512)
 
 
 def test_a_neck_of_one_width():
@@ -185,6 +200,7 @@ def test_several_losses_and_their_weights(batch):
         (UPER, FPN_NECK | {"in_channels": [1, 2, 3, 4]}, "neck.type=FPN does not run on the maps of this backbone"),
         (UPER, {"type": "MLANeck", "out_channels": 8}, "neck.type=MLANeck does not run on the maps"),
         (UPER, {"type": "Feature2Pyramid", "embed_dim": 8}, "neck.type=Feature2Pyramid does not run on the maps"),
+        ({"type": "SETRMLAHead", "channels": 32, "mla_channels": 8}, {}, "SETRMLAHead does not run .*[Ss]izes of"),
         (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
         (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
         (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but masks say 255 for unknown; leave it out"),

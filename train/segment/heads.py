@@ -15,7 +15,10 @@ from ..openmmlab import build, mmseg_modules
 from .trial import IGNORED, REFUSED, Map, Maps, reason, try_head, try_neck
 
 STAGES = 4
-SEVERAL = {"UPerHead", "FPNHead", "SegformerHead"}  # read several maps without being told to
+# the heads that read several maps without being told to, and which
+ALL = list(range(STAGES))
+SEVERAL = {"UPerHead": ALL, "FPNHead": ALL, "SegformerHead": ALL, "SETRMLAHead": ALL}
+SEVERAL |= {"LightHamHead": [1, 2, 3], "EncHead": [1, 2, 3], "ANNHead": [2, 3]}
 USUAL = {"loss_decode": "CrossEntropyLoss", "neck": "FPN"}
 USUAL_HEADS = "UPerHead, FPNHead or SegformerHead"
 
@@ -29,7 +32,8 @@ class Wanted:
         self.several = self.type in SEVERAL or self.words.get("input_transform") is not None
         given = self.words.get("in_index")
         if given is None:
-            given = list(range(STAGES)) if self.several else STAGES - 1 - (name == "auxiliary_head")
+            one = STAGES - 1 - (name == "auxiliary_head")
+            given = SEVERAL.get(self.type, ALL) if self.several else one
         indices = given if isinstance(given, list | tuple) else [given]
         if isinstance(given, list | tuple) != self.several or not all(type(i) is int for i in indices):
             reads = "several maps, so it is a list of numbers" if self.several else "one map, so it is one number"
@@ -40,6 +44,8 @@ class Wanted:
 
     @property
     def reads(self) -> set[int]:
+        if self.type == "EncHead" and not self.words.get("add_lateral"):
+            return {self.indices[-1]}
         fine = self.type == "DepthwiseSeparableASPPHead" and self.words.get("c1_channels")
         return set(self.indices) | ({0} if fine else set())
 
