@@ -25,9 +25,10 @@ from .overlay import pictures
 from .scores import SegmentScores
 
 LONELY = (
-    "a head of task.segment averages a whole image into one pixel, and its batch norm has nothing to compare that with "
-    "in a micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or the head "
-    "norm_cfg: {{type: GN, num_groups: 32}}"
+    "a head or the backbone comes to one pixel of the image, and its batch norm has nothing to compare that with in a "
+    "micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or do without "
+    "batch statistics: norm_cfg: {{type: GN, num_groups: 32}} in the heads of task.segment, and "
+    "task.dense.batch_norm=eval for the backbone"
 )
 
 
