@@ -229,6 +229,13 @@ def test_a_single_image_is_too_few_for_some_heads(tmp_path, images, capsys):
     group = words | {"norm_cfg": {"type": "GN", "num_groups": 2}}
     recipe = write_recipe(recipe, images, decode_head=group, auxiliary_head={})
     assert trainer.train(recipe, "data.micro_batch=1", "--dry-run") == 0
+    alone = [recipe, "data.micro_batch=1", "model.name=resnet18", "optim.layer_decay=null", "--dry-run"]
+    alone.append("model.drop_path=null")
+    capsys.readouterr()
+    assert trainer.train(*alone) == 1
+    error = capsys.readouterr().err
+    assert "a head or the backbone comes to one pixel" in error and "task.dense.batch_norm=eval" in error
+    assert trainer.train(*alone, "task.dense.batch_norm=eval") == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from tessel.train.data import Replaced, Seeded, decoded
 from tessel.train.detect import data as detect_data
 from tessel.train.errors import UserError
 from tessel.train.schema import Aug, Data, SegmentTest
-from tessel.train.segment.augment import Photometric, eval_transform, fitted, random_crop, train_transform
+from tessel.train.segment.augment import (
+    eval_transform,
+    fitted,
+    photometric,
+    random_crop,
+    saturated,
+    train_transform,
+)
 from tessel.train.segment.data import build_dataset, read_image
 
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 224, 224)}
@@ -58,6 +65,15 @@ def test_voc2012(tmp_path):
         "/JPEGImages/2008_000008.jpg /SegmentationClassAug/2008_000008.png\n"
     )
     assert len(dataset("voc2012_aug", root)) == 1
+
+
+def test_missing_masks_are_listed_in_moderation(tmp_path):
+    root = scenery.ade20k(tmp_path, train=25)
+    for mask in (root / "annotations/training").iterdir():
+        mask.unlink()
+    with pytest.raises(UserError, match="25 of 25 masks are missing: .*_00000019.png, ...; the folder") as caught:
+        dataset("ade20k", root)
+    assert str(caught.value).count(".png") == 20
 
 
 def test_digit_scenes():
@@ -118,9 +134,12 @@ def test_damaged_files_are_named_from_the_loader(tmp_path, kind):
 
 def test_missing_parts_are_named(tmp_path):
     root = scenery.ade20k(tmp_path / "ade")
-    victim = min((root / "annotations/validation").glob("*.png"))
-    victim.unlink()
-    with pytest.raises(UserError, match=f"has no mask {re.escape(str(victim))}"):
+    one, other = sorted((root / "annotations/validation").glob("*.png"))
+    one.unlink()
+    with pytest.raises(UserError, match=f"1 of 2 masks are missing: {re.escape(str(one))}; the folder"):
+        dataset("ade20k", root, "val")
+    other.unlink()
+    with pytest.raises(UserError, match=re.escape(f"2 of 2 masks are missing: {one}, {other}; the folder")):
         dataset("ade20k", root, "val")
     with pytest.raises(UserError, match="lacks the folder images/training"):
         dataset("ade20k", tmp_path)
@@ -130,7 +149,7 @@ def test_missing_parts_are_named(tmp_path):
         dataset("voc2012", tmp_path)
     voc = scenery.voc2012(tmp_path / "voc") / "VOCdevkit/VOC2012"
     (voc / "JPEGImages/2007_000042.jpg").unlink()
-    with pytest.raises(UserError, match=r"2007_000042.jpg of .*val.txt is missing"):
+    with pytest.raises(UserError, match=r"1 of 2 images of .*val.txt are missing: .*2007_000042.jpg"):
         dataset("voc2012", voc, "val")
     (voc / "ImageSets/Segmentation/train.txt").write_text("\n")
     with pytest.raises(UserError, match="names no images"):
@@ -235,13 +254,44 @@ def test_photometric_changes_colours_and_nothing_else():
     seen = []
     for seed in range(30):
         torch.manual_seed(seed)
-        seen.append(Photometric()(image))
+        seen.append(photometric(image))
     assert all(found.shape == image.shape and found.dtype == torch.uint8 for found in seen)
     assert sum(torch.equal(found, image) for found in seen) < 10
     assert len({found.numpy().tobytes() for found in seen}) > 20
     red = torch.tensor([200, 40, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
     torch.manual_seed(1)
-    assert all(Photometric()(red)[:, 0, 0].argmax() == 0 for _ in range(30)), "channels stay where they are"
+    assert all(photometric(red)[:, 0, 0].argmax() == 0 for _ in range(30)), "channels stay where they are"
+
+
+@pytest.mark.parametrize(("grey", "low", "high"), [(20, 0, 78), (100, 34, 198), (240, 104, 255)])
+def test_photometric_has_the_ranges_of_mmsegmentation(grey, low, high):
+    """Of a grey image saturation and hue change nothing: (grey + U(-32, 32)) * U(0.5, 1.5), each half of the time."""
+    torch.manual_seed(0)
+    image = torch.full((3, 1, 1), grey, dtype=torch.uint8)
+    seen = torch.stack([photometric(image) for _ in range(500)]).squeeze().long()
+    assert (seen == seen[:, :1]).all()
+    assert low <= seen.min() <= low + 15 and high - 15 <= seen.max() <= high
+    assert 0.2 < (seen[:, 0] == grey).float().mean() < 0.33
+
+
+def test_photometric_turns_hue_and_saturation():
+    torch.manual_seed(0)
+    image = torch.tensor([120, 60, 60], dtype=torch.uint8).view(3, 1, 1)  # hue 0, saturation 1/2
+    hues, saturations = [], []
+    for _ in range(500):
+        red, green, blue = (float(value) for value in photometric(image).flatten())
+        hues.append(60 * (green - blue) / (red - min(green, blue)))
+        saturations.append(1 - min(green, blue) / red)
+    assert -38 < min(hues) < -30 and 30 < max(hues) < 38
+    assert 0.43 < np.mean(np.abs(hues) < 0.1) < 0.6
+    assert 0.2 < min(saturations) < 0.3 and 0.7 < max(saturations) < 1
+
+
+def test_saturation_is_cut_off_at_one():
+    pixels = torch.tensor([[200.0, 0, 90], [150, 0, 90], [100, 0, 90]])[..., None]
+    once, much = saturated(pixels, 1.5)[..., 0], saturated(pixels, 9)[..., 0]
+    torch.testing.assert_close(once, torch.tensor([[200.0, 0, 90], [125, 0, 90], [50, 0, 90]]))
+    torch.testing.assert_close(much, torch.tensor([[200.0, 0, 90], [100, 0, 90], [0, 0, 90]]))
 
 
 @pytest.mark.parametrize("kind", ["folder", "segment", "detect"])

@@ -16,8 +16,9 @@ from tessel.train.errors import UserError
 from tessel.train.openmmlab import build
 from tessel.train.parallel import layers
 from tessel.train.schema import Dense, Model, Segment
-from tessel.train.segment.heads import cross_entropy
+from tessel.train.segment.heads import Wanted, build_head, build_neck, cross_entropy
 from tessel.train.segment.model import Segmenter, assemble
+from tessel.train.segment.trial import Map
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
@@ -30,6 +31,17 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         FPN_NECK | {"start_level": 1},
         (1, 2, 3),
     ),
+    "fpn of the finer two": (
+        {"type": "FPNHead", "channels": 8, "in_index": [0, 1]},
+        FPN_NECK | {"end_level": 2},
+        (0, 1),
+    ),
+    "jpu": (
+        {"type": "FCNHead", "channels": 8, "in_index": 2, "num_convs": 1},
+        {"type": "JPU", "start_level": 1, "mid_channels": 8, "dilations": [1, 2]},
+        (1, 2, 3),
+    ),
+    "multi-level": (UPER, {"type": "MultiLevelNeck", "out_channels": 8, "scales": [1, 1, 1, 1]}, (0, 1, 2, 3)),
     "segformer": ({"type": "SegformerHead", "channels": 8, "in_index": [0, 2]}, {}, (0, 2)),
     "aspp": ({"type": "ASPPHead", "channels": 8, "dilations": [1, 2]}, {}, (3,)),
     "deeplab v3+": (
@@ -39,14 +51,22 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     ),
     "fcn": ({"type": "FCNHead", "channels": 8, "in_index": 1, "num_convs": 1}, {}, (1,)),
     "psp": ({"type": "PSPHead", "channels": 8, "norm_cfg": {"type": "SyncBN"}}, {}, (3,)),
+    "ann": ({"type": "ANNHead", "channels": 8, "project_channels": 8}, {}, (2, 3)),
+    "ham": ({"type": "LightHamHead", "channels": 8, "ham_channels": 8, "ham_kwargs": {"MD_R": 4}}, {}, (1, 2, 3)),
+    "enc": ({"type": "EncHead", "channels": 8, "num_codes": 4}, {}, (3,)),
+    "enc of three": ({"type": "EncHead", "channels": 8, "num_codes": 4, "add_lateral": True}, {}, (1, 2, 3)),
     "concatenated": ({"type": "FCNHead", "channels": 8, "input_transform": "resize_concat"}, {}, (0, 1, 2, 3)),
 }
 
 
 def assembled(
-    head: dict[str, Any] = UPER, name: str = "biformer_atto", dense: Dense = PLAIN, **parts: Any
+    head: dict[str, Any] = UPER,
+    name: str = "biformer_atto",
+    dense: Dense = PLAIN,
+    size: int | None = None,
+    **parts: Any,
 ) -> Segmenter:
-    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES)
+    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size)
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -83,6 +103,20 @@ def test_every_family(name, batch):
     total(losses).backward()
     assert float(total(losses).detach()) == pytest.approx(math.log(5), abs=0.4)
     assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_a_head_that_pools_large_windows_needs_large_images():
+    words = {"type": "LRASPPHead", "channels": 8, "in_index": [0, 1, 2], "input_transform": "multiple_select"}
+    assembled(words, size=784)  # the third map is of 49 pixels
+    with pytest.raises(UserError, match="LRASPPHead does not run on the maps of this backbone: .*Output size is too"):
+        assembled(words, size=512)
+
+
+def test_a_neck_of_one_width():
+    """No hierarchical backbone hands such maps out; what the neck makes of them is known from its trial."""
+    maps = [Map(8, 4), Map(8, 8), Map(8, 16), Map(4, 32)]
+    outs = build_neck({"type": "Feature2Pyramid", "embed_dim": 8}, maps, [Wanted("decode_head", UPER)])[1]
+    assert [(out.channels, out.stride) for out in outs] == [(8, 1), (8, 4), (8, 16), (4, 64)]
 
 
 def test_unused_stages_are_not_built():
@@ -157,15 +191,73 @@ def test_several_losses_and_their_weights(batch):
         (UPER | {"in_index": [0, 4]}, {}, "in_index=.0, 4. is not of the four maps"),
         ({"type": "CrossEntropyLoss"}, {}, "CrossEntropyLoss is no decode head"),
         (UPER | {"in_index": [0, 1, 2]}, FPN_NECK, "hands out 4 maps, of which no head reads 3"),
-        (UPER, {"type": "FPN"}, "neck needs out_channels"),
+        (UPER, {"type": "FPN"}, "neck.type=FPN cannot be built .*out_channels"),
+        (UPER, FPN_NECK | {"start_level": "x"}, "neck.start_level=x is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": 1.5}, "neck.start_level=1.5 is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": 4}, "neck.start_level=4 is not of the four maps"),
+        (UPER, FPN_NECK | {"start_level": -1}, "neck.start_level=-1 is not of the four maps"),
+        (UPER, FPN_NECK | {"end_level": 5}, "neck.end_level=5 is neither -1"),
+        (UPER, FPN_NECK | {"in_channels": [1, 2, 3, 4]}, "neck.type=FPN does not run on the maps of this backbone"),
+        (UPER, {"type": "MLANeck", "out_channels": 8}, "neck.type=MLANeck does not run on the maps"),
+        (UPER, {"type": "Feature2Pyramid", "embed_dim": 8}, "neck.type=Feature2Pyramid does not run on the maps"),
+        ({"type": "SETRMLAHead", "channels": 32, "mla_channels": 8}, {}, "SETRMLAHead does not run .*[Ss]izes of"),
         (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
         (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
+        (UPER | {"norm_cfg": {"type": "GN"}}, {}, "UPerHead cannot be built .*: assert .num_groups. in cfg_"),
+        (UPER, FPN_NECK | {"num_outs": 2}, "FPN cannot be built .*: assert num_outs >= self.num_ins - start_level"),
+        ({"type": "DPTHead", "channels": 8}, {}, "DPTHead .*: assert "),
+        (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but masks say 255 for unknown; leave it out"),
+        (UPER | {"out_channels": 1}, {}, "out_channels=1, but the data has 5 classes; leave it out"),
+        (UPER | {"init_cfg": {"type": "Pretrained", "checkpoint": "nope.pth"}}, {}, "cannot be built .*nope.pth"),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_head(head, neck, words):
     with pytest.raises(UserError, match=words) as caught:
         assembled(head, neck=neck)
     assert "task.segment." in str(caught.value) and "\n" not in str(caught.value)
+
+
+CE = {"type": "CrossEntropyLoss"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ({"type": "FocalLoss"}, "cannot be computed: "),
+        ({"type": "OhemCrossEntropy"}, "cannot be computed: .*weight"),
+        ({"type": "BoundaryLoss"}, "cannot be computed: "),
+        ({"type": "SiLogLoss"}, "cannot be computed: "),
+        (CE | {"use_mask": True}, "cannot be computed: "),
+        (CE | {"class_weight": [1, 2]}, "cannot be computed: weight tensor"),
+        (CE | {"class_weight": [1, 2], "use_sigmoid": True}, "cannot be computed: "),
+        (CE | {"class_weight": "nope.npy"}, "cannot be built with .*nope.npy"),
+        (CE | {"loss_weight": "x"}, "cannot be computed: "),
+        (CE | {"reduction": "none"}, "loss_ce is no single number"),
+        ([CE, CE | {"loss_name": "ce"}], "loss_name=ce lacks the word loss"),
+        ({"type": "CrossEntropyLos"}, "CrossEntropyLos is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
+        ({"type": "Nope"}, "Nope is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
+        (UPER | {"in_channels": [4], "in_index": [0], "num_classes": 5}, "UPerHead is no loss"),
+        *((loss, "it is a loss, as in .type: CrossEntropyLoss., or a list") for loss in ([], None, 3, [3], [[1]], {})),
+    ],
+)
+def test_mistakes_name_the_loss(loss, words):
+    with pytest.raises(UserError, match=words) as caught:
+        assembled({"type": "FCNHead", "channels": 4, "loss_decode": loss})
+    assert "task.segment.decode_head.loss_decode" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_trial_leaves_no_trace():
+    """A head built by itself is the same as one that was tried out, and so are the random numbers after it."""
+    words = {"type": "EMAHead", "channels": 4, "ema_channels": 8, "num_bases": 2, "num_stages": 1, "momentum": 0.5}
+    torch.manual_seed(0)
+    tried = build_head(Wanted("decode_head", words), [None, None, None, Map(8, 32)], 5, None).train()
+    after = torch.rand(())
+    torch.manual_seed(0)
+    plain: Any = build(words | {"in_channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}})
+    plain.init_weights()
+    assert torch.equal(after, torch.rand(()))
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(tried.state_dict()[key], tensor), key
 
 
 def test_layers_and_lists_of_the_backbone_are_passed_on():

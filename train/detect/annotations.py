@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from torchvision.datasets import VOCDetection
 
 from ..errors import UserError
-from ..segment.data import _inside
+from ..segment.data import inside
 
 VOC_CLASSES: str = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -136,7 +136,7 @@ def _coco_object(name: str, one: dict[str, Any], labels: dict[Any, int]) -> Obje
 def read_voc(root: Path, split: str) -> Entries:
     """Pascal VOC 2012 in the folder `root`; objects marked difficult are judged as crowds are."""
     for inner in ("VOCdevkit/VOC2012", "VOC2012"):
-        root = _inside(root, inner, "JPEGImages")
+        root = inside(root, inner, "JPEGImages")
     classes = [str(name) for name in VOC_CLASSES.split()]
     try:
         names = (root / "ImageSets/Main" / f"{split}.txt").read_text(errors="replace").split()

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..classify import check_name
+from ..errors import UserError
 from ..exports import export_parts
 from ..launch import World
 from ..schema import Recipe

@@ -20,23 +20,13 @@ Pair = tuple[Tensor, Tensor]  # an image [3, H, W] and its mask [H, W], as tv_te
 CROPS = 10  # most often that a crop is drawn again
 
 
-class Photometric(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation and hue, each with probability 1/2; channels stay where they are."""
-
-    def __init__(self) -> None:
-        super().__init__(hue=(-0.1, 0.1))
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
-
-
 def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
     """Resize, crop, flips, colours, normalisation, and padding to data.size with the mean colour and ignored pixels.
 
     (image, mask [H, W]) -> ([3, size, size], int64 [size, size])
     """
     aug, (mean, std) = data.aug, normalisation(pretrained_cfg)
-    colours = Photometric() if aug.photometric else v2.Identity()
+    colours = photometric if aug.photometric else v2.Identity()
     flips = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -117,6 +107,42 @@ def random_crop(image: Tensor, mask: Tensor, size: int, share: float) -> Pair:
         if (counts > 0).sum() > 1 and counts.max() < share * counts.sum():
             break
     return F.crop(image, top, left, rows, columns), window
+
+
+def photometric(image: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue of a uint8 image [3, H, W], each distorted with probability 1/2.
+
+    mmsegmentation's `PhotoMetricDistortion`: brightness is added, contrast multiplies the pixels themselves, before or
+    after saturation and hue, and what leaves 0..255 is cut off at each step.
+    """
+    pixels = image.as_subclass(Tensor).float()
+    if _perhaps():
+        pixels = (pixels + _between(-32, 32)).clamp(0, 255)
+    contrast, last = _between(0.5, 1.5) if _perhaps() else 1.0, _perhaps()
+    if not last:
+        pixels = (pixels * contrast).clamp(0, 255)
+    if _perhaps():
+        pixels = saturated(pixels, _between(0.5, 1.5))
+    if _perhaps():
+        pixels = F.adjust_hue(pixels / 255, _between(-0.1, 0.1)) * 255  # 36 degrees of 360
+    if last:
+        pixels = (pixels * contrast).clamp(0, 255)
+    return pixels.round().to(torch.uint8)
+
+
+def saturated(pixels: Tensor, factor: float) -> Tensor:
+    """The saturation of HSV times `factor`, at most 1; hue and value stay."""
+    value = pixels.amax(0, keepdim=True)
+    span = (value - pixels.amin(0, keepdim=True)).clamp(min=1e-6)
+    return value - (value - pixels) * (value / span).clamp(max=factor)
+
+
+def _perhaps() -> bool:
+    return bool(torch.rand(()) < 0.5)
+
+
+def _between(low: float, high: float) -> float:
+    return float(torch.empty(()).uniform_(low, high))
 
 
 def padded(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:

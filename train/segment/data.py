@@ -21,6 +21,7 @@ from ..schema import Data
 IGNORED = 255
 UNKNOWN = -1
 ORIENTATION = 0x0112  # the EXIF tag
+LISTED = 20  # missing files, at most
 MISSING = "; the folder must be as it comes out of the published archive"
 
 
@@ -103,10 +104,10 @@ def build_dataset(data: Data, split: str) -> Any:
 
 def ade20k(root: Path, split: str) -> Pairs:
     """ADE20K scene parsing (SceneParse150): `{images,annotations}/{training,validation}/*`; 0 in a mask is no class."""
-    root = _inside(root, "ADEChallengeData2016", "images")
+    root = inside(root, "ADEChallengeData2016", "images")
     part = {"train": "training", "val": "validation"}[split]
     images = _files(root / "images" / part, "*.jpg", root)
-    masks = [_mask(root / "annotations" / part / f"{image.stem}.png", image) for image in images]
+    masks = _present([root / "annotations" / part / f"{image.stem}.png" for image in images], "masks")
     table = {0: IGNORED, 255: IGNORED} | {value: value - 1 for value in range(1, 151)}
     return Pairs(images, masks, **_facts("ade20k"), table=table)
 
@@ -119,11 +120,11 @@ def cityscapes(root: Path, split: str) -> Pairs:
     masks = []
     for image in images:
         name = image.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
-        masks.append(_mask(root / "gtFine" / split / image.parent.name / name, image))
+        masks.append(root / "gtFine" / split / image.parent.name / name)
     labels = [label for label in Cityscapes.classes if label.id >= 0]
     table = {label.id: IGNORED if label.ignore_in_eval else label.train_id for label in labels}
     # the licence plate is -1, which is 255 in a byte
-    return Pairs(images, masks, **_facts("cityscapes"), table=table | {255: IGNORED})
+    return Pairs(images, _present(masks, "masks"), **_facts("cityscapes"), table=table | {255: IGNORED})
 
 
 def voc2012(root: Path, split: str) -> Pairs:
@@ -140,7 +141,7 @@ def voc2012_aug(root: Path, split: str) -> Pairs:
 
 def _voc(root: Path, name: str, folder: str) -> Pairs:
     for inner in ("VOCdevkit/VOC2012", "VOC2012"):
-        root = _inside(root, inner, "JPEGImages")
+        root = inside(root, inner, "JPEGImages")
     listing = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
         # a line of the augmented list may also be the paths of image and mask
@@ -149,10 +150,8 @@ def _voc(root: Path, name: str, folder: str) -> Pairs:
         raise UserError(f"list {listing} cannot be read ({error.strerror}){MISSING}") from error
     if not names:
         raise UserError(f"list {listing} names no images{MISSING}")
-    images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
-    if missing := [image for image in images if not image.is_file()]:
-        raise UserError(f"image {missing[0]} of {listing} is missing, and {len(missing) - 1} more{MISSING}")
-    masks = [_mask(root / folder / f"{image.stem}.png", image) for image in images]
+    images = _present([root / "JPEGImages" / f"{name}.jpg" for name in names], f"images of {listing}")
+    masks = _present([root / folder / f"{image.stem}.png" for image in images], f"masks of {listing}")
     return Pairs(images, masks, **_facts("voc"), table={255: IGNORED} | {value: value for value in range(21)})
 
 
@@ -202,7 +201,7 @@ def _facts(name: str) -> dict[str, Any]:
     return {"classes": get_classes(name), "palette": get_palette(name)}
 
 
-def _inside(root: Path, folder: str, sign: str) -> Path:
+def inside(root: Path, folder: str, sign: str) -> Path:
     """`root`, or the folder in it that archives unpack to."""
     return root / folder if not (root / sign).is_dir() and (root / folder / sign).is_dir() else root
 
@@ -215,7 +214,9 @@ def _files(folder: Path, pattern: str, root: Path) -> list[Path]:
     return found
 
 
-def _mask(path: Path, image: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"image {image} has no mask {path}{MISSING}")
-    return path
+def _present(paths: list[Path], kind: str) -> list[Path]:
+    """`paths`, all of which are there: a training must not come upon a missing file hours later."""
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        listed = ", ".join(missing[:LISTED]) + ", ..." * (len(missing) > LISTED)
+        raise UserError(f"{len(missing)} of {len(paths)} {kind} are missing: {listed}{MISSING}")
+    return paths

@@ -12,11 +12,15 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..openmmlab import build, mmseg_modules
+from .trial import IGNORED, REFUSED, Map, Maps, reason, try_head, try_neck
 
 STAGES = 4
-SEVERAL = {"UPerHead", "FPNHead", "SegformerHead"}  # read several maps without being told to
-# what goes wrong inside a constructor that is given other arguments than it takes
-REFUSED = (TypeError, ValueError, AssertionError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)
+# the heads that read several maps without being told to, and which
+ALL = list(range(STAGES))
+SEVERAL = {"UPerHead": ALL, "FPNHead": ALL, "SegformerHead": ALL, "SETRMLAHead": ALL}
+SEVERAL |= {"LightHamHead": [1, 2, 3], "EncHead": [1, 2, 3], "ANNHead": [2, 3]}
+USUAL = {"loss_decode": "CrossEntropyLoss", "neck": "FPN"}
+USUAL_HEADS = "UPerHead, FPNHead or SegformerHead"
 
 
 class Wanted:
@@ -28,7 +32,8 @@ class Wanted:
         self.several = self.type in SEVERAL or self.words.get("input_transform") is not None
         given = self.words.get("in_index")
         if given is None:
-            given = list(range(STAGES)) if self.several else STAGES - 1 - (name == "auxiliary_head")
+            one = STAGES - 1 - (name == "auxiliary_head")
+            given = SEVERAL.get(self.type, ALL) if self.several else one
         indices = given if isinstance(given, list | tuple) else [given]
         if isinstance(given, list | tuple) != self.several or not all(type(i) is int for i in indices):
             reads = "several maps, so it is a list of numbers" if self.several else "one map, so it is one number"
@@ -39,6 +44,8 @@ class Wanted:
 
     @property
     def reads(self) -> set[int]:
+        if self.type == "EncHead" and not self.words.get("add_lateral"):
+            return {self.indices[-1]}
         fine = self.type == "DepthwiseSeparableASPPHead" and self.words.get("c1_channels")
         return set(self.indices) | ({0} if fine else set())
 
@@ -46,61 +53,77 @@ class Wanted:
 def read_maps(heads: Iterable[Wanted], neck: Mapping[str, Any]) -> list[int]:
     """The stages of the backbone whose maps are read, rising."""
     if neck:
-        return list(range(neck.get("start_level", 0), STAGES))
+        return list(range(*_span(neck)))
     return sorted(set().union(*(head.reads for head in heads)))
 
 
-def build_neck(
-    words: Mapping[str, Any], channels: list[int], strides: list[int], heads: Iterable[Wanted]
-) -> tuple[nn.Module, list[int], list[int]]:
-    """The neck, and the channels and strides of its maps."""
-    words, key = dict(words), "task.segment.neck"
-    if not isinstance(words.get("out_channels"), int):
-        raise UserError(f"{key} needs out_channels, the width of the maps it hands out")
-    words.setdefault("in_channels", channels)
-    start = words.get("start_level", 0)
-    outs = STAGES - start
-    if words["type"] == "FPN":
-        outs = words.setdefault("num_outs", outs)
-    neck = _built(key, _plain(words))
-    if unread := sorted(set(range(outs)) - set().union(*(head.reads for head in heads))):
+def _span(neck: Mapping[str, Any]) -> tuple[int, int]:
+    """The first stage that the neck reads, and the one after its last."""
+    start, end = neck.get("start_level", 0), neck.get("end_level", -1)
+    if type(start) is not int or not 0 <= start < STAGES:
+        raise UserError(f"task.segment.neck.start_level={start} is not of the four maps 0, 1, 2, 3")
+    if type(end) is not int or not (end == -1 or start < end <= STAGES):
         raise UserError(
-            f"{key} hands out {outs} maps, of which no head reads {', '.join(map(str, unread))}: their weights would "
-            "never learn; name them in task.segment.decode_head.in_index, or hand out fewer (start_level, num_outs)"
+            f"task.segment.neck.end_level={end} is neither -1, for all maps, nor in {start + 1}..{STAGES}: it stands "
+            "behind the last map that is read"
         )
-    reached = [strides[start] * 2**number for number in range(outs)]
-    return neck, [words["out_channels"]] * outs, reached
+    return start, STAGES if end == -1 else end
+
+
+def build_neck(words: Mapping[str, Any], maps: Maps, heads: Iterable[Wanted]) -> tuple[nn.Module, list[Map]]:
+    """The neck, and the maps that it hands out."""
+    words, key = dict(_plain(words)), "task.segment.neck"
+    start, end = _span(words)
+    if words["type"] != "Feature2Pyramid":  # which has one width, embed_dim
+        words.setdefault("in_channels", [m.channels if m else 0 for m in maps])
+    if words["type"] == "FPN":
+        words.setdefault("num_outs", end - start)
+    if words["type"] == "JPU":  # it refuses lists, and a recipe has no tuples
+        words = {word: tuple(value) if isinstance(value, list) else value for word, value in words.items()}
+    neck = _built(key, words)
+    outs = try_neck(f"{key}.type={words['type']}", neck, maps)
+    made = {number for number, out in enumerate(outs) if not out.passed}
+    if unread := sorted(made - set().union(*(head.reads for head in heads))):
+        raise UserError(
+            f"{key} hands out {len(outs)} maps, of which no head reads {', '.join(map(str, unread))}: their weights "
+            "would never learn; name them in task.segment.decode_head.in_index, or hand out fewer (start_level, "
+            "num_outs)"
+        )
+    return neck, outs
 
 
 def build_head(
-    wanted: Wanted, channels: list[int], strides: list[int], num_classes: int, weights: list[float] | None
+    wanted: Wanted, maps: Maps, num_classes: int, weights: list[float] | None, size: int | None = None
 ) -> nn.Module:
-    """The head, tried out on maps of a small image. Raises UserError naming it where it cannot be built or run."""
-    words, key = _plain(wanted.words), wanted.key
-    if max(wanted.reads) >= len(channels):
-        raise UserError(f"{key}.in_index={wanted.indices}, but the neck hands out {len(channels)} maps")
-    widths, several = [channels[i] for i in wanted.indices], wanted.several
+    """The head, tried out. Raises UserError naming it where it cannot be built, run or trained."""
+    words, key, several = _plain(wanted.words), wanted.key, wanted.several
+    if max(wanted.reads) >= len(maps):
+        raise UserError(f"{key}.in_index={wanted.indices}, but the neck hands out {len(maps)} maps")
+    # what a head names and does not read is not built
+    read = [maps[i] or Map(0, 0) for i in wanted.indices]
     words["in_index"] = wanted.indices if several else wanted.indices[0]
-    words.setdefault("in_channels", widths if several else widths[0])
+    words.setdefault("in_channels", [m.channels for m in read] if several else read[0].channels)
     words.setdefault("norm_cfg", {"type": "BN", "requires_grad": True})
     words.setdefault("align_corners", False)
     words.setdefault("num_classes", num_classes)
-    if words["num_classes"] != num_classes:
-        raise UserError(
-            f"{key}.num_classes={words['num_classes']}, but the data has {num_classes} classes; leave it out"
-        )
+    for word, needed in (("num_classes", num_classes), ("out_channels", num_classes), ("ignore_index", IGNORED)):
+        if words.get(word, needed) not in (needed, None):
+            fact = f"masks say {IGNORED} for unknown" if word == "ignore_index" else f"the data has {needed} classes"
+            raise UserError(f"{key}.{word}={words[word]}, but {fact}; leave it out")
     if wanted.type == "FPNHead":
-        words.setdefault("feature_strides", [strides[i] for i in wanted.indices])
+        words.setdefault("feature_strides", [m.stride for m in read])
     if wanted.type == "DepthwiseSeparableASPPHead":
-        words.setdefault("c1_in_channels", channels[0] if 0 in wanted.reads else 0)
+        fine = maps[0] if 0 in wanted.reads else None
+        words.setdefault("c1_in_channels", fine.channels if fine else 0)
         words.setdefault("c1_channels", 0)
-    words["loss_decode"] = _losses(words.get("loss_decode", {"type": "CrossEntropyLoss"}), key, weights)
     _check_kind(key, wanted.type)
+    words["loss_decode"] = _losses(words.get("loss_decode", {"type": "CrossEntropyLoss"}), key, weights)
     head = _built(key, words)
     for loss in head.modules():
         if type(loss).__name__ == "CrossEntropyLoss" and not (loss.use_sigmoid or loss.use_mask):  # type: ignore[union-attr]
             loss.cls_criterion = cross_entropy  # type: ignore[assignment]
-    _try_out(key, wanted, head, channels)
+    losses = f"{key}.loss_decode={wanted.words.get('loss_decode', 'CrossEntropyLoss')}"
+    try_head(f"{key}.type={wanted.type}", head, maps, losses=losses, size=size)
     return head
 
 
@@ -139,16 +162,29 @@ def cross_entropy(
 
 def _losses(given: Any, key: str, weights: list[float] | None) -> Any:
     """The loss in mmsegmentation's words, averaged over the pixels that are not ignored."""
-    losses = [dict(loss) for loss in (given if isinstance(given, list | tuple) else [given])]
-    entropies = [loss for loss in losses if loss.get("type") == "CrossEntropyLoss"]
+    several = isinstance(given, list | tuple)
+    losses = [dict(loss) if isinstance(loss, Mapping) else {} for loss in (given if several else [given])]
+    if not losses or not all(isinstance(loss.get("type"), str) for loss in losses):
+        raise UserError(f"{key}.loss_decode={given}: it is a loss, as in {{type: CrossEntropyLoss}}, or a list of them")
+    entropies = [loss for loss in losses if loss["type"] == "CrossEntropyLoss"]
     for loss in entropies:
         loss.setdefault("avg_non_ignore", True)
         if weights is not None:
             loss.setdefault("class_weight", weights)
     if weights is not None and not entropies:
-        kinds = ", ".join(str(loss.get("type")) for loss in losses)
+        kinds = ", ".join(loss["type"] for loss in losses)
         raise UserError(f"task.segment.class_weight has no effect with {key}.loss_decode of {kinds}; remove it")
-    return losses if isinstance(given, list | tuple) else losses[0]
+    for loss in losses:
+        _check_loss(f"{key}.loss_decode", loss)
+    return losses if several else losses[0]
+
+
+def _check_loss(key: str, words: Mapping[str, Any]) -> None:
+    loss = _built(key, words)
+    if not hasattr(loss, "loss_name"):
+        raise UserError(f"{key}.type={words['type']} is no loss of mmsegmentation; take CrossEntropyLoss")
+    if "loss" not in str(loss.loss_name):
+        raise UserError(f"{key}.loss_name={loss.loss_name} lacks the word loss: it would be logged and never learnt")
 
 
 def _plain(words: Any) -> Any:
@@ -163,19 +199,18 @@ def _built(key: str, words: Mapping[str, Any]) -> Any:
     if kind in ("MaskFormerHead", "Mask2FormerHead"):
         raise UserError(
             f"{key}.type={kind} is built on mmdetection, whose compiled operators do not build on current torch; take "
-            "UPerHead, FPNHead or SegformerHead"
+            + USUAL_HEADS
         )
     if kind not in known:
-        near = difflib.get_close_matches(str(kind), known, n=3) or ["UPerHead", "FPNHead", "SegformerHead"]
+        near = difflib.get_close_matches(str(kind), known, n=3) or [USUAL.get(key.rpartition(".")[2], USUAL_HEADS)]
         raise UserError(f"{key}.type={kind} is unknown to mmsegmentation; did you mean {' or '.join(near)}?")
     with _quiet():
         try:
             module: Any = build(words)
             if hasattr(module, "init_weights"):
                 module.init_weights()
-        except (UserError, *REFUSED) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{key}.type={kind} cannot be built with {dict(words)}: {reason}") from error
+        except REFUSED as error:
+            raise UserError(f"{key}.type={kind} cannot be built with {dict(words)}: {reason(error)}") from error
     return module
 
 
@@ -191,23 +226,7 @@ def _check_kind(key: str, kind: str) -> None:
             f"{key}.type={kind} refines another head's result, which is not supported; take one that stands alone"
         )
     if kind in known and not issubclass(known[kind], BaseDecodeHead) and not kind.startswith("Mask"):
-        raise UserError(
-            f"{key}.type={kind} is no decode head of mmsegmentation; take UPerHead, FPNHead or SegformerHead"
-        )
-
-
-def _try_out(key: str, wanted: Wanted, head: Any, channels: list[int]) -> None:
-    reads = wanted.reads
-    maps = [torch.zeros(1, c, 16 >> i, 16 >> i) if i in reads else None for i, c in enumerate(channels)]
-    training = head.training
-    try:
-        with torch.no_grad():
-            head.eval().predict(maps, [{"img_shape": torch.Size((64, 64))}], None)
-    except (UserError, *REFUSED) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key}.type={wanted.type} does not run on the maps of this backbone: {reason}") from error
-    finally:
-        head.train(training)
+        raise UserError(f"{key}.type={kind} is no decode head of mmsegmentation; take {USUAL_HEADS}")
 
 
 @contextmanager

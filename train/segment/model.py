@@ -14,6 +14,7 @@ from ..classify import check_name
 from ..errors import UserError
 from ..schema import Dense, Model, Recipe, Segment
 from .heads import Wanted, build_head, build_neck, read_maps
+from .trial import Map
 
 PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
@@ -94,8 +95,10 @@ class Segmenter(nn.Module):
         self.load_state_dict(self.state_dict() | rest)
 
 
-def assemble(model: Model, segment: Segment, *, dense: Dense, classes: Sequence[str]) -> Segmenter:
-    """The segmenter of a recipe's sections. Raises UserError for what cannot be built.
+def assemble(
+    model: Model, segment: Segment, *, dense: Dense, classes: Sequence[str], size: int | None = None
+) -> Segmenter:
+    """The segmenter of a recipe's sections. Raises UserError for what cannot be built, or trained on `size` pixels.
 
     Only what a head reads is built: a parameter without a gradient would stop the training on several processes.
     """
@@ -110,13 +113,13 @@ def assemble(model: Model, segment: Segment, *, dense: Dense, classes: Sequence[
     levels = read_maps(wanted.values(), segment.neck)
     check_name(model.name)
     backbone = build_backbone(model, dense, levels)
-    channels, strides = [0] * 4, [0] * 4
-    for level, width, stride in zip(levels, backbone.channels, backbone.strides, strict=True):
-        channels[level], strides[level] = width, stride
+    maps: list[Map | None] = [None] * 4
     neck = None
+    for level, width, stride in zip(levels, backbone.channels, backbone.strides, strict=True):
+        maps[level] = Map(width, stride)
     if segment.neck:
-        neck, channels, strides = build_neck(segment.neck, channels, strides, wanted.values())
-    heads = {name: build_head(one, channels, strides, len(classes), weights) for name, one in wanted.items()}
+        neck, maps[:] = build_neck(segment.neck, maps, wanted.values())
+    heads = {name: build_head(one, maps, len(classes), weights, size) for name, one in wanted.items()}
     return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
 
 

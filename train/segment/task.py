@@ -26,9 +26,10 @@ from .overlay import pictures
 from .scores import SegmentScores
 
 LONELY = (
-    "a head of task.segment averages a whole image into one pixel, and its batch norm has nothing to compare that with "
-    "in a micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or the head "
-    "norm_cfg: {{type: GN, num_groups: 32}}"
+    "a head or the backbone comes to one pixel of the image, and its batch norm has nothing to compare that with in a "
+    "micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or do without "
+    "batch statistics: norm_cfg: {{type: GN, num_groups: 32}} in the heads of task.segment, and "
+    "task.dense.batch_norm=eval for the backbone"
 )
 
 
@@ -50,7 +51,8 @@ class SegmentTask(Supervised):
 
     def build_model(self) -> Segmenter:
         recipe = self.recipe
-        model = assemble(recipe.model, recipe.task.segment, dense=recipe.task.dense, classes=self.classes)
+        known = {"dense": recipe.task.dense, "classes": self.classes, "size": recipe.data.size}
+        model = assemble(recipe.model, recipe.task.segment, **known)
         begin(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
         self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
