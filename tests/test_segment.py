@@ -181,6 +181,16 @@ def test_windows_and_views_change_the_evaluation(recipe, images):
     assert done["aacc"] == figures["whole"], "one window covers the image"
 
 
+def test_a_backbone_is_tried_on_the_sizes_of_evaluation(recipe):
+    overrides = ["model.name=swin_tiny_patch4_window7_224", "model.drop_path=null", "model.kwargs.img_size=32"]
+    loose = ["model.kwargs.strict_img_size=false", "task.segment.test.divisor=32"]
+    for more in ([], loose[:1]):
+        with pytest.raises(UserError, match="does not run on images of 32 x 33 .*task.segment.test.divisor=32"):
+            SegmentTask(load_recipe(recipe, overrides + more), World()).build_model()
+    for more in (loose, ["task.segment.test.mode=slide"]):
+        SegmentTask(load_recipe(recipe, overrides + more), World()).build_model()
+
+
 def test_dry_run_writes_nothing(recipe, capsys):
     assert trainer.train(recipe, "--dry-run", "parallel.precision=bf16", "parallel.grad_checkpointing=true") == 0
     out = capsys.readouterr().out

@@ -112,6 +112,19 @@ def test_a_head_that_pools_large_windows_needs_large_images():
         assembled(words, size=512)
 
 
+def test_a_head_sees_how_the_maps_lie_in_memory():
+    words = {"type": "DMHead", "channels": 8, "filter_sizes": [1]}
+    assembled(words, name="resnet18", size=64)
+    with pytest.raises(UserError, match="decode_head.type=DMHead does not run on the maps of this backbone: .*view"):
+        assembled(words, size=64)
+
+
+def test_a_backbone_of_one_size():
+    name = "swin_tiny_patch4_window7_224"
+    with pytest.raises(UserError, match=f"model.name={name} does not run on images of 96 x 96 .*strict_img_size=false"):
+        assembled(name=name, size=96)
+
+
 def test_a_neck_of_one_width():
     """No hierarchical backbone hands such maps out; what the neck makes of them is known from its trial."""
     maps = [Map(8, 4), Map(8, 8), Map(8, 16), Map(4, 32)]

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..zoo.dense import DenseBackbone
 from .errors import UserError
 from .schema import Dense, Model
@@ -28,6 +31,21 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
         raise UserError(
             f"model.name={model.name} with {options} and pretrained={model.pretrained}: {reason}"
         ) from error
+
+
+def try_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], remedy: str) -> list[Tensor]:
+    """The maps of one image of `size` (height, width). Raises UserError, ending in `remedy`, where there are none."""
+    training = backbone.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return backbone.eval()(torch.zeros(1, 3, *size))
+    except (*REFUSALS, AssertionError, LookupError, AttributeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.name={model.name} does not run on images of {size[0]} x {size[1]} pixels ({reason}); {remedy}"
+        ) from error
+    finally:
+        backbone.train(training)
 
 
 def begin_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ...checkpoints import read_state
 from ...zoo.dense import DenseBackbone, below
-from ..backbones import begin_backbone, build_backbone
+from ..backbones import begin_backbone, build_backbone, try_backbone
 from ..classify import check_name
 from ..errors import UserError
 from ..schema import Dense, Model, Recipe, Segment
 from .heads import Wanted, build_head, build_neck, read_maps
-from .trial import Map
+from .trial import Map, layout
 
 PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
@@ -113,14 +113,27 @@ def assemble(
     levels = read_maps(wanted.values(), segment.neck)
     check_name(model.name)
     backbone = build_backbone(model, dense, levels)
-    maps: list[Map | None] = [None] * 4
+    maps = seen_maps(backbone, model, size)
     neck = None
-    for level, width, stride in zip(levels, backbone.channels, backbone.strides, strict=True):
-        maps[level] = Map(width, stride)
     if segment.neck:
         neck, maps[:] = build_neck(segment.neck, maps, wanted.values())
     heads = {name: build_head(one, maps, len(classes), weights, size) for name, one in wanted.items()}
     return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
+
+
+def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[Map | None]:
+    """What is known of the maps of the four stages; of `size`, also that the backbone takes it, and how maps lie."""
+    maps: list[Map | None] = [None] * 4
+    for level, width, stride in zip(backbone.levels, backbone.channels, backbone.strides, strict=True):
+        maps[level] = Map(width, stride)
+    if size is not None:
+        remedy = (
+            f"if it has a size of its own, give it model.kwargs.strict_img_size=false or model.kwargs.img_size={size}, "
+            "or data.size that size; else take another model"
+        )
+        for level, found in zip(backbone.levels, try_backbone(backbone, model, (size, size), remedy), strict=True):
+            maps[level] = Map(found.shape[1], backbone.strides[backbone.levels.index(level)], layout(found))
+    return maps
 
 
 def begin(segmenter: Segmenter, recipe: Recipe) -> None:

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ... import zoo as zoo  # registers the models with timm
+from ..backbones import try_backbone
 from ..errors import UserError
 from ..exports import export_parts
 from ..launch import World
 from ..parallel import memory_format
 from ..schema import Recipe
 from ..tasks import Supervised
-from .augment import eval_transform, normalisation, train_transform
+from .augment import aligned, eval_transform, normalisation, train_transform
 from .data import build_dataset
 from .model import Segmenter, assemble, begin
 from .overlay import pictures
@@ -53,11 +54,27 @@ class SegmentTask(Supervised):
         recipe = self.recipe
         known = {"dense": recipe.task.dense, "classes": self.classes, "size": recipe.data.size}
         model = assemble(recipe.model, recipe.task.segment, **known)
+        self.try_unlike_training(model)
         begin(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
         self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
         self.eval_transform = eval_transform(recipe.data, recipe.task.segment.test, self.pretrained_cfg)
         return model
+
+    def try_unlike_training(self, model: Segmenter) -> None:
+        """Let the backbone see a size as evaluation has them and training does not."""
+        data, test = self.recipe.data, self.recipe.task.segment.test
+        if test.mode == "slide":
+            size = (self.window, self.window)
+        else:
+            size = (data.size, data.size + (data.source != "digit_scenes"))
+            size = aligned(size, test.divisor) if test.divisor else size
+        if size != (data.size, data.size):
+            remedy = (
+                "evaluation has images of any size: give it model.kwargs.strict_img_size=false, multiples of its "
+                "windows by task.segment.test.divisor=32, or windows of data.size by task.segment.test.mode=slide"
+            )
+            try_backbone(model.backbone, self.recipe.model, size, remedy)
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         device = self.world.device

@@ -34,10 +34,10 @@ class Map:
     layout: torch.memory_format = torch.contiguous_format  # of the tensor; some heads cannot read channels_last
     passed: bool = False  # by a neck that hands it out as it came in
 
-    def drawn(self, side: int, batch: int) -> Tensor:
-        """Such a map of an image of `side` pixels."""
+    def drawn(self, side: int) -> Tensor:
+        """Such maps of two images of `side` pixels: one alone can be viewed in ways that several cannot."""
         length = -(-side // self.stride)
-        return torch.randn(batch, self.channels, length, length).to(memory_format=self.layout)
+        return torch.randn(2, self.channels, length, length).to(memory_format=self.layout)
 
 
 Maps = Sequence[Map | None]
@@ -59,7 +59,7 @@ def reason(error: BaseException) -> str:
 def try_neck(key: str, neck: nn.Module, maps: Maps) -> list[Map]:
     """The maps that `neck` makes of `maps`. Raises UserError where it makes none."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        given = [m and m.drawn(NECK, 1) for m in maps]
+        given = [m and m.drawn(NECK) for m in maps]
         try:
             outs = copy.deepcopy(neck).eval()(given)
         except REFUSED as error:
@@ -96,11 +96,11 @@ def try_head(key: str, head: Any, maps: Maps, *, losses: str, size: int | None) 
 
 def _predict(head: Any, maps: Maps, side: int) -> None:
     with torch.no_grad():
-        head.eval().predict([m and m.drawn(side, 1) for m in maps], [{"img_shape": torch.Size((side, side))}], None)
+        head.eval().predict([m and m.drawn(side) for m in maps], [{"img_shape": torch.Size((side, side))}], None)
 
 
 def _learn(head: Any, maps: Maps, side: int) -> dict[str, Tensor]:
     masks = torch.randint(0, head.num_classes, (2, 1, side, side))
     masks[..., : side // 4, :] = IGNORED
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask)) for mask in masks]
-    return head.train().loss([m and m.drawn(side, 2) for m in maps], samples, None)
+    return head.train().loss([m and m.drawn(side) for m in maps], samples, None)
