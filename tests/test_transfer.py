@@ -19,6 +19,14 @@ from tessel.train.tasks import RepeatedOrder
 from tessel.train.transfer import Teacher
 
 MODEL = "biformer_atto"  # it has batch norm and drop path, which a frozen model must not use
+FIXED = {  # models of one input size, with the names of their classifiers
+    "vit_tiny_patch16_224": ("{depth: 1, embed_dim: 24}", {"head"}),
+    "deit_tiny_distilled_patch16_224": ("{depth: 1, embed_dim: 24}", {"head", "head_dist"}),
+    "swin_tiny_patch4_window7_224": (
+        "{depths: [1, 1], num_heads: [1, 2], embed_dim: 16, window_size: 4}",
+        {"head.fc"},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,21 @@ def test_probe_trains_its_classifier_alone(recipe, base, kind):
         assert {"fc.weight", "pool.latent", "pool.kv.weight", "pool.mlp.fc1.weight"} <= trained
     for target in (run, run / "checkpoints/step-00000003"):
         assert evaluate.main([str(target)]) == 0
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_models_of_one_size_are_probed(recipe, name, kind):
+    """Tokens, channels last, two classifiers: frozen, trained, exported and read back."""
+    kwargs, heads = FIXED[name]
+    overrides = [f"model.name={name}", f"model.kwargs={kwargs}", f"task.probe={kind}"]
+    assert trainer.train(recipe, *overrides) == 0
+    run = recipe.parent / "runs/tiny"
+    model, start = exported(run), built(recipe, *overrides)[2].model.state_dict()
+    trained = {key.rpartition(".")[0] for key, new in model.state_dict().items() if not torch.equal(new, start[key])}
+    assert trained == heads if kind == "linear" else {key.split(".")[0] for key in trained} == {"pool", "fc"}
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert evaluate.main([str(run)]) == 0
 
 
 @pytest.mark.parametrize(

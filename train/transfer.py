@@ -65,7 +65,9 @@ def probe(model: Any, kind: str) -> nn.Module:
         )
         model._model_args.pop("cfg")  # only for the first construction: an export has a configuration of its own
         model.backbone.load_state_dict(body.state_dict())
-    trained = set(model.get_classifier().parameters())
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # of classes and of distillation, in some
+    trained = {parameter for head in heads for parameter in head.parameters()}
     trained |= set(model.pool.parameters()) if kind == "attentive" else set()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
@@ -90,7 +92,10 @@ class AttentiveProbe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, in_chans, H, W] -> [B, num_classes]"""
         x = self.backbone.forward_features(x)
-        return self.fc(self.pool(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x))
+        if x.ndim == 4:  # to tokens: [B, tokens, channels]
+            last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            x = x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
+        return self.fc(self.pool(x))
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -103,7 +108,9 @@ class AttentiveProbe(nn.Module):
 def attentive_probe(pretrained: bool = False, cfg: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """An `AttentiveProbe`; `cfg` is the configuration of its backbone's input, where no export brings one."""
     if cfg is not None:
-        kwargs["pretrained_cfg"] = {**cfg, "classifier": "fc", "architecture": "attentive_probe", "url": ""}
+        own = {"classifier": "fc", "architecture": "attentive_probe", "url": ""}
+        # a fixed size is for the backbone, whose arguments have it
+        kwargs["pretrained_cfg"] = {**cfg, **own, "fixed_input_size": False}
     return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)
 
 
