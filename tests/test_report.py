@@ -90,7 +90,7 @@ def make_run(path, *, wrong):
     save_predictions(path, wrong)
     model = timm.create_model("biformer_atto", num_classes=10)
     export(model, path / "export", classes=digits("val").classes, data_config=DATA)
-    (path / "DONE").write_text("{}")
+    (path / "DONE").write_text(json.dumps({"top1": 88.0, "count": 360, "step": STEPS}))
     return path
 
 
@@ -101,7 +101,9 @@ def save_predictions(path, wrong):
     probability = np.full((360, 10), 0.02)
     probability[np.arange(360), prediction] = 0.82 - np.arange(360) / 1000
     (path / "evaluation").mkdir(exist_ok=True)
-    np.savez(path / "evaluation/predictions.npz", target=target, prediction=prediction, probability=probability)
+    np.savez_compressed(
+        path / "evaluation/predictions.npz", target=target, prediction=prediction, probability=probability
+    )
     scores = {"top1": 100 * (1 - len(wrong) / 360), "top5": 100.0, "loss": 0.1, "count": 360, "step": STEPS}
     (path / "evaluation/evaluation.json").write_text(json.dumps(scores))
 
@@ -206,6 +208,52 @@ def test_missing_pieces_are_left_out_with_a_sentence(run, undrawn, missing, sile
     assert page.texts.get("i") == [name for title in SECTIONS if title not in silent for name in SECTIONS[title]]
 
 
+def change(file, **keys):
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_an_evaluation_on_other_data_is_not_the_runs(run, undrawn):
+    change(run / "evaluation/evaluation.json", overrides=["data.size=96"], step=10)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert page.texts["b"][0] == "88.0 %" and page.texts["span"][0].startswith("top-1 on 360 held-out images, ± 1.7")
+    assert "step 10" not in page.texts["span"][0]
+    for title in ("Confusion", "Hardest images"):
+        assert page.sections[title].startswith("Left out: the evaluation is with data.size=96; python -m tessel.train.")
+    (run / "DONE").unlink()
+    assert read_run(run).result == read_run(run).evals[-1]
+
+
+def test_an_evaluation_of_another_step_tells_of_which(run, finished, undrawn, tmp_path):
+    change(run / "evaluation/evaluation.json", overrides=[], step=10)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    assert (page.texts["b"][0], page.texts["span"][0]) == ("99.2 %", "top-1 on 360 held-out images, ± 0.5, at step 10")
+    assert page.sections["Confusion"].startswith("3 of 360 held-out images are taken for another class, at step 10.")
+    assert report.main([str(run), str(finished), "--out", str(tmp_path / "both")]) == 0
+    assert {"99.2 %, at step 10", "99.2 %"} <= set(Page(tmp_path / "both/index.html").texts["td"])
+
+
+@pytest.mark.parametrize("content", ["{}", "{", "[]", ""])
+def test_an_export_that_is_damaged_is_left_out(run, undrawn, content):
+    (run / "export/config.json").write_text(content)
+    assert report.main([str(run)]) == 0
+    assert "export cannot be read" in Page(run / "report/index.html").sections["What the mixers attended to"]
+
+
+@pytest.mark.parametrize("name", ["target", "prediction", "probability"])
+def test_predictions_that_lack_an_array_are_left_out(run, undrawn, name):
+    file = run / "evaluation/predictions.npz"
+    arrays = dict(np.load(file))
+    del arrays[name]
+    np.savez(file, **arrays)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report/index.html")
+    for title in ("Confusion", "Hardest images"):
+        assert f"{file} lacks {name}; python -m tessel.train.evaluate" in page.sections[title]
+
+
 def test_a_run_that_has_just_begun(run):
     for name in ("metrics.jsonl", "DONE"):
         (run / name).unlink()
@@ -280,15 +328,34 @@ def test_several_runs_are_laid_over_each_other(finished, tmp_path):
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
 
 
+def overwrite(file, change):
+    file.write_bytes(change(file.read_bytes()))
+
+
+def flipped(data):
+    """With a bit flipped amid the compressed arrays."""
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda run: (run / "recipe.yaml").unlink(), "is not a run directory: it has no recipe.yaml"),
         (lambda run: (run / "metrics.jsonl").write_text("nonsense\n"), "cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text("\n[1]\n"), "line 1"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n'),
+            "line 1: it lacks data_wait",
+        ),
         (lambda run: (run / "evaluation/predictions.npz").write_text("nonsense"), "cannot be read"),
+        (lambda run: (run / "evaluation/predictions.npz").write_text(""), "evaluation cannot be read"),
+        (lambda run: overwrite(run / "evaluation/predictions.npz", lambda data: data[:2000]), "makes it anew"),
+        (lambda run: overwrite(run / "evaluation/predictions.npz", flipped), "makes it anew"),
+        (lambda run: (run / "evaluation/evaluation.json").write_text('{"step": 1}'), "it lacks count, top1"),
+        (lambda run: (run / "DONE").write_text(""), "DONE cannot be read"),
+        (lambda run: (run / "DONE").write_text("[]"), "DONE cannot be read"),
         (lambda run: (run / "report").rename(run / "old") and (run / "report").touch(), "cannot be written"),
     ],
-    ids=["no recipe", "damaged metrics", "damaged predictions", "unwritable"],
 )
 def test_mistakes_are_answered_with_one_line(run, spoil, message, capsys):
     spoil(run)

@@ -16,6 +16,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from tessel.train import checkpoint, classify, evaluate, loggers
 from tessel.train.engine import Engine
 
+PLAIN = ["model.drop_path=null", "optim.layer_decay=null"]
+TINY_VIT = "model.name=vit_tiny_patch16_224"
+
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -67,6 +70,18 @@ def odd_class(images):
         (["model.name=local-dir:/nowhere"], None, ["model.name=local-dir:/nowhere"]),
         (["model.kwargs={depht: 3}"], None, ["test_efficientnet", "depht"]),
         (["task.num_classes=7"], None, ["task.num_classes=7", "3 classes"]),
+        (["model.name=resnet18.nonsense"], None, ["model.name=resnet18.nonsense", "'nonsense'", "resnet18.a1_in1k"]),
+        (["model.name=biformer_atto.in1k"], None, ["model.name=biformer_atto.in1k", "take one of biformer_atto\n"]),
+        (["model.init_from=resnet18.nonsense"], None, ["model.init_from=resnet18.nonsense", "resnet18.a1_in1k"]),
+        (["model.kwargs={num_classes: 7}"], None, ["model.kwargs", "num_classes", "task.num_classes"]),
+        (["model.kwargs={pretrained: true}"], None, ["model.kwargs", "model.pretrained"]),
+        (["model.kwargs={features_only: true}"], None, ["model.kwargs", "features_only"]),
+        (["model.kwargs={in_chans: 1}"], None, ["model.name=test_efficientnet", "3 x 32 x 32", "1 channels", "kwargs"]),
+        (["model.name=test_vit", "data.size=10"], None, ["model.name=test_vit", "3 x 10 x 10", "divisible"]),
+        (["model.name=levit_128s", "data.size=50"], None, ["model.name=levit_128s", "3 x 50 x 50", "data.size"]),
+        ([TINY_VIT, "model.kwargs={depth: 1, img_size: 64}"], None, [TINY_VIT, "3 x 32 x 32", "match model (64)"]),
+        ([*PLAIN, TINY_VIT, "task.probe=attentive", "model.kwargs={img_size: 64}"], None, [TINY_VIT, "model (64)"]),
+        ([*PLAIN, "model.name=dla34", "parallel.grad_checkpointing=true"], None, ["grad_checkpointing", "remove it"]),
         (["optim.name=adamm"], None, ["'adamm'", "adam"]),
         (["optim.kwargs={beta: 1}"], None, ["optim.kwargs={'beta': 1}"]),
         (["data.aug.auto_augment=rnd-9"], None, ["rnd-9", "auto_augment"]),
@@ -81,6 +96,11 @@ def test_mistake_is_named_before_anything_is_written(recipe, monkeypatch, capsys
     message = refusal(capsys, trainer.train(recipe, *overrides))
     assert all(fragment in message for fragment in fragments), message
     assert not (recipe.parent / "runs").exists()
+
+
+def test_batch_norm_of_one_pixel(recipe, capsys):
+    message = refusal(capsys, trainer.train(recipe, *PLAIN, "model.name=resnet18", "data.micro_batch=1"))
+    assert "micro-batch of 1;" in message and "data.micro_batch" in message and "data.size" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,5 +1,7 @@
 """What a model takes from another, and the recipe keys that published recipes need: each does what its line says."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from tessel.train.__main__ import build
 from tessel.train.config import load_recipe, plan
 from tessel.train.data import GlobalOrder
 from tessel.train.errors import UserError
+from tessel.train.exports import export
 from tessel.train.launch import World
 from tessel.train.optim import build_optimizer, build_schedule
 from tessel.train.schema import Distill, Optim
@@ -19,6 +22,14 @@ from tessel.train.tasks import RepeatedOrder
 from tessel.train.transfer import Teacher
 
 MODEL = "biformer_atto"  # it has batch norm and drop path, which a frozen model must not use
+FIXED = {  # models of one input size, with the names of their classifiers
+    "vit_tiny_patch16_224": ("{depth: 1, embed_dim: 24}", {"head"}),
+    "deit_tiny_distilled_patch16_224": ("{depth: 1, embed_dim: 24}", {"head", "head_dist"}),
+    "swin_tiny_patch4_window7_224": (
+        "{depths: [1, 1], num_heads: [1, 2], embed_dim: 16, window_size: 4}",
+        {"head.fc"},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,21 @@ def test_probe_trains_its_classifier_alone(recipe, base, kind):
         assert {"fc.weight", "pool.latent", "pool.kv.weight", "pool.mlp.fc1.weight"} <= trained
     for target in (run, run / "checkpoints/step-00000003"):
         assert evaluate.main([str(target)]) == 0
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_models_of_one_size_are_probed(recipe, name, kind):
+    """Tokens, channels last, two classifiers: frozen, trained, exported and read back."""
+    kwargs, heads = FIXED[name]
+    overrides = [f"model.name={name}", f"model.kwargs={kwargs}", f"task.probe={kind}"]
+    assert trainer.train(recipe, *overrides) == 0
+    run = recipe.parent / "runs/tiny"
+    model, start = exported(run), built(recipe, *overrides)[2].model.state_dict()
+    trained = {key.rpartition(".")[0] for key, new in model.state_dict().items() if not torch.equal(new, start[key])}
+    assert trained == heads if kind == "linear" else {key.split(".")[0] for key in trained} == {"pool", "fc"}
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert evaluate.main([str(run)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,49 @@ def test_teacher_must_know_the_same_classes(base):
     for classes in (["a", "b", "c"], ["class_0", "class_1"]):
         with pytest.raises(UserError, match="the same classes in the same order"):
             Teacher(distill, classes=classes, size=32, config={"mean": [0] * 3, "std": [1] * 3}, device="cpu")
+
+
+def test_teacher_must_take_the_images(tmp_path):
+    """An export has the size that its model was trained for."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_classes=2, img_size=32)
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 32, 32), "crop_pct": 1.0}
+    export(model, tmp_path / "export", classes=["a", "b"], data_config=config)
+    distill = Distill(teacher=f"local-dir:{tmp_path}/export")
+    for size, refusal in ((32, nullcontext()), (48, pytest.raises(UserError, match="distill.teacher=.*3 x 48 x 48"))):
+        with refusal:
+            Teacher(distill, classes=["a", "b"], size=size, config=config, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.pth", b"junk"),
+        ("empty.pth", b""),
+        ("zeros.pth", bytes(500)),
+        ("number.pth", b"\x80\x02K\x01."),
+        ("list.pth", [1, 2]),
+        ("nested.pth", {"state_dict": 3}),
+        ("text.safetensors", b"junk"),
+        ("empty.safetensors", b""),
+        ("zeros.npz", bytes(500)),
+    ],
+)
+def test_files_without_weights(recipe, tmp_path, capsys, name, content):
+    file = tmp_path / name
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    kwargs = f"model.kwargs={{pretrained_cfg_overlay: {{file: {file}}}}}"
+    assert trainer.train(recipe, "model.name=test_resnet", "model.pretrained=true", kwargs) == 1
+    message = capsys.readouterr().err
+    assert str(file) in message and message.startswith("error: ") and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("config", ["{}", '{"task": "segment", "model": {}}', "[]", "{"])
+def test_exports_of_no_classifier(recipe, tmp_path, capsys, config):
+    (tmp_path / "config.json").write_text(config)
+    assert trainer.train(recipe, f"model.init_from=local-dir:{tmp_path}") == 1
+    message = capsys.readouterr().err
+    assert f"model.init_from=local-dir:{tmp_path}" in message and "export/ of a classifier" in message
+    assert message.count("\n") == 1, message
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])

@@ -25,6 +25,16 @@ from .schema import Recipe
 from .tasks import Supervised
 from .transfer import Teacher, begin_with, create, probe
 
+LONELY = (
+    "a batch norm of the model sees an image of data.size as one pixel, and has nothing to compare that with in a "
+    "micro-batch of {}; raise data.micro_batch (data.batch) or data.size"
+)
+ELSEWHERE = {  # keys that model.kwargs does not take
+    "num_classes": "they are the data's, and task.num_classes checks them",
+    "pretrained": "it is model.pretrained",
+    "features_only": "a classifier needs its logits",
+}
+
 
 class ClassifyTask(Supervised):
     """One class an image."""
@@ -65,6 +75,15 @@ class ClassifyTask(Supervised):
                 self.teacher = Teacher(distill, classes=self.classes, size=data.size, config=config, device=device)
         return super().train_batches(plan, step)
 
+    def forward(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """images: [B, 3, H, W] -> logits [B, classes]. Raises UserError for a batch too small to be normalised."""
+        try:
+            return model(images).float()
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(LONELY.format(len(images))) from error
+
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         images, targets = self.placed(batch)
         if self.erasing:
@@ -73,7 +92,7 @@ class ClassifyTask(Supervised):
             images, targets = self.mixing(images, targets)
         if self.recipe.task.probe:
             model.eval()  # what is frozen holds still: batch statistics, drop path
-        logits = model(images).float()
+        logits = self.forward(model, images)
         loss = self.criterion(logits, targets)
         if self.teacher is None:
             return {"loss": loss}
@@ -132,6 +151,8 @@ class ClassScores:
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""
     wanted, size = recipe.model, recipe.data.size
+    if foreign := next(iter(wanted.kwargs.keys() & ELSEWHERE.keys()), None):
+        raise UserError(f"model.kwargs does not take {foreign}: {ELSEWHERE[foreign]}; remove it there")
     options: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
     model = create(
         wanted.name, size, key="model.name", pretrained=wanted.pretrained, num_classes=num_classes, **options
@@ -142,9 +163,15 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def check_name(name: str | None, key: str = "model.name") -> None:
-    """Raises UserError with the nearest names for a model that neither timm nor tessel has."""
-    if name is None or ":" in name or timm.is_model(name):
+    """Raises UserError with the nearest names for a model that neither timm nor tessel has, or with its weights."""
+    if name is None or ":" in name:
         return
-    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    architecture, _, tag = name.partition(".")
+    if timm.is_model(name):
+        known = ", ".join(timm.models.get_arch_pretrained_cfgs(name))
+        if tag and name not in known.split(", "):
+            raise UserError(f"{key}={name}: {architecture} has no weights {tag!r}; take one of {known}")
+        return
+    near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "is it spelled as there?"
     raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}")

@@ -28,7 +28,10 @@ def place(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
     if parallel.precision == "fp16" and world.device.type != "cuda":
         raise UserError("parallel.precision=fp16 needs cuda; use bf16 or fp32 on the cpu")
     if parallel.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except AssertionError as error:
+            raise UserError(f"parallel.grad_checkpointing: not with this model ({error}); remove it") from error
     if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
         model = convert_sync_batchnorm(model)  # timm's: torch's loses the activations that some norms hold
     # shards need contiguous weights; the images' format is enough to steer the kernels

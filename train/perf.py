@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .files import writing
 from .launch import World
 from .schema import Parallel
+from .transfer import first_forward
 
 # dense bf16 tensor-core TFLOP/s by the makers' data sheets, by a part of the device's name; the first that fits holds
 PEAKS = {
@@ -123,14 +124,21 @@ def parameters(model: nn.Module) -> int:
 
 
 def forward_gflops(model: nn.Module, example: tuple[Any, ...]) -> float:
-    """Floating-point operations of `model(*example)` in evaluation mode, two per multiply-add, in 1e9."""
+    """Floating-point operations of `model(*example)` in evaluation mode, two per multiply-add, in 1e9.
+
+    Raises UserError where the model does not take the images of the example.
+    """
+    # the innermost is the one that the recipe names: a probe, a segmenter or a detector is built around it
+    configs: list[Any] = [module.pretrained_cfg for module in model.modules() if hasattr(module, "pretrained_cfg")]
+    name = configs[-1]["architecture"] if configs else type(model).__name__
     training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
         # the counter's hooks fail on a parameter that wants gradients and goes straight into a module
         for parameter in trained:
             parameter.requires_grad_(False)
         eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with first_forward(f"model.name={name}", example[0][0]), torch.no_grad(), eager, counter:
             model.eval()(*example)
     finally:
         model.train(training)

@@ -1,10 +1,17 @@
 """What a model takes from another: weights to begin with, frozen features to probe, a teacher to imitate."""
 
 import math
+import struct
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import AttentionPoolLatent
 from timm.models import build_model_with_cfg, register_model
 from timm.task import DistillationTeacher
@@ -14,29 +21,48 @@ from torch.nn import functional as F
 from .errors import UserError
 from .schema import Distill, Model
 
-REFUSALS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    OSError,
-)  # what timm raises for names, arguments and files it can't use
+# what timm raises for names and arguments it can't use, and with these what it raises for files that hold no weights
+MISFITS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+GARBAGE = (AttributeError, BadZipFile, EOFError, OSError, SafetensorError, UnpicklingError, struct.error)
+REFUSALS = (*MISFITS, *GARBAGE)
 
 
 def create(name: str, size: int, *, key: str, pretrained: bool, num_classes: int | None, **options: Any) -> Any:
-    """timm.create_model, told the input size where the model needs it. Raises UserError with the first line of why not.
+    """timm.create_model, told the input size where the model needs it. Raises UserError with why not, in a line.
 
     key: of the recipe, that names the model; num_classes: None keeps the classifier of the pretrained weights.
     """
-    known = timm.models.get_pretrained_cfg(name) if ":" not in name else None
-    if known is not None and known.fixed_input_size:
-        options.setdefault("img_size", size)
     if num_classes is not None:
         options["num_classes"] = num_classes
     try:
+        known = timm.models.get_pretrained_cfg(name) if ":" not in name else None
+        if known is not None and known.fixed_input_size:
+            options.setdefault("img_size", size)
         return timm.create_model(name, pretrained=pretrained, **options)
     except REFUSALS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "; local-dir: takes the export/ of a classifier" if name.startswith("local-dir:") else ""
+        reason = one_line(error) + hint
         raise UserError(f"{key}={name} with {options} and pretrained={pretrained}: {reason}") from error
+
+
+@contextmanager
+def first_forward(culprit: str, image: Tensor) -> Iterator[None]:
+    """Turn what a model raises within, given an `image: [3, H, W]` that it does not take, into one UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except MISFITS as error:
+        size = " x ".join(map(str, image.shape))
+        raise UserError(
+            f"{culprit} does not take {size} images ({one_line(error)}); change data.size, the model or its kwargs"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, shortened; with its kind where the words alone are none to understand."""
+    text = textwrap.shorten(str(error), 240, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text or type(error).__name__
 
 
 def begin_with(model: Any, wanted: Model, size: int) -> None:
@@ -65,7 +91,9 @@ def probe(model: Any, kind: str) -> nn.Module:
         )
         model._model_args.pop("cfg")  # only for the first construction: an export has a configuration of its own
         model.backbone.load_state_dict(body.state_dict())
-    trained = set(model.get_classifier().parameters())
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # of classes and of distillation, in some
+    trained = {parameter for head in heads for parameter in head.parameters()}
     trained |= set(model.pool.parameters()) if kind == "attentive" else set()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
@@ -90,7 +118,10 @@ class AttentiveProbe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, in_chans, H, W] -> [B, num_classes]"""
         x = self.backbone.forward_features(x)
-        return self.fc(self.pool(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x))
+        if x.ndim == 4:  # to tokens: [B, tokens, channels]
+            last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            x = x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
+        return self.fc(self.pool(x))
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -103,7 +134,9 @@ class AttentiveProbe(nn.Module):
 def attentive_probe(pretrained: bool = False, cfg: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """An `AttentiveProbe`; `cfg` is the configuration of its backbone's input, where no export brings one."""
     if cfg is not None:
-        kwargs["pretrained_cfg"] = {**cfg, "classifier": "fc", "architecture": "attentive_probe", "url": ""}
+        own = {"classifier": "fc", "architecture": "attentive_probe", "url": ""}
+        # a fixed size is for the backbone, whose arguments have it
+        kwargs["pretrained_cfg"] = {**cfg, **own, "fixed_input_size": False}
     return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)
 
 
@@ -121,6 +154,9 @@ class Teacher:
                 "a teacher needs the same classes in the same order"
             )
         self.model = DistillationTeacher(model.requires_grad_(False)).to(device).eval()
+        image = torch.zeros(3, size, size, device=device)
+        with first_forward(f"task.distill.teacher={name}", image), torch.no_grad():
+            self.model(image[None])
         self.mean, self.std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
 
     def loss(self, images: Tensor, logits: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def report_many(runs: Sequence[Run], folder: Path) -> str:
     rows = [("run", "model", metric.name, "steps", "training time")]
     for run in runs:
         result, last = run.result, run.train[-1] if run.train else None
-        figure, steps = f"{result[metric.key]:.1f} %" if result else "", f"{last['step']:,}" if last else ""
+        figure, steps = f"{result[metric.key]:.1f} %{run.when}" if result else "", f"{last['step']:,}" if last else ""
         rows.append((run.name, run.recipe.model.name, figure, steps, duration(run.seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return page(f"{len(runs)} runs compared", [], f"<table>{table}</table>", {"Training": lambda: curves(runs, folder)})

@@ -23,7 +23,7 @@ def headline(run: Run, result: Mapping[str, Any]) -> tuple[str, str]:
     """The figure of merit, and what it is."""
     rate, count = result["top1"] / 100, result["count"]
     spread = 100 * (rate * (1 - rate) / count) ** 0.5
-    return f"{100 * rate:.1f} %", f"top-1 on {count:,} held-out images, ± {spread:.1f}"
+    return f"{100 * rate:.1f} %", f"top-1 on {count:,} held-out images, ± {spread:.1f}{run.when}"
 
 
 def sections(run: Run, folder: Path) -> dict[str, Contents]:
@@ -36,7 +36,7 @@ def sections(run: Run, folder: Path) -> dict[str, Contents]:
 
 def confusion(run: Run, folder: Path) -> tuple[str, str]:
     """Which classes are taken for which."""
-    target, prediction, probability = _evaluation(run)
+    target, prediction, probability = run.predicted("target", "prediction", "probability")
     size = probability.shape[1]
     names = [str(number) for number in range(size)]
     with suppress(UserError):
@@ -44,7 +44,7 @@ def confusion(run: Run, folder: Path) -> tuple[str, str]:
     counts = np.zeros((size, size), dtype=int)
     np.add.at(counts, (target, prediction), 1)
     wrong = counts - np.diag(counts.diagonal())
-    text = f"{wrong.sum():,} of {len(target):,} held-out images are taken for another class."
+    text = f"{wrong.sum():,} of {len(target):,} held-out images are taken for another class{run.when}."
     if wrong.any():
         true, taken = np.unravel_index(wrong.argmax(), wrong.shape)
         share = f"{wrong[true, taken]} of {counts[true].sum()}"
@@ -54,7 +54,7 @@ def confusion(run: Run, folder: Path) -> tuple[str, str]:
 
 def hardest(run: Run, folder: Path) -> tuple[str, str]:
     """The mistakes, then the right answers that were least certain."""
-    target, prediction, probability = _evaluation(run)
+    target, prediction, probability = run.predicted("target", "prediction", "probability")
     right = target == prediction
     chosen = np.lexsort((probability[np.arange(len(target)), target], right))[:SHOWN]
     data = run.held_out
@@ -81,12 +81,6 @@ def attention(run: Run, folder: Path) -> tuple[str, str]:
     draw = explain(run.model, run.held_out, run.recipe.data)
     text = "A query, outlined in orange, attends to what is shaded blue; shown for the last such mixer of each stage."
     return text, picture(folder, "attention", "what queries attend to", draw)
-
-
-def _evaluation(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if run.predictions is None:
-        raise UserError(f"there is no evaluation yet; python -m tessel.train.evaluate {run.path} makes one")
-    return run.predictions["target"], run.predictions["prediction"], run.predictions["probability"]
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:

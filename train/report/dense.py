@@ -20,7 +20,7 @@ COLUMNS, SHOWN = 2, 8  # pictures a row and in all
 
 def headline(run: Run, result: Mapping[str, Any]) -> tuple[str, str]:
     """The figure of merit, and what it is."""
-    return f"{result[run.metric.key]:.1f} %", f"{run.metric.name} on {result['count']:,} held-out images"
+    return f"{result[run.metric.key]:.1f} %", f"{run.metric.name} on {result['count']:,} held-out images{run.when}"
 
 
 def sections(run: Run, folder: Path) -> dict[str, Contents]:
@@ -29,14 +29,14 @@ def sections(run: Run, folder: Path) -> dict[str, Contents]:
 
 def classes(run: Run, folder: Path) -> tuple[str, str]:
     """Each figure by class, in the order of the first."""
-    figures: dict[str, dict[str, float]] = _evaluated(run)["classes"]
+    figures: dict[str, dict[str, float]] = run.evaluated()["classes"]
     first, values = next(iter(figures.items()))
     known = {name: value for name, value in values.items() if value is not None}
     if not known:
         raise UserError("the held-out images hold none of the classes")
     ranked = sorted(known, key=known.__getitem__, reverse=True)
     shown = ranked if len(ranked) <= NAMED else [*ranked[: NAMED // 2], *ranked[-NAMED // 2 :]]
-    text = f"{_title(first)} by class: {ranked[0]} is the easiest, {ranked[-1]} the hardest."
+    text = f"{_title(first)} by class{run.when}: {ranked[0]} is the easiest, {ranked[-1]} the hardest."
     if len(shown) < len(ranked):
         text += f" Shown are the best {NAMED // 2} and the worst {NAMED // 2} of {len(ranked)}."
     return text, picture(folder, "classes", "figures by class", lambda: draw_classes(figures, shown))
@@ -44,9 +44,12 @@ def classes(run: Run, folder: Path) -> tuple[str, str]:
 
 def predictions(run: Run, folder: Path) -> tuple[str, str]:
     """The first held-out images as the task draws them."""
-    _evaluated(run)
+    run.evaluated()
     task: Any = build_task(run.recipe, World())
-    pictures = [image for _, image in task.pictures(run.predictions, SHOWN)]
+    try:
+        pictures = [image for _, image in task.pictures(run.predictions, SHOWN)]
+    except KeyError as error:
+        raise UserError(f"the evaluation's predictions.npz lacks {error}; {run.judge} makes it anew") from error
     text = "The first held-out images: the truth on the left, the prediction on the right."
     return text, picture(folder, "predictions", "truth and predictions", lambda: draw_pictures(pictures))
 
@@ -85,12 +88,6 @@ def draw_pictures(pictures: Sequence[Image.Image]) -> Figure:
         top += height + gap
     axes.set(xlim=(0, COLUMNS - gap), ylim=(total, 0))
     return figure
-
-
-def _evaluated(run: Run) -> dict[str, Any]:
-    if run.scores is None:
-        raise UserError(f"there is no evaluation yet; python -m tessel.train.evaluate {run.path} makes one")
-    return run.scores
 
 
 def _title(key: str) -> str:

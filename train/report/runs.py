@@ -2,14 +2,17 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
-from safetensors import SafetensorError
 from torch import nn
 
 from ..config import load_recipe
@@ -17,6 +20,11 @@ from ..data import build_dataset
 from ..errors import UserError
 from ..evaluate import load_run
 from ..schema import Recipe
+from ..transfer import REFUSALS, one_line
+
+# what json, numpy, zipfile and a look at their contents raise for files that are cut off, overwritten or another's
+DAMAGES = (BadZipFile, EOFError, LookupError, OSError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)
+NEEDED = {"step", "epoch", "time", "step_seconds", "data_wait"}  # in each line on training
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,16 @@ METRICS = {  # by task.kind
 class Run:
     """What a run directory holds: the recipe, the lines of `metrics.jsonl` by kind and, once evaluated, the evaluation.
 
-    `predictions` has `target [N]`, `prediction [N]` and `probability [N, classes]`, in data-set order.
+    `done` has the figures with which training ended, `scores` those of the last evaluation, which may be of another
+    checkpoint or on other data (its `overrides`). A classifier's `predictions` have `target [N]`, `prediction [N]` and
+    `probability [N, classes]`, in data-set order.
     """
 
     path: Path
     recipe: Recipe
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    done: dict[str, Any] | None
     scores: dict[str, Any] | None
     predictions: dict[str, np.ndarray] | None
 
@@ -58,8 +69,39 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The figures of the evaluation, else of the last one during training."""
-        return self.scores or (self.evals[-1] if self.evals else None)
+        """The figures of the evaluation as trained, else of the last one of the training."""
+        if self.scores and not self.scores.get("overrides"):
+            return self.scores
+        return self.done or (self.evals[-1] if self.evals else None)
+
+    @property
+    def when(self) -> str:
+        """Of which step the evaluation is, where that is not the one at which training ended."""
+        step = (self.scores or {}).get("step")
+        as_ended = self.result is not self.scores or step == (self.done or {}).get("step")
+        return "" if as_ended else f", at step {step:,}"
+
+    def evaluated(self) -> dict[str, Any]:
+        """The figures of the evaluation. Raises UserError where there is none, or one on other data."""
+        if self.scores is None:
+            raise UserError(f"there is no evaluation yet; {self.judge} makes one")
+        if overrides := self.scores.get("overrides"):
+            raise UserError(f"the evaluation is with {' '.join(overrides)}; {self.judge} makes one as trained")
+        return self.scores
+
+    def predicted(self, *names: str) -> list[np.ndarray]:
+        """These arrays of the predictions. Raises UserError like `evaluated`, and where one is lacking."""
+        self.evaluated()
+        assert self.predictions is not None
+        if lacking := [name for name in names if name not in self.predictions]:
+            file = self.path / "evaluation/predictions.npz"
+            raise UserError(f"{file} lacks {', '.join(lacking)}; {self.judge} makes it anew")
+        return [self.predictions[name] for name in names]
+
+    @property
+    def judge(self) -> str:
+        """The command that evaluates the run as trained."""
+        return judging(self.path)
 
     @property
     def seconds(self) -> float:
@@ -72,8 +114,10 @@ class Run:
         """The trained model. Raises UserError where there is none yet."""
         try:
             return load_run(self.path)[1]
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{self.path / 'export'} cannot be read: {error}") from error
+        except UserError:
+            raise
+        except REFUSALS as error:
+            raise UserError(f"{self.path / 'export'} cannot be read: {one_line(error)}") from error
 
     @cached_property
     def held_out(self) -> Any:
@@ -85,15 +129,17 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises UserError where `path` is none or a file in it is damaged."""
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is not a run directory: it has no recipe.yaml; name one that tessel.train made")
-    recipe, metrics = load_recipe(path / "recipe.yaml"), path / "metrics.jsonl"
-    try:
-        # a run that is being written may end in half a line
-        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""
-        lines = [json.loads(line) for line in whole.splitlines()]
-        train, evals = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
-        return Run(path, recipe, train, evals, *_read_evaluation(path / "evaluation"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the run in {path} cannot be read: {error}") from error
+    recipe, done = load_recipe(path / "recipe.yaml"), path / "DONE"
+    figures = {METRICS[recipe.task.kind].key, "count", "step"}
+    lines = _read_metrics(path / "metrics.jsonl", {"train": NEEDED, "eval": figures})
+    with _reading(done, "remove it, and the command that trained the run finishes it again"):
+        ended = _checked(json.loads(done.read_text(encoding="utf-8")), figures) if done.exists() else None
+    with _reading(path / "evaluation", f"{judging(path)} makes it anew"):
+        return Run(path, recipe, lines["train"], lines["eval"], ended, *_read_evaluation(path / "evaluation", figures))
+
+
+def judging(path: Path) -> str:
+    return shlex.join(["python", "-m", "tessel.train.evaluate", str(path)])
 
 
 def one_metric(runs: Sequence[Run]) -> Metric:
@@ -105,12 +151,43 @@ def one_metric(runs: Sequence[Run]) -> Metric:
     return metrics.pop()
 
 
-def _read_evaluation(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.ndarray] | None]:
+def _read_metrics(file: Path, needed: dict[str, set[str]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each kind that is `needed`, with the keys that are."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in needed}
+    with _reading(file, "mend or remove that line"):
+        # a run that is being written may end in half a line
+        whole = file.read_text(encoding="utf-8").rpartition("\n")[0] if file.exists() else ""
+        for number, text in enumerate(whole.splitlines(), start=1):
+            try:
+                kind = (line := json.loads(text))["kind"]
+                if kind in needed:
+                    found[kind].append(_checked(line, needed[kind]))
+            except DAMAGES as error:
+                raise ValueError(f"line {number}: {one_line(error)}") from error
+    return found
+
+
+def _read_evaluation(path: Path, figures: set[str]) -> tuple[dict[str, Any] | None, dict[str, np.ndarray] | None]:
     scores, predictions = path / "evaluation.json", path / "predictions.npz"
     if not (scores.is_file() and predictions.is_file()):
         return None, None
-    with np.load(predictions) as arrays:
-        return json.loads(scores.read_text(encoding="utf-8")), dict(arrays)
+    with open(predictions, "rb") as file, np.load(file) as arrays:
+        return _checked(json.loads(scores.read_text(encoding="utf-8")), figures), dict(arrays)
+
+
+def _checked(figures: dict[str, Any], needed: set[str]) -> dict[str, Any]:
+    if lacking := sorted(needed - figures.keys()):
+        raise ValueError(f"it lacks {', '.join(lacking)}")
+    return figures
+
+
+@contextmanager
+def _reading(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what a damaged file raises within into the UserError that names it."""
+    try:
+        yield
+    except (*DAMAGES, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
 
 
 def command(run: Run, name: str, *changes: str) -> str:
@@ -123,7 +200,7 @@ def next_steps(run: Run) -> str:
     seed, out = run.recipe.run.seed + 1, Path(run.recipe.run.out)
     twin, pair = out / f"{run.name}-seed{seed}", out / f"{run.name}-compared"
     return (
-        f"  {shlex.join(['python', '-m', 'tessel.train.evaluate', str(run.path)])}    judge it again\n"
+        f"  {run.judge}    judge it again\n"
         f"  {command(run, twin.name, f'run.seed={seed}')}    train with another seed\n"
         f"  {shlex.join(['python', '-m', 'tessel.train.report', str(run.path), str(twin), '--out', str(pair)])}"
         "    and compare the two"
