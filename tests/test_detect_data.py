@@ -144,7 +144,7 @@ def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
 
 
-@pytest.mark.parametrize("odd", [[5, 5, 20, 20], [5, 5, 20, 20, 5], [5, 5, 20, 20, 5, "x"]])
+@pytest.mark.parametrize("odd", [[5, 5, 20, 20], [5, 5, 20, 20, 5], [5, 5, 20, 20, 5, "x"], [5, 5, 20, 20, 5, 1e9]])
 def test_polygons_without_three_points_are_no_mask(tmp_path, odd):
     """COCO's tools would take four numbers for a box, and read the polygons after it as such too."""
     root = detection.draw_coco(tmp_path / "coco")

@@ -17,7 +17,7 @@ VOC_CLASSES: str = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
 )
-LIMIT = 2**40  # of any number of pixels; what is not finite is beyond it too
+LIMIT = 2**20  # pixels of a side; what is not finite is beyond it too
 
 
 class Object(NamedTuple):
@@ -59,7 +59,7 @@ def read_coco(file: Path, folder: Path, masks: bool) -> Entries:
         classes = [str(category["name"]) for category in categories]
         entries = {} if faults else {image["id"]: _coco_entry(image, folder) for image in images}
         for place, one in enumerate(() if faults else content.get("annotations", ()), 1):
-            name = f"annotation {one['id']}" if "id" in one else f"annotation number {place}"
+            name = f"annotation {one['id']!r}" if "id" in one else f"annotation number {place}"
             if fault := _annotation_fault(one, entries, masks):
                 faults.append(f"{name} {fault}")
             else:
@@ -89,11 +89,11 @@ def _repeated_ids(content: dict[str, Any]) -> Iterator[str]:
 def _image_faults(images: list[dict[str, Any]]) -> Iterator[str]:
     for image in images:
         if not isinstance(image["file_name"], str):
-            yield f"image {image['id']} has the file_name {image['file_name']!r:.80}, which must be a text"
+            yield f"image {image['id']!r} has the file_name {image['file_name']!r:.80}, which must be a text"
         for key in ("height", "width"):
             side = image.get(key, 0)
             if not are_numbers([side], 1) or side < 0 or side % 1:
-                yield f"image {image['id']} has the {key} {side!r:.80}; it must be a whole number, or not be there"
+                yield f"image {image['id']!r} has the {key} {side!r:.80}; it must be a whole number, or not be there"
 
 
 def _annotation_fault(one: dict[str, Any], images: dict[Any, Entry], masks: bool) -> str | None:
@@ -107,19 +107,19 @@ def _annotation_fault(one: dict[str, Any], images: dict[Any, Entry], masks: bool
         return f"has the bbox {one.get('bbox')!r:.80}, which must be four numbers: x, y, width, height"
     if one.get("iscrowd", 0) not in (0, 1):
         return f"has the iscrowd {one['iscrowd']!r:.80}, which must be 0 or 1"
-    if not are_numbers([one.get("area", 0)], 1):
+    if not are_numbers([one.get("area", 0)], 1, LIMIT**2):
         return f"has the area {one['area']!r:.80}, which must be a number"
     if masks and not one.get("segmentation"):
         return "is without segmentation; task.detect.detector=mask_rcnn learns from it"
     return None
 
 
-def are_numbers(values: Any, count: int) -> bool:
-    """Whether this is a list of so many numbers that pixels can be."""
+def are_numbers(values: Any, count: int, limit: float = LIMIT) -> bool:
+    """Whether this is a list of so many numbers of pixels."""
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(type(value) in (int, float) and abs(value) < LIMIT for value in values)
+        and all(type(value) in (int, float) and abs(value) < limit for value in values)
     )
 
 
@@ -156,7 +156,8 @@ def _voc_entry(root: Path, name: str, classes: list[str]) -> Entry:
             raise ValueError(f"the size is {width:g} x {height:g}, which must be whole numbers")
         objects = [_voc_object(one, classes) for one in content.get("object", [])]
     except (ValueError, KeyError, TypeError, AttributeError, ElementTree.ParseError) as error:
-        raise UserError(f"{file} cannot be read as Pascal VOC ({type(error).__name__}: {error})") from error
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} cannot be read as Pascal VOC ({said}); mend it") from error
     return Entry(str(root / "JPEGImages" / f"{name}.jpg"), int(height), int(width), objects)
 
 

@@ -106,7 +106,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
         try:
             return decoded(self.segmentation(number), height, width)
         except ValueError as error:
-            raise UserError(f"{self.names[number].decode()} of {self.source} {error}") from error
+            raise UserError(f"{self.names[number].decode()} of {self.source} {error}; mend or remove it") from error
 
     def segmentation(self, number: int) -> Any:
         return json.loads(self.segmentations[self.cuts[number] : self.cuts[number + 1]].tobytes())

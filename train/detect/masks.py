@@ -28,7 +28,10 @@ def decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def is_polygon(polygon: Any) -> bool:
-    """Whether these are x and y of three points or more: COCO's tools take four numbers for a box."""
+    """Whether these are x and y of three points or more: COCO's tools take four numbers for a box.
+
+    Points far outside of any image are none: the tools walk the outline pixel by pixel.
+    """
     return (
         isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and are_numbers(polygon, len(polygon))
     )
