@@ -9,7 +9,7 @@ from torch import Tensor
 from ..zoo.dense import DenseBackbone
 from .errors import UserError
 from .schema import Dense, Model
-from .transfer import REFUSALS, create
+from .transfer import REFUSALS, create, one_line
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
@@ -26,10 +26,9 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
             batch_norm=dense.batch_norm,
             **options,
         )
-    except (*REFUSALS, AssertionError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except REFUSALS as error:
         raise UserError(
-            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {reason}"
+            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error)}"
         ) from error
 
 
@@ -39,10 +38,10 @@ def try_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], r
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return backbone.eval()(torch.zeros(1, 3, *size))
-    except (*REFUSALS, AssertionError, LookupError, AttributeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except REFUSALS as error:
+        pixels = f"{size[0]} x {size[1]} pixels"
         raise UserError(
-            f"model.name={model.name} does not run on images of {size[0]} x {size[1]} pixels ({reason}); {remedy}"
+            f"model.name={model.name} does not run on images of {pixels} ({one_line(error)}); {remedy}"
         ) from error
     finally:
         backbone.train(training)
