@@ -131,6 +131,22 @@ def test_fresh_moves_the_old_run_aside(recipe, capsys):
     assert f"moved the old run to {runs / 'tiny.old-2'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_goes_on_with_what_its_start_made_afresh(recipe, monkeypatch, capsys, count):
+    """Whoever restarts it does so with the same arguments; and the run's own recipe wipes nothing."""
+    run = recipe.parent / "runs/tiny"
+    for value, step in (("", 1), ("0", 1), ("1", 2)):
+        monkeypatch.setenv(count, value)
+        with trainer.before_step(step):
+            assert trainer.train(recipe, "run.fresh=true", "ckpt.resume=never", "sched.steps=3") == 0
+    assert f"resuming {run} at step 1 (exact)" in capsys.readouterr().out
+    monkeypatch.delenv(count)
+    assert not load_recipe(run / "recipe.yaml").run.fresh
+    assert trainer.train(run / "recipe.yaml", "ckpt.resume=auto") == 0
+    assert f"resuming {run} at step 2 (exact)" in capsys.readouterr().out
+    assert sorted(path.name for path in run.parent.iterdir()) == ["tiny", "tiny.old-1"]
+
+
 def test_resume_never_and_from_a_path(recipe, straight, capsys):
     source = straight / "checkpoints/step-00000009"
     assert trainer.train(recipe, "run.name=longer", f"ckpt.resume={source}", "sched.steps=10") == 0

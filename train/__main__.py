@@ -54,10 +54,15 @@ def main(argv: list[str] | None = None) -> int:
 def train(recipe: Recipe) -> None:
     """Train, or go on training, the run that `recipe` names; evaluate and export it at its end."""
     # torch and timm are loaded from here on, after help and mistakes in the recipe
-    from .launch import RunDir, Signals, join
+    from .launch import RunDir, Signals, join, restarted
     from .loggers import Loggers
 
-    with join(recipe.run, recipe.guard) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
+    with (
+        join(recipe.run, recipe.guard) as world,
+        Signals().caught() as signals,
+        # torchrun counts by node, and only where a process failed
+        RunDir(recipe, restart=world.agree(restarted())).held() as run,
+    ):
         say = print if world.main else lambda text: None
         with world.together():
             begun = run.check()
@@ -113,8 +118,8 @@ def take_up(
     with world.together():
         if world.main:
             start = checkpoints.newest(recipe_hash(run.recipe))
-            if start and resume == "never":
-                raise UserError(f"{run.path} is unfinished and ckpt.resume=never; run.fresh=true starts clean")
+            if start and resume == "never" and not run.restart:
+                raise UserError(f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean")
             if start is None and resume not in ("auto", "never"):
                 start = Path(resume)
                 if problem := broken(start):

@@ -1,5 +1,6 @@
 """Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -8,7 +9,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -27,10 +27,11 @@ from .schema import Guard, Recipe, Run
 
 LOCK = ".lock"
 BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # torchrun's and the requeued job's
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """The processes of a run. Its collectives use gloo on the CPU, so that none of them waits for a GPU."""
 
@@ -164,11 +165,18 @@ class Signals:
                 signal.signal(number, handler)
 
 
+def restarted() -> bool:
+    """Whether torchrun or SLURM has started this process anew, with the arguments of the start it goes on with."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+
+
 class RunDir:
     """`out/name`: the recipe, the metrics, the checkpoints and the marker that says how the last start ended."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, restart: bool = False):
+        """restart: of a start that has already moved an older run aside."""
+        self.recipe, self.restart = recipe, restart
+        self.fresh = recipe.run.fresh and not restart
         self.path = Path(recipe.run.out) / recipe.run.name
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -213,7 +221,7 @@ class RunDir:
     def check(self) -> bool:
         """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
         there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
-        if self.recipe.run.fresh or not there:
+        if self.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
         if not (self.path / "recipe.yaml").is_file():
@@ -233,7 +241,7 @@ class RunDir:
         aside = None
         self.lock()
         with writing(self.path):
-            if self.recipe.run.fresh and self.path.exists():
+            if self.fresh and self.path.exists():
                 names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
                 self.path.rename(aside)
@@ -242,8 +250,10 @@ class RunDir:
         self.lock()
         # someone else may have begun it while this process had no lock yet
         self.check()
+        # the run's own recipe goes on with it
+        own = dataclasses.replace(self.recipe, run=dataclasses.replace(self.recipe.run, fresh=False))
         with writing(self.path):
-            write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            write_atomically(self.path / "recipe.yaml", dump(own))
             self.checkpoints.mkdir(exist_ok=True)
             (self.path / "PREEMPTED").unlink(missing_ok=True)
         return aside

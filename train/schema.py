@@ -29,7 +29,7 @@ class Run:
     deterministic: bool = False
     """allow deterministic torch kernels only (slower)"""
     fresh: bool = False
-    """move an existing run of this name aside and start clean"""
+    """move an existing run of this name aside and start clean; not again where torchrun or SLURM restarts it"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
