@@ -3,12 +3,16 @@
 import dataclasses
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import trainer
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, plan, recipe_hash
+from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, make_recipe, plan, recipe_hash
 from tessel.train.errors import UserError
 from tessel.train.schema import Recipe, leaves
 
@@ -35,6 +39,28 @@ def test_dump_reads_back_equal(tmp_path):
     loaded = load_recipe(recipe, ["data.root=x", "optim.kwargs={betas: [0.9, 0.99]}"])
     (tmp_path / "again.yaml").write_text(dump(loaded))
     assert load_recipe(tmp_path / "again.yaml") == loaded
+
+
+@given(st.text(), st.from_regex(r"[-+.0-9a-fox_:e]{1,8}", fullmatch=True), st.floats(0.5, 1e300), st.text(min_size=1))
+@example("null", "1e-3", 1e16, "on")
+@example("a: b #c", "09", 5e5, "<<")
+def test_every_word_and_number_reads_back(text, word, number, key):
+    recipe = make_recipe({**MINIMAL, "model": {"name": text}}, [], source="test")
+    model, optim = (
+        dataclasses.replace(recipe.model, init_from=word, kwargs={key: [text, word, number], word: key}),
+        dataclasses.replace(recipe.optim, lr=number),
+    )
+    recipe = dataclasses.replace(recipe, model=model, optim=optim)
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "recipe.yaml")).write_text(dump(recipe), encoding="utf-8")
+        assert dataclasses.replace(load_recipe(file), run=recipe.run) == recipe
+
+
+@pytest.mark.parametrize("name", ["1e-3", "09", "5e-4", "null", "true", "0x1f", "1_000"])
+def test_a_run_may_have_a_number_for_a_name(recipe, name):
+    loaded = load_recipe(recipe, [f"run.name={name}"])
+    (recipe.parent / "again.yaml").write_text(dump(loaded))
+    assert load_recipe(recipe.parent / "again.yaml") == loaded
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,9 @@ def take_up(
         if world.main:
             start = checkpoints.newest(recipe_hash(run.recipe))
             if start and resume == "never" and not run.restart:
-                raise UserError(f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean")
+                raise UserError(
+                    f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean"
+                )
             if start is None and resume not in ("auto", "never"):
                 start = Path(resume)
                 if problem := broken(start):

@@ -28,6 +28,12 @@ NEUTRAL = re.compile(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would take for something else."""
+
+    yaml_implicit_resolvers = {}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types and no repeated keys: 1e-3 is a number, `off` is a word."""
 
@@ -51,7 +57,8 @@ for tag, pattern, first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
+    for kind in (_Loader, _Dumper):
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,7 +127,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False)
+    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=_Dumper, sort_keys=False)
 
 
 @dataclasses.dataclass(frozen=True)
