@@ -16,6 +16,7 @@ import trainer
 
 from tessel.train import checkpoint, engine, evaluate, loggers
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 
 TRAIN = Path(engine.__file__).parent
 
@@ -129,6 +130,31 @@ def test_fresh_moves_the_old_run_aside(recipe, capsys):
     assert sorted(path.name for path in runs.iterdir()) == ["tiny", "tiny.old-1", "tiny.old-2"]
     assert all((run / "checkpoints/step-00000001/manifest.json").exists() for run in runs.iterdir())
     assert f"moved the old run to {runs / 'tiny.old-2'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypatch, capsys, background):
+    """The step is kept before it was judged, so it is judged again, once for all starts that follow."""
+    run, option = recipe.parent / "runs/tiny", f"ckpt.background={background}"
+
+    def refuse(*_, **__):
+        raise UserError("images/val/0.png cannot be decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", refuse)
+        assert trainer.train(recipe, option) == 1
+    assert "val/0.png" in capsys.readouterr().err
+    assert checkpoint.broken(run / "checkpoints/step-00000003") is None
+    for _ in range(2):
+        with trainer.before_step(4, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+            trainer.train(recipe, option)
+        assert f"resuming {run} at step 3 (exact)" in capsys.readouterr().out
+        with open(run / "metrics.jsonl", "ab") as file:
+            file.write(b"\xff\n{}\n")
+    (run / "DONE").write_text("[1]")
+    assert trainer.train(recipe, option) == 0
+    trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
+    assert trainer.learning(run) == trainer.learning(straight)
 
 
 @pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

@@ -133,7 +133,7 @@ def take_up(
     elif begun:
         say(f"{run.path} was begun but holds no checkpoint yet; starting at step 0")
     if world.main:
-        run.rewind(engine.progress.step)
+        run.rewind(engine.progress.step, engine.progress.evaluated)
     return checkpoints
 
 

@@ -19,12 +19,15 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UserError
 from .files import write_atomically
 from .launch import World
+from .schema import Parallel
 
 MANIFEST = "manifest.json"
 
@@ -163,6 +166,23 @@ def broken(path: Path, recipe_hash: str | None = None) -> str | None:
     if recipe_hash not in (None, facts.get("recipe_hash")):
         return f"it is of another recipe, see its {MANIFEST}"
     return None
+
+
+def exactness(then: dict[str, Any], now: dict[str, Any], model: nn.Module, parallel: Parallel) -> str:
+    """How a run that was saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`."""
+    changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
+    if not changed:
+        return "exact"
+    text = f"not bitwise: {', '.join(changed)}"
+
+    def seen(facts: dict[str, Any]) -> int:
+        synced = parallel.sync_batch_norm and facts["device"] == "cuda"
+        return facts["micro_batch"] * (facts["processes"] if synced else 1)
+
+    norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if norms and (before := seen(now | then)) != seen(now):
+        text += f"; its batch norms see {seen(now)} images at once, {before} then, which changes what it learns"
+    return text
 
 
 def sound_sibling(path: Path) -> str:

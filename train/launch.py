@@ -261,22 +261,25 @@ class RunDir:
     def finished(self) -> dict[str, Any] | None:
         """What DONE says, if the run is complete."""
         with suppress(OSError, ValueError):
-            return json.loads((self.path / "DONE").read_text())
+            done = json.loads((self.path / "DONE").read_text())
+            return done if isinstance(done, dict) else None
         return None
 
     def mark(self, marker: str, content: dict[str, Any]) -> None:
         with writing(self.path / marker):
             write_atomically(self.path / marker, json.dumps(content) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop metrics of later steps than `step`, and a line that a crash cut short."""
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Drop metrics of later steps than `step`, evaluations after `evaluated`, and what a crash made of a line."""
         with writing(self.metrics):
-            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-            write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+            text = self.metrics.read_text("utf-8", errors="replace") if self.metrics.exists() else ""
+            lines = (line for line in text.splitlines() if _stands(line, step, evaluated))
+            write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
 
 
-def _step(line: str) -> float:
+def _stands(line: str, step: int, evaluated: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] <= (evaluated if record["kind"] == "eval" else step)
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False
