@@ -1,6 +1,7 @@
 """Recipes: typed by the schema, refused by name, the same in every form they can be given."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,8 @@ def test_a_run_may_have_a_number_for_a_name(recipe, name):
         ("optim.lr=1", "optim.lr", 1.0),
         ("run.name=007", "run.name", "007"),
         ("log.wandb=off", "log.wandb", "off"),
+        ("run.out=~/runs", "run.out", os.path.expanduser("~/runs")),
+        ("ckpt.resume=~/runs/a~b", "ckpt.resume", os.path.expanduser("~") + "/runs/a~b"),
         ("data.root=null", "data.root", None),
         ("optim.clip=null", "optim.clip", None),
         ("data.aug.scale=[0.5, 1]", "data.aug.scale", (0.5, 1.0)),
@@ -111,6 +114,14 @@ def test_yaml_numbers_and_words(tmp_path):
         ("data.source=folder", ["needs data.root"]),
         ("data.aug.scale=[1, 0.5]", ["data.aug.scale=[1.0, 0.5]"]),
         ("optim.name=lookahead_adamw", ["lookahead_adamw", "use adamw"]),
+        ("optim.name=adahessian", ["adahessian", "use adamw"]),
+        ("data.aug.mix_prob=0.5", ["data.aug.mix_prob has no effect without data.aug.mixup or data.aug.cutmix"]),
+        ("data.aug.switch_prob=0.1", ["data.aug.switch_prob", "both data.aug.mixup and data.aug.cutmix"]),
+        ("optim.clip_mode=agc", ["optim.clip_mode has no effect without optim.clip"]),
+        ("optim.lr_base_batch=512", ["optim.lr_base_batch", "optim.lr_rule"]),
+        ("ema.warmup=false", ["ema.warmup", "ema.decay"]),
+        ("sched.warmup_lr=0", ["sched.warmup_lr has no effect without sched.warmup"]),
+        ("log.wandb_project=mine", ["log.wandb_project", "log.wandb;"]),
     ],
 )
 def test_mistaken_override_is_refused_by_name(recipe, text, fragments):
@@ -146,6 +157,28 @@ def test_missing_keys_and_files(tmp_path):
     for name, fragment in [("empty", "model.name"), ("part", "model is missing"), ("none", "demo/digits.yaml")]:
         with pytest.raises(UserError, match=fragment):
             load_recipe(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("demo/digit", "did you mean demo/digits.yaml"),
+        ("biformer_tiny", "did you mean imagenet/biformer_tiny.yaml?"),
+        ("imagenet/cswin_tinny.yaml", "did you mean imagenet/cswin_tiny.yaml or "),
+        ("x" * 300, "packaged are "),
+    ],
+)
+def test_mistaken_name_of_a_recipe(name, fragment):
+    with pytest.raises(UserError) as caught:
+        load_recipe(name)
+    assert fragment in str(caught.value), str(caught.value)
+
+
+def test_file_whose_name_is_none_for_a_run(recipe):
+    file = recipe.rename(recipe.with_name("my first.yaml"))
+    with pytest.raises(UserError, match="'my first'; give it another name with run.name="):
+        load_recipe(file)
+    assert load_recipe(file, ["run.name=first"]).run.name == "first"
 
 
 def test_packaged_recipe_by_short_name(tmp_path, monkeypatch):

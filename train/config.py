@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {file} holds no sections; it needs at least model.name, data.source and sched.epochs")
-    if isinstance(data.setdefault("run", {}), dict):
-        data["run"].setdefault("name", file.stem)
     recipe = make_recipe(data, overrides, source=f"recipe {file}")
-    if not recipe.run.name:
-        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
-    return recipe
+    if recipe.run.name:
+        return recipe
+    try:
+        return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
+    except ValidationError as error:
+        raise UserError(
+            f"recipe {file}: no run can be called {file.stem!r}; give it another name with run.name=, of letters, "
+            "digits, _ . + and -"
+        ) from error
 
 
 def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
@@ -95,10 +100,14 @@ def find_recipe(path: str | Path) -> Path:
     """The file a recipe's name means: as given, else below the packaged recipes, with or without `.yaml`."""
     candidates = [base / f"{path}{end}" for base in (Path(), PACKAGED) for end in ("", ".yaml")]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        with suppress(OSError):  # a name that is too long
+            if candidate.is_file():
+                return candidate
     known = sorted(str(file.relative_to(PACKAGED)) for file in PACKAGED.rglob("*.yaml"))
-    raise UserError(f"no recipe {str(path)!r}: neither a file here nor one of the packaged ones ({', '.join(known)})")
+    wanted = f"{str(path).removesuffix('.yaml')}.yaml"
+    near = [name for name in known if Path(name).name == Path(wanted).name] or difflib.get_close_matches(wanted, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"packaged are {', '.join(known)}"
+    raise UserError(f"no recipe {str(path)!r}: neither a file here nor one of the packaged ones; {hint}")
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
