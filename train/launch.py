@@ -219,13 +219,18 @@ class RunDir:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def check(self) -> bool:
-        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
+        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident.
+
+        Where there is no checkpoint yet, there is nothing to go on with, and any recipe will do.
+        """
         there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
         if self.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
+        if self.checkpoints.is_dir() and not any(self.checkpoints.glob("step-*")) and not self.finished():
+            return True  # a start that failed before it had learned anything: its recipe may be mended
         try:
             begun = load_recipe(self.path / "recipe.yaml")
         except UserError as error:
