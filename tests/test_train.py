@@ -106,6 +106,7 @@ def test_finished_run_is_left_alone(straight, capsys):
     assert trainer.train(recipe, "data.workers=1", "log.every=1") == 0
     out = capsys.readouterr().out
     assert "is finished: top1" in out and "tessel.train.evaluate" in out and "run.fresh=true" in out
+    assert "  import tessel.zoo, timm; timm.create_model('local-dir:" in out
     assert trainer.metrics(straight) == before
 
 
@@ -179,7 +180,9 @@ def test_resume_never_and_from_a_path(recipe, straight, capsys):
     assert "at step 9" in (out := capsys.readouterr().out) and "not the recipe of that checkpoint" in out
     assert [record["step"] for record in trainer.metrics(recipe.parent / "runs/longer")] == [10, 10]
 
-    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}") == 1
+    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={source}") == 1
+    assert "is of step 9, which leaves nothing of this run's 9 steps" in capsys.readouterr().err
+    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}", "sched.steps=10") == 1
     assert "is no good checkpoint" in capsys.readouterr().err
     with trainer.before_step(1):
         assert trainer.train(recipe, "ckpt.resume=never") == 0
