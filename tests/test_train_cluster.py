@@ -80,7 +80,10 @@ def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     mortal = str(Path(__file__).with_name("mortal.py"))
     done = subprocess.run(
-        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe)], capture_output=True, text=True, timeout=290
+        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe), "run.fresh=true"],
+        capture_output=True,
+        text=True,
+        timeout=290,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "at step 3 (exact)" in done.stdout
