@@ -17,6 +17,7 @@ import trainer
 
 from tessel.train import checkpoint, engine, evaluate, loggers
 from tessel.train.config import load_recipe
+from tessel.train.errors import UserError
 
 TRAIN = Path(engine.__file__).parent
 
@@ -106,6 +107,7 @@ def test_finished_run_is_left_alone(straight, capsys):
     assert trainer.train(recipe, "data.workers=1", "log.every=1") == 0
     out = capsys.readouterr().out
     assert "is finished: top1" in out and "tessel.train.evaluate" in out and "run.fresh=true" in out
+    assert "  import tessel.zoo, timm; timm.create_model('local-dir:" in out
     assert trainer.metrics(straight) == before
 
 
@@ -132,13 +134,56 @@ def test_fresh_moves_the_old_run_aside(recipe, capsys):
     assert f"moved the old run to {runs / 'tiny.old-2'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypatch, capsys, background):
+    """The step is kept before it was judged, so it is judged again, once for all starts that follow."""
+    run, option = recipe.parent / "runs/tiny", f"ckpt.background={background}"
+
+    def refuse(*_, **__):
+        raise UserError("images/val/0.png cannot be decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", refuse)
+        assert trainer.train(recipe, option) == 1
+    assert "val/0.png" in capsys.readouterr().err
+    assert checkpoint.broken(run / "checkpoints/step-00000003") is None
+    for _ in range(2):
+        with trainer.before_step(4, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+            trainer.train(recipe, option)
+        assert f"resuming {run} at step 3 (exact)" in capsys.readouterr().out
+        with open(run / "metrics.jsonl", "ab") as file:
+            file.write(b"\xff\n{}\n")
+    (run / "DONE").write_text("[1]")
+    assert trainer.train(recipe, option) == 0
+    trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
+    assert trainer.learning(run) == trainer.learning(straight)
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_goes_on_with_what_its_start_made_afresh(recipe, monkeypatch, capsys, count):
+    """Whoever restarts it does so with the same arguments; and the run's own recipe wipes nothing."""
+    run = recipe.parent / "runs/tiny"
+    for value, step in (("", 1), ("0", 1), ("1", 2)):
+        monkeypatch.setenv(count, value)
+        with trainer.before_step(step):
+            assert trainer.train(recipe, "run.fresh=true", "ckpt.resume=never", "sched.steps=3") == 0
+    assert f"resuming {run} at step 1 (exact)" in capsys.readouterr().out
+    monkeypatch.delenv(count)
+    assert not load_recipe(run / "recipe.yaml").run.fresh
+    assert trainer.train(run / "recipe.yaml", "ckpt.resume=auto") == 0
+    assert f"resuming {run} at step 2 (exact)" in capsys.readouterr().out
+    assert sorted(path.name for path in run.parent.iterdir()) == ["tiny", "tiny.old-1"]
+
+
 def test_resume_never_and_from_a_path(recipe, straight, capsys):
     source = straight / "checkpoints/step-00000009"
     assert trainer.train(recipe, "run.name=longer", f"ckpt.resume={source}", "sched.steps=10") == 0
     assert "at step 9" in (out := capsys.readouterr().out) and "not the recipe of that checkpoint" in out
     assert [record["step"] for record in trainer.metrics(recipe.parent / "runs/longer")] == [10, 10]
 
-    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}") == 1
+    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={source}") == 1
+    assert "is of step 9, which leaves nothing of this run's 9 steps" in capsys.readouterr().err
+    assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}", "sched.steps=10") == 1
     assert "is no good checkpoint" in capsys.readouterr().err
     with trainer.before_step(1):
         assert trainer.train(recipe, "ckpt.resume=never") == 0

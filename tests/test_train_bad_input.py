@@ -84,6 +84,8 @@ def odd_class(images):
         ([*PLAIN, "model.name=dla34", "parallel.grad_checkpointing=true"], None, ["grad_checkpointing", "remove it"]),
         (["optim.name=adamm"], None, ["'adamm'", "adam"]),
         (["optim.kwargs={beta: 1}"], None, ["optim.kwargs={'beta': 1}"]),
+        (["optim.kwargs={betas: [0.9]}"], None, ["optim.kwargs={'betas': [0.9]}"]),
+        (["optim.name=fusedadam"], None, ["optim.name=fusedadam", "CUDA required"]),
         (["data.aug.auto_augment=rnd-9"], None, ["rnd-9", "auto_augment"]),
         (["parallel.precision=fp16"], None, ["fp16", "cuda", "bf16"]),
         (["run.device=cuda"], None, ["run.device=cuda", "run.device=cpu"]),
@@ -110,6 +112,24 @@ def test_corrupt_image_is_named(recipe, capsys, split, workers):
     victim.write_bytes(victim.read_bytes()[:60])
     message = refusal(capsys, trainer.train(recipe, f"data.workers={workers}"))
     assert str(victim) in message and "cannot be decoded" in message and "repair or remove" in message
+
+
+def test_broken_validation_image_costs_no_update_on_two_processes(recipe, capsys):
+    """Though one process alone meets it; resumed by one process, whose batch norms see more images at once."""
+    victim = recipe.parent / "images/val/class_1/2.png"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:60])
+    done = trainer.on_processes(2, [recipe, "ckpt.every=9"])
+    assert trainer.exit_codes(done) == [[1, 1]] and str(victim) in done.stderr, done.stderr
+    victim.write_bytes(content)
+    assert trainer.train(recipe, "data.micro_batch=8") == 0
+    out = capsys.readouterr().out
+    assert (
+        "at step 6 (not bitwise: processes 2 then, 1 now" in out and "batch norms see 8 images at once, 4 then" in out
+    )
+    assert [record["step"] for record in trainer.metrics(recipe.parent / "runs/tiny") if record["kind"] == "eval"] == [
+        6
+    ]
 
 
 def test_unwritable_output(recipe, capsys):

@@ -124,8 +124,9 @@ def test_the_good_one_is_offered(copied, run, tmp_path, capsys):
     path, victim, _ = copied
     next(victim.glob("*.distcp")).write_bytes(b"")
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
-    assert trainer.train(recipe, f"ckpt.resume={victim}") == 1
-    assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
+    for place in (victim, path, path.parent):
+        assert trainer.train(recipe, f"ckpt.resume={place}") == 1
+        assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
     shutil.copy(run / "recipe.yaml", tmp_path)
     assert evaluate.main([str(victim)]) == 1
     assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err

@@ -33,22 +33,24 @@ def cluster(tmp_path):
 
 def submit(cluster, step, *arguments):
     environment = os.environ | {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "STEP": step, "SLURM_JOB_ID": "7"}
+    environment["HOME"] = str(cluster)
     command = ["bash", str(SCRIPT), "demo/digits.yaml", *arguments]
     return subprocess.Popen(command, cwd=cluster, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("out", ["out", "~/out"])
 @pytest.mark.parametrize(("marker", "code", "requeued"), [("DONE", 0, False), ("PREEMPTED", 0, True), (None, 1, False)])
-def test_markers_decide_over_the_exit_code(cluster, marker, code, requeued):
+def test_markers_decide_over_the_exit_code(cluster, marker, code, requeued, out):
     """torchrun's code is 1 here in every case; a marker of an earlier start does not count."""
     (run := cluster / "out/first").mkdir(parents=True)
     (run / "PREEMPTED").touch()
     step = f"touch out/first/{marker}; exit 1" if marker else "exit 1"
-    job = submit(cluster, step, "run.name=first", "run.out=out")
+    job = submit(cluster, step, "run.name=first", f"run.out={out}")
     _, error = job.communicate(timeout=30)
     calls = (cluster / "calls").read_text()
     assert job.returncode == code and ("scontrol requeue 7" in calls) == requeued
     assert ("the training failed" in error) == (code == 1)
-    assert "-m tessel.train demo/digits.yaml run.name=first run.out=out" in calls
+    assert f"-m tessel.train demo/digits.yaml run.name=first run.out={out}" in calls
 
 
 def test_signal_is_passed_on_and_the_save_awaited(cluster):
@@ -78,7 +80,10 @@ def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     mortal = str(Path(__file__).with_name("mortal.py"))
     done = subprocess.run(
-        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe)], capture_output=True, text=True, timeout=290
+        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe), "run.fresh=true"],
+        capture_output=True,
+        text=True,
+        timeout=290,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "at step 3 (exact)" in done.stdout

@@ -1,14 +1,19 @@
 """Recipes: typed by the schema, refused by name, the same in every form they can be given."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import trainer
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, plan, recipe_hash
+from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, make_recipe, plan, recipe_hash
 from tessel.train.errors import UserError
 from tessel.train.schema import Recipe, leaves
 
@@ -37,6 +42,28 @@ def test_dump_reads_back_equal(tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == loaded
 
 
+@given(st.text(), st.from_regex(r"[-+.0-9a-fox_:e]{1,8}", fullmatch=True), st.floats(0.5, 1e300), st.text(min_size=1))
+@example("null", "1e-3", 1e16, "on")
+@example("a: b #c", "09", 5e5, "<<")
+def test_every_word_and_number_reads_back(text, word, number, key):
+    recipe = make_recipe({**MINIMAL, "model": {"name": text}}, [], source="test")
+    model, optim = (
+        dataclasses.replace(recipe.model, init_from=word, kwargs={key: [text, word, number], word: key}),
+        dataclasses.replace(recipe.optim, lr=number),
+    )
+    recipe = dataclasses.replace(recipe, model=model, optim=optim)
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "recipe.yaml")).write_text(dump(recipe), encoding="utf-8")
+        assert dataclasses.replace(load_recipe(file), run=recipe.run) == recipe
+
+
+@pytest.mark.parametrize("name", ["1e-3", "09", "5e-4", "null", "true", "0x1f", "1_000"])
+def test_a_run_may_have_a_number_for_a_name(recipe, name):
+    loaded = load_recipe(recipe, [f"run.name={name}"])
+    (recipe.parent / "again.yaml").write_text(dump(loaded))
+    assert load_recipe(recipe.parent / "again.yaml") == loaded
+
+
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
@@ -44,6 +71,8 @@ def test_dump_reads_back_equal(tmp_path):
         ("optim.lr=1", "optim.lr", 1.0),
         ("run.name=007", "run.name", "007"),
         ("log.wandb=off", "log.wandb", "off"),
+        ("run.out=~/runs", "run.out", os.path.expanduser("~/runs")),
+        ("ckpt.resume=~/runs/a~b", "ckpt.resume", os.path.expanduser("~") + "/runs/a~b"),
         ("data.root=null", "data.root", None),
         ("optim.clip=null", "optim.clip", None),
         ("data.aug.scale=[0.5, 1]", "data.aug.scale", (0.5, 1.0)),
@@ -85,6 +114,14 @@ def test_yaml_numbers_and_words(tmp_path):
         ("data.source=folder", ["needs data.root"]),
         ("data.aug.scale=[1, 0.5]", ["data.aug.scale=[1.0, 0.5]"]),
         ("optim.name=lookahead_adamw", ["lookahead_adamw", "use adamw"]),
+        ("optim.name=adahessian", ["adahessian", "use adamw"]),
+        ("data.aug.mix_prob=0.5", ["data.aug.mix_prob has no effect without data.aug.mixup or data.aug.cutmix"]),
+        ("data.aug.switch_prob=0.1", ["data.aug.switch_prob", "both data.aug.mixup and data.aug.cutmix"]),
+        ("optim.clip_mode=agc", ["optim.clip_mode has no effect without optim.clip"]),
+        ("optim.lr_base_batch=512", ["optim.lr_base_batch", "optim.lr_rule"]),
+        ("ema.warmup=false", ["ema.warmup", "ema.decay"]),
+        ("sched.warmup_lr=0", ["sched.warmup_lr has no effect without sched.warmup"]),
+        ("log.wandb_project=mine", ["log.wandb_project", "log.wandb;"]),
     ],
 )
 def test_mistaken_override_is_refused_by_name(recipe, text, fragments):
@@ -120,6 +157,28 @@ def test_missing_keys_and_files(tmp_path):
     for name, fragment in [("empty", "model.name"), ("part", "model is missing"), ("none", "demo/digits.yaml")]:
         with pytest.raises(UserError, match=fragment):
             load_recipe(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("demo/digit", "did you mean demo/digits.yaml"),
+        ("biformer_tiny", "did you mean imagenet/biformer_tiny.yaml?"),
+        ("imagenet/cswin_tinny.yaml", "did you mean imagenet/cswin_tiny.yaml or "),
+        ("x" * 300, "packaged are "),
+    ],
+)
+def test_mistaken_name_of_a_recipe(name, fragment):
+    with pytest.raises(UserError) as caught:
+        load_recipe(name)
+    assert fragment in str(caught.value), str(caught.value)
+
+
+def test_file_whose_name_is_none_for_a_run(recipe):
+    file = recipe.rename(recipe.with_name("my first.yaml"))
+    with pytest.raises(UserError, match="'my first'; give it another name with run.name="):
+        load_recipe(file)
+    assert load_recipe(file, ["run.name=first"]).run.name == "first"
 
 
 def test_packaged_recipe_by_short_name(tmp_path, monkeypatch):

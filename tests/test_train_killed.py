@@ -95,6 +95,14 @@ def test_a_checkpoint_appears_by_one_rename(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not broken(tmp_path / "step-00000001")
 
 
+def test_what_is_no_folder_is_no_obstacle(tmp_path):
+    for step in (1, 9):
+        (tmp_path / f"step-0000000{step}").touch()
+    (tmp_path / ".tmp-left").symlink_to(tmp_path)
+    save(Checkpoints(tmp_path, World(), print), 1, last=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not broken(tmp_path / "step-00000001")
+
+
 def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
     """A process that outlives its start writes into a directory of its own."""
     old, new = (Checkpoints(tmp_path, World(), print) for _ in range(2))

@@ -76,5 +76,6 @@ def test_what_another_began_in_the_meantime_is_seen(recipe):
     assert not late.check()
     with RunDir(load_recipe(recipe)).held() as run:
         run.open()
+        (run.checkpoints / "step-00000001").mkdir()
     with late.held(), pytest.raises(UserError, match="started with another recipe: optim.lr"):
         late.open()

@@ -8,6 +8,7 @@ import torch
 import trainer
 
 from tessel.train.config import Plan, load_recipe
+from tessel.train.errors import UserError
 from tessel.train.optim import Guard, NonFinite, build_optimizer, clip
 from tessel.train.schema import Optim
 
@@ -29,6 +30,29 @@ def test_schedule_is_a_function_of_the_step(tmp_path):
     forwards = [lr(step) for step in range(20)]
     assert [lr(step) for step in reversed(range(20))] == forwards[::-1]
     assert forwards[0] == pytest.approx(1e-6) and max(forwards) == pytest.approx(1e-2, rel=0.1) and forwards[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup", "decay", "fragment"),
+    [
+        ("wsd", 20, 4, 17, "sched.decay_steps=17 (17 steps) does not fit sched.name=wsd: of 20 steps, 4 are warm-up"),
+        ("wsd", 3, 1, None, "sched.decay_steps=null (0 steps)"),
+        ("rsqrt", 20, 4, 17, "make it 1 to 16"),
+        ("rsqrt", 20, 0, None, "give sched.warmup"),
+        ("wsd", 20, 4, 16, None),
+        ("rsqrt", 7, 4, None, None),
+    ],
+)
+def test_decay_that_does_not_fit_is_refused_by_key(tmp_path, name, steps, warmup, decay, fragment):
+    sched = {"name": name, "steps": steps, "warmup": warmup} | ({"decay_steps": decay} if decay else {})
+    loaded = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": "unread"}, sched=sched))
+    plan = Plan(steps=steps, warmup=warmup, epoch_steps=5, micro_batch=4, accumulate=1, lr=1e-2, lr_text="")
+    if fragment is None:
+        assert trainer.learning_rate(loaded, plan)(steps - 1) < 1e-2
+        return
+    with pytest.raises(UserError) as caught:
+        trainer.learning_rate(loaded, plan)
+    assert fragment in str(caught.value), str(caught.value)
 
 
 def test_parameter_groups_decay_and_layers():

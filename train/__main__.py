@@ -54,10 +54,15 @@ def main(argv: list[str] | None = None) -> int:
 def train(recipe: Recipe) -> None:
     """Train, or go on training, the run that `recipe` names; evaluate and export it at its end."""
     # torch and timm are loaded from here on, after help and mistakes in the recipe
-    from .launch import RunDir, Signals, join
+    from .launch import RunDir, Signals, join, restarted
     from .loggers import Loggers
 
-    with join(recipe.run, recipe.guard) as world, Signals().caught() as signals, RunDir(recipe).held() as run:
+    with (
+        join(recipe.run, recipe.guard) as world,
+        Signals().caught() as signals,
+        # torchrun counts by node, and only where a process failed
+        RunDir(recipe, restart=world.agree(restarted())).held() as run,
+    ):
         say = print if world.main else lambda text: None
         with world.together():
             begun = run.check()
@@ -106,19 +111,19 @@ def take_up(
     engine: "Engine", run: "RunDir", world: "World", say: typing.Callable[[str], None], begun: bool
 ) -> "Checkpoints":
     """Bring the engine to where the run stopped, and the run's metrics with it."""
-    from .checkpoint import Checkpoints, broken, sound_sibling
+    from .checkpoint import Checkpoints
 
     ckpt, start = run.recipe.ckpt, None
     checkpoints, resume = Checkpoints(run.checkpoints, world, say, background=ckpt.background), ckpt.resume
     with world.together():
         if world.main:
             start = checkpoints.newest(recipe_hash(run.recipe))
-            if start and resume == "never":
-                raise UserError(f"{run.path} is unfinished and ckpt.resume=never; run.fresh=true starts clean")
+            if start and resume == "never" and not run.restart:
+                raise UserError(
+                    f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean"
+                )
             if start is None and resume not in ("auto", "never"):
-                start = Path(resume)
-                if problem := broken(start):
-                    raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem}); {sound_sibling(start)}")
+                start = beginning(resume, engine.plan.steps)
     if start := world.share(start):
         exactness = engine.resume(start)
         source = "" if start.parent == run.checkpoints else f" from {start}"
@@ -126,8 +131,23 @@ def take_up(
     elif begun:
         say(f"{run.path} was begun but holds no checkpoint yet; starting at step 0")
     if world.main:
-        run.rewind(engine.progress.step)
+        run.rewind(engine.progress.step, engine.progress.evaluated)
     return checkpoints
+
+
+def beginning(resume: str, steps: int) -> Path:
+    """The checkpoint to begin another run with. Raises UserError where it is broken or leaves nothing of its steps."""
+    from .checkpoint import broken, manifest, sound_sibling
+
+    path = Path(resume)
+    if problem := broken(path):
+        raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem}); {sound_sibling(path)}")
+    if (step := manifest(path)["step"]) >= steps:
+        raise UserError(
+            f"ckpt.resume={resume} is of step {step}, which leaves nothing of this run's {steps} steps to train; give "
+            "more sched.steps or sched.epochs, or an earlier checkpoint"
+        )
+    return path
 
 
 def finish(engine: "Engine", run: "RunDir") -> bool:
@@ -208,9 +228,9 @@ def _figures(figures: dict[str, typing.Any]) -> str:
 
 def _next(run: "RunDir") -> str:
     path, kind = run.path, run.recipe.task.kind
-    loader = f"tessel.train.{kind}.load('{path}/export')"
+    loader = f"import tessel.train.{kind}; tessel.train.{kind}.load('{path}/export')"
     if kind == "classify":
-        loader = f"timm.create_model('local-dir:{path}/export', pretrained=True)"
+        loader = f"import tessel.zoo, timm; timm.create_model('local-dir:{path}/export', pretrained=True)"
     return (
         f"  python -m tessel.train.report {path}       curves, figures by class, mistakes\n"
         f"  python -m tessel.train.evaluate {path}     judge it again, also on other data (--data)\n"

@@ -19,12 +19,15 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UserError
 from .files import write_atomically
 from .launch import World
+from .schema import Parallel
 
 MANIFEST = "manifest.json"
 
@@ -103,8 +106,7 @@ class Checkpoints:
         content = facts | {"files": files}
         write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
-        if (path := self.at(facts["step"])).exists():  # a broken one, or resume would have taken it
-            shutil.rmtree(path)
+        _remove(path := self.at(facts["step"]))  # a broken one, or resume would have taken it
         os.replace(part, path)
         _sync(self.path)
 
@@ -117,7 +119,8 @@ class Checkpoints:
                 os.replace(path, self.path / f".tmp-{path.name}-{self.start}")  # complete or absent, at any instant
         # with what crashes left behind
         for path in self.path.glob(".tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                _remove(path)
 
     def newest(self, recipe_hash: str) -> Path | None:
         """The newest checkpoint that verifies and is of this recipe; others are named and passed over.
@@ -165,9 +168,27 @@ def broken(path: Path, recipe_hash: str | None = None) -> str | None:
     return None
 
 
+def exactness(then: dict[str, Any], now: dict[str, Any], model: nn.Module, parallel: Parallel) -> str:
+    """How a run that was saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`."""
+    changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
+    if not changed:
+        return "exact"
+    text = f"not bitwise: {', '.join(changed)}"
+
+    def seen(facts: dict[str, Any]) -> int:
+        synced = parallel.sync_batch_norm and facts["device"] == "cuda"
+        return facts["micro_batch"] * (facts["processes"] if synced else 1)
+
+    norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if norms and (before := seen(now | then)) != seen(now):
+        text += f"; its batch norms see {seen(now)} images at once, {before} then, which changes what it learns"
+    return text
+
+
 def sound_sibling(path: Path) -> str:
-    """What to use in place of the broken checkpoint at `path`, in words."""
-    others = (other for other in sorted(path.parent.glob("step-*"), reverse=True) if other.name != path.name)
+    """What to use in place of `path`, a broken checkpoint, or a run or the folder of its checkpoints; in words."""
+    places = (path, path / "checkpoints", path.parent)
+    others = (other for place in places for other in sorted(place.glob("step-*"), reverse=True) if other != path)
     good = next((other for other in others if not broken(other)), None)
     return f"{good} is good" if good else f"no other in {path.parent} is good"
 
@@ -203,6 +224,13 @@ def _digest(content: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ NEUTRAL = re.compile(
     r"(ckpt|log|eval|guard)\..*|run\.(out|fresh|device)|data\.(workers|micro_batch|eval_batch)"
     r"|parallel\.(strategy|shard|compile|channels_last|grad_checkpointing)"
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would take for something else."""
+
+    yaml_implicit_resolvers = {}
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +58,8 @@ for tag, pattern, first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
+    for kind in (_Loader, _Dumper):
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -66,12 +74,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {file} holds no sections; it needs at least model.name, data.source and sched.epochs")
-    if isinstance(data.setdefault("run", {}), dict):
-        data["run"].setdefault("name", file.stem)
     recipe = make_recipe(data, overrides, source=f"recipe {file}")
-    if not recipe.run.name:
-        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
-    return recipe
+    if recipe.run.name:
+        return recipe
+    try:
+        return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
+    except ValidationError as error:
+        raise UserError(
+            f"recipe {file}: no run can be called {file.stem!r}; give it another name with run.name=, of letters, "
+            "digits, _ . + and -"
+        ) from error
 
 
 def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
@@ -88,10 +100,14 @@ def find_recipe(path: str | Path) -> Path:
     """The file a recipe's name means: as given, else below the packaged recipes, with or without `.yaml`."""
     candidates = [base / f"{path}{end}" for base in (Path(), PACKAGED) for end in ("", ".yaml")]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        with suppress(OSError):  # a name that is too long
+            if candidate.is_file():
+                return candidate
     known = sorted(str(file.relative_to(PACKAGED)) for file in PACKAGED.rglob("*.yaml"))
-    raise UserError(f"no recipe {str(path)!r}: neither a file here nor one of the packaged ones ({', '.join(known)})")
+    wanted = f"{str(path).removesuffix('.yaml')}.yaml"
+    near = [name for name in known if Path(name).name == Path(wanted).name] or difflib.get_close_matches(wanted, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"packaged are {', '.join(known)}"
+    raise UserError(f"no recipe {str(path)!r}: neither a file here nor one of the packaged ones; {hint}")
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
@@ -120,7 +136,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False)
+    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=_Dumper, sort_keys=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ TASK_AUG = {
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """What is wrong with a recipe, a sentence each."""
-    for check in (_general, _idle_keys, _foreign_keys):
+    for check in (_general, _idle_keys, _switched_off, _foreign_keys):
         yield from check(recipe)
     yield from _sources(recipe.data)
 
@@ -55,6 +55,8 @@ def _general(recipe: Recipe) -> Iterator[str]:
             yield f"data.aug.{key}={list(pair)} is no rising range above 0"
     if optim.name.startswith("lookahead"):
         yield f"optim.name={optim.name} keeps weights that no checkpoint holds; use {optim.name.partition('_')[2]}"
+    if optim.name == "adahessian":
+        yield "optim.name=adahessian needs second derivatives, which this trainer does not take; use adamw"
 
 
 def _sources(data: Data) -> Iterator[str]:
@@ -98,6 +100,22 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
         yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
     if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
         yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"
+
+
+def _switched_off(recipe: Recipe) -> Iterator[str]:
+    """Keys that say how to do what is not done."""
+    aug, optim, ema, sched, log = recipe.data.aug, recipe.optim, recipe.ema, recipe.sched, recipe.log
+    for name, section, key, done, switch in (
+        ("data.aug", aug, "mix_prob", aug.mixup or aug.cutmix, "data.aug.mixup or data.aug.cutmix"),
+        ("data.aug", aug, "switch_prob", aug.mixup and aug.cutmix, "both data.aug.mixup and data.aug.cutmix"),
+        ("optim", optim, "clip_mode", optim.clip, "optim.clip"),
+        ("optim", optim, "lr_base_batch", optim.lr_rule != "none", "optim.lr_rule"),
+        ("ema", ema, "warmup", ema.decay, "ema.decay"),
+        ("sched", sched, "warmup_lr", sched.warmup, "sched.warmup"),
+        ("log", log, "wandb_project", log.wandb != "off", "log.wandb"),
+    ):
+        if not done and key in dict(_changed(section, type(section)())):
+            yield f"{name}.{key} has no effect without {switch}; remove it"
 
 
 def _foreign_keys(recipe: Recipe) -> Iterator[str]:

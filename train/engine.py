@@ -148,8 +148,7 @@ class Engine:
         return True
 
     def due(self, every: int) -> bool:
-        step = self.progress.step
-        return step > 0 and (step % every == 0 or step >= self.plan.steps)
+        return (step := self.progress.step) > 0 and (step % every == 0 or step >= self.plan.steps)
 
     def log(self) -> None:
         """One line of figures on the updates since the last one."""
@@ -164,7 +163,12 @@ class Engine:
     def evaluate(self) -> bool:
         """Judge the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
         with self.meter.paused():
-            scores = self.scores()
+            try:
+                scores = self.scores()
+            except UserError:  # everyone's, see `measure`: what was learned so far shall not be lost with it
+                self.save()
+                self.checkpoints.wait()
+                raise
             if scores is None:
                 return False
             figures, progress = scores.compute(), self.progress
@@ -217,9 +221,8 @@ class Engine:
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             self.losses.restore({}, 0)
             return "not the recipe of that checkpoint"
-        then, now = facts["arithmetic"], arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
-        changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
-        return f"not bitwise: {', '.join(changed)}" if changed else "exact"
+        now = arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
+        return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel)
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint, to be saved or to be filled in place."""

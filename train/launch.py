@@ -1,5 +1,6 @@
 """Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -8,7 +9,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -27,10 +27,11 @@ from .schema import Guard, Recipe, Run
 
 LOCK = ".lock"
 BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # torchrun's and the requeued job's
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """The processes of a run. Its collectives use gloo on the CPU, so that none of them waits for a GPU."""
 
@@ -164,11 +165,18 @@ class Signals:
                 signal.signal(number, handler)
 
 
+def restarted() -> bool:
+    """Whether torchrun or SLURM has started this process anew, with the arguments of the start it goes on with."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+
+
 class RunDir:
     """`out/name`: the recipe, the metrics, the checkpoints and the marker that says how the last start ended."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, restart: bool = False):
+        """restart: of a start that has already moved an older run aside."""
+        self.recipe, self.restart = recipe, restart
+        self.fresh = recipe.run.fresh and not restart
         self.path = Path(recipe.run.out) / recipe.run.name
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -211,13 +219,18 @@ class RunDir:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def check(self) -> bool:
-        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident."""
+        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident.
+
+        Where there is no checkpoint yet, there is nothing to go on with, and any recipe will do.
+        """
         there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
-        if self.recipe.run.fresh or not there:
+        if self.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
+        if self.checkpoints.is_dir() and not any(self.checkpoints.glob("step-*")) and not self.finished():
+            return True  # a start that failed before it had learned anything: its recipe may be mended
         try:
             begun = load_recipe(self.path / "recipe.yaml")
         except UserError as error:
@@ -233,7 +246,7 @@ class RunDir:
         aside = None
         self.lock()
         with writing(self.path):
-            if self.recipe.run.fresh and self.path.exists():
+            if self.fresh and self.path.exists():
                 names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
                 self.path.rename(aside)
@@ -242,8 +255,10 @@ class RunDir:
         self.lock()
         # someone else may have begun it while this process had no lock yet
         self.check()
+        # the run's own recipe goes on with it
+        own = dataclasses.replace(self.recipe, run=dataclasses.replace(self.recipe.run, fresh=False))
         with writing(self.path):
-            write_atomically(self.path / "recipe.yaml", dump(self.recipe))
+            write_atomically(self.path / "recipe.yaml", dump(own))
             self.checkpoints.mkdir(exist_ok=True)
             (self.path / "PREEMPTED").unlink(missing_ok=True)
         return aside
@@ -251,22 +266,25 @@ class RunDir:
     def finished(self) -> dict[str, Any] | None:
         """What DONE says, if the run is complete."""
         with suppress(OSError, ValueError):
-            return json.loads((self.path / "DONE").read_text())
+            done = json.loads((self.path / "DONE").read_text())
+            return done if isinstance(done, dict) else None
         return None
 
     def mark(self, marker: str, content: dict[str, Any]) -> None:
         with writing(self.path / marker):
             write_atomically(self.path / marker, json.dumps(content) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop metrics of later steps than `step`, and a line that a crash cut short."""
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Drop metrics of later steps than `step`, evaluations after `evaluated`, and what a crash made of a line."""
         with writing(self.metrics):
-            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-            write_atomically(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+            text = self.metrics.read_text("utf-8", errors="replace") if self.metrics.exists() else ""
+            lines = (line for line in text.splitlines() if _stands(line, step, evaluated))
+            write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
 
 
-def _step(line: str) -> float:
+def _stands(line: str, step: int, evaluated: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] <= (evaluated if record["kind"] == "eval" else step)
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

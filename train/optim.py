@@ -39,8 +39,8 @@ def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Op
         return timm.optim.create_optimizer_v2(model, name, lr, **grouping, **optim.kwargs)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name={name} does not take optim.kwargs={optim.kwargs}: {error}") from error
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
+        raise UserError(f"optim.name={name} cannot be built with optim.kwargs={optim.kwargs}: {error}") from error
 
 
 def factored_groups(model: nn.Module, optim: Optim, lr: float) -> list[dict[str, Any]]:
@@ -74,7 +74,15 @@ def factored_groups(model: nn.Module, optim: Optim, lr: float) -> list[dict[str,
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan) -> Scheduler:
     """timm's schedule, counted in steps; it also applies each group's layer decay."""
-    sched = recipe.sched
+    sched, rest = recipe.sched, plan.steps - plan.warmup
+    decay = sched.decay_steps or round(0.2 * rest)
+    if sched.name in ("wsd", "rsqrt") and not 0 < decay <= rest:
+        raise UserError(
+            f"sched.decay_steps={sched.decay_steps or 'null'} ({decay} steps) does not fit sched.name={sched.name}: of "
+            f"{plan.steps} steps, {plan.warmup} are warm-up; make it 1 to {rest}, or train for more"
+        )
+    if sched.name == "rsqrt" and not plan.warmup:
+        raise UserError("sched.name=rsqrt decays in units of its warm-up; give sched.warmup of a step or more")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched.name,

@@ -5,22 +5,24 @@ Every key says here what it does; `python -m tessel.train --help` prints these l
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, le=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Run:
     name: Annotated[str, Field(pattern=r"^(\w[\w.+-]*)?$")] = ""
     """directory of the run; empty: the recipe's file name"""
-    out: str = "runs"
+    out: Place = "runs"
     """directory that holds the runs"""
     seed: NonNegativeInt = 0
     """fixes weights, data order, augmentation and drop path"""
@@ -29,7 +31,7 @@ class Run:
     deterministic: bool = False
     """allow deterministic torch kernels only (slower)"""
     fresh: bool = False
-    """move an existing run of this name aside and start clean"""
+    """move an existing run of this name aside and start clean; not again where torchrun or SLURM restarts it"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,7 +94,7 @@ class Segment:
     """between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
     class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     """weight in the loss by class name, for example {background: 0.2}; 1 where not given"""
-    load_from: str | None = None
+    load_from: Place | None = None
     """begin with a published segmenter's file, by mmsegmentation's names"""
     test: SegmentTest = SegmentTest()
 
@@ -199,7 +201,7 @@ class Data:
     ]
     """embedded digits or scenes of them; root/{train,val}/CLASS/*.jpg; tar files; WebDataset, Hugging Face or
     TensorFlow datasets; ADE20K, Cityscapes, Pascal VOC or COCO in their own layouts below root"""
-    root: str | None = None
+    root: Place | None = None
     """folder of the data: root/{train,val}/*.tar or root/{train,val}.tar; hfds, tfds: their store"""
     name: str | None = None
     """hfds, tfds: name of the dataset; hfds: or its folder"""
@@ -211,7 +213,7 @@ class Data:
     """hfds, tfds: column of the images (null: image); wds: endings of them, like jpg;png"""
     target_key: str | None = None
     """hfds, tfds: column of the classes (null: label); wds: their key in KEY.json (null: they are in KEY.cls)"""
-    class_map: str | None = None
+    class_map: Place | None = None
     """text file that lists the classes, a line each (null: those that are found)"""
     size: PositiveInt = 224
     """side of the input, pixels; the short side in detection"""
@@ -318,7 +320,7 @@ class Ckpt:
     """newest checkpoints kept, beside the best one"""
     background: bool = False
     """write from a copy while the training goes on, one checkpoint at a time"""
-    resume: str = "auto"
+    resume: Place = "auto"
     """auto: continue this run; PATH: begin with that checkpoint; never"""
 
 
