@@ -201,7 +201,6 @@ def two_steps(name, images, tmp_path, model):
     """Two updates of 4 images at 64 px."""
     here = [f"data.root={images}", "data.size=64", "data.batch=4", "data.micro_batch=null", "data.workers=0"]
     short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "sched.cooldown=0", "parallel.precision=fp32"]
-    short += ["sched.warmup_lr=1e-6"]
     where = [f"run.out={tmp_path}", "run.device=cpu", f"model.name={model}", "model.init_from=null"]
     recipe = load_recipe(f"imagenet/{name}", [*here, *short, *where])
     engine, moved = trainer.updated(recipe, 2)

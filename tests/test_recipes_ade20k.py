@@ -110,7 +110,6 @@ def images(tmp_path_factory):
 
 def here(images, tmp_path):
     short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "parallel.precision=fp32", "data.workers=0"]
-    short += ["sched.warmup_lr=1e-6"]
     data = [f"data.root={images}", "data.size=64", "data.fit=[256, 64]", "data.batch=2", "data.micro_batch=null"]
     return [*short, *data, f"run.out={tmp_path}", "run.device=cpu", "model.pretrained=false", "model.init_from=null"]
 

@@ -108,7 +108,6 @@ def one_step(name, tmp_path):
     atto = next(variant for variant in FAMILIES[model].variants if variant.endswith("_atto"))
     here = ["data.source=digit_scenes", "data.root=null", "data.size=64", "data.scenes=5", "data.batch=2"]
     short = ["data.workers=0", "sched.epochs=null", "sched.steps=2", "sched.milestones=[1]", "sched.warmup=0"]
-    short += ["sched.warmup_lr=1e-6"]
     small = ["task.detect.short=null", "task.detect.channels=64", "parallel.precision=fp32", "run.device=cpu"]
     begin = [f"model.name={atto}", "model.init_from=null", "model.pretrained=false", f"run.out={tmp_path}"]
     recipe = load_recipe(f"coco/{name}", [*here, *short, *small, *begin])

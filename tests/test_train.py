@@ -241,7 +241,7 @@ def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, ca
     run = shutil.copytree(straight, tmp_path / "run")
     other = trainer.draw_folder(tmp_path / "other", train=2, val=3)
     shutil.rmtree(other / "train")  # an evaluation does without
-    assert evaluate.main([str(run), f"data.root={other}"]) == 0
+    assert evaluate.main([str(run), f"data.root={other}", "data.eval_batch=4"]) == 0
     figures = json.loads((run / "evaluation/evaluation.json").read_text())
     assert figures["count"] == 9 and figures["overrides"] == [f"data.root={other}"]
     assert evaluate.main([str(run), "--weights", "some.pth"]) == 1

@@ -1,6 +1,8 @@
 """What a recipe must not say: keys that contradict one another, or that have no effect beside another.
 
-A key without effect is refused rather than ignored: whoever wrote it expects something of it.
+A key without effect is refused rather than ignored: whoever wrote it expects something of it. Let pass are those that
+say how a thing is done which another key switches off (`sched.warmup_lr` beside `sched.warmup=0`), as one does on the
+command line with a recipe that says how.
 """
 
 import dataclasses
@@ -12,6 +14,8 @@ from .schema import Aug, Data, Dense, Detect, Distill, Recipe, Segment
 # what a schedule reads beside its length, warm-up and end
 SCHED_KEYS = {"step": {"decay_rate", "decay_steps"}, "multistep": {"decay_rate", "milestones"}, "poly": {"decay_rate"}}
 SCHED_KEYS |= {"wsd": {"decay_steps"}, "rsqrt": {"decay_steps"}}
+# timm's optimizers that mix whole tensors with shards, or change them by operations that shards do not have
+UNSHARDED = ("adafactor", "adamp", "sgdp")
 
 SOURCES = {  # of each task
     "classify": ("digits", "folder", "tar", "wds", "hfds", "tfds"),
@@ -29,7 +33,7 @@ TASK_AUG = {
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """What is wrong with a recipe, a sentence each."""
-    for check in (_general, _idle_keys, _switched_off, _foreign_keys):
+    for check in (_general, _idle_keys, _foreign_keys):
         yield from check(recipe)
     yield from _sources(recipe.data)
 
@@ -50,6 +54,8 @@ def _general(recipe: Recipe) -> Iterator[str]:
         yield f"parallel.shard has no effect with parallel.strategy={parallel.strategy}; remove it"
     if parallel.precision == "fp16" and parallel.strategy != "ddp":
         yield f"parallel.precision=fp16 cannot scale the loss of parallel.strategy={parallel.strategy}; use bf16"
+    if parallel.strategy != "ddp" and optim.name in UNSHARDED:
+        yield f"optim.name={optim.name} cannot update shards; take adamw, or parallel.strategy=ddp"
     for key, pair in (("scale", aug.scale), ("ratio", aug.ratio), ("resize", aug.resize)):
         if not 0 < pair[0] <= pair[1]:
             yield f"data.aug.{key}={list(pair)} is no rising range above 0"
@@ -100,22 +106,6 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
         yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"
     if sched.cooldown and sched.name not in ("cosine", "poly", "tanh"):
         yield f"sched.cooldown has no effect with sched.name={sched.name}; remove it"
-
-
-def _switched_off(recipe: Recipe) -> Iterator[str]:
-    """Keys that say how to do what is not done."""
-    aug, optim, ema, sched, log = recipe.data.aug, recipe.optim, recipe.ema, recipe.sched, recipe.log
-    for name, section, key, done, switch in (
-        ("data.aug", aug, "mix_prob", aug.mixup or aug.cutmix, "data.aug.mixup or data.aug.cutmix"),
-        ("data.aug", aug, "switch_prob", aug.mixup and aug.cutmix, "both data.aug.mixup and data.aug.cutmix"),
-        ("optim", optim, "clip_mode", optim.clip, "optim.clip"),
-        ("optim", optim, "lr_base_batch", optim.lr_rule != "none", "optim.lr_rule"),
-        ("ema", ema, "warmup", ema.decay, "ema.decay"),
-        ("sched", sched, "warmup_lr", sched.warmup, "sched.warmup"),
-        ("log", log, "wandb_project", log.wandb != "off", "log.wandb"),
-    ):
-        if not done and key in dict(_changed(section, type(section)())):
-            yield f"{name}.{key} has no effect without {switch}; remove it"
 
 
 def _foreign_keys(recipe: Recipe) -> Iterator[str]:

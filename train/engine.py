@@ -167,7 +167,6 @@ class Engine:
                 scores = self.scores()
             except UserError:  # everyone's, see `measure`: what was learned so far shall not be lost with it
                 self.save()
-                self.checkpoints.wait()
                 raise
             if scores is None:
                 return False
@@ -231,8 +230,8 @@ class Engine:
         return state | ({"ema": self.average.state} if self.average else {})
 
     def place_in_run(self) -> dict[str, float]:
-        step = self.progress.step
-        return {"step": step, "epoch": round(step * self.recipe.data.batch / self.task.samples, 4)}
+        epoch = self.progress.step * self.recipe.data.batch / self.task.samples
+        return {"step": self.progress.step, "epoch": round(epoch, 4)}
 
     def stopped(self, error: NonFinite) -> UserError:
         """What to tell about a non-finite update, whose images are written down."""

@@ -42,6 +42,8 @@ HEEDED = (
     *("data.", "task.segment.test.", "task.detect.val", "task.detect.longest", "task.detect.kwargs"),
     *("parallel.precision", "parallel.channels_last", "run.device", "guard.timeout"),
 )
+# of these, how it is done and not what is found
+MEANS = ("data.eval_batch", "data.workers", "parallel.channels_last", "run.device", "guard.timeout")
 
 
 def measure(
@@ -241,7 +243,8 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
         scores = measure(task, model, world, recipe.parallel, keep=True)
         assert scores is not None
         judged = str(target if at_checkpoint else run / "export")
-        facts = {"step": step, "checkpoint": judged, "overrides": overrides}
+        otherwise = [text for text in overrides if not text.startswith(MEANS)]
+        facts = {"step": step, "checkpoint": judged, "overrides": otherwise}
         figures = save_evaluation(run, scores, facts, world)
         if overlays:
             predictions = scores.predictions()
