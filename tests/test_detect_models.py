@@ -1,6 +1,7 @@
 """The detectors: torchvision's, on any backbone, with every parameter in use and the trainer's questions answered."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,8 @@ from tessel.train.detect.detectors import DETECTORS, build_detector
 from tessel.train.errors import UserError
 from tessel.train.exports import export_parts
 from tessel.train.optim import build_optimizer
-from tessel.train.schema import Dense, Detect, Model, Optim
+from tessel.train.schema import Dense, Detect, Model, Optim, Segment
+from tessel.train.segment.model import assemble
 
 ATTO, PLAIN = Model(name="biformer_atto"), Dense()
 SMALL = {"channels": 64, "longest": 200}
@@ -214,6 +216,23 @@ def test_export_reads_back(tmp_path, name):
     with torch.no_grad():
         one, other = model(IMAGES[:1])[0], again(IMAGES[:1])[0]
     assert len(one["boxes"]) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_a_detector_begins_with_the_backbone_of_an_exported_model(tmp_path, task):
+    head, heads = {"type": "UPerHead", "channels": 8}, {"dense": PLAIN, "classes": CLASSES}
+    if task == "segment":
+        source: Any = assemble(ATTO, Segment(decode_head=head), **heads)
+        body, parts = source.backbone.body, {"segment": Segment(decode_head=head)}
+    else:
+        source = built("mask_rcnn")
+        body, parts = source.backbone.body.body, {"detect": Detect(**SMALL)}
+    export_parts(tmp_path / "export", source.state_dict(), task=task, model=ATTO, dense=PLAIN, **parts)
+    model = built("fcos", model=Model(name="biformer_atto", init_from=f"local-dir:{tmp_path}/export"))
+    for key, tensor in model.backbone.body.body.state_dict().items():
+        assert torch.equal(tensor, body.state_dict()[key]), key
+    with pytest.raises(UserError, match="init_from=local-dir:.* does not fit model.name=cswin_atto"):
+        built("fcos", model=Model(name="cswin_atto", init_from=f"local-dir:{tmp_path}/export"))
 
 
 @pytest.mark.parametrize("harm", ["nothing", "classifier", "class"])

@@ -1,15 +1,17 @@
 """The backbone of a dense task: built as the recipe says, on published weights or a classifier's."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..zoo.dense import DenseBackbone
-from .errors import UserError
+from .errors import UserError, one_line
+from .exports import exported_backbone
 from .schema import Dense, Model
-from .transfer import REFUSALS, create, one_line
+from .transfer import REFUSALS, create
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
@@ -48,12 +50,16 @@ def try_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], r
 
 
 def begin_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
-    """Give `backbone` the weights of the classifier that `model.init_from` names; without one, leave it as it is."""
+    """Give `backbone` the weights that `model.init_from` names, if any: of a classifier, or below heads of ours."""
     if not model.init_from:
         return
-    source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
+    folder = model.init_from.removeprefix("local-dir:")
+    state = exported_backbone(Path(folder)) if folder != model.init_from else None
+    if state is None:
+        source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
+        state = source.state_dict()
     try:
-        backbone.start_from(source.state_dict())
+        backbone.start_from(state)
     except ValueError as error:
         raise UserError(
             f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "

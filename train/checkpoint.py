@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import write_atomically
 from .launch import World
 from .schema import Parallel
@@ -211,10 +211,10 @@ def _alone() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of DCP's nested errors."""
+    """What lies at the bottom of DCP's nested errors."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return one_line(error)
 
 
 def _digest(content: dict[str, Any]) -> str:

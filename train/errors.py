@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,3 +34,13 @@ def report_errors() -> Iterator[Outcome]:
         outcome.code = 1
         if os.environ.get("RANK", "0") == "0" or isinstance(error, Lost):
             print(f"error: {error}", file=sys.stderr)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, shortened to a line; of a bare assertion, what was asserted."""
+    text = textwrap.shorten(str(error), 300, placeholder=" ...")
+    if isinstance(error, LookupError):  # whose words alone are none to understand
+        return f"{type(error).__name__}: {text}"
+    if not text and isinstance(error, AssertionError):
+        text = next((frame.line or "" for frame in reversed(traceback.extract_tb(error.__traceback__))), "")
+    return text or type(error).__name__

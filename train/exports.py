@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import replacing
 from .schema import Dense, Detect, Model, Segment
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+BODIES = {"segment": "backbone.body.", "detect": "backbone.body.body."}  # where a classifier's part lies
 SECTIONS = {"model": Model, "dense": Dense, "segment": Segment, "detect": Detect}
 
 
@@ -67,8 +68,9 @@ def read_parts(path: Path, task: str) -> dict[str, Any]:
         sections = {key: json.dumps(config[key]) for key in ("model", "dense", task)}
         return config | {key: TypeAdapter(SECTIONS[key]).validate_json(text) for key, text in sections.items()}
     except (OSError, ValueError, KeyError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} holds no export that can be read ({reason}); give the export/ of a run") from error
+        raise UserError(
+            f"{path} holds no export that can be read ({one_line(error)}); give the export/ of a run"
+        ) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -95,6 +97,16 @@ def exported_classes(path: Path) -> list[str]:
         return list(config["classes"] if "classes" in config else config["label_names"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
+
+
+def exported_backbone(path: Path) -> dict[str, Tensor] | None:
+    """An exported segmenter's or detector's backbone, by the names of a classifier; None of any other export."""
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        place = BODIES[config["task"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {key.removeprefix(place): tensor for key, tensor in exported(path).items() if key.startswith(place)}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset
 
 from .data import EXTENSIONS, decoded
-from .errors import UserError
+from .errors import UserError, one_line
 from .schema import Data
 
 REFUSALS = (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError)
@@ -148,7 +148,7 @@ def open_hfds(data: Data, split: str) -> Foreign:
         named = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
         classes = named or [str(number) for number in range(1 + max(map(int, reader.iter_targets())))]
     except REFUSALS as error:
-        raise UserError(f"data.source=hfds: {name} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"data.source=hfds: {name} cannot be read: {one_line(error)}") from error
     return Foreign(reader.__getitem__, len(reader), classes, name)
 
 
@@ -162,7 +162,7 @@ def open_tfds(data: Data, split: str) -> Foreign:
         length, names = len(source), list(builder.info.features[label].names)
     except (*REFUSALS, AttributeError, TypeError) as error:
         raise UserError(
-            f"data.source=tfds: {name} cannot be read at random: {_first_line(error)}; prepare it with "
+            f"data.source=tfds: {name} cannot be read at random: {one_line(error)}; prepare it with "
             f"tfds build {data.name} --file_format=array_record"
         ) from error
     classes = _mapped(data) if data.class_map else names
@@ -245,7 +245,7 @@ def _mapped(data: Data) -> list[str]:
     try:
         mapping = load_class_map(str(data.class_map), data.root or "")
     except (OSError, AssertionError, ValueError) as error:
-        raise UserError(f"data.class_map={data.class_map} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"data.class_map={data.class_map} cannot be read: {one_line(error)}") from error
     return [name for name in sorted(mapping, key=mapping.__getitem__) if name]
 
 
@@ -256,7 +256,3 @@ def _number(label: str, number: dict[str, int], data: Data) -> int:
     if data.source == "wds" and label.isdecimal() and int(label) < len(number):
         return int(label)
     raise UserError(f"class {label!r} is not in data.class_map={data.class_map}, which must list every class")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,7 +2,6 @@
 
 import math
 import struct
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -18,7 +17,7 @@ from timm.task import DistillationTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .schema import Distill, Model
 
 # what timm raises for names and arguments it can't use, and with these what it raises for files that hold no weights
@@ -57,12 +56,6 @@ def first_forward(culprit: str, image: Tensor) -> Iterator[None]:
         raise UserError(
             f"{culprit} does not take {size} images ({one_line(error)}); change data.size, the model or its kwargs"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, shortened; with its kind where the words alone are none to understand."""
-    text = textwrap.shorten(str(error), 240, placeholder=" ...")
-    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text or type(error).__name__
 
 
 def begin_with(model: Any, wanted: Model, size: int) -> None:

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..errors import one_line
 from .annotations import are_numbers
 
 
@@ -22,8 +23,7 @@ def decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
             return coder.decode(coder.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation)
     # the coder's own error is a RuntimeError
     except (TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"has a segmentation that is neither polygons nor RLE ({said:.200})") from error
+        raise ValueError(f"has a segmentation that is neither polygons nor RLE ({one_line(error)})") from error
     raise ValueError(f"has a mask of {size}, its image is {(height, width)}")
 
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from ..config import load_recipe
 from ..data import build_dataset
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..evaluate import load_run
 from ..schema import Recipe
-from ..transfer import REFUSALS, one_line
+from ..transfer import REFUSALS
 
 # what json, numpy, zipfile and a look at their contents raise for files that are cut off, overwritten or another's
 DAMAGES = (BadZipFile, EOFError, LookupError, OSError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..openmmlab import build, mmseg_modules
-from .trial import IGNORED, REFUSED, Map, Maps, reason, try_head, try_neck
+from .trial import IGNORED, REFUSED, Map, Maps, try_head, try_neck
 
 STAGES = 4
 # the heads that read several maps without being told to, and which
@@ -210,7 +210,7 @@ def _built(key: str, words: Mapping[str, Any]) -> Any:
             if hasattr(module, "init_weights"):
                 module.init_weights()
         except REFUSED as error:
-            raise UserError(f"{key}.type={kind} cannot be built with {dict(words)}: {reason(error)}") from error
+            raise UserError(f"{key}.type={kind} cannot be built with {dict(words)}: {one_line(error)}") from error
     return module
 
 

@@ -5,7 +5,6 @@ The tried ones are copies, and the random numbers are given back: a trial leaves
 
 import copy
 import dataclasses
-import traceback
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 # what goes wrong inside a constructor or a forward that is given other arguments than it takes
 REFUSED = (
@@ -47,15 +46,6 @@ def layout(found: Tensor) -> torch.memory_format:
     return torch.contiguous_format if found.is_contiguous() else torch.channels_last
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in one line; of a bare assertion, what was asserted."""
-    if text := " ".join(str(error).split()):
-        return text
-    frames = traceback.extract_tb(error.__traceback__)
-    asserted = frames[-1].line if frames and isinstance(error, AssertionError) else None
-    return asserted or type(error).__name__
-
-
 def try_neck(key: str, neck: nn.Module, maps: Maps) -> list[Map]:
     """The maps that `neck` makes of `maps`. Raises UserError where it makes none."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -63,7 +53,7 @@ def try_neck(key: str, neck: nn.Module, maps: Maps) -> list[Map]:
         try:
             outs = copy.deepcopy(neck).eval()(given)
         except REFUSED as error:
-            raise UserError(f"{key} does not run on the maps of this backbone: {reason(error)}") from error
+            raise UserError(f"{key} does not run on the maps of this backbone: {one_line(error)}") from error
     return [
         Map(out.shape[1], round(NECK / out.shape[-1]), layout(out), passed=any(out is one for one in given))
         for out in outs
@@ -84,11 +74,11 @@ def try_head(key: str, head: Any, maps: Maps, *, losses: str, size: int | None) 
                 side = size or LARGE
                 _predict(head, maps, side)
         except REFUSED as error:
-            raise UserError(f"{key} does not run on the maps of this backbone: {reason(error)}") from error
+            raise UserError(f"{key} does not run on the maps of this backbone: {one_line(error)}") from error
         try:
             found = _learn(head, maps, side)
         except REFUSED as error:
-            raise UserError(f"{losses} cannot be computed: {reason(error)}") from error
+            raise UserError(f"{losses} cannot be computed: {one_line(error)}") from error
     for name, value in found.items():
         if "loss" in name and not (value.numel() == 1 and value.requires_grad):
             raise UserError(f"{losses}: {name} is no single number that depends on the weights; is reduction left out?")
