@@ -192,3 +192,9 @@ def test_a_model_that_cannot_be_judged(arguments, message, capsys):
     assert evaluate.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_number_of_pictures_is_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["biformer_atto", "--overlays", "-2"])
+    assert "-2 is no number of pictures" in capsys.readouterr().err

@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 0:
-        raise ValueError
-    return count
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of pictures")
+    return int(text)
 
 
 def _whole(text: str) -> str:
