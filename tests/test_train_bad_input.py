@@ -60,7 +60,7 @@ def odd_class(images):
 @pytest.mark.parametrize(
     ("overrides", "harm", "fragments"),
     [
-        (["data.root=/nowhere"], None, ["/nowhere/train", "No such file", "data.root needs"]),
+        (["data.root=/nowhere"], None, ["/nowhere/val", "No such file", "data.root needs"]),
         ([], one_file, ["images/val", "Not a directory"]),
         ([], empty_class, ["class class_0", "no images", ".jpg"]),
         ([], no_samples, ["no class folders", "data.root needs"]),
