@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tessel import zoo
-from tessel.train.detect.detectors import build_detector
-from tessel.train.schema import Dense, Detect, Model, Segment
-from tessel.train.segment.model import Segmenter, assemble
+from tessel.train.recipe.schema import Dense, Detect, Model, Segment
+from tessel.train.tasks.detect.detectors import build_detector
+from tessel.train.tasks.segment.model import Segmenter, assemble
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PASSES = ("inference", "training")

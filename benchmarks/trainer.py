@@ -33,7 +33,7 @@ GOALS = {
 
 def make(args: argparse.Namespace, out: str, **sections: dict):
     """The recipe of a run on the digits, as long as it is let."""
-    from tessel.train.config import make_recipe
+    from tessel.train.recipe.load import make_recipe
 
     recipe = {
         "run": {"name": "bench", "out": out, "device": args.device},
@@ -52,10 +52,11 @@ class Ours:
     """The trainer's own loop, some steps at a time."""
 
     def __init__(self, recipe, world):
-        from tessel.train.__main__ import build, take_up
-        from tessel.train.launch import RunDir, Signals
-        from tessel.train.loggers import Loggers
-        from tessel.train.supply import Supply
+        from tessel.train.data.batch_stream import Supply
+        from tessel.train.run.directory import RunDir
+        from tessel.train.run.loggers import Loggers
+        from tessel.train.run.signals import Signals
+        from tessel.train.trainer import build, take_up
 
         self.task, self.plan, self.engine = build(recipe, world)
         engine, run = self.engine, RunDir(recipe)
@@ -204,10 +205,10 @@ def startup(args: argparse.Namespace) -> None:
     """Print the seconds of each part of a start, as JSON."""
     import torch
 
-    from tessel.train.config import plan
+    from tessel.train.distributed.world import join
     from tessel.train.engine import Engine
-    from tessel.train.launch import join
-    from tessel.train.tasks import build_task
+    from tessel.train.recipe.plan import plan
+    from tessel.train.tasks.build import build_task
 
     marks = {"imports": time.time()}
     torch.set_num_threads(args.threads)
@@ -277,7 +278,7 @@ def main() -> None:
         return memory(args)
     from measuring import facts
 
-    from tessel.train.launch import join
+    from tessel.train.distributed.world import join
 
     settings = {name: getattr(args, name) for name in ("model", "size", "batch", "workers")}
     out = args.out or RESULTS / f"trainer_{args.device}.json"

@@ -18,8 +18,9 @@ from typing import Any
 
 from generated import main
 
-from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.schema import leaves
+from tessel.train.recipe.load import PACKAGED, load_recipe
+from tessel.train.recipe.plan import plan
+from tessel.train.recipe.schema import leaves
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 IMAGENET = 1_281_167  # training images

@@ -23,8 +23,9 @@ import ranks
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tessel.train import checkpoint, engine
-from tessel.train.config import load_recipe
+from tessel.train import engine
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run import checkpoint
 
 PLACES = ("tensors", "manifest", "rename", "prune", "pruning")
 INSTANTS = (*PLACES, "appeared", "stepping", "anywhere")
@@ -37,7 +38,7 @@ def main() -> None:
     recipe = load_recipe(arguments[0], arguments[1:])
     checkpoints = Path(recipe.run.out) / recipe.run.name / "checkpoints"
     rng = random.Random(0)
-    importlib.import_module(f"tessel.train.{recipe.task.kind}")  # once, not at every start
+    importlib.import_module(f"tessel.train.tasks.{recipe.task.kind}")  # once, not at every start
     for number in range(kills):
         # every instant in both ways of saving
         background = (number + number // len(INSTANTS)) % 2 == 1

@@ -20,7 +20,8 @@ import sklearn.datasets
 import sklearn.model_selection  # noqa: F401
 import torch
 
-from tessel.train import __main__, engine, loggers, tasks  # noqa: F401  everything a start imports
+from tessel.train import __main__, engine
+from tessel.train.tasks import base as tasks  # noqa: F401  everything a start imports
 
 # what the installed torch warns of is the default suite's to judge
 warnings.simplefilter("ignore")

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from tessel.train.demo_data import digits
+from tessel.train.data.sources.digits import digits
 
 SIZES = {"train": 1437, "val": 360}
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessel.train.demo_scenes import HIDDEN, DigitScenes, covered
+from tessel.train.data.digit_scenes import HIDDEN, DigitScenes, covered
 
 
 @settings(max_examples=15, deadline=None)

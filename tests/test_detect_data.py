@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tessel.train.config import load_recipe
-from tessel.train.data import Seeded, seed_all
-from tessel.train.detect.augment import CropWithin, Eval, Train
-from tessel.train.detect.data import build_dataset
+from tessel.train.data.loader import Seeded
+from tessel.train.data.sampler import seed_all
+from tessel.train.data.sources.build_boxes import build_dataset
 from tessel.train.errors import UserError
+from tessel.train.recipe.load import load_recipe
+from tessel.train.tasks.detect.augment import CropWithin, Eval, Train
 
 MASKS = "task.detect.detector=mask_rcnn"
 

@@ -10,13 +10,13 @@ from timm.models import group_parameters
 from torch import nn
 from torchvision.models import detection
 
-from tessel.train import detect
-from tessel.train.detect.detectors import DETECTORS, build_detector
 from tessel.train.errors import UserError
-from tessel.train.exports import export_parts
-from tessel.train.optim import build_optimizer
-from tessel.train.schema import Dense, Detect, Model, Optim, Segment
-from tessel.train.segment.model import assemble
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.recipe.schema import Dense, Detect, Model, Optim, Segment
+from tessel.train.tasks import detect
+from tessel.train.tasks.detect.detectors import DETECTORS, build_detector
+from tessel.train.tasks.export import export_parts
+from tessel.train.tasks.segment.model import assemble
 
 ATTO, PLAIN = Model(name="biformer_atto"), Dense()
 SMALL = {"channels": 64, "longest": 200}

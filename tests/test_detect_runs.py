@@ -11,13 +11,14 @@ import torch
 import trainer
 from PIL import Image
 
-from tessel.train import detect, evaluate
-from tessel.train.__main__ import build
-from tessel.train.config import load_recipe
+from tessel.train import evaluate
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.launch import World
+from tessel.train.recipe.load import load_recipe
 from tessel.train.report.__main__ import main as report
-from tessel.train.tasks import build_task
+from tessel.train.tasks import detect
+from tessel.train.tasks.build import build_task
+from tessel.train.trainer import build
 
 SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
 # no batch statistics, and no choice by chance of what a loss is taken of: any number of processes learns the same
@@ -153,7 +154,7 @@ def test_one_small_image_is_too_little_for_batch_norm(tmp_path, coco):
 def test_classification_loads_none_of_this():
     code = (
         "import sys, tessel.train.engine, tessel.train.classify, tessel.train.evaluate;"
-        "bad = [n for n in sys.modules if n.startswith(('tessel.train.detect', 'faster_coco_eval', 'pycocotools'))];"
+        "bad = [n for n in sys.modules if n.startswith(('tessel.train.tasks.detect', 'faster_coco_eval', 'pycocotools'))];"
         "assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,13 +15,13 @@ from faster_coco_eval.core import mask as coder
 from PIL import Image
 
 from tessel.train import evaluate
-from tessel.train.config import load_recipe
-from tessel.train.detect.augment import Eval
-from tessel.train.detect.data import build_dataset
-from tessel.train.detect.overlay import drawn
-from tessel.train.detect.scores import DetectScores
-from tessel.train.detect.task import DetectTask, as_lists
-from tessel.train.launch import World
+from tessel.train.data.sources.build_boxes import build_dataset
+from tessel.train.distributed.world import World
+from tessel.train.recipe.load import load_recipe
+from tessel.train.tasks.detect.augment import Eval
+from tessel.train.tasks.detect.metrics import DetectScores
+from tessel.train.tasks.detect.overlay import drawn
+from tessel.train.tasks.detect.task import DetectTask, as_lists
 
 NAMES = [
     "ap",

@@ -112,7 +112,7 @@ def test_mending_twice_changes_nothing(registered):
     from mmengine.dist import utils
     from mmengine.model import MMDistributedDataParallel
 
-    from tessel.train.openmmlab import mend_runner
+    from tessel.train.openmmlab.compat import mend_runner
 
     before = utils._init_dist_pytorch, MMDistributedDataParallel.__init__
     mend_runner()

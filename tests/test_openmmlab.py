@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from tessel.train import openmmlab
 from tessel.train.errors import UserError
+from tessel.train.openmmlab import compat as openmmlab
 
 
 @pytest.mark.parametrize("name", ["UPerHead", "SegformerHead", "FPNHead", "FCNHead"])

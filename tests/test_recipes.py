@@ -14,8 +14,9 @@ import trainer
 
 import tessel.zoo
 from tessel.checkpoints import load_manifest
-from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.optim import build_optimizer
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.recipe.load import PACKAGED, load_recipe
+from tessel.train.recipe.plan import plan
 
 IMAGENET = 1_281_167  # training images
 RECIPES = sorted(path.stem for path in (PACKAGED / "imagenet").glob("*.yaml"))

@@ -9,8 +9,9 @@ import scenery
 import trainer
 
 import tessel.zoo
-from tessel.train.config import PACKAGED, load_recipe, plan
-from tessel.train.segment.model import assemble
+from tessel.train.recipe.load import PACKAGED, load_recipe
+from tessel.train.recipe.plan import plan
+from tessel.train.tasks.segment.model import assemble
 
 IMAGES = 20_210  # for training
 RECIPES = sorted(path.stem for path in (PACKAGED / "ade20k").glob("*.yaml"))

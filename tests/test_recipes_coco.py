@@ -7,7 +7,8 @@ import pytest
 import trainer
 from test_recipes import FAMILIES
 
-from tessel.train.config import PACKAGED, load_recipe, plan
+from tessel.train.recipe.load import PACKAGED, load_recipe
+from tessel.train.recipe.plan import plan
 
 COCO = 117_266  # training images with objects
 RECIPES = sorted(path.stem for path in (PACKAGED / "coco").glob("*.yaml"))

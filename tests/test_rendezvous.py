@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from tessel.train import rendezvous
+from tessel.train.distributed import rendezvous
 
 SOON = timedelta(seconds=20)
 

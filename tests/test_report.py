@@ -17,15 +17,15 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from tessel.blocks import BiLevelRouting
-from tessel.train import explain
-from tessel.train.demo_data import digits
+from tessel.train.data.sources.digits import digits
 from tessel.train.errors import UserError
-from tessel.train.exports import export
+from tessel.train.recipe.schema import Data
 from tessel.train.report import __main__ as report
+from tessel.train.report import attention_maps as explain
 from tessel.train.report import classify, curves
 from tessel.train.report.page import STYLE, duration
 from tessel.train.report.runs import read_run
-from tessel.train.schema import Data
+from tessel.train.tasks.export import export
 
 SECTIONS = {
     "Training": ["learning", "optimisation"],

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tessel.train import evaluate
-from tessel.train.config import dump, load_recipe
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.launch import World
-from tessel.train.segment import load
-from tessel.train.segment.task import SegmentTask
+from tessel.train.recipe.load import dump, load_recipe
+from tessel.train.tasks.segment import load
+from tessel.train.tasks.segment.task import SegmentTask
 
 STEPS = 6
 # no batch statistics, so that any number of processes learns the same
@@ -292,4 +292,4 @@ def test_overlays_are_not_for_classification(tmp_path, capsys):
 def test_classification_loads_no_segmentation():
     code = "import sys, tessel.train.engine, tessel.train.classify, tessel.train.evaluate; print(*sys.modules)"
     names = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert not {name for name in names if name.startswith(("mmseg", "mmengine", "mmcv", "tessel.train.segment"))}
+    assert not {name for name in names if name.startswith(("mmseg", "mmengine", "mmcv", "tessel.train.tasks.segment"))}

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessel.train.data import Replaced, Seeded, decoded
-from tessel.train.detect import data as detect_data
+from tessel.train.data import detection as detect_data
+from tessel.train.data.image_io import decoded
+from tessel.train.data.loader import Replaced, Seeded
+from tessel.train.data.segmentation import read_image
+from tessel.train.data.sources.build_masks import build_dataset
 from tessel.train.errors import UserError
-from tessel.train.schema import Aug, Data, SegmentTest
-from tessel.train.segment.augment import (
+from tessel.train.recipe.schema import Aug, Data, SegmentTest
+from tessel.train.tasks.segment.augment import (
     eval_transform,
     fitted,
     photometric,
@@ -22,7 +25,6 @@ from tessel.train.segment.augment import (
     saturated,
     train_transform,
 )
-from tessel.train.segment.data import build_dataset, read_image
 
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 224, 224)}
 MEAN, STD = (torch.tensor(CFG[key]).view(3, 1, 1) for key in ("mean", "std"))

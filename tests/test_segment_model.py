@@ -12,13 +12,13 @@ from timm.models import group_parameters
 from torch.nn import functional as F
 
 from tessel import zoo
+from tessel.train.distributed.parallel import layers
 from tessel.train.errors import UserError
-from tessel.train.openmmlab import build
-from tessel.train.parallel import layers
-from tessel.train.schema import Dense, Model, Segment
-from tessel.train.segment.heads import Wanted, build_head, build_neck, cross_entropy
-from tessel.train.segment.model import Segmenter, assemble
-from tessel.train.segment.trial import Map
+from tessel.train.openmmlab.compat import build
+from tessel.train.recipe.schema import Dense, Model, Segment
+from tessel.train.tasks.segment.head_checks import Map
+from tessel.train.tasks.segment.heads import Wanted, build_head, build_neck, cross_entropy
+from tessel.train.tasks.segment.model import Segmenter, assemble
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}

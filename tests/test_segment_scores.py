@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.evaluate import draw
-from tessel.train.launch import World
-from tessel.train.schema import Parallel, SegmentTest
-from tessel.train.segment.overlay import GAP, overlay, pictures
-from tessel.train.segment.scores import SegmentScores, alike, confusion, predict, sliding, starts, thinned
+from tessel.train.evaluation import draw
+from tessel.train.recipe.schema import Parallel, SegmentTest
+from tessel.train.tasks.segment.metrics import SegmentScores, alike, confusion, predict, sliding, starts, thinned
+from tessel.train.tasks.segment.overlay import GAP, overlay, pictures
 
 
 class Lookup(nn.Module):

@@ -12,11 +12,12 @@ from PIL import Image
 from timm.data.real_labels import RealLabelsImagenet
 from torch import nn
 
-from tessel.train import evaluate, sets
-from tessel.train.config import load_recipe
+from tessel.train import evaluate
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.launch import World
-from tessel.train.sets import ALEXNET_ERROR, Judge
+from tessel.train.recipe.load import load_recipe
+from tessel.train.tasks.classify import imagenet_variants as sets
+from tessel.train.tasks.classify.imagenet_variants import ALEXNET_ERROR, Judge
 
 SYNSETS = timm.data.ImageNetInfo().label_names()
 CLASSES = SYNSETS[:12]

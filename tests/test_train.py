@@ -15,9 +15,10 @@ import timm
 import torch
 import trainer
 
-from tessel.train import checkpoint, engine, evaluate, loggers
-from tessel.train.config import load_recipe
+from tessel.train import engine, evaluate
 from tessel.train.errors import UserError
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run import checkpoint, loggers
 
 TRAIN = Path(engine.__file__).parent
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import trainer
 
-from tessel.train.augment import erasing, train_transform
-from tessel.train.classify import ClassifyTask
-from tessel.train.config import load_recipe
-from tessel.train.data import build_dataset, seed_all
-from tessel.train.launch import World
-from tessel.train.schema import Aug, Data
+from tessel.train.data.sampler import seed_all
+from tessel.train.data.sources.build import build_dataset
+from tessel.train.distributed.world import World
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.schema import Aug, Data
+from tessel.train.tasks.classify.augment import erasing, train_transform
+from tessel.train.tasks.classify.task import ClassifyTask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

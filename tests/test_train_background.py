@@ -10,10 +10,10 @@ import torch
 import trainer
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from tessel.train import checkpoint
-from tessel.train.checkpoint import Checkpoints, broken
+from tessel.train.distributed.world import World
 from tessel.train.engine import Engine
-from tessel.train.launch import World
+from tessel.train.run import checkpoint
+from tessel.train.run.checkpoint import Checkpoints, broken
 
 TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 8}}
 

@@ -13,8 +13,10 @@ import torch
 import trainer
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tessel.train import checkpoint, classify, evaluate, loggers
+from tessel.train import evaluate
 from tessel.train.engine import Engine
+from tessel.train.run import checkpoint, loggers
+from tessel.train.tasks.classify import task as classify
 
 PLAIN = ["model.drop_path=null", "optim.layer_decay=null"]
 TINY_VIT = "model.name=vit_tiny_patch16_224"

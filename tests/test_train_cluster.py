@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trainer
 
-from tessel.train.config import PACKAGED
+from tessel.train.recipe.load import PACKAGED
 
 SCRIPT = PACKAGED / "slurm/train.sbatch"
 

@@ -13,9 +13,10 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tessel.train.config import decisive, dump, find_recipe, flatten, load_recipe, make_recipe, plan, recipe_hash
 from tessel.train.errors import UserError
-from tessel.train.schema import Recipe, leaves
+from tessel.train.recipe.load import decisive, dump, find_recipe, flatten, load_recipe, make_recipe, recipe_hash
+from tessel.train.recipe.plan import plan
+from tessel.train.recipe.schema import Recipe, leaves
 
 MINIMAL = {"model": {"name": "test_resnet"}, "data": {"source": "digits"}, "sched": {"epochs": 2}}
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import trainer
 
-from tessel.train.data import Folder, Loader, Seeded
+from tessel.train.data.loader import Loader, Seeded
+from tessel.train.data.sampler import RepeatedOrder
+from tessel.train.data.sources.folder import Folder
 from tessel.train.errors import UserError
-from tessel.train.tasks import RepeatedOrder
 
 VICTIMS = "class_0/3.png", "class_2/7.png"
 BUDGET = "guard.max_corrupt=2"

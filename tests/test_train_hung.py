@@ -10,11 +10,11 @@ import torch
 import trainer
 from torch import distributed as dist
 
-from tessel.train import tasks
-from tessel.train.checkpoint import broken
-from tessel.train.data import Loader, Seeded
+from tessel.train.data.loader import Loader, Seeded
+from tessel.train.distributed.world import explained
 from tessel.train.errors import Lost, UserError
-from tessel.train.launch import explained
+from tessel.train.run.checkpoint import broken
+from tessel.train.tasks import base as tasks
 
 TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 4}}
 

@@ -14,10 +14,11 @@ import torch
 import trainer
 from killing import INSTANTS, PLACES
 
-from tessel.train.checkpoint import Checkpoints, broken
-from tessel.train.config import load_recipe
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.launch import RunDir, World
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run.checkpoint import Checkpoints, broken
+from tessel.train.run.directory import RunDir
 
 DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits"}}
 
@@ -125,7 +126,7 @@ def test_killed_while_it_began(tmp_path, left):
 
 def test_recipe_is_the_first_that_a_run_holds(tmp_path, monkeypatch):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
-    monkeypatch.setattr("tessel.train.launch.write_atomically", lambda path, text: 1 / 0)
+    monkeypatch.setattr("tessel.train.run.directory.write_atomically", lambda path, text: 1 / 0)
     with RunDir(recipe).held() as run, pytest.raises(ZeroDivisionError):
         run.open()
     assert not run.check() and not run.checkpoints.exists()

@@ -7,9 +7,9 @@ import sys
 import pytest
 import trainer
 
-from tessel.train.config import load_recipe
 from tessel.train.errors import UserError
-from tessel.train.launch import RunDir
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run.directory import RunDir
 
 HOLD = """
 import sys

@@ -3,10 +3,10 @@
 import torch
 import trainer
 
-from tessel.train.__main__ import build
-from tessel.train.config import load_recipe
-from tessel.train.launch import World
-from tessel.train.losses import Losses
+from tessel.train.distributed.world import World
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run.loss_meter import Losses
+from tessel.train.trainer import build
 
 
 def scalars(**values):

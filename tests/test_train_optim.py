@@ -7,10 +7,12 @@ import timm
 import torch
 import trainer
 
-from tessel.train.config import Plan, load_recipe
 from tessel.train.errors import UserError
-from tessel.train.optim import Guard, NonFinite, build_optimizer, clip
-from tessel.train.schema import Optim
+from tessel.train.optim.gradients import Guard, NonFinite, clip
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.plan import Plan
+from tessel.train.recipe.schema import Optim
 
 
 def test_guard_skips_then_stops():

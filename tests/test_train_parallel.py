@@ -10,12 +10,13 @@ import trainer
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
-from tessel.train import checkpoint
+from tessel.train.distributed.parallel import layers, place, replicate
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.launch import World
-from tessel.train.optim import clip_units
-from tessel.train.parallel import MovingAverage, layers, place, replicate
-from tessel.train.schema import Ema, Parallel
+from tessel.train.optim.ema import MovingAverage
+from tessel.train.optim.gradients import clip_units
+from tessel.train.recipe.schema import Ema, Parallel
+from tessel.train.run import checkpoint
 
 # no batch statistics, so that any number of processes learns the same
 SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]

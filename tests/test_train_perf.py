@@ -8,9 +8,9 @@ import torch
 import trainer
 from torch import nn
 
-from tessel.train.launch import World
-from tessel.train.perf import Meter, forward_gflops, peak_memory, peak_tflops
-from tessel.train.schema import Parallel
+from tessel.train.distributed.world import World
+from tessel.train.recipe.schema import Parallel
+from tessel.train.run.profiling import Meter, forward_gflops, peak_memory, peak_tflops
 
 
 def test_flops_are_counted_two_a_multiply_add():

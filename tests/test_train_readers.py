@@ -15,10 +15,11 @@ import trainer
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from tessel.train.config import load_recipe
-from tessel.train.data import Loader, Seeded, build_dataset
+from tessel.train.data.loader import Loader, Seeded
+from tessel.train.data.sources.build import build_dataset
 from tessel.train.errors import UserError
-from tessel.train.schema import Data
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.schema import Data
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def knows_few(root):
 )
 def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, keys, harm, fragments):
     shards(images, tmp_path, "train")
-    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: None)
+    monkeypatch.setattr("tessel.train.data.external.find_spec", lambda name: None)
     if harm:
         harm(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -237,7 +238,7 @@ def hugging_face(request, images, monkeypatch):
     module.load_dataset, module.Image = load_dataset, lambda decode: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     sys.modules.pop("timm.data.readers.reader_hfds", None)
-    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: True)
+    monkeypatch.setattr("tessel.train.data.external.find_spec", lambda name: True)
     yield "cats"
     sys.modules.pop("timm.data.readers.reader_hfds", None)  # it holds on to the stand-in
 
@@ -299,7 +300,7 @@ def prepared_stand_in(images, monkeypatch):
     module = types.ModuleType("tensorflow_datasets")
     module.builder, module.decode = builder, types.SimpleNamespace(SkipDecoding=lambda: "raw")  # type: ignore
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
-    monkeypatch.setattr("tessel.train.readers.find_spec", lambda name: True)
+    monkeypatch.setattr("tessel.train.data.external.find_spec", lambda name: True)
 
 
 @pytest.mark.filterwarnings("default")

@@ -7,8 +7,8 @@ import signal
 import pytest
 import trainer
 
-from tessel.train.checkpoint import broken
-from tessel.train.launch import Signals
+from tessel.train.run.checkpoint import broken
+from tessel.train.run.signals import Signals
 
 SLOW = pytest.mark.slow
 DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "eval_batch": 32}}

@@ -8,11 +8,14 @@ import pytest
 import torch
 import trainer
 
-from tessel.train.augment import of_image, train_transform
-from tessel.train.config import load_recipe, plan
-from tessel.train.data import GlobalOrder, Seeded, build_dataset, seed_all
-from tessel.train.launch import World
-from tessel.train.tasks import build_task
+from tessel.train.data.loader import Seeded
+from tessel.train.data.sampler import GlobalOrder, seed_all
+from tessel.train.data.sources.build import build_dataset
+from tessel.train.distributed.world import World
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.plan import plan
+from tessel.train.tasks.build import build_task
+from tessel.train.tasks.classify.augment import of_image, train_transform
 
 STEPS = 12  # of 8 samples, in epochs of 36
 

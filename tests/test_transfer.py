@@ -9,17 +9,19 @@ import trainer
 from torch.nn import functional as F
 
 import tessel.zoo
-from tessel.train import engine, evaluate, transfer
-from tessel.train.__main__ import build
-from tessel.train.config import load_recipe, plan
-from tessel.train.data import GlobalOrder
+from tessel.train import engine, evaluate
+from tessel.train.data.sampler import GlobalOrder, RepeatedOrder
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.exports import export
-from tessel.train.launch import World
-from tessel.train.optim import build_optimizer, build_schedule
-from tessel.train.schema import Distill, Optim
-from tessel.train.tasks import RepeatedOrder
-from tessel.train.transfer import Teacher
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.optim.schedule import build_schedule
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.plan import plan
+from tessel.train.recipe.schema import Distill, Optim
+from tessel.train.tasks.classify import distillation as transfer
+from tessel.train.tasks.classify.distillation import Teacher
+from tessel.train.tasks.export import export
+from tessel.train.trainer import build
 
 MODEL = "biformer_atto"  # it has batch norm and drop path, which a frozen model must not use
 FIXED = {  # models of one input size, with the names of their classifiers

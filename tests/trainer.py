@@ -20,13 +20,16 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tessel.train import engine
-from tessel.train.__main__ import build, main
-from tessel.train.checkpoint import load
-from tessel.train.config import Plan
-from tessel.train.launch import Signals, World
-from tessel.train.optim import build_optimizer, build_schedule
-from tessel.train.schema import Optim, Recipe
-from tessel.train.supply import Supply
+from tessel.train.__main__ import main
+from tessel.train.data.batch_stream import Supply
+from tessel.train.distributed.world import World
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.optim.schedule import build_schedule
+from tessel.train.recipe.plan import Plan
+from tessel.train.recipe.schema import Optim, Recipe
+from tessel.train.run.checkpoint import load
+from tessel.train.run.signals import Signals
+from tessel.train.trainer import build
 
 SIZE = 32
 SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks that look at digit scenes

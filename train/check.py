@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .config import load_recipe
+from .distributed.world import World
 from .errors import UserError, report_errors
-from .launch import World
-from .schema import Recipe
-from .tasks import build_task
+from .recipe.load import load_recipe
+from .recipe.schema import Recipe
+from .tasks.build import build_task
 
 IGNORED = 255  # the class of pixels that are not judged
 SHOWN = 100  # problems of a split that are printed; all of them are counted

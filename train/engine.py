@@ -14,22 +14,27 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from . import checkpoint
-from .checkpoint import Checkpoints
-from .config import Plan, recipe_hash
-from .data import seed_all
+from .data.batch_stream import Supply
+from .data.sampler import seed_all
+from .distributed.parallel import accumulating, arithmetic, autocast, gathered, place, replicate, share
+from .distributed.world import World
 from .errors import UserError
-from .evaluate import measure
+from .evaluation import measure
 from .files import write_atomically, writing
-from .launch import Signals, World
-from .loggers import Loggers
-from .losses import Losses
-from .optim import Guard, NonFinite, build_optimizer, build_schedule, clip
-from .parallel import MovingAverage, accumulating, arithmetic, autocast, gathered, place, replicate, share
-from .perf import Meter, Tracer, forward_gflops, peak_tflops
-from .schema import Recipe
-from .supply import Supply
-from .tasks import Scores, Task
+from .optim.ema import MovingAverage
+from .optim.gradients import Guard, NonFinite, clip
+from .optim.optimizer import build_optimizer
+from .optim.schedule import build_schedule
+from .recipe.load import recipe_hash
+from .recipe.plan import Plan
+from .recipe.schema import Recipe
+from .run import checkpoint
+from .run.checkpoint import Checkpoints
+from .run.loggers import Loggers
+from .run.loss_meter import Losses
+from .run.profiling import Meter, Tracer, forward_gflops, peak_tflops
+from .run.signals import Signals
+from .tasks.base import Scores, Task
 
 
 @dataclasses.dataclass

@@ -8,6 +8,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+WORKER_DIED = (
+    "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
+    "The same command goes on from the last checkpoint"
+)
+
 
 class UserError(ValueError):
     """A mistake its reader can mend: the command line prints the message alone, without a traceback."""

@@ -9,107 +9,45 @@ task.segment.test.flip=true or run.device=cpu.
 """
 
 import argparse
-import dataclasses
-import difflib
-import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
-import torch
 from timm.data import ImageNetInfo
-from torch import nn
 
-from . import checkpoint
-from .classify import ClassifyTask, check_name
-from .config import load_recipe, make_recipe
+from .distributed.parallel import place
+from .distributed.world import join
 from .errors import UserError, report_errors
-from .exports import exported_classes, load_weights
-from .files import replacing, write_atomically, writing
-from .launch import World, join
-from .parallel import autocast, place
-from .schema import Parallel, Recipe
-from .sets import Judge, lines, parse
-from .tasks import Scores, Task, build_task
-from .transfer import create
+from .evaluation import (
+    _finished,
+    _same_classes,
+    draw,
+    load_checkpoint,
+    load_run,
+    measure,
+    opened,
+    save_evaluation,
+)
+from .files import write_atomically, writing
+from .recipe.load import make_recipe
+from .run import checkpoint
+from .tasks.build import build_task
+from .tasks.classify.imagenet_variants import Judge, lines, parse
+from .tasks.classify.task import ClassifyTask
+from .tasks.export import exported_classes, load_weights
+from .tasks.models import check_name, create
 
 # keys of a recipe that judging heeds
 HEEDED = (
     *("data.", "task.segment.test.", "task.detect.val", "task.detect.longest", "task.detect.kwargs"),
     *("parallel.precision", "parallel.channels_last", "run.device", "guard.timeout"),
 )
+
+
 # of these, how it is done and not what is found
 MEANS = ("data.eval_batch", "data.workers", "parallel.channels_last", "run.device", "guard.timeout")
-
-
-def measure(
-    task: Task,
-    model: nn.Module,
-    world: World,
-    parallel: Parallel,
-    *,
-    keep: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> Scores | None:
-    """The task's scores over the validation split; None if `stop()` turned true on any process."""
-    scores, batches, training = task.scores(keep=keep), task.eval_batches(), model.training
-    model.eval()
-    try:
-        # no_grad rather than inference_mode: tables that a model caches here serve its training too
-        with world.together(), torch.no_grad(), autocast(parallel, world):
-            for batch in batches:
-                if stop():
-                    break
-                scores.update(model, batch)
-    finally:
-        model.train(training)
-        batches.close()
-    return None if world.agree(stop()) else scores
-
-
-def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
-    """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
-    figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
-    path = run / "evaluation"
-    with world.together():
-        if world.main:
-            with writing(path), replacing(path) as part:
-                np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]
-                write_atomically(part / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-    return figures
-
-
-def draw(task: Any, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
-    """`folder/NNNNNN.png` of each of the first `count` predictions that were kept, all or none."""
-    with writing(folder), replacing(folder) as part:
-        for index, picture in task.pictures(predictions, count):
-            picture.save(part / f"{index:06d}.png")
-
-
-def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
-    """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
-    path = Path(run)
-    recipe = load_recipe(_recipe_file(path))
-    _finished(path)
-    if recipe.task.kind != "classify":
-        return recipe, importlib.import_module(f".{recipe.task.kind}", __package__).load(path / "export")
-    return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
-
-
-def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
-    """Give `model` the weights of a checkpoint, averaged ones if it has them; its step."""
-    if problem := checkpoint.broken(path):
-        raise UserError(f"checkpoint {path} is broken ({problem}); {checkpoint.sound_sibling(path)}")
-    facts = checkpoint.manifest(path)
-    part = "ema" if facts["averaged"] else "model"
-    state = {part: model.state_dict()}
-    checkpoint.load(path, state, world)
-    model.load_state_dict(state[part])
-    return facts["step"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,15 +151,6 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
                 print("\n".join([*lines(found), f"written to {file}"]))
 
 
-def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
-    """The run directory of a run or checkpoint, and its recipe with nothing to be fetched for its model."""
-    run = target.absolute().parent.parent if (target / checkpoint.MANIFEST).is_file() else target
-    recipe = load_recipe(_recipe_file(run), overrides)
-    model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
-    segment = dataclasses.replace(recipe.task.segment, load_from=None)
-    return run, dataclasses.replace(recipe, model=model, task=dataclasses.replace(recipe.task, segment=segment))
-
-
 def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
     """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
@@ -254,36 +183,6 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
         if world.main:
             print(", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float)))
             print(f"{figures['count']} images; written to {run / 'evaluation'}")
-
-
-def _same_classes(found: list[str], trained: list[str] | None, target: Path) -> None:
-    """Raise UserError where the data has other classes than the model learned: its outputs would be misread."""
-    if trained is None or found == trained:
-        return
-    at = next((i for i, pair in enumerate(zip(found, trained, strict=False)) if pair[0] != pair[1]), None)
-    which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
-    there = f"{len(trained)}" if at is None else trained[at]
-    raise UserError(
-        f"the data has other classes than {target} was trained on: {which}, there {there}; judge it on data with the "
-        "same classes in the same order"
-    )
-
-
-def _recipe_file(run: Path) -> Path:
-    if not (run / "recipe.yaml").is_file():
-        near = [] if run.exists() else difflib.get_close_matches(str(run), timm.list_models(), n=3)
-        hint = f"; did you mean the model {' or '.join(near)}?" if near else ""
-        raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml{hint}")
-    return run / "recipe.yaml"
-
-
-def _finished(run: Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    if not (run / "DONE").is_file():
-        raise UserError(
-            f"{run} is not finished and has no export: go on training it, or evaluate one of {run}/checkpoints/step-*"
-        )
-    return json.loads((run / "DONE").read_text())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import UserError, report_errors
 from ..files import write_atomically
-from ..perf import parameters
+from ..run.profiling import parameters
 from . import classify, dense
 from .curves import curves
 from .page import duration, page

@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from ..errors import UserError
-from ..explain import explain
+from .attention_maps import explain
 from .page import WIDTH, Contents, picture
 from .runs import Run
 

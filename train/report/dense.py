@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..distributed.world import World
 from ..errors import UserError
-from ..launch import World
-from ..tasks import build_task
+from ..tasks.build import build_task
 from .page import WIDTH, Contents, picture
 from .runs import METRICS, Run
 

@@ -15,12 +15,12 @@ from zipfile import BadZipFile
 import numpy as np
 from torch import nn
 
-from ..config import load_recipe
-from ..data import build_dataset
+from ..data.sources.build import build_dataset
 from ..errors import UserError, one_line
-from ..evaluate import load_run
-from ..schema import Recipe
-from ..transfer import REFUSALS
+from ..evaluation import load_run
+from ..recipe.load import load_recipe
+from ..recipe.schema import Recipe
+from ..tasks.models import REFUSALS
 
 # what json, numpy, zipfile and a look at their contents raise for files that are cut off, overwritten or another's
 DAMAGES = (BadZipFile, EOFError, LookupError, OSError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)

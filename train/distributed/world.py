@@ -1,0 +1,122 @@
+"""Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import WORKER_DIED, Lost, UserError
+from ..recipe.schema import Guard, Run
+from .rendezvous import meet
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes of a run. Its collectives use gloo on the CPU, so that none of them waits for a GPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    local_size: int = 1  # processes on this node
+    timeout: timedelta = timedelta(minutes=30)  # how long one process waits for another
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, flag: bool = False, error: UserError | None = None) -> bool:
+        """True everywhere if `flag` is True anywhere; an `error` anywhere is raised everywhere."""
+        if self.size == 1:
+            if error:
+                raise error
+            return flag
+        code = torch.tensor(2 if error else int(flag))
+        dist.all_reduce(code, dist.ReduceOp.MAX)
+        if code == 2:
+            raise next(found for found in self.gather(error) if found)
+        return bool(code)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A section without collectives: a UserError in it on one process becomes everyone's."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.agree(error=problem)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's `value`, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`."""
+        return self.gather(value)[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, on the CPU."""
+        total = values.detach().cpu().clone()  # reduced in place
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+
+@contextmanager
+def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  frozen
+    """The world that torchrun's environment describes, or this process alone."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
+    cuda = run.device != "cpu" and torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(run.deterministic)
+    # a process that waits for its batch is still waited for, and tells what is the matter
+    timeout = timedelta(seconds=2 * guard.timeout)
+    try:
+        if size > 1:
+            store, rank, size = meet(timeout)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), timeout)
+    except RuntimeError as error:
+        if known := explained(error, timeout):
+            raise known from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def explained(error: RuntimeError, timeout: timedelta) -> UserError | None:
+    """What a RuntimeError out of torch's depths means to the user, where that is known."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if "DataLoader worker" in text:
+        return Lost(WORKER_DIED)
+    remote = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+    if remote and ("timed out" in text.lower() or "timeout" in text):
+        return Lost(
+            f"another process of this run has not answered for {timeout.total_seconds():g} s: it hangs. End what is "
+            "left of the run (kill -9), then the same command goes on from the last checkpoint; guard.timeout makes it "
+            "wait longer"
+        )
+    if remote:
+        return Lost(f"another process of this run is gone ({text[:160]}); the same command goes on where it can")
+    if isinstance(error, torch.OutOfMemoryError):
+        return Lost(f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing")
+    return None

@@ -1,0 +1,96 @@
+"""Augmentation: from a PIL image to a normalised tensor, then on the device the erasing and mixing of a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
+from ...errors import UserError
+from ...recipe.schema import Aug, Data, Task
+
+ImageTransform = Callable[[Image.Image], torch.Tensor]
+
+
+def of_image(transform: ImageTransform, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+    """The image transformed, its target as it is."""
+    return transform(image), target
+
+
+def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
+    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation. -> [3, size, size]"""
+    aug, cfg = data.aug, input_config(data, pretrained_cfg)
+    try:
+        policy = create_transform(
+            cfg["input_size"],
+            is_training=True,
+            scale=aug.scale,
+            ratio=aug.ratio,
+            hflip=aug.hflip,
+            vflip=aug.vflip,
+            color_jitter=aug.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=aug.auto_augment,
+            interpolation=cfg["interpolation"],
+            mean=cfg["mean"],
+            std=cfg["std"],
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"data.aug.auto_augment={aug.auto_augment!r} is no policy of timm; see timm.data.auto_augment"
+        ) from error
+    return Compose([*_affine(aug), policy])
+
+
+def eval_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
+    """Resize, centre crop, normalisation. -> [3, size, size]"""
+    cfg = input_config(data, pretrained_cfg)
+    cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])
+    return Compose([create_transform(**cfg)])
+
+
+def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
+    """timm's input_size, interpolation, mean, std, crop_pct, crop_mode: the recipe's, else the model's own."""
+    cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
+    wanted = {"input_size": (3, data.size, data.size), "interpolation": data.interpolation, "crop_pct": data.crop_pct}
+    return resolve_data_config(
+        {key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg)
+    )
+
+
+def erasing(aug: Aug, device: torch.device) -> RandomErasing | None:
+    """Random erasing of each image of a normalised batch, in place on `device`, with noise; None where it is off.
+
+    Zhong et al., arXiv 1708.04896. It draws from the generators of random and of the device, which an update seeds.
+    """
+    return RandomErasing(aug.erasing, mode="pixel", device=str(device)) if aug.erasing else None
+
+
+def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of a batch with soft targets, label smoothing included; None where both are off."""
+    if not (aug.mixup or aug.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=aug.mixup,
+        cutmix_alpha=aug.cutmix,
+        prob=aug.mix_prob,
+        switch_prob=aug.switch_prob,
+        label_smoothing=task.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _affine(aug: Aug) -> list[RandomAffine]:
+    if not (aug.rotate or aug.translate or aug.zoom or aug.shear):
+        return []
+    return [
+        RandomAffine(
+            aug.rotate,
+            translate=(aug.translate, aug.translate),
+            scale=(1 - aug.zoom, 1 + aug.zoom),
+            shear=aug.shear or None,
+            interpolation=InterpolationMode.BILINEAR,
+        )
+    ]
