@@ -52,25 +52,25 @@ class Ours:
     """The trainer's own loop, some steps at a time."""
 
     def __init__(self, recipe, world):
-        from tessel.train.data.batch_stream import Supply
-        from tessel.train.run.directory import RunDir
+        from tessel.train.data.batch_stream import BatchStream
+        from tessel.train.run.directory import RunDirectory
         from tessel.train.run.loggers import Loggers
         from tessel.train.run.signals import Signals
-        from tessel.train.trainer import build, take_up
+        from tessel.train.trainer import build, resume_or_start
 
         self.task, self.plan, self.engine = build(recipe, world)
-        engine, run = self.engine, RunDir(recipe)
+        engine, run = self.engine, RunDirectory(recipe)
         run.open()
-        engine.checkpoints, engine.signals = take_up(engine, run, world, print, False), Signals()
+        engine.checkpoints, engine.signals = resume_or_start(engine, run, world, print, False), Signals()
         engine.loggers = Loggers(recipe, run.path, world, total=self.plan.steps, step=0)
         engine.loggers.sinks.remove(engine.loggers.screen)
         engine.batches = self.task.train_batches(self.plan, 0)
-        engine.supply = Supply(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
+        engine.supply = BatchStream(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
         engine.meter.restart()
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            self.engine.review()
+            self.engine.log_evaluate_save_if_due()
             self.engine.step()
 
     def saving(self, count: int) -> float:
@@ -205,7 +205,7 @@ def startup(args: argparse.Namespace) -> None:
     """Print the seconds of each part of a start, as JSON."""
     import torch
 
-    from tessel.train.distributed.world import join
+    from tessel.train.distributed.world import init_distributed
     from tessel.train.engine import Engine
     from tessel.train.recipe.plan import plan
     from tessel.train.tasks.build import build_task
@@ -213,7 +213,7 @@ def startup(args: argparse.Namespace) -> None:
     marks = {"imports": time.time()}
     torch.set_num_threads(args.threads)
     recipe = make(args, "nowhere")
-    with join(recipe.run) as world:
+    with init_distributed(recipe.run) as world:
         task = build_task(recipe, world)
         marks["data"] = time.time()
         engine = Engine(recipe, task, world, schedule := plan(recipe, samples=task.samples, world_size=1))
@@ -278,12 +278,12 @@ def main() -> None:
         return memory(args)
     from measuring import facts
 
-    from tessel.train.distributed.world import join
+    from tessel.train.distributed.world import init_distributed
 
     settings = {name: getattr(args, name) for name in ("model", "size", "batch", "workers")}
     out = args.out or RESULTS / f"trainer_{args.device}.json"
     found = {"dry_run": args.dry_run, **facts(args.device), "cores": os.cpu_count(), **settings, "load_average": {}}
-    with join(make(args, "nowhere").run) as world:
+    with init_distributed(make(args, "nowhere").run) as world:
         parts = {
             "overhead": lambda: overhead(args, world),
             "saving": lambda: saving(args, world),

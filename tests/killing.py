@@ -62,7 +62,7 @@ def kill(instant: str, background: bool, checkpoints: Path, arguments: list[str]
         elif rank == place:
             stop_in(instant, stopped)
 
-    def due() -> bool:
+    def is_due() -> bool:
         if instant in PLACES:
             return stopped.exists()
         if instant == "anywhere":
@@ -71,7 +71,7 @@ def kill(instant: str, background: bool, checkpoints: Path, arguments: list[str]
 
     options = [*arguments, f"ckpt.background={str(background).lower()}"]
     start, children = time.monotonic(), ranks.fork(2, options, prepare)
-    while not due():
+    while not is_due():
         if time.monotonic() - start > PATIENCE or ended(children):
             report(children, f"{instant}, background={background}")
         time.sleep(0.001)
@@ -134,7 +134,7 @@ def wait_at(step: int) -> None:
 
     def hooked(self: engine.Engine) -> bool:
         while self.progress.step >= step:
-            self.world.agree()
+            self.world.any_rank()
             time.sleep(0.01)
         return go(self)
 

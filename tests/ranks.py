@@ -58,7 +58,7 @@ def mortal(place: str) -> Callable[[int], None]:
     doomed, last = map(int, rank_and_step.split(":"))
     name, _, within = name.partition(":")
     number = signal.Signals[f"SIG{name or 'KILL'}"]
-    step, scores, measure = engine.Engine.step, engine.Engine.scores, engine.measure
+    step, scores, run_evaluation = engine.Engine.step, engine.Engine.scores, engine.run_evaluation
     due: list[int] = []  # batches until the signal
 
     def hooked(self: engine.Engine) -> bool:
@@ -77,13 +77,13 @@ def mortal(place: str) -> Callable[[int], None]:
                 os.kill(os.getpid(), number)
             return stop()
 
-        return measure(*arguments, stop=asked, **options)
+        return run_evaluation(*arguments, stop=asked, **options)
 
     def prepare(rank: int) -> None:
         if rank != doomed:
             return
         if within:
-            engine.Engine.scores, engine.measure = noted, interrupted
+            engine.Engine.scores, engine.run_evaluation = noted, interrupted
         else:
             engine.Engine.step = hooked
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessel.train.data.loader import Seeded
+from tessel.train.data.loader import SeededDataset
 from tessel.train.data.sampler import seed_all
 from tessel.train.data.sources.build_boxes import build_dataset
 from tessel.train.errors import UserError
@@ -291,7 +291,7 @@ def test_crop_takes_what_there_is():
 
 def test_samples_depend_on_their_key_alone(coco, tmp_path):
     wanted = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
-    data = Seeded(build_dataset(wanted, "train"), Train(wanted), seed=3)
+    data = SeededDataset(build_dataset(wanted, "train"), Train(wanted), seed=3)
     one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
     assert one[0].shape != third[0].shape or not torch.equal(one[0], third[0])

@@ -19,9 +19,9 @@ from tessel.train.data.sources.build_boxes import build_dataset
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import load_recipe
 from tessel.train.tasks.detect.augment import Eval
-from tessel.train.tasks.detect.metrics import DetectScores
+from tessel.train.tasks.detect.metrics import DetectionMetrics
 from tessel.train.tasks.detect.overlay import drawn
-from tessel.train.tasks.detect.task import DetectTask, as_lists
+from tessel.train.tasks.detect.task import DetectTask, collate_lists
 
 NAMES = [
     "ap",
@@ -94,9 +94,9 @@ def judged(tmp_path_factory):
 
 
 def summed(task, samples, found):
-    scores = DetectScores(task)
+    scores = DetectionMetrics(task)
     for at in range(0, len(samples), 5):
-        scores.update(detection.Oracle(found[at : at + 5]), as_lists(samples[at : at + 5]))
+        scores.update(detection.Oracle(found[at : at + 5]), collate_lists(samples[at : at + 5]))
     return scores
 
 

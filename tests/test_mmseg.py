@@ -112,10 +112,10 @@ def test_mending_twice_changes_nothing(registered):
     from mmengine.dist import utils
     from mmengine.model import MMDistributedDataParallel
 
-    from tessel.train.openmmlab.compat import mend_runner
+    from tessel.train.openmmlab.compat import patch_runner
 
     before = utils._init_dist_pytorch, MMDistributedDataParallel.__init__
-    mend_runner()
+    patch_runner()
     assert (utils._init_dist_pytorch, MMDistributedDataParallel.__init__) == before
 
 

@@ -18,7 +18,7 @@ def start(store: dist.Store, delays: list[float]) -> list[str | None]:
 
     def one(rank: int) -> None:
         time.sleep(delays[rank])
-        meet = rendezvous.arrive if rank else rendezvous.gather
+        meet = rendezvous.receive_prefix if rank else rendezvous.publish_prefix
         names[rank] = meet(store.clone(), rank, len(delays), SOON)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(delays))]
@@ -50,6 +50,6 @@ def test_what_a_dead_process_left_is_not_taken(store):
 
 def test_waiting_ends(store):
     with pytest.raises(RuntimeError, match=r"timed out waiting for the processes \[1\]"):
-        rendezvous.gather(store, 0, 2, timedelta(seconds=0.1))
+        rendezvous.publish_prefix(store, 0, 2, timedelta(seconds=0.1))
     with pytest.raises(dist.DistError):
-        rendezvous.arrive(store, 1, 2, timedelta(seconds=0.1))
+        rendezvous.receive_prefix(store, 1, 2, timedelta(seconds=0.1))

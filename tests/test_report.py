@@ -462,16 +462,16 @@ class Toy(nn.Module):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def install_mmcv_stub(monkeypatch):
     monkeypatch.setitem(explain.EXPLAINERS, StandIn, explain.draw_routing)
     return Toy()
 
 
-def test_the_last_mixer_of_a_stage_is_captured_with_its_input(stand_in):
+def test_the_last_mixer_of_a_stage_is_captured_with_its_input(install_mmcv_stub):
     images = torch.rand(2, 3, 18, 18)
-    (seen,) = explain.capture(stand_in, images)
+    (seen,) = explain.capture(install_mmcv_stub, images)
     assert (seen.stage, seen.stride) == (1, 2)
-    assert seen.mixer is stand_in.stages[0][2]
+    assert seen.mixer is install_mmcv_stub.stages[0][2]
     torch.testing.assert_close(seen.x, 2 * nn.functional.avg_pool2d(images, 2))
     assert not seen.mixer._forward_pre_hooks
 
@@ -496,10 +496,10 @@ def rectangles(axes, colour):
     )
 
 
-def test_routing_is_drawn_where_it_goes(stand_in):
+def test_routing_is_drawn_where_it_goes(install_mmcv_stub):
     picture = torch.zeros(18, 18, 3)
     picture[7:11, 13:17] = 1
-    captures = explain.capture(stand_in, torch.rand(1, 3, 18, 18))
+    captures = explain.capture(install_mmcv_stub, torch.rand(1, 3, 18, 18))
     figure = explain.attention_figure([picture], captures)
     subject = next(axes for axes in figure.axes if axes.patches)
     assert rectangles(subject, "C1") == [(12, 6, 6, 6)]

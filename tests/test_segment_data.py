@@ -12,7 +12,7 @@ from PIL import Image
 
 from tessel.train.data import detection as detect_data
 from tessel.train.data.image_io import decoded
-from tessel.train.data.loader import Replaced, Seeded
+from tessel.train.data.loader import FallbackSample, SeededDataset
 from tessel.train.data.segmentation import read_image
 from tessel.train.data.sources.build_masks import build_dataset
 from tessel.train.errors import UserError
@@ -130,8 +130,8 @@ def test_damaged_files_are_named_from_the_loader(tmp_path, kind):
     root = scenery.ade20k(tmp_path)
     path = min((root / kind / "training").iterdir())
     path.write_bytes(path.read_bytes()[:-60])
-    found = Seeded(dataset("ade20k", root), train_transform(Data(source="ade20k", size=16), CFG), 0)[(0, 0)]
-    assert isinstance(found, Replaced) and str(path) in found.lost[0] and "decoded" in found.lost[0]
+    found = SeededDataset(dataset("ade20k", root), train_transform(Data(source="ade20k", size=16), CFG), 0)[(0, 0)]
+    assert isinstance(found, FallbackSample) and str(path) in found.lost[0] and "decoded" in found.lost[0]
 
 
 def test_missing_parts_are_named(tmp_path):
@@ -333,7 +333,7 @@ def test_augmentation_depends_on_the_key_alone():
         scenes=4,
         aug=Aug(resize=(0.5, 2.0), crop_share=0.75, hflip=0.5, vflip=0.5, photometric=True),
     )
-    seeded = Seeded(build_dataset(data, "train"), train_transform(data, CFG), 3)
+    seeded = SeededDataset(build_dataset(data, "train"), train_transform(data, CFG), 3)
     one, again, other = seeded[(1, 2)], seeded[(1, 2)], seeded[(2, 2)]
     assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
     assert not torch.equal(one[0], other[0])

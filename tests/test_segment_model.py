@@ -16,8 +16,8 @@ from tessel.train.distributed.parallel import layers
 from tessel.train.errors import UserError
 from tessel.train.openmmlab.compat import build
 from tessel.train.recipe.schema import Dense, Model, Segment
-from tessel.train.tasks.segment.head_checks import Map
-from tessel.train.tasks.segment.heads import Wanted, build_head, build_neck, cross_entropy
+from tessel.train.tasks.segment.head_checks import FeatureSpec
+from tessel.train.tasks.segment.heads import HeadConfig, build_head, build_neck, cross_entropy
 from tessel.train.tasks.segment.model import Segmenter, assemble
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
@@ -127,8 +127,8 @@ def test_a_backbone_of_one_size():
 
 def test_a_neck_of_one_width():
     """No hierarchical backbone hands such maps out; what the neck makes of them is known from its trial."""
-    maps = [Map(8, 4), Map(8, 8), Map(8, 16), Map(4, 32)]
-    outs = build_neck({"type": "Feature2Pyramid", "embed_dim": 8}, maps, [Wanted("decode_head", UPER)])[1]
+    maps = [FeatureSpec(8, 4), FeatureSpec(8, 8), FeatureSpec(8, 16), FeatureSpec(4, 32)]
+    outs = build_neck({"type": "Feature2Pyramid", "embed_dim": 8}, maps, [HeadConfig("decode_head", UPER)])[1]
     assert [(out.channels, out.stride) for out in outs] == [(8, 1), (8, 4), (8, 16), (4, 64)]
 
 
@@ -263,7 +263,7 @@ def test_a_trial_leaves_no_trace():
     """A head built by itself is the same as one that was tried out, and so are the random numbers after it."""
     words = {"type": "EMAHead", "channels": 4, "ema_channels": 8, "num_bases": 2, "num_stages": 1, "momentum": 0.5}
     torch.manual_seed(0)
-    tried = build_head(Wanted("decode_head", words), [None, None, None, Map(8, 32)], 5, None).train()
+    tried = build_head(HeadConfig("decode_head", words), [None, None, None, FeatureSpec(8, 32)], 5, None).train()
     after = torch.rand(())
     torch.manual_seed(0)
     plain: Any = build(words | {"in_channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}})

@@ -17,7 +17,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.evaluation import draw
 from tessel.train.recipe.schema import Parallel, SegmentTest
-from tessel.train.tasks.segment.metrics import SegmentScores, alike, confusion, predict, sliding, starts, thinned
+from tessel.train.tasks.segment.metrics import SegmentationMetrics, alike, confusion, predict, sliding, starts, thinned
 from tessel.train.tasks.segment.overlay import GAP, overlay, pictures
 
 
@@ -76,7 +76,7 @@ def samples(sizes, classes=4, seed=0):
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_figures_are_those_of_a_count_by_hand(sizes, seed):
-    scores, batch = SegmentScores(fake_task(), keep=True), samples(sizes, seed=seed)  # type: ignore[arg-type]
+    scores, batch = SegmentationMetrics(fake_task(), keep=True), samples(sizes, seed=seed)  # type: ignore[arg-type]
     for start in range(0, len(batch), 2):
         scores.update(nn.Identity(), batch[start : start + 2])
     pairs = [(mask, views[0].argmax(0)) for views, mask, _ in batch]
@@ -93,7 +93,7 @@ def test_figures_are_those_of_a_count_by_hand(sizes, seed):
 
 
 def test_classes_by_name():
-    scores = SegmentScores(fake_task(3), keep=False)  # type: ignore[arg-type]
+    scores = SegmentationMetrics(fake_task(3), keep=False)  # type: ignore[arg-type]
     mask = torch.tensor([[0, 0, 1, 255]])
     logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 1, 2]]), 3).permute(2, 0, 1).float()
     scores.update(nn.Identity(), [([logits], mask, 0)])
@@ -117,18 +117,18 @@ def test_sums_of_all_processes_count():
             return [value, rows]
 
     batch = samples([(5, 6), (4, 7), (6, 3)])
-    whole, half = (SegmentScores(fake_task(), keep=True) for _ in range(2))  # type: ignore[arg-type]
+    whole, half = (SegmentationMetrics(fake_task(), keep=True) for _ in range(2))  # type: ignore[arg-type]
     whole.update(nn.Identity(), batch)
     half.update(nn.Identity(), batch[1:2])
     other, rows = {half.confusion.shape: half.confusion, half.seen.shape: half.seen}, half.rows
-    mine = SegmentScores(fake_task(world=Other(size=2)), keep=True)  # type: ignore[arg-type]
+    mine = SegmentationMetrics(fake_task(world=Other(size=2)), keep=True)  # type: ignore[arg-type]
     mine.update(nn.Identity(), [batch[0], batch[2]])
     assert mine.compute() == whole.compute() and mine.details() == whole.details()
     assert all(np.array_equal(value, whole.predictions()[key]) for key, value in mine.predictions().items())
 
 
 def test_only_the_first_predictions_are_kept_and_large_ones_thinned():
-    scores = SegmentScores(fake_task(kept=2), keep=True)  # type: ignore[arg-type]
+    scores = SegmentationMetrics(fake_task(kept=2), keep=True)  # type: ignore[arg-type]
     scores.update(nn.Identity(), samples([(3, 3)] * 4))
     assert scores.predictions()["index"].tolist() == [0, 1]
     mask = torch.arange(1100)[None].expand(3, -1) % 200

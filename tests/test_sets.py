@@ -17,7 +17,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.tasks.classify import imagenet_variants as sets
-from tessel.train.tasks.classify.imagenet_variants import ALEXNET_ERROR, Judge
+from tessel.train.tasks.classify.imagenet_variants import ALEXNET_ERROR, VariantEvaluator
 
 SYNSETS = timm.data.ImageNetInfo().label_names()
 CLASSES = SYNSETS[:12]
@@ -42,7 +42,7 @@ def paint(path: Path, first: int, second: int = 0) -> None:
 @pytest.fixture
 def judge(tmp_path):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "x.yaml", data={"root": "x", "size": 16, "eval_batch": 4}))
-    return Judge(recipe, Reader().eval(), CLASSES, World())
+    return VariantEvaluator(recipe, Reader().eval(), CLASSES, World())
 
 
 def test_all_classes(judge, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tessel.train.errors import UserError
-from tessel.train.recipe.load import decisive, dump, find_recipe, flatten, load_recipe, make_recipe, recipe_hash
+from tessel.train.recipe.load import dump, find_recipe, flatten, load_recipe, make_recipe, recipe_hash, semantic_keys
 from tessel.train.recipe.plan import plan
 from tessel.train.recipe.schema import Recipe, leaves
 
@@ -210,7 +210,9 @@ def test_what_decides_the_training(recipe):
     for text in ("run.seed=1", "optim.lr=0.1", "data.batch=8", "ema.decay=0.9", "parallel.precision=bf16"):
         changed = load_recipe(recipe, [text])
         assert recipe_hash(changed) != recipe_hash(base)
-        assert [key for key in decisive(base) if decisive(base)[key] != decisive(changed)[key]] == [text.split("=")[0]]
+        assert [key for key in semantic_keys(base) if semantic_keys(base)[key] != semantic_keys(changed)[key]] == [
+            text.split("=")[0]
+        ]
 
 
 def test_plan_counts_once(recipe):

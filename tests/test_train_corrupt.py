@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainer
 
-from tessel.train.data.loader import Loader, Seeded
+from tessel.train.data.loader import Loader, SeededDataset
 from tessel.train.data.sampler import RepeatedOrder
 from tessel.train.data.sources.folder import Folder
 from tessel.train.errors import UserError
@@ -42,10 +42,10 @@ def order(repeats=1):
     return RepeatedOrder(repeats=repeats, length=20, seed=3, start=0, stop=60, **sizes)
 
 
-def drawn(dataset, repeats=1, spare=3, workers=0):
+def drawn(dataset, repeats=1, max_retries=3, workers=0):
     """(image, index) of 60 samples, and what was lost."""
     stream = order(repeats)
-    seeded = Seeded(dataset, jittered, 1, order=stream, spare=spare)
+    seeded = SeededDataset(dataset, jittered, 1, order=stream, max_retries=max_retries)
     loader = Loader(seeded, stream, workers=workers, ahead=2, pin=False)
     batches = list(loader)
     loader.close()
@@ -79,14 +79,18 @@ def test_workers_change_nothing():
 
 
 def test_where_none_is_left_the_batch_is_not_to_be_had():
-    for spare in (0, 3):
+    for max_retries in (0, 3):
         stream = order()
         loader = Loader(
-            Seeded(Numbers(*range(20)), jittered, 1, order=stream, spare=spare), stream, workers=0, ahead=2, pin=False
+            SeededDataset(Numbers(*range(20)), jittered, 1, order=stream, max_retries=max_retries),
+            stream,
+            workers=0,
+            ahead=2,
+            pin=False,
         )
         with pytest.raises(UserError, match=r"scene \d+ is torn"):
             next(loader)
-        assert len(loader.lost) >= spare + 1
+        assert len(loader.lost) >= max_retries + 1
 
 
 @pytest.fixture(scope="module")

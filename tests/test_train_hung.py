@@ -10,9 +10,9 @@ import torch
 import trainer
 from torch import distributed as dist
 
-from tessel.train.data.loader import Loader, Seeded
-from tessel.train.distributed.world import explained
-from tessel.train.errors import Lost, UserError
+from tessel.train.data.loader import Loader, SeededDataset
+from tessel.train.distributed.world import translate_error
+from tessel.train.errors import LocalRankError, UserError
 from tessel.train.run.checkpoint import broken
 from tessel.train.tasks import base as tasks
 
@@ -66,22 +66,22 @@ def test_missing_process_is_not_waited_for(monkeypatch, tmp_path, capsys):
 def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
     """Its processes are gone at the end, and the run goes on with others."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
-    image, parent, victims = Seeded.__getitem__, os.getpid(), []
+    image, parent, victims = SeededDataset.__getitem__, os.getpid(), []
 
     def hooked(self, key):
         while os.getpid() != parent and key in victims:
             time.sleep(60)
         return image(self, key)
 
-    task = tasks.Supervised.train_batches
+    task = tasks.SupervisedTask.train_batches
 
     def choose(self, plan, step):
         victims[:] = [self.sample_keys(plan, 3)[0]]
         return task(self, plan, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seeded, "__getitem__", hooked)
-        patch.setattr(tasks.Supervised, "train_batches", choose)
+        patch.setattr(SeededDataset, "__getitem__", hooked)
+        patch.setattr(tasks.SupervisedTask, "train_batches", choose)
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=2", "guard.timeout=5") == 1
     (told,) = messages(capsys.readouterr().err)
     assert "no batch came within 5 s" in told and "data.root" in told and "guard.timeout" in told
@@ -92,7 +92,7 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
 
 def test_close_ends_processes_that_hang():
     loader = Loader(
-        Seeded(Slow(2), lambda image, target: (image, target), 0),
+        SeededDataset(Slow(2), lambda image, target: (image, target), 0),
         [[(0, 1)], [(0, 2)]],
         workers=2,
         ahead=2,
@@ -118,6 +118,6 @@ def test_close_ends_processes_that_hang():
     ],
 )
 def test_what_torch_says_is_told_in_words(text, fragment):
-    found = explained(RuntimeError(text), timedelta(seconds=8))
-    assert isinstance(found, Lost) and fragment in str(found)
-    assert explained(RuntimeError("shape mismatch"), timedelta(seconds=8)) is None
+    found = translate_error(RuntimeError(text), timedelta(seconds=8))
+    assert isinstance(found, LocalRankError) and fragment in str(found)
+    assert translate_error(RuntimeError("shape mismatch"), timedelta(seconds=8)) is None

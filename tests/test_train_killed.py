@@ -18,7 +18,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.run.checkpoint import Checkpoints, broken
-from tessel.train.run.directory import RunDir
+from tessel.train.run.directory import RunDirectory
 
 DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits"}}
 
@@ -121,12 +121,12 @@ def test_killed_while_it_began(tmp_path, left):
     (run := tmp_path / "runs/tiny").mkdir(parents=True)
     for name in left:
         (run / name).touch()
-    assert not RunDir(recipe).check()
+    assert not RunDirectory(recipe).check()
 
 
 def test_recipe_is_the_first_that_a_run_holds(tmp_path, monkeypatch):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
     monkeypatch.setattr("tessel.train.run.directory.write_atomically", lambda path, text: 1 / 0)
-    with RunDir(recipe).held() as run, pytest.raises(ZeroDivisionError):
+    with RunDirectory(recipe).held() as run, pytest.raises(ZeroDivisionError):
         run.open()
     assert not run.check() and not run.checkpoints.exists()

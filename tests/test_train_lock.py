@@ -9,13 +9,13 @@ import trainer
 
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
-from tessel.train.run.directory import RunDir
+from tessel.train.run.directory import RunDirectory
 
 HOLD = """
 import sys
 from tessel.train.config import load_recipe
-from tessel.train.launch import RunDir
-with RunDir(load_recipe(sys.argv[1])).held() as run:
+from tessel.train.launch import RunDirectory
+with RunDirectory(load_recipe(sys.argv[1])).held() as run:
     run.open()
     if not (child := __import__("os").fork()):
         __import__("time").sleep(60)
@@ -58,13 +58,13 @@ def test_second_trainer_is_refused_until_the_first_is_killed(recipe, holder, cap
     process.kill()
     process.wait()
     os.kill(child, 0)  # a worker that outlives the trainer
-    with RunDir(load_recipe(recipe)).held() as run:
+    with RunDirectory(load_recipe(recipe)).held() as run:
         run.open()
 
 
 def test_lock_follows_the_directory_and_ends_with_it(recipe):
     for _ in range(2):
-        with RunDir(load_recipe(recipe, ["run.fresh=true"])).held() as run:
+        with RunDirectory(load_recipe(recipe, ["run.fresh=true"])).held() as run:
             run.open()
             assert f"process {os.getpid()} on " in (run.path / ".lock").read_text()
             assert not run.check()
@@ -72,9 +72,9 @@ def test_lock_follows_the_directory_and_ends_with_it(recipe):
 
 
 def test_what_another_began_in_the_meantime_is_seen(recipe):
-    late = RunDir(load_recipe(recipe, ["optim.lr=1"]))
+    late = RunDirectory(load_recipe(recipe, ["optim.lr=1"]))
     assert not late.check()
-    with RunDir(load_recipe(recipe)).held() as run:
+    with RunDirectory(load_recipe(recipe)).held() as run:
         run.open()
         (run.checkpoints / "step-00000001").mkdir()
     with late.held(), pytest.raises(UserError, match="started with another recipe: optim.lr"):

@@ -5,7 +5,7 @@ import trainer
 
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import load_recipe
-from tessel.train.run.loss_meter import Losses
+from tessel.train.run.loss_meter import LossMeter
 from tessel.train.trainer import build
 
 
@@ -14,7 +14,7 @@ def scalars(**values):
 
 
 def test_a_line_tells_the_mean_of_its_updates():
-    losses = Losses(World())
+    losses = LossMeter(World())
     assert losses.totals() == losses.means() == {}
     losses.add(scalars(loss=1.0, loss_box=0.25))
     losses.add(scalars(loss=4.0, loss_box=0.5))
@@ -24,7 +24,7 @@ def test_a_line_tells_the_mean_of_its_updates():
 
 
 def test_sums_go_on_where_they_were():
-    losses, resumed = Losses(World()), Losses(World())
+    losses, resumed = LossMeter(World()), LossMeter(World())
     losses.add(scalars(loss=1.0))
     resumed.restore(losses.totals(), losses.updates)
     resumed.add(scalars(loss=2.0))

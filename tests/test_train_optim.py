@@ -8,7 +8,7 @@ import torch
 import trainer
 
 from tessel.train.errors import UserError
-from tessel.train.optim.gradients import Guard, NonFinite, clip
+from tessel.train.optim.gradients import NonFiniteError, NonFiniteGuard
 from tessel.train.optim.optimizer import build_optimizer
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.plan import Plan
@@ -17,10 +17,10 @@ from tessel.train.recipe.schema import Optim
 
 def test_guard_skips_then_stops():
     good, bad, loss = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)
-    guard = Guard(2, torch.amp.GradScaler("cpu", enabled=False))
+    guard = NonFiniteGuard(2, torch.amp.GradScaler("cpu", enabled=False))
     admitted = [guard.admits(step, norm, loss) for step, norm in enumerate([good, bad, bad, good, bad, bad])]
     assert admitted == [True, False, False, True, False, False]
-    with pytest.raises(NonFinite, match="gradient norm nan at step 6"):
+    with pytest.raises(NonFiniteError, match="gradient norm nan at step 6"):
         guard.admits(6, bad, loss)
 
 

@@ -10,10 +10,10 @@ import trainer
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
-from tessel.train.distributed.parallel import layers, place, replicate
+from tessel.train.distributed.parallel import layers, prepare_model, wrap_distributed
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.optim.ema import MovingAverage
+from tessel.train.optim.ema import WeightAverage
 from tessel.train.optim.gradients import clip_units
 from tessel.train.recipe.schema import Ema, Parallel
 from tessel.train.run import checkpoint
@@ -122,7 +122,7 @@ def test_batch_norms_are_synchronised_on_several_gpus_by_key(monkeypatch, name):
     for world, wanted in [(World(device=several.device), True), (several, False), (several, True)]:
         model = timm.create_model(name).eval()
         before = model(image)
-        model = place(model, Parallel(sync_batch_norm=wanted), world)
+        model = prepare_model(model, Parallel(sync_batch_norm=wanted), world)
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert norms and {isinstance(norm, nn.SyncBatchNorm) for norm in norms} == {wanted and world.size == 2}
         torch.testing.assert_close(model(image), before)  # with the activations that some norms hold
@@ -143,7 +143,7 @@ def test_each_layer_is_a_unit_of_its_own(name):
 def test_a_group_must_divide_the_processes():
     parallel = Parallel(strategy="hsdp", shard=3)
     with pytest.raises(UserError, match="parallel.shard=3 does not divide the 4 processes"):
-        replicate(nn.Linear(2, 2), parallel, World(size=4))
+        wrap_distributed(nn.Linear(2, 2), parallel, World(size=4))
 
 
 def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
@@ -157,20 +157,25 @@ def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
 
 def test_moving_average_and_its_loan():
     model: Any = torch.nn.BatchNorm1d(2)
-    average = MovingAverage(model, Ema(decay=0.75, warmup=False))
+    average = WeightAverage(model, Ema(decay=0.75, warmup=False))
     with torch.no_grad():
         model.weight.fill_(5.0)
         model.num_batches_tracked.fill_(3)
     average.update(model, 1)
     assert average.state["weight"].tolist() == [2.0, 2.0] and average.state["num_batches_tracked"] == 3
-    with average.worn_by(model):
+    with average.applied_to(model):
         assert model.weight.tolist() == [2.0, 2.0]
     assert model.weight.tolist() == [5.0, 5.0]
 
 
 def test_agreement_of_one():
     world = World()
-    assert world.agree(True) and not world.agree(False) and world.share(3) == 3 and world.gather("x") == ["x"]
+    assert (
+        world.any_rank(True)
+        and not world.any_rank(False)
+        and world.broadcast_object(3) == 3
+        and world.gather("x") == ["x"]
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2])

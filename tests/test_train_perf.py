@@ -10,7 +10,7 @@ from torch import nn
 
 from tessel.train.distributed.world import World
 from tessel.train.recipe.schema import Parallel
-from tessel.train.run.profiling import Meter, forward_gflops, peak_memory, peak_tflops
+from tessel.train.run.profiling import ThroughputMeter, forward_gflops, peak_memory, peak_tflops
 
 
 def test_flops_are_counted_two_a_multiply_add():
@@ -38,7 +38,7 @@ def test_peak_is_of_the_known_devices_alone(monkeypatch, name, precision, expect
 
 
 def test_figures_agree_with_each_other():
-    meter = Meter(10, gflops=2.0, peak=5.0, device=torch.device("cpu"))
+    meter = ThroughputMeter(10, gflops=2.0, peak=5.0, device=torch.device("cpu"))
     for _ in range(3):
         with meter.waiting():
             pass

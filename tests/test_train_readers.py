@@ -15,7 +15,7 @@ import trainer
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from tessel.train.data.loader import Loader, Seeded
+from tessel.train.data.loader import Loader, SeededDataset
 from tessel.train.data.sources.build import build_dataset
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
@@ -195,7 +195,7 @@ def test_damaged_image_in_a_shard_is_named_and_counted(images, tmp_path):
     content[victim.offset_data : victim.offset_data + 40] = bytes(40)
     archive.write_bytes(content)
     dataset = build_dataset(Data(source="wds", root=str(tmp_path)), "val")
-    loader = Loader(Seeded(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, ahead=2, pin=False)
+    loader = Loader(SeededDataset(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, ahead=2, pin=False)
     with pytest.raises(UserError, match=f"image {archive}:{victim.name.removeprefix('./')} cannot be decoded"):
         next(loader)
     assert list(loader.lost) == [5]
@@ -316,7 +316,7 @@ def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeyp
     data = Data(source="tfds", name="stripes", root=str(tmp_path))
     # first by loader processes: the files of array_record do not survive a fork once they are open
     dataset = build_dataset(data, "train")
-    loader = Loader(Seeded(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, ahead=2, pin=False)
+    loader = Loader(SeededDataset(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, ahead=2, pin=False)
     batches = list(loader)
     loader.close()
     assert np.array_equal(batches[0][0][0].numpy(), np.asarray(dataset[4][0]))

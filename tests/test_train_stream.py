@@ -8,7 +8,7 @@ import pytest
 import torch
 import trainer
 
-from tessel.train.data.loader import Seeded
+from tessel.train.data.loader import SeededDataset
 from tessel.train.data.sampler import GlobalOrder, seed_all
 from tessel.train.data.sources.build import build_dataset
 from tessel.train.distributed.world import World
@@ -112,7 +112,7 @@ def test_order_is_one_stream_for_any_number_of_processes():
 
 def test_samples_depend_on_their_key_alone(tmp_path, root):
     data = load_recipe(trainer.write_recipe(tmp_path / "keys.yaml", data={"root": str(root)})).data
-    dataset = Seeded(
+    dataset = SeededDataset(
         build_dataset(data, "train"), partial(of_image, train_transform(data, {"input_size": (3, 32, 32)})), seed=1
     )
     keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
@@ -125,5 +125,5 @@ def test_samples_depend_on_their_key_alone(tmp_path, root):
         def __getitem__(self, index):
             return None, 0
 
-    numbers = Seeded(OneImage(), lambda image, target: (torch.rand(1), target), seed=1)
+    numbers = SeededDataset(OneImage(), lambda image, target: (torch.rand(1), target), seed=1)
     assert len({float(numbers[key][0]) for key in keys}) == len(keys)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tessel.train import engine
 from tessel.train.__main__ import main
-from tessel.train.data.batch_stream import Supply
+from tessel.train.data.batch_stream import BatchStream
 from tessel.train.distributed.world import World
 from tessel.train.optim.optimizer import build_optimizer
 from tessel.train.optim.schedule import build_schedule
@@ -188,7 +188,7 @@ def updated(recipe: Recipe, steps: int) -> tuple[engine.Engine, set[str]]:
     before = {key: tensor.detach().clone() for key, tensor in built.model.named_parameters()}
     ready(built, task, planned, Path(recipe.run.out))
     assert all(built.step() for _ in range(steps)) and built.progress.step == steps
-    built.settle()
+    built.finalize_step()
     after = dict(built.model.named_parameters())
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert math.isfinite(built.losses.totals()["loss"])
@@ -199,4 +199,4 @@ def ready(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
     """Make `engine.step()` possible without a run directory: the first batches, and nobody who listens."""
     batches = task.train_batches(schedule, 0)
     engine.signals, engine.loggers = Signals(), SimpleNamespace(say=print)
-    engine.supply = Supply(batches, World(), {}, 0, folder / "corrupt.jsonl")
+    engine.supply = BatchStream(batches, World(), {}, 0, folder / "corrupt.jsonl")

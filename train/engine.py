@@ -14,15 +14,23 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from .data.batch_stream import Supply
+from .data.batch_stream import BatchStream
 from .data.sampler import seed_all
-from .distributed.parallel import accumulating, arithmetic, autocast, gathered, place, replicate, share
+from .distributed.parallel import (
+    accumulating,
+    arithmetic,
+    autocast,
+    broadcast_tensors,
+    prepare_model,
+    unsharded,
+    wrap_distributed,
+)
 from .distributed.world import World
 from .errors import UserError
-from .evaluation import measure
+from .evaluation import run_evaluation
 from .files import write_atomically, writing
-from .optim.ema import MovingAverage
-from .optim.gradients import Guard, NonFinite, clip
+from .optim.ema import WeightAverage
+from .optim.gradients import NonFiniteError, NonFiniteGuard, clip_gradients
 from .optim.optimizer import build_optimizer
 from .optim.schedule import build_schedule
 from .recipe.load import recipe_hash
@@ -31,10 +39,10 @@ from .recipe.schema import Recipe
 from .run import checkpoint
 from .run.checkpoint import Checkpoints
 from .run.loggers import Loggers
-from .run.loss_meter import Losses
-from .run.profiling import Meter, Tracer, forward_gflops, peak_tflops
+from .run.loss_meter import LossMeter
+from .run.profiling import StepProfiler, ThroughputMeter, forward_gflops, peak_tflops
 from .run.signals import Signals
-from .tasks.base import Scores, Task
+from .tasks.base import MetricAccumulator, Task
 
 
 @dataclasses.dataclass
@@ -57,20 +65,20 @@ class Engine:
     def __init__(self, recipe: Recipe, task: Task, world: World, plan: Plan):
         self.recipe, self.task, self.world, self.plan = recipe, task, world, plan
         seed_all(recipe.run.seed, devices=True)
-        with world.together():
-            self.model = place(task.build_model(), recipe.parallel, world)
+        with world.raise_on_all_ranks():
+            self.model = prepare_model(task.build_model(), recipe.parallel, world)
             self.gflops = forward_gflops(self.model, task.example())
-        self.replicas = replicate(self.model, recipe.parallel, world)
-        with world.together():
+        self.replicas = wrap_distributed(self.model, recipe.parallel, world)
+        with world.raise_on_all_ranks():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
         self.schedule = build_schedule(self.optimizer, recipe, plan)
-        self.average = MovingAverage(self.model, recipe.ema) if recipe.ema.decay else None
+        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
-        self.guard = Guard(recipe.guard.max_skips, self.scaler)
-        self.meter = Meter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world), world.device)
+        self.guard = NonFiniteGuard(recipe.guard.max_skips, self.scaler)
+        self.meter = ThroughputMeter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world), world.device)
         self.progress = Progress()
         self.saved = 0
-        self.losses = Losses(world)
+        self.losses = LossMeter(world)
         self.norm = torch.zeros(())
 
     def train(self, checkpoints: Checkpoints, loggers: Loggers, signals: Signals) -> bool:
@@ -78,17 +86,21 @@ class Engine:
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
         run, budget = checkpoints.path.parent, self.recipe.guard.max_corrupt
-        tracer = Tracer(run, self.world.rank, enabled=self.recipe.log.profile)
-        self.supply = Supply(self.batches, self.world, self.progress.corrupt, budget, run / "corrupt.jsonl")
+        tracer = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
+        self.supply = BatchStream(self.batches, self.world, self.progress.corrupt, budget, run / "corrupt.jsonl")
         self.meter.restart()
         try:
             complete = False
-            while self.review() and not (complete := self.progress.step >= self.plan.steps) and self.step():
+            while (
+                self.log_evaluate_save_if_due()
+                and not (complete := self.progress.step >= self.plan.steps)
+                and self.step()
+            ):
                 tracer.step()
             self.save()
             self.checkpoints.wait()
             return complete
-        except NonFinite as error:
+        except NonFiniteError as error:
             raise self.stopped(error) from error
         finally:
             self.batches.close()
@@ -104,7 +116,7 @@ class Engine:
         self.schedule.step_update(step)
         losses = self.backward(self.supply.batches)
         self.scaler.unscale_(self.optimizer)
-        norm = clip(self.optimizer, self.recipe.optim)
+        norm = clip_gradients(self.optimizer, self.recipe.optim)
         if self.guard.admits(step, norm, losses["loss"]):
             self.scaler.step(self.optimizer)
             self.losses.add(losses)
@@ -133,31 +145,31 @@ class Engine:
                 means[name] = means.get(name, 0.0) + (value.detach() / len(batches)).double()
         return means
 
-    def settle(self) -> None:
+    def finalize_step(self) -> None:
         """Before the weights are judged or kept: they are sound, and one model on all processes."""
-        self.guard.settle()
+        self.guard.check_deferred()
         tensors = dict(self.model.named_buffers())
         averaged = self.average.state if self.average else {}
-        share([*tensors.values(), *(averaged[name] for name in tensors if name in averaged)], self.world)
+        broadcast_tensors([*tensors.values(), *(averaged[name] for name in tensors if name in averaged)], self.world)
 
-    def review(self) -> bool:
+    def log_evaluate_save_if_due(self) -> bool:
         """What is due at this step: log, evaluate, save; False if a signal cut the evaluation short."""
         recipe, progress, epoch = self.recipe, self.progress, self.plan.epoch_steps
         self.loggers.advance(progress.step)
-        if self.due(recipe.log.every) and self.losses.updates:
+        if self.is_due(recipe.log.every) and self.losses.updates:
             self.log()
-        if self.due(recipe.eval.every or epoch) and progress.evaluated < progress.step and not self.evaluate():
+        if self.is_due(recipe.eval.every or epoch) and progress.evaluated < progress.step and not self.evaluate():
             return False
-        if self.due(recipe.ckpt.every or epoch) or progress.best_step == progress.step:
+        if self.is_due(recipe.ckpt.every or epoch) or progress.best_step == progress.step:
             self.save()
         return True
 
-    def due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
         return (step := self.progress.step) > 0 and (step % every == 0 or step >= self.plan.steps)
 
     def log(self) -> None:
         """One line of figures on the updates since the last one."""
-        self.guard.settle()
+        self.guard.check_deferred()
         figures = {
             **self.losses.means(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -166,7 +178,7 @@ class Engine:
         self.loggers.log({"kind": "train", **self.place_in_run(), **figures, **self.meter.read()})
 
     def evaluate(self) -> bool:
-        """Judge the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
+        """Evaluate the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
         with self.meter.paused():
             try:
                 scores = self.scores()
@@ -182,23 +194,23 @@ class Engine:
             progress.best, progress.best_step = figures[self.task.metric], progress.step
         return True
 
-    def scores(self, *, keep: bool = False) -> Scores | None:
-        self.settle()
-        with self.final_weights() as model, gathered(model):
-            return measure(
+    def scores(self, *, keep: bool = False) -> MetricAccumulator | None:
+        self.finalize_step()
+        with self.final_weights() as model, unsharded(model):
+            return run_evaluation(
                 self.task, model, self.world, self.recipe.parallel, keep=keep, stop=lambda: self.signals.raised
             )
 
     def final_weights(self) -> AbstractContextManager[nn.Module]:
         """Within: the model as it would be exported now."""
-        return self.average.worn_by(self.model) if self.average else nullcontext(self.model)
+        return self.average.applied_to(self.model) if self.average else nullcontext(self.model)
 
     def save(self) -> None:
         """Keep this step, the best one and the last ones."""
         if (progress := self.progress).step == self.saved:
             return
         with self.meter.paused():
-            self.settle()
+            self.finalize_step()
             progress.losses, progress.updates = self.losses.totals(), self.losses.updates
             facts = {
                 "step": progress.step,
@@ -238,7 +250,7 @@ class Engine:
         epoch = self.progress.step * self.recipe.data.batch / self.task.samples
         return {"step": self.progress.step, "epoch": round(epoch, 4)}
 
-    def stopped(self, error: NonFinite) -> UserError:
+    def stopped(self, error: NonFiniteError) -> UserError:
         """What to tell about a non-finite update, whose images are written down."""
         self.checkpoints.wait()
         dump = self.checkpoints.path.parent / f"nonfinite-{error.step:08d}.json"

@@ -18,7 +18,7 @@ class UserError(ValueError):
     """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
 
 
-class Lost(UserError):
+class LocalRankError(UserError):
     """What only the process that meets it can tell."""
 
 
@@ -31,13 +31,13 @@ class Outcome:
 
 @contextmanager
 def report_errors() -> Iterator[Outcome]:
-    """Turn a UserError into one message on stderr, from rank 0 unless it is `Lost`, and a non-zero exit code."""
+    """Turn a UserError into one message on stderr, from rank 0 unless it is `LocalRankError`, and a non-zero exit code."""
     outcome = Outcome()
     try:
         yield outcome
     except UserError as error:
         outcome.code = 1
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, Lost):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalRankError):
             print(f"error: {error}", file=sys.stderr)
 
 

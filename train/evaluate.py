@@ -17,8 +17,8 @@ from typing import Any
 import timm
 from timm.data import ImageNetInfo
 
-from .distributed.parallel import place
-from .distributed.world import join
+from .distributed.parallel import prepare_model
+from .distributed.world import init_distributed
 from .errors import UserError, report_errors
 from .evaluation import (
     _finished,
@@ -26,28 +26,28 @@ from .evaluation import (
     draw,
     load_checkpoint,
     load_run,
-    measure,
     opened,
+    run_evaluation,
     save_evaluation,
 )
 from .files import write_atomically, writing
 from .recipe.load import make_recipe
 from .run import checkpoint
 from .tasks.build import build_task
-from .tasks.classify.imagenet_variants import Judge, lines, parse
+from .tasks.classify.imagenet_variants import VariantEvaluator, lines, parse
 from .tasks.classify.task import ClassifyTask
 from .tasks.export import exported_classes, load_weights
-from .tasks.models import check_name, create
+from .tasks.models import check_name, create_model
 
 # keys of a recipe that judging heeds
-HEEDED = (
+EVAL_KEYS = (
     *("data.", "task.segment.test.", "task.detect.val", "task.detect.longest", "task.detect.kwargs"),
     *("parallel.precision", "parallel.channels_last", "run.device", "guard.timeout"),
 )
 
 
 # of these, how it is done and not what is found
-MEANS = ("data.eval_batch", "data.workers", "parallel.channels_last", "run.device", "guard.timeout")
+RUNTIME_ONLY_EVAL_KEYS = ("data.eval_batch", "data.workers", "parallel.channels_last", "run.device", "guard.timeout")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of the model, instead of its published ones")
     options = parser.parse_intermixed_args(argv)
     with report_errors() as outcome:
-        overrides = heeded([*options.overrides, *(_whole(text) for text in options.data)])
+        overrides = check_eval_keys([*options.overrides, *(_whole(text) for text in options.data)])
         sets, target = parse(options.sets), options.target
         is_run = any((target / name).is_file() for name in ("recipe.yaml", checkpoint.MANIFEST))
         if options.weights and is_run:
@@ -85,19 +85,19 @@ def _count(text: str) -> int:
 
 def _whole(text: str) -> str:
     """A key of --data as the recipe has it."""
-    return text if text.startswith(HEEDED) else f"data.{text}"
+    return text if text.startswith(EVAL_KEYS) else f"data.{text}"
 
 
-def heeded(overrides: list[str]) -> list[str]:
+def check_eval_keys(overrides: list[str]) -> list[str]:
     """`overrides`. Raises UserError for a key that changes nothing of an evaluation."""
     for text in overrides:
-        if not text.startswith(HEEDED):
-            raise UserError(f"{text} has no effect on an evaluation, which heeds {', '.join(HEEDED)}; remove it")
+        if not text.startswith(EVAL_KEYS):
+            raise UserError(f"{text} has no effect on an evaluation, which heeds {', '.join(EVAL_KEYS)}; remove it")
     return overrides
 
 
 def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None) -> None:
-    """Judge a model with published weights, or with those of a file, on folders of ImageNet's classes."""
+    """VariantEvaluator a model with published weights, or with those of a file, on folders of ImageNet's classes."""
     check_name(name, "the model")
     published = timm.models.get_pretrained_cfg(name)
     assert published is not None
@@ -112,24 +112,24 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         raise UserError(f"data.source={recipe.data.source}: a model without a run is judged on folders of classes")
     folders = sets or {"val": Path(str(recipe.data.root)) / (recipe.data.val_split or "val")}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    with join(recipe.run, recipe.guard) as world:
-        with world.together():
-            model = create(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
+    with init_distributed(recipe.run, recipe.guard) as world:
+        with world.raise_on_all_ranks():
+            model = create_model(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
         classes = ImageNetInfo().label_names()
         if model.num_classes != len(classes):
             raise UserError(f"{name} tells {model.num_classes} classes apart, ImageNet-1K has {len(classes)}")
-        judge = Judge(recipe, place(model, recipe.parallel, world).eval(), classes, world)
+        judge = VariantEvaluator(recipe, prepare_model(model, recipe.parallel, world).eval(), classes, world)
         found = {title: judge.judge(title, folder) for title, folder in folders.items()}
         if world.main:
             print("\n".join(lines(found)))
 
 
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:
-    """Judge a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
+    """Evaluate a run, or a checkpoint where its training data is, on further sets; keep and print what was found."""
     run, recipe = opened(target, overrides)
     if recipe.task.kind != "classify":
         raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these are sets of ImageNet's classes")
-    with join(recipe.run, recipe.guard) as world:
+    with init_distributed(recipe.run, recipe.guard) as world:
         if run == target:
             model: Any = load_run(run)[1]
             side = model.pretrained_cfg["input_size"][-1]
@@ -140,9 +140,12 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
             task = ClassifyTask(recipe, world)
             model, classes = task.build_model(), task.classes
             step = load_checkpoint(target, model, world)
-        judge, file = Judge(recipe, place(model, recipe.parallel, world).eval(), classes, world), run / "sets.json"
+        judge, file = (
+            VariantEvaluator(recipe, prepare_model(model, recipe.parallel, world).eval(), classes, world),
+            run / "sets.json",
+        )
         found = {name: judge.judge(name, folder) | {"folder": str(folder)} for name, folder in sets.items()}
-        with world.together():
+        with world.raise_on_all_ranks():
             if world.main:
                 known = json.loads(file.read_text()) if file.is_file() else {}
                 known |= {name: figures | {"step": step} for name, figures in found.items()}
@@ -152,10 +155,10 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
 
 
 def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
-    """Judge a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
+    """VariantEvaluator a run or a checkpoint and print what was found; draw the first `overlays` predictions."""
     run, recipe = opened(target, overrides)
     at_checkpoint = run != target
-    with join(recipe.run, recipe.guard) as world:
+    with init_distributed(recipe.run, recipe.guard) as world:
         task: Any = build_task(recipe, world)
         if overlays and not hasattr(task, "pictures"):
             raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")
@@ -168,16 +171,16 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
             step = _finished(run)["step"]
             _same_classes(task.classes, exported_classes(run / "export"), run)
             load_weights(model, run / "export")
-        place(model, recipe.parallel, world)
-        scores = measure(task, model, world, recipe.parallel, keep=True)
+        prepare_model(model, recipe.parallel, world)
+        scores = run_evaluation(task, model, world, recipe.parallel, keep=True)
         assert scores is not None
         judged = str(target if at_checkpoint else run / "export")
-        otherwise = [text for text in overrides if not text.startswith(MEANS)]
+        otherwise = [text for text in overrides if not text.startswith(RUNTIME_ONLY_EVAL_KEYS)]
         facts = {"step": step, "checkpoint": judged, "overrides": otherwise}
         figures = save_evaluation(run, scores, facts, world)
         if overlays:
             predictions = scores.predictions()
-            with world.together():
+            with world.raise_on_all_ranks():
                 if world.main:
                     draw(task, predictions, run / "evaluation" / "overlays", overlays)
         if world.main:

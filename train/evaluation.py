@@ -20,10 +20,10 @@ from .files import replacing, write_atomically, writing
 from .recipe.load import load_recipe
 from .recipe.schema import Parallel, Recipe
 from .run import checkpoint
-from .tasks.base import Scores, Task
+from .tasks.base import MetricAccumulator, Task
 
 
-def measure(
+def run_evaluation(
     task: Task,
     model: nn.Module,
     world: World,
@@ -31,13 +31,13 @@ def measure(
     *,
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> Scores | None:
+) -> MetricAccumulator | None:
     """The task's scores over the validation split; None if `stop()` turned true on any process."""
     scores, batches, training = task.scores(keep=keep), task.eval_batches(), model.training
     model.eval()
     try:
         # no_grad rather than inference_mode: tables that a model caches here serve its training too
-        with world.together(), torch.no_grad(), autocast(parallel, world):
+        with world.raise_on_all_ranks(), torch.no_grad(), autocast(parallel, world):
             for batch in batches:
                 if stop():
                     break
@@ -45,14 +45,14 @@ def measure(
     finally:
         model.train(training)
         batches.close()
-    return None if world.agree(stop()) else scores
+    return None if world.any_rank(stop()) else scores
 
 
-def save_evaluation(run: Path, scores: Scores, facts: dict[str, Any], world: World) -> dict[str, Any]:
+def save_evaluation(run: Path, scores: MetricAccumulator, facts: dict[str, Any], world: World) -> dict[str, Any]:
     """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
     figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
     path = run / "evaluation"
-    with world.together():
+    with world.raise_on_all_ranks():
         if world.main:
             with writing(path), replacing(path) as part:
                 np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]

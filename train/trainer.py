@@ -13,40 +13,40 @@ if typing.TYPE_CHECKING:
     from .distributed.world import World
     from .engine import Engine
     from .run.checkpoint import Checkpoints
-    from .run.directory import RunDir
+    from .run.directory import RunDirectory
     from .tasks.base import Task
 
 
 def train(recipe: Recipe) -> None:
     """Train, or go on training, the run that `recipe` names; evaluate and export it at its end."""
     # torch and timm are loaded from here on, after help and mistakes in the recipe
-    from .distributed.world import join
-    from .run.directory import RunDir
+    from .distributed.world import init_distributed
+    from .run.directory import RunDirectory
     from .run.loggers import Loggers
-    from .run.signals import Signals, restarted
+    from .run.signals import Signals, is_elastic_restart
 
     with (
-        join(recipe.run, recipe.guard) as world,
+        init_distributed(recipe.run, recipe.guard) as world,
         Signals().caught() as signals,
         # torchrun counts by node, and only where a process failed
-        RunDir(recipe, restart=world.agree(restarted())).held() as run,
+        RunDirectory(recipe, restart=world.any_rank(is_elastic_restart())).held() as run,
     ):
         say = print if world.main else lambda text: None
-        with world.together():
+        with world.raise_on_all_ranks():
             begun = run.check()
-        begun, done = world.share((begun, begun and run.finished()))
+        begun, done = world.broadcast_object((begun, begun and run.finished()))
         if done:
             say(f"{run.path} is finished: {_figures(done)}\n{_next(run)}")
             return
-        with world.together():
+        with world.raise_on_all_ranks():
             if world.main:
                 run.lock()
         task, schedule, engine = build(recipe, world)
-        with world.together():
+        with world.raise_on_all_ranks():
             aside = run.open() if world.main else None
         if aside:
             say(f"moved the old run to {aside}")
-        checkpoints = take_up(engine, run, world, say, begun)
+        checkpoints = resume_or_start(engine, run, world, say, begun)
         loggers = Loggers(recipe, run.path, world, total=schedule.steps, step=engine.progress.step)
         try:
             for line in describe(engine):
@@ -69,21 +69,21 @@ def build(recipe: Recipe, world: "World") -> "tuple[Task, Plan, Engine]":
     from .engine import Engine
     from .tasks.build import build_task
 
-    with world.together():
+    with world.raise_on_all_ranks():
         task = build_task(recipe, world)
         schedule = plan(recipe, samples=task.samples, world_size=world.size)
     return task, schedule, Engine(recipe, task, world, schedule)
 
 
-def take_up(
-    engine: "Engine", run: "RunDir", world: "World", say: typing.Callable[[str], None], begun: bool
+def resume_or_start(
+    engine: "Engine", run: "RunDirectory", world: "World", say: typing.Callable[[str], None], begun: bool
 ) -> "Checkpoints":
     """Bring the engine to where the run stopped, and the run's metrics with it."""
     from .run.checkpoint import Checkpoints
 
     ckpt, start = run.recipe.ckpt, None
     checkpoints, resume = Checkpoints(run.checkpoints, world, say, background=ckpt.background), ckpt.resume
-    with world.together():
+    with world.raise_on_all_ranks():
         if world.main:
             start = checkpoints.newest(recipe_hash(run.recipe))
             if start and resume == "never" and not run.restart:
@@ -91,8 +91,8 @@ def take_up(
                     f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean"
                 )
             if start is None and resume not in ("auto", "never"):
-                start = beginning(resume, engine.plan.steps)
-    if start := world.share(start):
+                start = checkpoint_to_start_from(resume, engine.plan.steps)
+    if start := world.broadcast_object(start):
         exactness = engine.resume(start)
         source = "" if start.parent == run.checkpoints else f" from {start}"
         say(f"resuming {run.path} at step {engine.progress.step}{source} ({exactness}); run.fresh=true starts clean")
@@ -103,7 +103,7 @@ def take_up(
     return checkpoints
 
 
-def beginning(resume: str, steps: int) -> Path:
+def checkpoint_to_start_from(resume: str, steps: int) -> Path:
     """The checkpoint to begin another run with. Raises UserError where it is broken or leaves nothing of its steps."""
     from .run.checkpoint import broken, manifest, sound_sibling
 
@@ -118,9 +118,9 @@ def beginning(resume: str, steps: int) -> Path:
     return path
 
 
-def finish(engine: "Engine", run: "RunDir") -> bool:
+def finish(engine: "Engine", run: "RunDirectory") -> bool:
     """Final evaluation, export and DONE; False if a signal came first."""
-    from .distributed.parallel import whole_state
+    from .distributed.parallel import full_state_dict
     from .evaluation import save_evaluation
 
     scores = engine.scores(keep=True)
@@ -128,8 +128,8 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
         return False
     world, step = engine.world, engine.progress.step
     with engine.final_weights() as model:
-        state = whole_state(model)
-        with world.together():
+        state = full_state_dict(model)
+        with world.raise_on_all_ranks():
             if world.main:
                 engine.task.export(model, run.path / "export", state)
     facts = {"step": step, "checkpoint": str(run.path / "export")}
@@ -141,14 +141,14 @@ def finish(engine: "Engine", run: "RunDir") -> bool:
 
 def dry_run(recipe: Recipe) -> None:
     """Build everything, say what it comes to, try one micro-batch; nothing is written."""
-    from .distributed.world import join
+    from .distributed.world import init_distributed
     from .run.profiling import peak_memory
 
-    with join(recipe.run, recipe.guard) as world:
+    with init_distributed(recipe.run, recipe.guard) as world:
         task, schedule, engine = build(recipe, world)
         batches = task.train_batches(schedule, 0)
         try:
-            with world.together():
+            with world.raise_on_all_ranks():
                 batch = next(batches)
             loss = float(engine.backward([batch])["loss"])
         finally:
@@ -178,7 +178,7 @@ def _figures(figures: dict[str, typing.Any]) -> str:
     return ", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float))
 
 
-def _next(run: "RunDir") -> str:
+def _next(run: "RunDirectory") -> str:
     path, kind = run.path, run.recipe.task.kind
     loader = f"import tessel.train.{kind}; tessel.train.{kind}.load('{path}/export')"
     if kind == "classify":

@@ -1,6 +1,6 @@
 """What an update learns from: this process's micro-batches, and the account of samples that could not be read.
 
-Such a sample is named, counted once over all processes and starts of a run, and replaced (see `data.Seeded`), up to
+Such a sample is named, counted once over all processes and starts of a run, and replaced (see `data.SeededDataset`), up to
 `guard.max_corrupt` of them. It counts with the update that would have learned from it, however early it was loaded.
 """
 
@@ -21,7 +21,7 @@ class _News(UserError):
     """Some process has met samples that are not on the account yet."""
 
 
-class Supply:
+class BatchStream:
     """The micro-batches of one update after another."""
 
     def __init__(self, loader: Loader, world: World, corrupt: dict[str, str], budget: int, file: Path):
@@ -46,10 +46,10 @@ class Supply:
         lost, self.loader.lost = self.loader.lost, {}
         news = {str(index): reason for index, reason in lost.items() if str(index) not in self.corrupt}
         try:
-            return self.world.agree(stop, _News() if news else self.problem)
+            return self.world.any_rank(stop, _News() if news else self.problem)
         except _News:
             self._count(news, say)
-        return self.world.agree(stop, self.problem)
+        return self.world.any_rank(stop, self.problem)
 
     def _count(self, news: dict[str, str], say: Callable[[str], None]) -> None:
         for found in self.world.gather(news):
@@ -69,7 +69,7 @@ class Supply:
         )
 
     def _write(self) -> None:
-        with self.world.together():
+        with self.world.raise_on_all_ranks():
             if self.world.main and (self.corrupt or self.file.exists()):
                 lines = [json.dumps({"index": int(index), "reason": text}) for index, text in self.corrupt.items()]
                 with writing(self.file):

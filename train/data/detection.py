@@ -20,7 +20,7 @@ from .instance_masks import decoded, is_polygon
 Target = dict[str, np.ndarray]
 
 
-class Annotated(Dataset[tuple[Image.Image, Target]]):
+class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     """Annotated image files. All annotations lie in a few arrays, so that loader processes share their memory."""
 
     def __init__(self, entries: Entries, *, masks: bool, all_images: bool):
@@ -44,7 +44,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
         if not len(self.rows):
             raise UserError(f"{entries.source} has no images{'' if all_images else ' with objects'} to take")
 
-    def whole(self) -> "Annotated":
+    def whole(self) -> "DetectionDataset":
         """The same with all images, also those that are not trained on."""
         everything = copy.copy(self)
         everything.rows = np.arange(len(self.paths))
@@ -59,7 +59,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        path, (height, width), part = self.place(index)
+        path, (height, width), part = self.location(index)
         if (self.labels[part] < 0).any():
             raise UserError(f"image {path} has an object of a category that its annotations do not list; add it there")
         image = read_image(path, height, width)
@@ -74,7 +74,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
             target["masks"] = np.stack(found) if found else np.zeros((0, image.height, image.width), np.uint8)
         return image, target
 
-    def place(self, index: int) -> tuple[str, tuple[int, int], slice]:
+    def location(self, index: int) -> tuple[str, tuple[int, int], slice]:
         """Path, height and width of an image, and where its objects stand in the arrays."""
         row = self.rows[index]
         height, width = map(int, self.sizes[row])
@@ -91,7 +91,7 @@ class Annotated(Dataset[tuple[Image.Image, Target]]):
 
     def problems(self, index: int) -> list[str]:
         """What is wrong with one image and its annotations, in words; for `tessel.train.check`."""
-        path, (height, width), part = self.place(index)
+        path, (height, width), part = self.location(index)
         try:
             image = read_image(path, height, width)
         except UserError as error:

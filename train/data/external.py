@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..recipe.schema import Data
 from .image_io import decoded
-from .sources.archives import Archived, open_tar, open_wds
+from .sources.archives import ArchiveDataset, open_tar, open_wds
 from .sources.hfds import open_hfds
 from .sources.tfds import open_tfds
 
@@ -20,7 +20,7 @@ REFUSALS = (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionE
 PACKAGES = {"hfds": ("datasets", "datasets"), "tfds": ("tensorflow_datasets", "tensorflow-datasets")}
 
 
-class Foreign(Dataset[tuple[Image.Image, int]]):
+class ExternalDataset(Dataset[tuple[Image.Image, int]]):
     """Samples that another library fetches: `fetch(index)` gives a binary file of the image, and the class."""
 
     def __init__(self, fetch: Callable[[int], tuple[Any, Any]], length: int, classes: list[str], name: str):
@@ -41,7 +41,7 @@ class Foreign(Dataset[tuple[Image.Image, int]]):
         return decoded(read, f"{index} of {self.name}"), target
 
 
-def open_reader(data: Data, split: str) -> Archived | Foreign:
+def open_reader(data: Data, split: str) -> ArchiveDataset | ExternalDataset:
     """The split of `data.source`, one of tar, wds, hfds, tfds. Raises UserError, also for a package that is missing."""
     package, distribution = PACKAGES.get(data.source, (None, None))
     if package and find_spec(package) is None:

@@ -28,31 +28,31 @@ Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target to what th
 
 
 @dataclass
-class Replaced:
+class FallbackSample:
     """A sample in the place of others, or None where none is left; why each of those others (by index) is lost."""
 
     sample: tuple[Any, Any, int] | None
     lost: dict[int, str]
 
 
-class Seeded(Dataset[Any]):
+class SeededDataset(Dataset[Any]):
     """`[(epoch, index)]` -> (image, target, index), transformed by generators seeded with (seed, epoch, index).
 
-    A sample that the data set refuses with a UserError is replaced by the first good one of up to `spare` that follow
+    A sample that the data set refuses with a UserError is replaced by the first good one of up to `max_retries` that follow
     it in the `order` of its epoch, transformed as the lost one would have been. So batches keep their size, no other
     sample or augmentation changes, and who loads it does not matter.
     """
 
     def __init__(
-        self, dataset: Any, transform: Transform, seed: int, *, order: "GlobalOrder | None" = None, spare: int = 0
+        self, dataset: Any, transform: Transform, seed: int, *, order: "GlobalOrder | None" = None, max_retries: int = 0
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        self.order, self.spare = order, spare
+        self.order, self.max_retries = order, max_retries
 
-    def __getitem__(self, key: Key) -> tuple[Any, Any, int] | Replaced:
+    def __getitem__(self, key: Key) -> tuple[Any, Any, int] | FallbackSample:
         lost: dict[int, str] = {}
         following = self.order.following(key) if self.order else ()
-        for index in chain((key[1],), islice(following, self.spare)):
+        for index in chain((key[1],), islice(following, self.max_retries)):
             seed_all(self.seed, *key)
             try:
                 image, target = self.dataset[index]
@@ -60,8 +60,8 @@ class Seeded(Dataset[Any]):
                 lost[index] = str(error)
                 continue
             sample = (*self.transform(image, target), index)
-            return Replaced(sample, lost) if lost else sample
-        return Replaced(None, lost)
+            return FallbackSample(sample, lost) if lost else sample
+        return FallbackSample(None, lost)
 
 
 class Loader:
@@ -73,7 +73,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Seeded,
+        dataset: SeededDataset,
         batches: Sampler[list[Key]] | Sequence[list[Key]],
         *,
         collate: Callable[[list[Any]], Any] = default_collate,
@@ -90,7 +90,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             collate_fn=partial(_collate, collate),
-            worker_init_fn=_deaf,
+            worker_init_fn=_ignore_signals,
             pin_memory=pin,
             timeout=timeout if workers else 0,
         )
@@ -132,13 +132,13 @@ class Loader:
 def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Any, dict[int, str]]:
     lost: dict[int, str] = {}
     for place, sample in enumerate(samples):
-        if isinstance(sample, Replaced):
+        if isinstance(sample, FallbackSample):
             lost |= sample.lost
             samples[place] = sample.sample
     return None if None in samples else collate(samples), lost
 
 
-def _deaf(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     # a signal to the whole process group is the trainer's to answer: it still needs its workers to finish the step
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

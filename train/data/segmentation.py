@@ -24,7 +24,7 @@ UNKNOWN = -1
 ORIENTATION = 0x0112  # the EXIF tag
 
 
-class Pairs(Dataset[tuple[Image.Image, np.ndarray]]):
+class SegmentationDataset(Dataset[tuple[Image.Image, np.ndarray]]):
     """Image files and mask files, side by side."""
 
     def __init__(

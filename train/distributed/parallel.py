@@ -23,7 +23,7 @@ from .world import World
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def place(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
+def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
     """The model on its device, in its memory format, with what the recipe asks for switched on."""
     if parallel.precision == "fp16" and world.device.type != "cuda":
         raise UserError("parallel.precision=fp16 needs cuda; use bf16 or fp32 on the cpu")
@@ -47,7 +47,7 @@ def memory_format(parallel: Parallel) -> torch.memory_format:
     return torch.channels_last if parallel.channels_last else torch.contiguous_format
 
 
-def replicate(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
+def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
     """The module to train: gradients are averaged over the processes.
 
     ddp: each holds the whole model; fsdp: a share of every layer's weights, gradients and optimizer state; hsdp: a
@@ -63,7 +63,7 @@ def replicate(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
         if world.size % group:
             raise UserError(f"parallel.shard={group} does not divide the {world.size} processes; choose one that does")
         shape, names = (world.size // group, group), ("replicate", "shard")
-    share(model.state_dict().values(), world)
+    broadcast_tensors(model.state_dict().values(), world)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     for name in names:
         dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
@@ -93,7 +93,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[nn.Module]:
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     """Within: a sharded model holds all its weights, so that each process may call it as often as it has batches."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
@@ -107,7 +107,7 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def whole_state(model: nn.Module) -> Mapping[str, Any]:
+def full_state_dict(model: nn.Module) -> Mapping[str, Any]:
     """The state of a model on the CPU, shards put together; every process calls it, rank 0 gets it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -135,12 +135,12 @@ def arithmetic(parallel: Parallel, world: World, micro_batch: int) -> dict[str, 
     return processes | {"device": device, "threads": threads}
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def share(tensors: Iterable[torch.Tensor], world: World) -> None:
+def broadcast_tensors(tensors: Iterable[torch.Tensor], world: World) -> None:
     """Give every process rank 0's values, as DDP does with buffers before a forward."""
     if world.size > 1:
         for tensor in tensors:

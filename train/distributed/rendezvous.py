@@ -13,19 +13,19 @@ from uuid import uuid4
 import torch.distributed as dist
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def restart_safe_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Store, rank and size for `init_process_group`, from the environment of torchrun or of anything that is like it.
 
     Raises RuntimeError where not all processes have come within `timeout`.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        name = (gather if rank == 0 else arrive)(store, rank, size, timeout)
+        name = (publish_prefix if rank == 0 else receive_prefix)(store, rank, size, timeout)
         store = dist.PrefixStore(name, store)
     return store, rank, size
 
 
-def gather(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+def publish_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
     """Tell a new name to whoever has arrived until every other rank has taken it; an arrival may be a dead one's."""
     name, waiting, end = uuid4().hex, set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while waiting:
@@ -40,7 +40,7 @@ def gather(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
     return name
 
 
-def arrive(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+def receive_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
     """Ask for the name under a word of one's own, so that no earlier answer is taken for this one."""
     word = uuid4().hex
     store.set(f"arrived/{rank}", word)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import WORKER_DIED, Lost, UserError
+from ..errors import WORKER_DIED, LocalRankError, UserError
 from ..recipe.schema import Guard, Run
-from .rendezvous import meet
+from .rendezvous import restart_safe_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, flag: bool = False, error: UserError | None = None) -> bool:
+    def any_rank(self, flag: bool = False, error: UserError | None = None) -> bool:
         """True everywhere if `flag` is True anywhere; an `error` anywhere is raised everywhere."""
         if self.size == 1:
             if error:
@@ -42,14 +42,14 @@ class World:
         return bool(code)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """A section without collectives: a UserError in it on one process becomes everyone's."""
         problem = None
         try:
             yield
         except UserError as error:
             problem = error
-        self.agree(error=problem)
+        self.any_rank(error=problem)
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's `value`, by rank."""
@@ -59,7 +59,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`."""
         return self.gather(value)[0]
 
@@ -72,7 +72,7 @@ class World:
 
 
 @contextmanager
-def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  frozen
+def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  frozen
     """The world that torchrun's environment describes, or this process alone."""
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
@@ -89,12 +89,12 @@ def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  fr
     timeout = timedelta(seconds=2 * guard.timeout)
     try:
         if size > 1:
-            store, rank, size = meet(timeout)
+            store, rank, size = restart_safe_store(timeout)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), timeout)
     except RuntimeError as error:
-        if known := explained(error, timeout):
+        if known := translate_error(error, timeout):
             raise known from error
         raise
     finally:
@@ -103,20 +103,24 @@ def join(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  fr
             dist.destroy_process_group()
 
 
-def explained(error: RuntimeError, timeout: timedelta) -> UserError | None:
+def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None:
     """What a RuntimeError out of torch's depths means to the user, where that is known."""
     text = next(iter(str(error).strip().splitlines()), "")
     if "DataLoader worker" in text:
-        return Lost(WORKER_DIED)
+        return LocalRankError(WORKER_DIED)
     remote = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
     if remote and ("timed out" in text.lower() or "timeout" in text):
-        return Lost(
+        return LocalRankError(
             f"another process of this run has not answered for {timeout.total_seconds():g} s: it hangs. End what is "
             "left of the run (kill -9), then the same command goes on from the last checkpoint; guard.timeout makes it "
             "wait longer"
         )
     if remote:
-        return Lost(f"another process of this run is gone ({text[:160]}); the same command goes on where it can")
+        return LocalRankError(
+            f"another process of this run is gone ({text[:160]}); the same command goes on where it can"
+        )
     if isinstance(error, torch.OutOfMemoryError):
-        return Lost(f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing")
+        return LocalRankError(
+            f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing"
+        )
     return None

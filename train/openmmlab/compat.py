@@ -2,7 +2,7 @@
 
 mmcv's compiled operators do not build on current torch, and `mmcv-lite` ships without them; `mmseg` imports their
 module all the same. `mmseg_modules()` puts a stand-in there and hands out `mmseg.models`. It has no operators:
-what needs one says so when it is called. `mend_runner()` is for those who train under MMEngine's own Runner; our
+what needs one says so when it is called. `patch_runner()` is for those who train under MMEngine's own Runner; our
 trainer does without.
 """
 
@@ -44,7 +44,7 @@ class _NoOperators(ModuleType):
         return missing
 
 
-def stand_in() -> None:
+def install_mmcv_stub() -> None:
     """Put the stand-in where mmcv looks for its operators, unless a full mmcv has them."""
     if COMPILED in sys.modules or importlib.util.find_spec("mmcv") is None:
         return
@@ -60,7 +60,7 @@ def stand_in() -> None:
 
 def mmseg_modules() -> ModuleType:
     """`mmseg.models`, whose heads and losses are registered by it. Raises UserError where mmsegmentation is missing."""
-    stand_in()
+    install_mmcv_stub()
     try:
         with warnings.catch_warnings():
             # deprecations inside packages that are no longer released
@@ -81,7 +81,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         return modules.HEADS.build(dict(config))
 
 
-def mend_runner() -> None:
+def patch_runner() -> None:
     """Let MMEngine's Runner resume on current torch, and run on several processes without a GPU; for mmengine alone.
 
     1. Resume. mmengine 0.10.7 reads checkpoints with torch.load's default, which since torch 2.6 refuses the log
@@ -115,7 +115,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     path = os.path.expanduser(filename)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{filename} is no file")
-    with history_allowed():
+    with allow_history_buffers():
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except UnpicklingError as error:
@@ -127,7 +127,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             ) from error
 
 
-def history_allowed() -> Any:
+def allow_history_buffers() -> Any:
     """A context in which torch.load lets a HistoryBuffer through: its parts, by their names in numpy 1 and 2."""
     from mmengine.logging import HistoryBuffer
 

@@ -18,12 +18,12 @@ from ...zoo import from_published
 from ...zoo._registry import is_ours
 from ...zoo.dense import PREFIXES, BatchNorms, DenseBackbone
 from ..errors import UserError
-from .compat import history_allowed, mend_runner, stand_in
+from .compat import allow_history_buffers, install_mmcv_stub, patch_runner
 
-stand_in()
+install_mmcv_stub()
 
 
-mend_runner()
+patch_runner()
 
 
 @MODELS.register_module()
@@ -76,7 +76,7 @@ class TesselBackbone(DenseBackbone):
 
     def start_from_file(self, file: str) -> None:
         """Take the backbone's weights out of a file or an address. Raises ValueError for what is missing or unknown."""
-        with history_allowed():
+        with allow_history_buffers():
             state = read_state(fetch(file))
         # in our detectors it lies within the feature pyramid
         place = "backbone.body." if any(key.startswith("backbone.fpn.") for key in state) else "backbone."

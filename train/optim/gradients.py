@@ -8,11 +8,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from ..distributed.parallel import local
+from ..distributed.parallel import to_local
 from ..recipe.schema import Optim
 
 
-def clip(optimizer: torch.optim.Optimizer, optim: Optim) -> torch.Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> torch.Tensor:
     """Clip the gradients as the recipe says; their norm before that."""
     # from its groups, a list: to walk through the model's modules at every update would cost a percent of a small one's
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -33,19 +33,19 @@ def clip_units(parameters: list[nn.Parameter], factor: float) -> None:
         grad = parameter.grad.detach()
         limit = unit_norm(parameter.detach()).clamp(min=1e-3) * factor
         norm = unit_norm(grad)
-        local(grad).mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))
+        to_local(grad).mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))
 
 
 def unit_norm(tensor: torch.Tensor) -> torch.Tensor:
     """The norm of each of this process's rows [rows, 1, ...], or of a whole vector over all processes []."""
     if tensor.ndim > 1:
         # shards are cut between rows
-        return torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
+        return torch.linalg.vector_norm(to_local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
     norm = torch.linalg.vector_norm(tensor)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class NonFinite(Exception):
+class NonFiniteError(Exception):
     """A gradient that is not finite, where no more may be skipped."""
 
     def __init__(self, step: int, norm: float, loss: float):
@@ -53,7 +53,7 @@ class NonFinite(Exception):
         self.step, self.norm, self.loss = step, norm, loss
 
 
-class Guard:
+class NonFiniteGuard:
     """Decides for each update whether it is applied: a non-finite one is skipped, and after `max_skips` in a row fatal.
 
     Where the only other choice is to stop, a GPU is asked one step late, so that nothing waits for it.
@@ -65,17 +65,17 @@ class Guard:
         self.unchecked: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def admits(self, step: int, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        """Whether to apply the update of `step`. Raises NonFinite."""
+        """Whether to apply the update of `step`. Raises NonFiniteError."""
         if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             return True  # an overflow is the scaler's to skip as long as it has scale to give up
         if norm.is_cuda and not self.max_skips:
-            self.settle()
+            self.check_deferred()
             self.unchecked = step, norm, loss
             return True
         return self._judge(step, norm, loss)
 
-    def settle(self) -> None:
-        """Judge the update that was applied unjudged, if any. Raises NonFinite."""
+    def check_deferred(self) -> None:
+        """VariantEvaluator the update that was applied unjudged, if any. Raises NonFiniteError."""
         unchecked, self.unchecked = self.unchecked, None
         if unchecked:
             self._judge(*unchecked)
@@ -86,5 +86,5 @@ class Guard:
             return True
         self.skipped += 1
         if self.skipped > self.max_skips:
-            raise NonFinite(step, float(norm), float(loss))
+            raise NonFiniteError(step, float(norm), float(loss))
         return False

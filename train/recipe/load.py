@@ -23,7 +23,7 @@ PACKAGED = Path(__file__).resolve().parents[2] / "configs"
 
 
 # keys that may change between two starts of one run: they steer where and how it runs, not what it learns
-NEUTRAL = re.compile(
+NON_SEMANTIC_KEYS = re.compile(
     r"(ckpt|log|eval|guard)\..*|run\.(out|fresh|device)|data\.(workers|micro_batch|eval_batch)"
     r"|parallel\.(strategy|shard|compile|channels_last|grad_checkpointing)"
 )
@@ -124,14 +124,14 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def decisive(recipe: Recipe) -> dict[str, Any]:
+def semantic_keys(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys that decide what is learned."""
-    return {key: value for key, value in flatten(recipe).items() if not NEUTRAL.fullmatch(key)}
+    return {key: value for key, value in flatten(recipe).items() if not NON_SEMANTIC_KEYS.fullmatch(key)}
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """A digest of `decisive(recipe)`."""
-    return hashlib.sha256(json.dumps(decisive(recipe), sort_keys=True).encode()).hexdigest()
+    """A digest of `semantic_keys(recipe)`."""
+    return hashlib.sha256(json.dumps(semantic_keys(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def dump(recipe: Recipe) -> str:

@@ -39,7 +39,7 @@ class Checkpoints:
         """background: write from a copy while the training goes on, at most one checkpoint at a time."""
         self.path, self.world, self.say = path, world, say
         # a process of a killed start may live on for a while: it must not write among the files of this one
-        self.start = world.share(uuid.uuid4().hex[:8])
+        self.start = world.broadcast_object(uuid.uuid4().hex[:8])
         self.thread = ThreadPoolExecutor(1) if background else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         # a thread's collectives must not get between those of the training
@@ -62,13 +62,13 @@ class Checkpoints:
             copied = self.stager.stage(state)
             self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
         else:
-            self.world.agree(error=self._write(state, facts, best, last))
+            self.world.any_rank(error=self._write(state, facts, best, last))
 
     def wait(self) -> None:
         """Until the checkpoint being written is complete. Raises the UserError if it failed on any process."""
         if self.pending:
             pending, self.pending = self.pending, None
-            self.world.agree(error=pending.result())
+            self.world.any_rank(error=pending.result())
 
     def close(self) -> None:
         """End the writing, come what may."""

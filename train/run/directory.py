@@ -14,19 +14,19 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomically, writing
-from ..recipe.load import decisive, dump, load_recipe, recipe_hash
+from ..recipe.load import dump, load_recipe, recipe_hash, semantic_keys
 from ..recipe.schema import Recipe
 
 LOCK = ".lock"
 
 
-BEGINNING = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
+FILES_OF_A_NEW_RUN = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
 
 
 UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
-class RunDir:
+class RunDirectory:
     """`out/name`: the recipe, the metrics, the checkpoints and the marker that says how the last start ended."""
 
     def __init__(self, recipe: Recipe, *, restart: bool = False):
@@ -40,7 +40,7 @@ class RunDir:
         self._locked = False
 
     @contextmanager
-    def held(self) -> Iterator["RunDir"]:
+    def held(self) -> Iterator["RunDirectory"]:
         """Within, `lock` holds; it ends here or with the process, however that ends."""
         try:
             yield self
@@ -79,7 +79,7 @@ class RunDir:
 
         Where there is no checkpoint yet, there is nothing to go on with, and any recipe will do.
         """
-        there = {entry.name for entry in self.path.iterdir()} - BEGINNING if self.path.is_dir() else ()
+        there = {entry.name for entry in self.path.iterdir()} - FILES_OF_A_NEW_RUN if self.path.is_dir() else ()
         if self.fresh or not there:
             return False
         remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
@@ -92,7 +92,7 @@ class RunDir:
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
         if recipe_hash(begun) != recipe_hash(self.recipe):
-            old, new = decisive(begun), decisive(self.recipe)
+            old, new = semantic_keys(begun), semantic_keys(self.recipe)
             changed = ", ".join(f"{key} (there {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key])
             raise UserError(f"{self.path} was started with another recipe: {changed}; {remedy}")
         return True

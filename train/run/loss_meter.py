@@ -6,7 +6,7 @@ from torch import Tensor
 from ..distributed.world import World
 
 
-class Losses:
+class LossMeter:
     """Sums over the updates since the last line, kept on the device: no update waits for them."""
 
     def __init__(self, world: World):

@@ -33,7 +33,7 @@ PEAKS = {
 }
 
 
-class Meter:
+class ThroughputMeter:
     """Speed since the last reading."""
 
     def __init__(self, images_per_step: int, gflops: float, peak: float | None, device: torch.device):
@@ -81,7 +81,7 @@ class Meter:
         return figures | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
 
 
-class Tracer:
+class StepProfiler:
     """torch's profiler over the updates 3 to 12 of a start, written to `profile/` for chrome://tracing or perfetto."""
 
     SKIPPED, TRACED = 3, 10

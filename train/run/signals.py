@@ -36,6 +36,6 @@ class Signals:
                 signal.signal(number, handler)
 
 
-def restarted() -> bool:
+def is_elastic_restart() -> bool:
     """Whether torchrun or SLURM has started this process anew, with the arguments of the start it goes on with."""
     return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ..data.loader import Loader, Seeded, Transform
+from ..data.loader import Loader, SeededDataset, Transform
 from ..data.sampler import GlobalOrder, Key, RepeatedOrder
 from ..distributed.world import World
 from ..errors import UserError
@@ -18,7 +18,7 @@ from ..recipe.plan import Plan
 from ..recipe.schema import Recipe
 
 
-class Scores(Protocol):
+class MetricAccumulator(Protocol):
     """Figures over a data set, summed batch by batch, exact over the processes."""
 
     def update(self, model: nn.Module, batch: Any) -> None: ...
@@ -64,8 +64,8 @@ class Task(Protocol):
         """This process's share of the validation split, each image in it once over all processes."""
         ...
 
-    def scores(self, *, keep: bool = False) -> Scores:
-        """New sums; `keep` holds on to every prediction, for `Scores.predictions`."""
+    def scores(self, *, keep: bool = False) -> MetricAccumulator:
+        """New sums; `keep` holds on to every prediction, for `MetricAccumulator.predictions`."""
         ...
 
     def example(self) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ class Task(Protocol):
         ...
 
 
-class Supervised:
+class SupervisedTask:
     """The data of a task: two splits of one data set, in the trainer's order, through the transforms of its model.
 
     `build(split)` opens one. The training split is opened when it is asked for: an evaluation does without. A task that
@@ -108,8 +108,10 @@ class Supervised:
         return len(self.train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        order, spare = self._order(plan, step), self.recipe.guard.max_corrupt
-        dataset = Seeded(self.train, self.train_transform, self.recipe.run.seed, order=order, spare=spare)
+        order, max_retries = self._order(plan, step), self.recipe.guard.max_corrupt
+        dataset = SeededDataset(
+            self.train, self.train_transform, self.recipe.run.seed, order=order, max_retries=max_retries
+        )
         workers = max(self.recipe.data.workers, 1)
         ahead = max(2, -(-plan.accumulate // workers) + 1)  # an update's micro-batches and then some
         return self._loader(dataset, order, ahead)
@@ -122,7 +124,7 @@ class Supervised:
         size = self.recipe.data.eval_batch
         mine = [(0, index) for index in range(self.world.rank, len(self.val), self.world.size)]
         batches = [mine[at : at + size] for at in range(0, len(mine), size)]
-        return self._loader(Seeded(self.val, self.eval_transform, self.recipe.run.seed), batches, 2)
+        return self._loader(SeededDataset(self.val, self.eval_transform, self.recipe.run.seed), batches, 2)
 
     def _order(self, plan: Plan, step: int) -> GlobalOrder:
         return RepeatedOrder(
@@ -137,7 +139,7 @@ class Supervised:
             stop=plan.steps * self.recipe.data.batch,
         )
 
-    def _loader(self, dataset: Seeded, batches: Any, ahead: int) -> Loader:
+    def _loader(self, dataset: SeededDataset, batches: Any, ahead: int) -> Loader:
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
         timeout = self.recipe.guard.timeout
         return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin, timeout=timeout)

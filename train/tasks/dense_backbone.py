@@ -11,7 +11,7 @@ from ...zoo.dense import DenseBackbone
 from ..errors import UserError, one_line
 from ..recipe.schema import Dense, Model
 from .export import exported_backbone
-from .models import REFUSALS, create
+from .models import REFUSALS, create_model
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
@@ -49,14 +49,14 @@ def try_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], r
         backbone.train(training)
 
 
-def begin_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
+def load_initial_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
     """Give `backbone` the weights that `model.init_from` names, if any: of a classifier, or below heads of ours."""
     if not model.init_from:
         return
     folder = model.init_from.removeprefix("local-dir:")
     state = exported_backbone(Path(folder)) if folder != model.init_from else None
     if state is None:
-        source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
+        source = create_model(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
         state = source.state_dict()
     try:
         backbone.start_from(state)

@@ -27,7 +27,7 @@ GARBAGE = (AttributeError, BadZipFile, EOFError, OSError, SafetensorError, Unpic
 REFUSALS = (*MISFITS, *GARBAGE)
 
 
-def create(name: str, size: int, *, key: str, pretrained: bool, num_classes: int | None, **options: Any) -> Any:
+def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classes: int | None, **options: Any) -> Any:
     """timm.create_model, told the input size where the model needs it. Raises UserError with why not, in a line.
 
     key: of the recipe, that names the model; num_classes: None keeps the classifier of the pretrained weights.
@@ -59,9 +59,11 @@ def first_forward(culprit: str, image: Tensor) -> Iterator[None]:
         ) from error
 
 
-def begin_with(model: Any, wanted: Model, size: int) -> None:
+def load_initial_weights(model: Any, wanted: Model, size: int) -> None:
     """Give `model` the weights of `wanted.init_from`; its classifier too, where that has as many classes."""
-    source = create(str(wanted.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes)
+    source = create_model(
+        str(wanted.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes
+    )
     try:
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:

@@ -38,7 +38,7 @@ class Member(NamedTuple):
     within: str = ""
 
 
-class Archived(Dataset[tuple[Image.Image, int]]):
+class ArchiveDataset(Dataset[tuple[Image.Image, int]]):
     """Images at known places of archives; all in arrays, so that workers share the memory."""
 
     def __init__(self, archives: Sequence[Path], images: Sequence[tuple[int, Member]], labels: list[str], data: Data):
@@ -66,7 +66,7 @@ class Archived(Dataset[tuple[Image.Image, int]]):
         return decoded(read, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
 
 
-def open_tar(data: Data, split: str) -> Archived:
+def open_tar(data: Data, split: str) -> ArchiveDataset:
     """Images of one archive, of several, or of archives within one."""
     archives = _archives(data, split)
     alone = archives == [Path(str(data.root)) / f"{split}.tar"]
@@ -84,7 +84,7 @@ def open_tar(data: Data, split: str) -> Archived:
     return _archived(archives, images, labels, data)
 
 
-def open_wds(data: Data, split: str) -> Archived:
+def open_wds(data: Data, split: str) -> ArchiveDataset:
     """WebDataset's samples: files of one name up to its first dot, next to each other; the class by number or name."""
     endings = [f".{key.strip()}" for key in data.input_key.split(";")] if data.input_key else sorted(EXTENSIONS)
     archives, images, labels = _archives(data, split), [], []
@@ -103,10 +103,10 @@ def open_wds(data: Data, split: str) -> Archived:
     return _archived(archives, images, labels, data)
 
 
-def _archived(archives: list[Path], images: list[tuple[int, Member]], labels: list[str], data: Data) -> Archived:
+def _archived(archives: list[Path], images: list[tuple[int, Member]], labels: list[str], data: Data) -> ArchiveDataset:
     if not images:
         raise UserError(f"{archives[0]} and its like hold no images ({', '.join(sorted(EXTENSIONS))})")
-    return Archived(archives, images, labels, data)
+    return ArchiveDataset(archives, images, labels, data)
 
 
 def _archives(data: Data, split: str) -> list[Path]:

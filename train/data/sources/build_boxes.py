@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from ..detection import Annotated
+from ..detection import DetectionDataset
 from ..digit_scenes import DigitScenes, split_length
 from .coco import read_coco
 from .digit_scenes_boxes import Scenes
@@ -26,6 +26,6 @@ def build_dataset(recipe: Recipe, split: str) -> Any:
             raise UserError(str(error)) from error
     root = Path(str(data.root))
     if data.source == "voc2012":
-        return Annotated(read_voc(root, split), masks=False, all_images=all_images)
+        return DetectionDataset(read_voc(root, split), masks=False, all_images=all_images)
     annotations, images = detect.train if split == "train" else detect.val
-    return Annotated(read_coco(root / annotations, root / images, masks), masks=masks, all_images=all_images)
+    return DetectionDataset(read_coco(root / annotations, root / images, masks), masks=masks, all_images=all_images)

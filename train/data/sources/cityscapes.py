@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..layout import _files, _present
-from ..segmentation import IGNORED, Pairs, _facts
+from ..segmentation import IGNORED, SegmentationDataset, _facts
 
 
-def cityscapes(root: Path, split: str) -> Pairs:
+def cityscapes(root: Path, split: str) -> SegmentationDataset:
     """Cityscapes with fine annotations: 19 of its labels are classes, the others are ignored."""
     from torchvision.datasets import Cityscapes
 
@@ -18,4 +18,4 @@ def cityscapes(root: Path, split: str) -> Pairs:
     labels = [label for label in Cityscapes.classes if label.id >= 0]
     table = {label.id: IGNORED if label.ignore_in_eval else label.train_id for label in labels}
     # the licence plate is -1, which is 255 in a byte
-    return Pairs(images, _present(masks, "masks"), **_facts("cityscapes"), table=table | {255: IGNORED})
+    return SegmentationDataset(images, _present(masks, "masks"), **_facts("cityscapes"), table=table | {255: IGNORED})

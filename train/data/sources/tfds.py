@@ -6,10 +6,10 @@ from importlib import import_module
 from ...errors import UserError, one_line
 from ...recipe.schema import Data
 from ..class_map import _mapped, _number
-from ..external import REFUSALS, Foreign
+from ..external import REFUSALS, ExternalDataset
 
 
-def open_tfds(data: Data, split: str) -> Foreign:
+def open_tfds(data: Data, split: str) -> ExternalDataset:
     """A prepared TensorFlow dataset: `data.name` below `data.root` (null: ~/tensorflow_datasets)."""
     image, label, name = data.input_key or "image", data.target_key or "label", f"split {split} of {data.name}"
     try:
@@ -31,4 +31,4 @@ def open_tfds(data: Data, split: str) -> Foreign:
         example = source[index]
         return io.BytesIO(example[image]), targets[int(example[label])]
 
-    return Foreign(fetch, length, classes, name)
+    return ExternalDataset(fetch, length, classes, name)

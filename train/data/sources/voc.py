@@ -4,22 +4,22 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..layout import MISSING, _present, inside
-from ..segmentation import IGNORED, Pairs, _facts
+from ..segmentation import IGNORED, SegmentationDataset, _facts
 
 
-def voc2012(root: Path, split: str) -> Pairs:
+def voc2012(root: Path, split: str) -> SegmentationDataset:
     """Pascal VOC 2012, the lists `train` and `val` of its segmentation."""
     return _voc(root, split, "SegmentationClass")
 
 
-def voc2012_aug(root: Path, split: str) -> Pairs:
+def voc2012_aug(root: Path, split: str) -> SegmentationDataset:
     """Pascal VOC 2012 with the further training masks of Hariharan et al. (ICCV 2011), in the list `trainaug`."""
     if split == "val":
         return _voc(root, split, "SegmentationClass")
     return _voc(root, "trainaug", "SegmentationClassAug")
 
 
-def _voc(root: Path, name: str, folder: str) -> Pairs:
+def _voc(root: Path, name: str, folder: str) -> SegmentationDataset:
     for inner in ("VOCdevkit/VOC2012", "VOC2012"):
         root = inside(root, inner, "JPEGImages")
     listing = root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -32,4 +32,6 @@ def _voc(root: Path, name: str, folder: str) -> Pairs:
         raise UserError(f"list {listing} names no images{MISSING}")
     images = _present([root / "JPEGImages" / f"{name}.jpg" for name in names], f"images of {listing}")
     masks = _present([root / folder / f"{image.stem}.png" for image in images], f"masks of {listing}")
-    return Pairs(images, masks, **_facts("voc"), table={255: IGNORED} | {value: value for value in range(21)})
+    return SegmentationDataset(
+        images, masks, **_facts("voc"), table={255: IGNORED} | {value: value for value in range(21)}
+    )

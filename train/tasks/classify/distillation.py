@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...recipe.schema import Distill
-from ..models import create, first_forward
+from ..models import create_model, first_forward
 
 
 class Teacher:
@@ -18,7 +18,7 @@ class Teacher:
     def __init__(self, distill: Distill, *, classes: list[str], size: int, config: dict[str, Any], device: Any):
         """classes, config: the student's class names and its input's mean and std."""
         self.distill, name = distill, str(distill.teacher)
-        model = create(name, size, key="task.distill.teacher", pretrained=True, num_classes=None)
+        model = create_model(name, size, key="task.distill.teacher", pretrained=True, num_classes=None)
         named = model.pretrained_cfg.get("label_names")
         if model.num_classes != len(classes) or (named and list(named) != classes):
             raise UserError(

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from timm.data.real_labels import RealLabelsImagenet
 from torch import Tensor, nn
 
-from ...data.loader import Loader, Seeded
+from ...data.loader import Loader, SeededDataset
 from ...data.sources.folder import Folder
 from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
@@ -54,7 +54,7 @@ Answers = Callable[
 ]  # positions in the folder [B], its labels [B] -> right classes [B, classes]
 
 
-class Judge:
+class VariantEvaluator:
     """Judges one classifier, whose outputs are `classes`, with its own preprocessing."""
 
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
@@ -96,12 +96,12 @@ class Judge:
         data, world = self.recipe.data, self.world
         mine = [(0, index) for index in range(world.rank, len(images), world.size)]
         keys = [mine[at : at + data.eval_batch] for at in range(0, len(mine), data.eval_batch)]
-        dataset = Seeded(images, self.transform, self.recipe.run.seed)
+        dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
         pin, timeout = world.device.type == "cuda", self.recipe.guard.timeout
         batches = Loader(dataset, keys, workers=data.workers, ahead=2, pin=pin, timeout=timeout)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         try:
-            with world.together(), torch.no_grad(), autocast(self.recipe.parallel, world):
+            with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:
                     right = answers(positions, labels).to(world.device)
                     pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))

@@ -11,7 +11,7 @@ from .... import zoo as zoo  # registers the models with timm
 from .task import ClassifyTask
 
 
-class ClassScores:
+class ClassificationMetrics:
     """Top-1, top-5 (percent) and cross entropy over a data set; with `keep`, every prediction too."""
 
     def __init__(self, task: ClassifyTask, keep: bool):

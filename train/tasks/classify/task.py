@@ -17,28 +17,28 @@ from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.plan import Plan
 from ...recipe.schema import Recipe
-from ..base import Supervised
+from ..base import SupervisedTask
 from ..export import export
-from ..models import begin_with, check_name, create
+from ..models import check_name, create_model, load_initial_weights
 from .augment import erasing, eval_transform, input_config, mixing, of_image, train_transform
 from .distillation import Teacher
-from .metrics import ClassScores
+from .metrics import ClassificationMetrics
 from .probe import probe
 
-LONELY = (
+BATCH_NORM_SIZE_ERROR = (
     "a batch norm of the model sees an image of data.size as one pixel, and has nothing to compare that with in a "
     "micro-batch of {}; raise data.micro_batch (data.batch) or data.size"
 )
 
 
-ELSEWHERE = {  # keys that model.kwargs does not take
+RESERVED_KWARGS = {  # keys that model.kwargs does not take
     "num_classes": "they are the data's, and task.num_classes checks them",
     "pretrained": "it is model.pretrained",
     "features_only": "a classifier needs its logits",
 }
 
 
-class ClassifyTask(Supervised):
+class ClassifyTask(SupervisedTask):
     """One class an image."""
 
     metric = "top1"
@@ -62,7 +62,7 @@ class ClassifyTask(Supervised):
         self.teacher: Teacher | None = None
 
     def build_model(self) -> nn.Module:
-        model = create_model(self.recipe, len(self.classes))
+        model = build_classifier(self.recipe, len(self.classes))
         self.pretrained_cfg, data = model.pretrained_cfg, self.recipe.data
         self.train_transform = partial(of_image, train_transform(data, self.pretrained_cfg))
         self.eval_transform = partial(of_image, eval_transform(data, self.pretrained_cfg))
@@ -73,7 +73,7 @@ class ClassifyTask(Supervised):
         if distill.teacher:
             config = input_config(data, self.pretrained_cfg)
             device = self.world.device
-            with self.world.together():
+            with self.world.raise_on_all_ranks():
                 self.teacher = Teacher(distill, classes=self.classes, size=data.size, config=config, device=device)
         return super().train_batches(plan, step)
 
@@ -84,7 +84,7 @@ class ClassifyTask(Supervised):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise UserError(LONELY.format(len(images))) from error
+            raise UserError(BATCH_NORM_SIZE_ERROR.format(len(images))) from error
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         images, targets = self.placed(batch)
@@ -101,8 +101,8 @@ class ClassifyTask(Supervised):
         share = self.recipe.task.distill.weight
         return {"label_loss": (1 - share) * loss, "distill_loss": share * self.teacher.loss(images, logits)}
 
-    def scores(self, *, keep: bool = False) -> "ClassScores":
-        return ClassScores(self, keep)
+    def scores(self, *, keep: bool = False) -> "ClassificationMetrics":
+        return ClassificationMetrics(self, keep)
 
     def example(self) -> tuple[Any, ...]:
         size = self.recipe.data.size
@@ -117,15 +117,15 @@ class ClassifyTask(Supervised):
         return images, batch[1].to(self.world.device, non_blocking=True)
 
 
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_classifier(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model with a new classifier. Raises UserError where timm cannot build it."""
     wanted, size = recipe.model, recipe.data.size
-    if foreign := next(iter(wanted.kwargs.keys() & ELSEWHERE.keys()), None):
-        raise UserError(f"model.kwargs does not take {foreign}: {ELSEWHERE[foreign]}; remove it there")
+    if foreign := next(iter(wanted.kwargs.keys() & RESERVED_KWARGS.keys()), None):
+        raise UserError(f"model.kwargs does not take {foreign}: {RESERVED_KWARGS[foreign]}; remove it there")
     options: dict[str, Any] = {"drop_path_rate": wanted.drop_path, **wanted.kwargs}
-    model = create(
+    model = create_model(
         wanted.name, size, key="model.name", pretrained=wanted.pretrained, num_classes=num_classes, **options
     )
     if wanted.init_from:
-        begin_with(model, wanted, size)
+        load_initial_weights(model, wanted, size)
     return probe(model, recipe.task.probe) if recipe.task.probe else model

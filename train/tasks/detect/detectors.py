@@ -20,7 +20,7 @@ from .... import zoo as zoo  # registers the models with timm
 from ....zoo.dense import DenseBackbone, below
 from ...errors import UserError
 from ...recipe.schema import Dense, Detect, Model
-from ..dense_backbone import begin_backbone, build_backbone
+from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_parts
 
 BODY = "backbone.body."
@@ -108,7 +108,7 @@ def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, cla
     """
     kind, two_stages = DETECTORS[detect.detector], "rcnn" in detect.detector
     body = build_backbone(model, dense, (0, 1, 2, 3) if two_stages else (1, 2, 3))
-    begin_backbone(body, model, size)
+    load_initial_backbone(body, model, size)
     extra: ExtraFPNBlock = LastLevelMaxPool()
     if not two_stages:
         from_body = detect.detector == "retinanet"

@@ -29,7 +29,7 @@ FIGURES = {
 }
 
 
-class DetectScores:
+class DetectionMetrics:
     """AP over IoU 0.5 to 0.95 and the rest of COCO's summary; a figure of which nothing is defined is left out.
 
     Each process keeps what it has seen; the figures are computed by rank 0, of everything in data-set order. box_ap
@@ -52,7 +52,7 @@ class DetectScores:
     def compute(self) -> dict[str, float]:
         whole, order = self._whole()
         found = self._figures(whole, len(order)) if self.task.world.main else None
-        figures, self.classes = self.task.world.share(found)
+        figures, self.classes = self.task.world.broadcast_object(found)
         return figures
 
     def details(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class DetectScores:
 
 
 def of_image(predictions: Mapping[str, np.ndarray], index: int) -> dict[str, Tensor]:
-    """What was found in one image, out of `DetectScores.predictions`."""
+    """What was found in one image, out of `DetectionMetrics.predictions`."""
     here = predictions["prediction_image"] == index
     found = {
         "boxes": torch.from_numpy(predictions["prediction_box"][here]),

@@ -14,15 +14,15 @@ from ...data.sources.build_boxes import build_dataset
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from ..base import Supervised
+from ..base import SupervisedTask
 from ..export import export_parts
 from ..models import check_name
 from .augment import Eval, Train
 from .detectors import build_detector
-from .metrics import DetectScores, of_image
+from .metrics import DetectionMetrics, of_image
 from .overlay import side_by_side
 
-LONELY = (
+BATCH_NORM_SIZE_ERROR = (
     "a batch norm of the backbone {} has one value of each channel in a micro-batch of {}, and nothing to compare that "
     "with; give each process two images at once or more (data.batch, data.micro_batch), larger ones (data.size, "
     "task.detect.short), or task.dense.batch_norm=eval"
@@ -32,16 +32,16 @@ LONELY = (
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 
 
-def as_lists(samples: list[Any]) -> Batch:
+def collate_lists(samples: list[Any]) -> Batch:
     """A batch of images of different sizes."""
     images, targets, indices = zip(*samples, strict=True)
     return list(images), list(targets), list(indices)
 
 
-class DetectTask(Supervised):
+class DetectTask(SupervisedTask):
     """Boxes with classes, and masks where the detector has them."""
 
-    collate = staticmethod(as_lists)
+    collate = staticmethod(collate_lists)
     metric = "box_ap"
     kept = 16  # validation images whose masks are kept with the predictions
 
@@ -69,12 +69,12 @@ class DetectTask(Supervised):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise UserError(LONELY.format(self.recipe.model.name, len(images))) from error
+            raise UserError(BATCH_NORM_SIZE_ERROR.format(self.recipe.model.name, len(images))) from error
         return {name if "loss" in name else f"loss_{name}": value for name, value in losses.items()}
 
-    def scores(self, *, keep: bool = False) -> DetectScores:
+    def scores(self, *, keep: bool = False) -> DetectionMetrics:
         # AP is no sum over batches: all that was found is kept in any case
-        return DetectScores(self)
+        return DetectionMetrics(self)
 
     def example(self) -> tuple[Any, ...]:
         """One image of the aspect ratio that detectors' costs are told for, 1280 x 800."""

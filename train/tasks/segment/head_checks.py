@@ -31,7 +31,7 @@ IGNORED = 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Map:
+class FeatureSpec:
     """What is known of a map before there is one."""
 
     channels: int
@@ -45,14 +45,14 @@ class Map:
         return torch.randn(2, self.channels, length, length).to(memory_format=self.layout)
 
 
-Maps = Sequence[Map | None]
+FeatureSpecs = Sequence[FeatureSpec | None]
 
 
 def layout(found: Tensor) -> torch.memory_format:
     return torch.contiguous_format if found.is_contiguous() else torch.channels_last
 
 
-def try_neck(key: str, neck: nn.Module, maps: Maps) -> list[Map]:
+def try_neck(key: str, neck: nn.Module, maps: FeatureSpecs) -> list[FeatureSpec]:
     """The maps that `neck` makes of `maps`. Raises UserError where it makes none."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         given = [m and m.drawn(NECK) for m in maps]
@@ -61,12 +61,12 @@ def try_neck(key: str, neck: nn.Module, maps: Maps) -> list[Map]:
         except REFUSED as error:
             raise UserError(f"{key} does not run on the maps of this backbone: {one_line(error)}") from error
     return [
-        Map(out.shape[1], round(NECK / out.shape[-1]), layout(out), passed=any(out is one for one in given))
+        FeatureSpec(out.shape[1], round(NECK / out.shape[-1]), layout(out), passed=any(out is one for one in given))
         for out in outs
     ]
 
 
-def try_head(key: str, head: Any, maps: Maps, *, losses: str, size: int | None) -> None:
+def try_head(key: str, head: Any, maps: FeatureSpecs, *, losses: str, size: int | None) -> None:
     """Let `head` predict from maps and learn on them. Raises UserError naming it, or `losses`, where it cannot.
 
     size: of the training images, taken where a small image is too small.
@@ -90,12 +90,12 @@ def try_head(key: str, head: Any, maps: Maps, *, losses: str, size: int | None) 
             raise UserError(f"{losses}: {name} is no single number that depends on the weights; is reduction left out?")
 
 
-def _predict(head: Any, maps: Maps, side: int) -> None:
+def _predict(head: Any, maps: FeatureSpecs, side: int) -> None:
     with torch.no_grad():
         head.eval().predict([m and m.drawn(side) for m in maps], [{"img_shape": torch.Size((side, side))}], None)
 
 
-def _learn(head: Any, maps: Maps, side: int) -> dict[str, Tensor]:
+def _learn(head: Any, maps: FeatureSpecs, side: int) -> dict[str, Tensor]:
     masks = torch.randint(0, head.num_classes, (2, 1, side, side))
     masks[..., : side // 4, :] = IGNORED
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask)) for mask in masks]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError, one_line
 from ...openmmlab.compat import build, mmseg_modules
-from .head_checks import IGNORED, REFUSED, Map, Maps, try_head, try_neck
+from .head_checks import IGNORED, REFUSED, FeatureSpec, FeatureSpecs, try_head, try_neck
 
 STAGES = 4
 
@@ -33,7 +33,7 @@ USUAL = {"loss_decode": "CrossEntropyLoss", "neck": "FPN"}
 USUAL_HEADS = "UPerHead, FPNHead or SegformerHead"
 
 
-class Wanted:
+class HeadConfig:
     """A head of the recipe, `name` its key there: its words, and which maps it reads."""
 
     def __init__(self, name: str, words: Mapping[str, Any]):
@@ -60,7 +60,7 @@ class Wanted:
         return set(self.indices) | ({0} if fine else set())
 
 
-def read_maps(heads: Iterable[Wanted], neck: Mapping[str, Any]) -> list[int]:
+def read_maps(heads: Iterable[HeadConfig], neck: Mapping[str, Any]) -> list[int]:
     """The stages of the backbone whose maps are read, rising."""
     if neck:
         return list(range(*_span(neck)))
@@ -80,7 +80,9 @@ def _span(neck: Mapping[str, Any]) -> tuple[int, int]:
     return start, STAGES if end == -1 else end
 
 
-def build_neck(words: Mapping[str, Any], maps: Maps, heads: Iterable[Wanted]) -> tuple[nn.Module, list[Map]]:
+def build_neck(
+    words: Mapping[str, Any], maps: FeatureSpecs, heads: Iterable[HeadConfig]
+) -> tuple[nn.Module, list[FeatureSpec]]:
     """The neck, and the maps that it hands out."""
     words, key = dict(_plain(words)), "task.segment.neck"
     start, end = _span(words)
@@ -103,14 +105,14 @@ def build_neck(words: Mapping[str, Any], maps: Maps, heads: Iterable[Wanted]) ->
 
 
 def build_head(
-    wanted: Wanted, maps: Maps, num_classes: int, weights: list[float] | None, size: int | None = None
+    wanted: HeadConfig, maps: FeatureSpecs, num_classes: int, weights: list[float] | None, size: int | None = None
 ) -> nn.Module:
     """The head, tried out. Raises UserError naming it where it cannot be built, run or trained."""
     words, key, several = _plain(wanted.words), wanted.key, wanted.several
     if max(wanted.reads) >= len(maps):
         raise UserError(f"{key}.in_index={wanted.indices}, but the neck hands out {len(maps)} maps")
     # what a head names and does not read is not built
-    read = [maps[i] or Map(0, 0) for i in wanted.indices]
+    read = [maps[i] or FeatureSpec(0, 0) for i in wanted.indices]
     words["in_index"] = wanted.indices if several else wanted.indices[0]
     words.setdefault("in_channels", [m.channels for m in read] if several else read[0].channels)
     words.setdefault("norm_cfg", {"type": "BN", "requires_grad": True})

@@ -23,7 +23,7 @@ LONGEST = 512  # pixels of a side of what is kept to be shown
 Sample = tuple[list[Tensor], Tensor, int]  # the views of an image, its mask, its index
 
 
-class SegmentScores:
+class SegmentationMetrics:
     """mIoU, mAcc, aAcc (percent) over a data set; with `keep`, the first predictions too."""
 
     def __init__(self, task: "SegmentTask", keep: bool):

@@ -11,10 +11,10 @@ from ....checkpoints import read_state
 from ....zoo.dense import DenseBackbone, below
 from ...errors import UserError
 from ...recipe.schema import Dense, Model, Recipe, Segment
-from ..dense_backbone import begin_backbone, build_backbone, try_backbone
+from ..dense_backbone import build_backbone, load_initial_backbone, try_backbone
 from ..models import check_name
-from .head_checks import Map, layout
-from .heads import Wanted, build_head, build_neck, read_maps
+from .head_checks import FeatureSpec, layout
+from .heads import HeadConfig, build_head, build_neck, read_maps
 
 PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
@@ -109,7 +109,7 @@ def assemble(
         )
     weights = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
     parts = {"decode_head": segment.decode_head, "auxiliary_head": segment.auxiliary_head}
-    wanted = {name: Wanted(name, part) for name, part in parts.items() if part}
+    wanted = {name: HeadConfig(name, part) for name, part in parts.items() if part}
     levels = read_maps(wanted.values(), segment.neck)
     check_name(model.name)
     backbone = build_backbone(model, dense, levels)
@@ -121,18 +121,18 @@ def assemble(
     return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
 
 
-def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[Map | None]:
+def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[FeatureSpec | None]:
     """What is known of the maps of the four stages; of `size`, also that the backbone takes it, and how maps lie."""
-    maps: list[Map | None] = [None] * 4
+    maps: list[FeatureSpec | None] = [None] * 4
     for level, width, stride in zip(backbone.levels, backbone.channels, backbone.strides, strict=True):
-        maps[level] = Map(width, stride)
+        maps[level] = FeatureSpec(width, stride)
     if size is not None:
         remedy = (
             f"if it has a size of its own, give it model.kwargs.strict_img_size=false or model.kwargs.img_size={size}, "
             "or data.size that size; else take another model"
         )
         for level, found in zip(backbone.levels, try_backbone(backbone, model, (size, size), remedy), strict=True):
-            maps[level] = Map(found.shape[1], backbone.strides[backbone.levels.index(level)], layout(found))
+            maps[level] = FeatureSpec(found.shape[1], backbone.strides[backbone.levels.index(level)], layout(found))
     return maps
 
 
@@ -140,7 +140,7 @@ def begin(segmenter: Segmenter, recipe: Recipe) -> None:
     """Give `segmenter` the weights that the recipe begins with: a classifier's, or a published segmenter's."""
     model, published = recipe.model, recipe.task.segment.load_from
     check_name(model.init_from, "model.init_from")
-    begin_backbone(segmenter.backbone, model, recipe.data.size)
+    load_initial_backbone(segmenter.backbone, model, recipe.data.size)
     if published:
         try:
             segmenter.load_published(read_state(Path(published)))

@@ -18,15 +18,15 @@ from ...distributed.parallel import memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from ..base import Supervised
+from ..base import SupervisedTask
 from ..dense_backbone import try_backbone
 from ..export import export_parts
 from .augment import aligned, eval_transform, normalisation, train_transform
-from .metrics import SegmentScores
+from .metrics import SegmentationMetrics
 from .model import Segmenter, assemble, begin
 from .overlay import pictures
 
-LONELY = (
+BATCH_NORM_SIZE_ERROR = (
     "a head or the backbone comes to one pixel of the image, and its batch norm has nothing to compare that with in a "
     "micro-batch of {}; give each process two images at once or more (data.batch, data.micro_batch), or do without "
     "batch statistics: norm_cfg: {{type: GN, num_groups: 32}} in the heads of task.segment, and "
@@ -34,7 +34,7 @@ LONELY = (
 )
 
 
-class SegmentTask(Supervised):
+class SegmentTask(SupervisedTask):
     """A class for each pixel."""
 
     metric = "miou"
@@ -84,10 +84,10 @@ class SegmentTask(Supervised):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise UserError(LONELY.format(len(images))) from error
+            raise UserError(BATCH_NORM_SIZE_ERROR.format(len(images))) from error
 
-    def scores(self, *, keep: bool = False) -> SegmentScores:
-        return SegmentScores(self, keep)
+    def scores(self, *, keep: bool = False) -> SegmentationMetrics:
+        return SegmentationMetrics(self, keep)
 
     def example(self) -> tuple[Any, ...]:
         size = self.recipe.data.size
