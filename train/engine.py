@@ -1,11 +1,13 @@
-"""The loop: step, evaluate, save, log. It knows no task; what is learned is behind `tasks.Task`.
+"""The training loop. It knows no task; what is learned is behind `tasks.base.Task`.
 
-State is model, optimizer, scaler, moving average and `Progress`. The schedule is a function of the step, randomness one
-of (seed, step, chunk of the global batch), so a resumed run repeats an uninterrupted one bit for bit.
+The state is the model, the optimizer, the gradient scaler, the moving average and `Progress`. The schedule is a
+function of the step, and randomness one of (seed, step, chunk of the global batch), so a resumed run repeats an
+uninterrupted one bit for bit.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,9 @@ from .optim.ema import WeightAverage
 from .optim.gradients import NonFiniteError, NonFiniteGuard, clip_gradients
 from .optim.optimizer import build_optimizer
 from .optim.schedule import build_schedule
-from .recipe.load import recipe_hash
+from .recipe.load import as_dict
 from .recipe.plan import Plan
+from .recipe.registry import task_spec
 from .recipe.schema import Recipe
 from .run import checkpoint
 from .run.checkpoint import Checkpoints
@@ -47,16 +50,23 @@ from .tasks.base import MetricAccumulator, Task
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """How far a run is; part of every checkpoint. A checkpoint may lack fields, or have fields of another version."""
 
     step: int = 0
-    evaluated: int = 0
+    evaluated: int = 0  # step of the last evaluation
     best_step: int = 0
-    best: float | None = None
-    losses: dict[str, float] = dataclasses.field(default_factory=dict)
-    updates: int = 0
-    figures: dict[str, float] = dataclasses.field(default_factory=dict)
-    corrupt: dict[str, str] = dataclasses.field(default_factory=dict)
+    best: float | None = None  # primary metric at best_step
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last line of the log
+    updates: int = 0  # in these sums
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last evaluation
+    corrupt: dict[str, str] = dataclasses.field(default_factory=dict)  # unreadable samples: index -> reason
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "Progress":
+        """From the manifest of a checkpoint of any format."""
+        facts = {"metrics": facts.get("figures", {}), **facts}  # its name in format 1
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in facts.items() if name in names})
 
 
 class Engine:
@@ -64,6 +74,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, task: Task, world: World, plan: Plan):
         self.recipe, self.task, self.world, self.plan = recipe, task, world, plan
+        self.metric = task_spec(recipe).metric
         seed_all(recipe.run.seed, devices=True)
         with world.raise_on_all_ranks():
             self.model = prepare_model(task.build_model(), recipe.parallel, world)
@@ -82,12 +93,12 @@ class Engine:
         self.norm = torch.zeros(())
 
     def train(self, checkpoints: Checkpoints, loggers: Loggers, signals: Signals) -> bool:
-        """Train to the last step: True; or until a signal: False. The state is saved either way."""
+        """Train to the last step (True) or until a signal (False). The state is saved in both cases."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
-        run, budget = checkpoints.path.parent, self.recipe.guard.max_corrupt
-        tracer = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
-        self.supply = BatchStream(self.batches, self.world, self.progress.corrupt, budget, run / "corrupt.jsonl")
+        run, max_corrupt = checkpoints.path.parent, self.recipe.guard.max_corrupt
+        profiler = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
+        self.stream = BatchStream(self.batches, self.world, self.progress.corrupt, max_corrupt, run / "corrupt.jsonl")
         self.meter.restart()
         try:
             complete = False
@@ -96,25 +107,25 @@ class Engine:
                 and not (complete := self.progress.step >= self.plan.steps)
                 and self.step()
             ):
-                tracer.step()
+                profiler.step()
             self.save()
             self.checkpoints.wait()
             return complete
         except NonFiniteError as error:
-            raise self.stopped(error) from error
+            raise self.describe_non_finite(error) from error
         finally:
             self.batches.close()
-            tracer.close()
+            profiler.close()
 
     def step(self) -> bool:
-        """One update on one global batch; False, and no update, after a signal to any process."""
+        """One update on one global batch. Returns False, without an update, after a signal to any process."""
         with self.meter.waiting():
-            self.supply.draw(self.plan.accumulate)
-        if self.supply.agree(self.signals.raised, self.loggers.say):
+            self.stream.next_batches(self.plan.accumulate)
+        if self.stream.sync_errors(self.signals.raised, self.loggers.say):
             return False
         step = self.progress.step
         self.schedule.step_update(step)
-        losses = self.backward(self.supply.batches)
+        losses = self.backward(self.stream.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.optimizer, self.recipe.optim)
         if self.guard.admits(step, norm, losses["loss"]):
@@ -131,7 +142,7 @@ class Engine:
         return True
 
     def backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
-        """Gradients of the mean loss of this process's micro-batches; that mean, and those of the loss's parts."""
+        """Accumulate the gradients of the mean loss over micro-batches. Returns the means of the loss and its parts."""
         means: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(batches):
             chunk = self.world.rank * len(batches) + number
@@ -146,19 +157,20 @@ class Engine:
         return means
 
     def finalize_step(self) -> None:
-        """Before the weights are judged or kept: they are sound, and one model on all processes."""
+        """Before an evaluation or a checkpoint: run the deferred check for NaN, and broadcast buffers from rank 0."""
         self.guard.check_deferred()
         tensors = dict(self.model.named_buffers())
         averaged = self.average.state if self.average else {}
         broadcast_tensors([*tensors.values(), *(averaged[name] for name in tensors if name in averaged)], self.world)
 
     def log_evaluate_save_if_due(self) -> bool:
-        """What is due at this step: log, evaluate, save; False if a signal cut the evaluation short."""
+        """Log, evaluate and save, each if it is due at this step. Returns False if a signal interrupted the evaluation."""
         recipe, progress, epoch = self.recipe, self.progress, self.plan.epoch_steps
         self.loggers.advance(progress.step)
         if self.is_due(recipe.log.every) and self.losses.updates:
             self.log()
-        if self.is_due(recipe.eval.every or epoch) and progress.evaluated < progress.step and not self.evaluate():
+        due = self.metric is not None and self.is_due(recipe.eval.every or epoch)
+        if due and progress.evaluated < progress.step and not self.evaluate():
             return False
         if self.is_due(recipe.ckpt.every or epoch) or progress.best_step == progress.step:
             self.save()
@@ -168,33 +180,35 @@ class Engine:
         return (step := self.progress.step) > 0 and (step % every == 0 or step >= self.plan.steps)
 
     def log(self) -> None:
-        """One line of figures on the updates since the last one."""
+        """Write one line about the updates since the last one."""
         self.guard.check_deferred()
-        figures = {
+        metrics = {
             **self.losses.means(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "grad_norm": float(self.norm),
         }
-        self.loggers.log({"kind": "train", **self.place_in_run(), **figures, **self.meter.read()})
+        self.loggers.log({"kind": "train", **self.position(), **metrics, **self.meter.read()})
 
     def evaluate(self) -> bool:
-        """Evaluate the weights (averaged ones where the recipe asks for them); False if a signal cut it short."""
+        """Evaluate the weights, averaged ones if the recipe has them. Returns False if a signal interrupted it."""
+        assert self.metric is not None
         with self.meter.paused():
             try:
-                scores = self.scores()
-            except UserError:  # everyone's, see `measure`: what was learned so far shall not be lost with it
+                accumulated = self.accumulate_metrics()
+            except UserError:  # raised on all processes; save what was learned since the last checkpoint
                 self.save()
                 raise
-            if scores is None:
+            if accumulated is None:
                 return False
-            figures, progress = scores.compute(), self.progress
-        self.loggers.log({"kind": "eval", **self.place_in_run(), **figures})
-        progress.evaluated, progress.figures = progress.step, figures
-        if progress.best is None or figures[self.task.metric] > progress.best:
-            progress.best, progress.best_step = figures[self.task.metric], progress.step
+            metrics, progress = accumulated.compute(), self.progress
+        self.loggers.log({"kind": "eval", **self.position(), **metrics})
+        progress.evaluated, progress.metrics = progress.step, metrics
+        if self.metric.is_better(metrics[self.metric.key], progress.best):
+            progress.best, progress.best_step = metrics[self.metric.key], progress.step
         return True
 
-    def scores(self, *, keep: bool = False) -> MetricAccumulator | None:
+    def accumulate_metrics(self, *, keep: bool = False) -> MetricAccumulator | None:
+        """The metrics over the validation split; None if a signal interrupted the evaluation."""
         self.finalize_step()
         with self.final_weights() as model, unsharded(model):
             return run_evaluation(
@@ -202,11 +216,11 @@ class Engine:
             )
 
     def final_weights(self) -> AbstractContextManager[nn.Module]:
-        """Within: the model as it would be exported now."""
+        """Context in which the model has the weights that would be exported now."""
         return self.average.applied_to(self.model) if self.average else nullcontext(self.model)
 
     def save(self) -> None:
-        """Keep this step, the best one and the last ones."""
+        """Save this step; delete all other checkpoints but the best one and the last ones."""
         if (progress := self.progress).step == self.saved:
             return
         with self.meter.paused():
@@ -215,7 +229,7 @@ class Engine:
             facts = {
                 "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
-                "recipe_hash": recipe_hash(self.recipe),
+                "recipe": as_dict(self.recipe),
                 "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "classes": self.task.classes,
@@ -225,18 +239,18 @@ class Engine:
             self.saved = progress.step
 
     def resume(self, path: Path) -> str:
-        """Go on from the checkpoint at `path`; a sentence on how exactly that repeats the uninterrupted run."""
-        facts, state = checkpoint.manifest(path), self.state()
+        """Continue from the checkpoint at `path`. Returns how exactly that repeats the uninterrupted run."""
+        facts, state = checkpoint.read_manifest(path), self.state()
         checkpoint.load(path, state, self.world)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**facts["progress"])
+        self.progress = Progress.read(facts["progress"])
         self.saved = self.progress.step
         self.losses.restore(self.progress.losses, self.progress.updates)
-        if facts["recipe_hash"] != recipe_hash(self.recipe):
+        if checkpoint.other_recipe(path, self.recipe):
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             self.losses.restore({}, 0)
-            return "not the recipe of that checkpoint"
+            return "with another recipe than that of the checkpoint"
         now = arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
         return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel)
 
@@ -246,12 +260,13 @@ class Engine:
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
         return state | ({"ema": self.average.state} if self.average else {})
 
-    def place_in_run(self) -> dict[str, float]:
+    def position(self) -> dict[str, float]:
+        """Step and epoch, as they appear in the log."""
         epoch = self.progress.step * self.recipe.data.batch / self.task.samples
         return {"step": self.progress.step, "epoch": round(epoch, 4)}
 
-    def stopped(self, error: NonFiniteError) -> UserError:
-        """What to tell about a non-finite update, whose images are written down."""
+    def describe_non_finite(self, error: NonFiniteError) -> UserError:
+        """The error for a NaN or infinite update; also writes which samples it used."""
         self.checkpoints.wait()
         dump = self.checkpoints.path.parent / f"nonfinite-{error.step:08d}.json"
         if self.world.main:
@@ -260,7 +275,7 @@ class Engine:
             with writing(dump):
                 write_atomically(dump, json.dumps(facts | {"samples (epoch, index)": keys}) + "\n")
         return UserError(
-            f"{error}: stopped; {dump} lists the images of that update and the checkpoints up to step {self.saved} are "
-            "good. ckpt.resume=CHECKPOINT with another run.name goes on from one, with a lower optim.lr or optim.clip "
-            "or with guard.max_skips"
+            f"{error}: stopped; {dump} lists the images of that update, and the checkpoints up to step {self.saved} are "
+            "good. To continue from one, set ckpt.resume=CHECKPOINT and another run.name, and lower optim.lr, set "
+            "optim.clip or raise guard.max_skips"
         )

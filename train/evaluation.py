@@ -1,11 +1,11 @@
-"""PLACEHOLDER train/evaluation.py"""
+"""Evaluating a model: over the validation split, of a run or a checkpoint, and writing what was found."""
 
 import dataclasses
 import difflib
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from .distributed.world import World
 from .errors import UserError
 from .files import replacing, write_atomically, writing
 from .recipe.load import load_recipe
+from .recipe.registry import TASKS
 from .recipe.schema import Parallel, Recipe
 from .run import checkpoint
 from .tasks.base import MetricAccumulator, Task
@@ -32,36 +33,36 @@ def run_evaluation(
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> MetricAccumulator | None:
-    """The task's scores over the validation split; None if `stop()` turned true on any process."""
-    scores, batches, training = task.scores(keep=keep), task.eval_batches(), model.training
+    """The task's metrics over the validation split; None if `stop()` became true on any process."""
+    metrics, batches, training = task.metrics(keep=keep), task.eval_batches(), model.training
     model.eval()
     try:
-        # no_grad rather than inference_mode: tables that a model caches here serve its training too
+        # no_grad rather than inference_mode: tensors that a model caches here are used in training too
         with world.raise_on_all_ranks(), torch.no_grad(), autocast(parallel, world):
             for batch in batches:
                 if stop():
                     break
-                scores.update(model, batch)
+                metrics.update(model, batch)
     finally:
         model.train(training)
         batches.close()
-    return None if world.any_rank(stop()) else scores
+    return None if world.any_rank(stop()) else metrics
 
 
-def save_evaluation(run: Path, scores: MetricAccumulator, facts: dict[str, Any], world: World) -> dict[str, Any]:
-    """Write `evaluation/` into the run directory, complete or not at all; the figures and `facts`."""
-    figures, predictions = scores.compute() | scores.details() | facts, scores.predictions()
+def save_evaluation(run: Path, metrics: MetricAccumulator, facts: dict[str, Any], world: World) -> dict[str, Any]:
+    """Write `evaluation/` of the run directory, completely or not at all. Returns the metrics and `facts`."""
+    found, predictions = metrics.compute() | metrics.details() | facts, metrics.predictions()
     path = run / "evaluation"
     with world.raise_on_all_ranks():
         if world.main:
             with writing(path), replacing(path) as part:
                 np.savez_compressed(part / "predictions.npz", **predictions)  # type: ignore[arg-type]
-                write_atomically(part / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-    return figures
+                write_atomically(part / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def draw(task: Any, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
-    """`folder/NNNNNN.png` of each of the first `count` predictions that were kept, all or none."""
+def save_pictures(task: Task, predictions: Mapping[str, np.ndarray], folder: Path, count: int) -> None:
+    """Write `folder/NNNNNN.png` for each of the first `count` kept predictions, all or none."""
     with writing(folder), replacing(folder) as part:
         for index, picture in task.pictures(predictions, count):
             picture.save(part / f"{index:06d}.png")
@@ -70,18 +71,16 @@ def draw(task: Any, predictions: Mapping[str, np.ndarray], folder: Path, count: 
 def load_run(run: str | Path) -> tuple[Recipe, nn.Module]:
     """The recipe and the trained model of a finished run, in evaluation mode on the CPU."""
     path = Path(run)
-    recipe = load_recipe(_recipe_file(path))
-    _finished(path)
-    if recipe.task.kind != "classify":
-        return recipe, importlib.import_module(f".tasks.{recipe.task.kind}", __package__).load(path / "export")
-    return recipe, timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
+    recipe = load_recipe(recipe_file(path))
+    read_done(path)
+    return recipe, resolve_name(TASKS[recipe.task.kind].load)(path / "export")
 
 
 def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
-    """Give `model` the weights of a checkpoint, averaged ones if it has them; its step."""
-    if problem := checkpoint.broken(path):
-        raise UserError(f"checkpoint {path} is broken ({problem}); {checkpoint.sound_sibling(path)}")
-    facts = checkpoint.manifest(path)
+    """Load the weights of a checkpoint into `model`, averaged ones if it has them. Returns its step."""
+    if problem := checkpoint.find_damage(path):
+        raise UserError(f"checkpoint {path} is damaged ({problem}); {checkpoint.suggest_sibling(path)}")
+    facts = checkpoint.read_manifest(path)
     part = "ema" if facts["averaged"] else "model"
     state = {part: model.state_dict()}
     checkpoint.load(path, state, world)
@@ -89,40 +88,50 @@ def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
     return facts["step"]
 
 
-def opened(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
-    """The run directory of a run or checkpoint, and its recipe with nothing to be fetched for its model."""
+def open_run(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
+    """The directory and the recipe of a run or checkpoint; the recipe without initial weights, which it does not need."""
     run = target.absolute().parent.parent if (target / checkpoint.MANIFEST).is_file() else target
-    recipe = load_recipe(_recipe_file(run), overrides)
-    model = dataclasses.replace(recipe.model, pretrained=False, init_from=None)
-    segment = dataclasses.replace(recipe.task.segment, load_from=None)
-    return run, dataclasses.replace(recipe, model=model, task=dataclasses.replace(recipe.task, segment=segment))
+    recipe = load_recipe(recipe_file(run), overrides)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False, init_from=None))
+    for key in TASKS[recipe.task.kind].init_keys:
+        recipe = _without(recipe, key.split("."))
+    return run, recipe
 
 
-def _same_classes(found: list[str], trained: list[str] | None, target: Path) -> None:
-    """Raise UserError where the data has other classes than the model learned: its outputs would be misread."""
-    if trained is None or found == trained:
+def _without(section: Any, path: list[str]) -> Any:
+    """The section with the key at `path` set to None."""
+    first, *rest = path
+    value = _without(getattr(section, first), rest) if rest else None
+    return dataclasses.replace(section, **{first: value})
+
+
+def check_classes(found: list[str] | None, trained: list[str] | None, target: Path) -> None:
+    """Raises UserError if the data has other classes than the model was trained on."""
+    if found is None or trained is None or found == trained:
         return
     at = next((i for i, pair in enumerate(zip(found, trained, strict=False)) if pair[0] != pair[1]), None)
     which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
-    there = f"{len(trained)}" if at is None else trained[at]
+    before = f"{len(trained)}" if at is None else trained[at]
     raise UserError(
-        f"the data has other classes than {target} was trained on: {which}, there {there}; judge it on data with the "
-        "same classes in the same order"
+        f"the data has other classes than {target} was trained on: {which}, in training {before}; evaluate it on data "
+        "with the same classes in the same order"
     )
 
 
-def _recipe_file(run: Path) -> Path:
+def recipe_file(run: Path) -> Path:
+    """The recipe of a run directory. Raises UserError if `run` is none."""
     if not (run / "recipe.yaml").is_file():
         near = [] if run.exists() else difflib.get_close_matches(str(run), timm.list_models(), n=3)
         hint = f"; did you mean the model {' or '.join(near)}?" if near else ""
-        raise UserError(f"{run} is no run directory and no checkpoint: it holds no recipe.yaml{hint}")
+        raise UserError(f"{run} is neither a run directory nor a checkpoint: it has no recipe.yaml{hint}")
     return run / "recipe.yaml"
 
 
-def _finished(run: Path) -> dict[str, Any]:
-    """The figures of a finished run."""
+def read_done(run: Path) -> dict[str, Any]:
+    """The content of DONE: the metrics of a finished run. Raises UserError if it is not finished."""
     if not (run / "DONE").is_file():
         raise UserError(
-            f"{run} is not finished and has no export: go on training it, or evaluate one of {run}/checkpoints/step-*"
+            f"{run} is not finished and has no export; continue its training, or evaluate one of "
+            f"{run}/checkpoints/step-*"
         )
     return json.loads((run / "DONE").read_text())

@@ -1,34 +1,32 @@
-"""PLACEHOLDER train/trainer.py"""
+"""A whole run: from the recipe to a finished run directory, or its continuation, or a dry run."""
 
-import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from .distributed.parallel import full_state_dict
+from .distributed.world import World, init_distributed
+from .engine import Engine
 from .errors import UserError
-from .recipe.load import recipe_hash
+from .evaluation import save_evaluation
 from .recipe.plan import Plan, plan
+from .recipe.registry import task_spec
 from .recipe.schema import Recipe
-
-if typing.TYPE_CHECKING:
-    from .distributed.world import World
-    from .engine import Engine
-    from .run.checkpoint import Checkpoints
-    from .run.directory import RunDirectory
-    from .tasks.base import Task
+from .run import checkpoint
+from .run.checkpoint import Checkpoints
+from .run.directory import RunDirectory
+from .run.loggers import Loggers
+from .run.profiling import parameters, peak_memory
+from .run.signals import Signals, is_elastic_restart
+from .tasks.base import Task
 
 
 def train(recipe: Recipe) -> None:
-    """Train, or go on training, the run that `recipe` names; evaluate and export it at its end."""
-    # torch and timm are loaded from here on, after help and mistakes in the recipe
-    from .distributed.world import init_distributed
-    from .run.directory import RunDirectory
-    from .run.loggers import Loggers
-    from .run.signals import Signals, is_elastic_restart
-
+    """Train, or continue, the run that `recipe` names; at its end, evaluate and export it."""
     with (
         init_distributed(recipe.run, recipe.guard) as world,
         Signals().caught() as signals,
-        # torchrun counts by node, and only where a process failed
+        # torchrun counts restarts per node, and only on nodes where a process failed
         RunDirectory(recipe, restart=world.any_rank(is_elastic_restart())).held() as run,
     ):
         say = print if world.main else lambda text: None
@@ -36,7 +34,7 @@ def train(recipe: Recipe) -> None:
             begun = run.check()
         begun, done = world.broadcast_object((begun, begun and run.finished()))
         if done:
-            say(f"{run.path} is finished: {_figures(done)}\n{_next(run)}")
+            say(f"{run.path} is finished: {_format(done)}\n{_next_steps(run)}")
             return
         with world.raise_on_all_ranks():
             if world.main:
@@ -57,93 +55,84 @@ def train(recipe: Recipe) -> None:
             loggers.close()
         step = engine.progress.step
         if complete:
-            say(f"finished {run.path}: {_figures(engine.progress.figures)}\n{_next(run)}")
+            say(f"finished {run.path}: {_format(engine.progress.metrics)}\n{_next_steps(run)}")
             return
         if world.main:
             run.mark("PREEMPTED", {"step": step})
-        say(f"stopped by a signal at step {step}, which is saved; the same command goes on from there")
+        say(f"stopped by a signal; step {step} is saved. The same command continues from there")
 
 
-def build(recipe: Recipe, world: "World") -> "tuple[Task, Plan, Engine]":
-    """Task, plan and engine of a recipe; nothing is written."""
-    from .engine import Engine
-    from .tasks.build import build_task
-
+def build(recipe: Recipe, world: World) -> tuple[Task, Plan, Engine]:
+    """Task, plan and engine of a recipe; writes nothing."""
     with world.raise_on_all_ranks():
-        task = build_task(recipe, world)
-        schedule = plan(recipe, samples=task.samples, world_size=world.size)
+        task: Task = task_spec(recipe).build(recipe, world)
+        multiple = task.micro_batch_multiple
+        schedule = plan(recipe, samples=task.samples, world_size=world.size, micro_batch_multiple=multiple)
     return task, schedule, Engine(recipe, task, world, schedule)
 
 
 def resume_or_start(
-    engine: "Engine", run: "RunDirectory", world: "World", say: typing.Callable[[str], None], begun: bool
-) -> "Checkpoints":
-    """Bring the engine to where the run stopped, and the run's metrics with it."""
-    from .run.checkpoint import Checkpoints
-
+    engine: Engine, run: RunDirectory, world: World, say: Callable[[str], None], begun: bool
+) -> Checkpoints:
+    """Restore the engine and the log from the newest checkpoint of the run, or from `ckpt.resume`, if there is one."""
     ckpt, start = run.recipe.ckpt, None
     checkpoints, resume = Checkpoints(run.checkpoints, world, say, background=ckpt.background), ckpt.resume
     with world.raise_on_all_ranks():
         if world.main:
-            start = checkpoints.newest(recipe_hash(run.recipe))
+            start = checkpoints.newest(run.recipe)
             if start and resume == "never" and not run.restart:
                 raise UserError(
-                    f"{run.path} is unfinished and ckpt.resume=never; auto goes on, run.fresh=true starts clean"
+                    f"{run.path} is unfinished and ckpt.resume=never; use auto to continue it, or run.fresh=true to "
+                    "start from scratch"
                 )
             if start is None and resume not in ("auto", "never"):
                 start = checkpoint_to_start_from(resume, engine.plan.steps)
     if start := world.broadcast_object(start):
         exactness = engine.resume(start)
         source = "" if start.parent == run.checkpoints else f" from {start}"
-        say(f"resuming {run.path} at step {engine.progress.step}{source} ({exactness}); run.fresh=true starts clean")
+        say(
+            f"resuming {run.path} at step {engine.progress.step}{source} ({exactness}); run.fresh=true starts from "
+            "scratch"
+        )
     elif begun:
-        say(f"{run.path} was begun but holds no checkpoint yet; starting at step 0")
+        say(f"{run.path} was started before but has no checkpoint yet; starting at step 0")
     if world.main:
         run.rewind(engine.progress.step, engine.progress.evaluated)
     return checkpoints
 
 
 def checkpoint_to_start_from(resume: str, steps: int) -> Path:
-    """The checkpoint to begin another run with. Raises UserError where it is broken or leaves nothing of its steps."""
-    from .run.checkpoint import broken, manifest, sound_sibling
-
+    """The checkpoint `ckpt.resume` of another run. Raises UserError if it is damaged, or past the end of this run."""
     path = Path(resume)
-    if problem := broken(path):
-        raise UserError(f"ckpt.resume={resume} is no good checkpoint ({problem}); {sound_sibling(path)}")
-    if (step := manifest(path)["step"]) >= steps:
+    if problem := checkpoint.find_damage(path):
+        raise UserError(f"ckpt.resume={resume} cannot be used ({problem}); {checkpoint.suggest_sibling(path)}")
+    if (step := checkpoint.read_manifest(path)["step"]) >= steps:
         raise UserError(
-            f"ckpt.resume={resume} is of step {step}, which leaves nothing of this run's {steps} steps to train; give "
-            "more sched.steps or sched.epochs, or an earlier checkpoint"
+            f"ckpt.resume={resume} is of step {step}, but this run ends at step {steps}; raise sched.steps or "
+            "sched.epochs, or use an earlier checkpoint"
         )
     return path
 
 
-def finish(engine: "Engine", run: "RunDirectory") -> bool:
-    """Final evaluation, export and DONE; False if a signal came first."""
-    from .distributed.parallel import full_state_dict
-    from .evaluation import save_evaluation
-
-    scores = engine.scores(keep=True)
-    if scores is None:
+def finish(engine: Engine, run: RunDirectory) -> bool:
+    """Final evaluation, export and DONE. Returns False if a signal came first."""
+    world, facts = engine.world, {"step": engine.progress.step, "checkpoint": str(run.path / "export")}
+    accumulated = None
+    if engine.metric is not None and (accumulated := engine.accumulate_metrics(keep=True)) is None:
         return False
-    world, step = engine.world, engine.progress.step
     with engine.final_weights() as model:
         state = full_state_dict(model)
         with world.raise_on_all_ranks():
             if world.main:
                 engine.task.export(model, run.path / "export", state)
-    facts = {"step": step, "checkpoint": str(run.path / "export")}
-    engine.progress.figures = save_evaluation(run.path, scores, facts, world)
+    engine.progress.metrics = save_evaluation(run.path, accumulated, facts, world) if accumulated else facts
     if world.main:
-        run.mark("DONE", engine.progress.figures)
+        run.mark("DONE", engine.progress.metrics)
     return True
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Build everything, say what it comes to, try one micro-batch; nothing is written."""
-    from .distributed.world import init_distributed
-    from .run.profiling import peak_memory
-
+    """Build everything, print what the run would be, try one micro-batch; writes nothing."""
     with init_distributed(recipe.run, recipe.guard) as world:
         task, schedule, engine = build(recipe, world)
         batches = task.train_batches(schedule, 0)
@@ -155,15 +144,13 @@ def dry_run(recipe: Recipe) -> None:
             batches.close()
         if world.main:
             print("\n".join(describe(engine)))
-            print(f"forward: {engine.gflops:.3f} GFLOP an image")
+            print(f"forward: {engine.gflops:.3f} GFLOP per image")
             print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
             print("dry run: nothing was written")
 
 
-def describe(engine: "Engine") -> Iterator[str]:
-    """What is about to be trained, in a few lines."""
-    from .run.profiling import parameters
-
+def describe(engine: Engine) -> Iterator[str]:
+    """What will be trained, in three lines."""
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
     yield f"{recipe.model.name}: {parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
@@ -174,18 +161,15 @@ def describe(engine: "Engine") -> Iterator[str]:
     yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
 
 
-def _figures(figures: dict[str, typing.Any]) -> str:
-    return ", ".join(f"{key} {value:.2f}" for key, value in figures.items() if isinstance(value, float))
+def _format(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if isinstance(value, float))
 
 
-def _next(run: "RunDirectory") -> str:
-    path, kind = run.path, run.recipe.task.kind
-    loader = f"import tessel.train.{kind}; tessel.train.{kind}.load('{path}/export')"
-    if kind == "classify":
-        loader = f"import tessel.zoo, timm; timm.create_model('local-dir:{path}/export', pretrained=True)"
+def _next_steps(run: RunDirectory) -> str:
+    path, hint = run.path, task_spec(run.recipe).load_hint
     return (
-        f"  python -m tessel.train.report {path}       curves, figures by class, mistakes\n"
-        f"  python -m tessel.train.evaluate {path}     judge it again, also on other data (--data)\n"
-        f"  {loader}\n"
-        "  run.fresh=true trains it anew and keeps this one aside"
+        f"  python -m tessel.train.report {path}       learning curves, metrics per class, errors\n"
+        f"  python -m tessel.train.evaluate {path}     evaluate again, also on other data (--data)\n"
+        f"  {hint.format(path=f'{path}/export')}\n"
+        "  run.fresh=true trains it again and keeps this run under another name"
     )

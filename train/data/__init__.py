@@ -1,0 +1,1 @@
+"""Data: the sources, the order of samples, and loading them."""

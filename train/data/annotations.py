@@ -1,39 +1,41 @@
-"""PLACEHOLDER train/data/annotations.py"""
+"""Objects in images, as annotation files describe them."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-LIMIT = 2**20  # pixels of a side; what is not finite is beyond it too
+MAX_COORDINATE = 2**20  # sanity limit in pixels; also rejects infinity and NaN
 
 
-class Object(NamedTuple):
-    name: str  # by which messages call it
-    box: tuple[float, float, float, float]  # x1, y1, x2, y2
-    label: int  # -1: of a category that is not listed
+class AnnotatedObject(NamedTuple):
+    name: str  # for messages
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
+    label: int  # -1: its category is not listed
     crowd: int
     area: float
     segmentation: Any
 
 
 @dataclass
-class Entry:
-    """One image as its annotation file describes it; height and width 0 where that does not say."""
+class AnnotatedImage:
+    """One image; height and width are 0 if the annotation file does not give them."""
 
     path: str
     height: int = 0
     width: int = 0
-    objects: list[Object] = field(default_factory=list)
+    objects: list[AnnotatedObject] = field(default_factory=list)
 
 
 @dataclass
-class Entries:
+class Annotations:
+    """All images of an annotation file."""
+
     source: str
     classes: list[str]
-    images: list[Entry]
+    images: list[AnnotatedImage]
 
 
-def are_numbers(values: Any, count: int, limit: float = LIMIT) -> bool:
-    """Whether this is a list of so many numbers of pixels."""
+def are_numbers(values: Any, count: int, limit: float = MAX_COORDINATE) -> bool:
+    """Whether `values` is a list of `count` numbers below the limit."""
     return (
         isinstance(values, list)
         and len(values) == count

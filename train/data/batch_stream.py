@@ -1,7 +1,7 @@
-"""What an update learns from: this process's micro-batches, and the account of samples that could not be read.
+"""Draws the micro-batches of each optimizer step, and counts unreadable samples over all processes.
 
-Such a sample is named, counted once over all processes and starts of a run, and replaced (see `data.SeededDataset`), up to
-`guard.max_corrupt` of them. It counts with the update that would have learned from it, however early it was loaded.
+An unreadable sample is reported and counted once over all processes and starts of a run, and replaced by another (see
+`loader.SeededDataset`), up to `guard.max_corrupt` samples. It counts at the step that would have used it.
 """
 
 import json
@@ -14,58 +14,56 @@ from ..errors import UserError
 from ..files import write_atomically, writing
 from .loader import Loader
 
-NAMED = 20  # most samples that a message names
-
-
-class _News(UserError):
-    """Some process has met samples that are not on the account yet."""
+MAX_LISTED = 20  # samples in one message
 
 
 class BatchStream:
-    """The micro-batches of one update after another."""
+    """The micro-batches of one optimizer step after the other."""
 
-    def __init__(self, loader: Loader, world: World, corrupt: dict[str, str], budget: int, file: Path):
-        """corrupt: the account so far, index -> reason, which is added to and written to `file`, a JSON line each."""
-        self.loader, self.world, self.corrupt, self.budget, self.file = loader, world, corrupt, budget, file
+    def __init__(self, loader: Loader, world: World, corrupt: dict[str, str], max_corrupt: int, file: Path):
+        """corrupt: index -> reason of the samples counted so far; updated in place and written to `file` as JSON lines."""
+        self.loader, self.world, self.corrupt, self.max_corrupt, self.file = loader, world, corrupt, max_corrupt, file
         self.batches: list[Any] = []
-        self.problem: UserError | None = None
+        self.error: UserError | None = None
         self._write()
 
-    def draw(self, count: int) -> None:
-        """Wait for the next `count` micro-batches."""
+    def next_batches(self, count: int) -> None:
+        """Wait for the next `count` micro-batches. An error is raised by `sync_errors`, on all processes."""
         try:
             self.batches = [next(self.loader) for _ in range(count)]
         except UserError as error:
-            self.problem = error
+            self.error = error
 
-    def agree(self, stop: bool, say: Callable[[str], None]) -> bool:
-        """True everywhere if `stop` is True anywhere.
+    def sync_errors(self, stop: bool, say: Callable[[str], None]) -> bool:
+        """Whether `stop` is true on any process.
 
-        Raises UserError everywhere, if drawing failed anywhere or if more samples are corrupt than may be.
+        Raises UserError on every process if loading failed on any, or if more than `max_corrupt` samples are unreadable.
         """
-        lost, self.loader.lost = self.loader.lost, {}
-        news = {str(index): reason for index, reason in lost.items() if str(index) not in self.corrupt}
-        try:
-            return self.world.any_rank(stop, _News() if news else self.problem)
-        except _News:
-            self._count(news, say)
-        return self.world.any_rank(stop, self.problem)
+        failures, self.loader.failures = self.loader.failures, {}
+        new = {str(index): reason for index, reason in failures.items() if str(index) not in self.corrupt}
+        # one collective per step, unless something is wrong
+        code = self.world.max(2 if new or self.error else int(stop))
+        if code < 2:
+            return code == 1
+        self._count(new, say)
+        return self.world.any_rank(stop, self.error)
 
-    def _count(self, news: dict[str, str], say: Callable[[str], None]) -> None:
-        for found in self.world.gather(news):
+    def _count(self, new: dict[str, str], say: Callable[[str], None]) -> None:
+        for found in self.world.gather(new):
             for index in found.keys() - self.corrupt.keys():
-                say(f"sample {index} is replaced by another: {found[index]}")
+                say(f"sample {index} is unreadable and replaced by another: {found[index]}")
             self.corrupt |= found
         self._write()
-        if len(self.corrupt) <= self.budget:
+        if len(self.corrupt) <= self.max_corrupt:
             return
         reasons = list(self.corrupt.values())
+        remedy = "guard.max_corrupt=N replaces up to N unreadable samples by others"
         if len(reasons) == 1:
-            raise UserError(reasons[0])
-        more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+            raise UserError(f"{reasons[0]}; {remedy}")
+        more = f"; and {len(reasons) - MAX_LISTED} more" if len(reasons) > MAX_LISTED else ""
         raise UserError(
-            f"{len(reasons)} samples cannot be read, and guard.max_corrupt={self.budget}; {self.file} lists them: "
-            f"{'; '.join(reasons[:NAMED])}{more}"
+            f"{len(reasons)} samples are unreadable, more than guard.max_corrupt={self.max_corrupt}; {self.file} lists "
+            f"them ({remedy}): {'; '.join(reasons[:MAX_LISTED])}{more}"
         )
 
     def _write(self) -> None:

@@ -1,22 +1,28 @@
-"""PLACEHOLDER train/data/class_map.py"""
+"""Class names and indices of archives and external data sets."""
 
-from timm.data.readers.class_map import load_class_map
+from typing import Any
 
 from ..errors import UserError, one_line
-from ..recipe.schema import Data
 
 
-def _classes(labels: list[str], data: Data) -> list[str]:
-    """What data.class_map lists, else numbers up to the highest (WebDataset), else names by alphabet, as of folders."""
+def class_names(labels: list[str], data: Any, *, numbered: bool = False) -> list[str]:
+    """Class names in the order of the model's outputs.
+
+    They are those in `data.class_map` if given, else all numbers up to the highest label if `numbered` and all labels
+    are numbers, else the labels in alphabetical order.
+    """
     if data.class_map:
-        return _mapped(data)
+        return read_class_map(data)
     found = set(labels)
-    if data.source == "wds" and all(label.isdecimal() for label in found):
+    if numbered and all(label.isdecimal() for label in found):
         return [str(number) for number in range(1 + max(map(int, found)))]
     return sorted(found)
 
 
-def _mapped(data: Data) -> list[str]:
+def read_class_map(data: Any) -> list[str]:
+    """The class names in the file `data.class_map`. Raises UserError if it cannot be read."""
+    from timm.data.readers.class_map import load_class_map
+
     try:
         mapping = load_class_map(str(data.class_map), data.root or "")
     except (OSError, AssertionError, ValueError) as error:
@@ -24,10 +30,10 @@ def _mapped(data: Data) -> list[str]:
     return [name for name in sorted(mapping, key=mapping.__getitem__) if name]
 
 
-def _number(label: str, number: dict[str, int], data: Data) -> int:
-    """The index of a class given by its name, or as WebDataset has it by its number."""
-    if label in number:
-        return number[label]
-    if data.source == "wds" and label.isdecimal() and int(label) < len(number):
+def class_index(label: str, index: dict[str, int], data: Any, *, numbered: bool = False) -> int:
+    """The index of a class given by its name, or with `numbered` by its number."""
+    if label in index:
+        return index[label]
+    if numbered and label.isdecimal() and int(label) < len(index):
         return int(label)
     raise UserError(f"class {label!r} is not in data.class_map={data.class_map}, which must list every class")

@@ -1,8 +1,4 @@
-"""Data: images of a split, in an order and with random numbers that depend on nothing but (seed, epoch, index).
-
-A run is one stream of samples: epoch after epoch, each a permutation of the data set. The position in that stream is
-all there is to resume; which worker, process or restart loads a sample changes neither the image nor its augmentation.
-"""
+"""Loading batches: per-sample seeds, substitutes for unreadable samples, and worker processes."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -16,59 +12,64 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import WORKER_DIED, UserError
-from .sampler import GlobalOrder, Key, seed_all
+from .sampler import GlobalBatchSampler, Key, seed_all
 
 WORKER_HANGS = (
-    "no batch came within {timeout:g} s: a loader process hangs, or the images come too slowly; look whether data.root "
-    "can be read. The same command goes on from the last checkpoint, and guard.timeout makes it wait longer"
+    "no batch arrived within {timeout:g} s: a data loader worker hangs, or reading the images is too slow. Check that "
+    "data.root can be read. The same command continues from the last checkpoint; guard.timeout changes the time limit"
 )
-
-
-Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target to what the model takes
+Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target -> input and target of the model
 
 
 @dataclass
 class FallbackSample:
-    """A sample in the place of others, or None where none is left; why each of those others (by index) is lost."""
+    """A substitute for unreadable samples (None if none was found), and {index: reason} of those."""
 
     sample: tuple[Any, Any, int] | None
-    lost: dict[int, str]
+    failures: dict[int, str]
 
 
 class SeededDataset(Dataset[Any]):
-    """`[(epoch, index)]` -> (image, target, index), transformed by generators seeded with (seed, epoch, index).
+    """`dataset[epoch, index]` -> (image, target, index), transformed with generators seeded by (seed, epoch, index).
 
-    A sample that the data set refuses with a UserError is replaced by the first good one of up to `max_retries` that follow
-    it in the `order` of its epoch, transformed as the lost one would have been. So batches keep their size, no other
-    sample or augmentation changes, and who loads it does not matter.
+    A sample for which the data set raises UserError is replaced by the first good one of up to `max_retries` that
+    follow it in its epoch, transformed with the seed of the replaced one. So batches keep their size, and no other
+    sample or augmentation changes.
     """
 
     def __init__(
-        self, dataset: Any, transform: Transform, seed: int, *, order: "GlobalOrder | None" = None, max_retries: int = 0
+        self,
+        dataset: Any,
+        transform: Transform,
+        seed: int,
+        *,
+        order: GlobalBatchSampler | None = None,
+        max_retries: int = 0,
     ):
+        """order: gives the samples that follow; without it none is replaced."""
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.order, self.max_retries = order, max_retries
 
     def __getitem__(self, key: Key) -> tuple[Any, Any, int] | FallbackSample:
-        lost: dict[int, str] = {}
+        failures: dict[int, str] = {}
         following = self.order.following(key) if self.order else ()
         for index in chain((key[1],), islice(following, self.max_retries)):
             seed_all(self.seed, *key)
             try:
                 image, target = self.dataset[index]
             except UserError as error:
-                lost[index] = str(error)
+                failures[index] = str(error)
                 continue
             sample = (*self.transform(image, target), index)
-            return FallbackSample(sample, lost) if lost else sample
-        return FallbackSample(None, lost)
+            return FallbackSample(sample, failures) if failures else sample
+        return FallbackSample(None, failures)
 
 
 class Loader:
-    """Batches of a data set, from `workers` processes or from this one, read once; `close` ends the workers.
+    """An iterator over batches, loaded by worker processes or in this one.
 
-    `lost` collects the samples that could not be read, by index, and why. Where there is none to take the place of one,
-    the batch is not to be had: UserError.
+    `failures` collects the samples that could not be read, index -> reason. `next` raises UserError if a sample has no
+    substitute, or if a worker died or hangs.
     """
 
     def __init__(
@@ -78,67 +79,73 @@ class Loader:
         *,
         collate: Callable[[list[Any]], Any] = default_collate,
         workers: int,
-        ahead: int,
+        prefetch: int,
         pin: bool,
         timeout: float = 0.0,
     ):
-        """ahead: batches each worker prepares; timeout: seconds after which a worker counts as hung; 0: none does."""
-        self.timeout, self.hung = timeout, False
+        """prefetch: batches per worker; timeout: seconds after which a worker counts as hung; 0: never."""
+        self.timeout, self.timed_out = timeout, False
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=workers,
-            prefetch_factor=ahead if workers else None,
+            prefetch_factor=prefetch if workers else None,
             collate_fn=partial(_collate, collate),
             worker_init_fn=_ignore_signals,
             pin_memory=pin,
             timeout=timeout if workers else 0,
         )
         self.batches = iter(self.loader)
-        self.lost: dict[int, str] = {}
+        self.failures: dict[int, str] = {}
+
+    @property
+    def workers(self) -> list[Any]:
+        """The worker processes."""
+        return list(getattr(self.batches, "_workers", ()))
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         try:
-            batch, lost = next(self.batches)
+            batch, failures = next(self.batches)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if "timed out" in str(error):
-                self.hung = True
+                self.timed_out = True
                 raise UserError(WORKER_HANGS.format(timeout=self.timeout)) from error
-            # a killed process loses its connections a moment before it counts as dead
-            if not wait([worker.sentinel for worker in getattr(self.batches, "_workers", ())], timeout=2):
+            # the connections of a killed process break a moment before it counts as dead
+            if not wait([worker.sentinel for worker in self.workers], timeout=2):
                 raise
             raise UserError(WORKER_DIED) from error
-        self.lost |= lost
+        self.failures |= failures
         if batch is None:
-            raise UserError(next(reversed(lost.values())))
+            raise UserError(next(reversed(failures.values())))
         return batch
 
     def close(self) -> None:
-        """End the workers now rather than when the interpreter does."""
-        batches, self.batches = self.batches, iter(())
-        for worker in getattr(batches, "_workers", ()) if self.hung else ():
-            # deaf to SIGTERM; torch raises the death of a worker wherever this process is
+        """Stop the workers now."""
+        workers, batches = self.workers, self.batches
+        self.batches = iter(())
+        for worker in workers if self.timed_out else ():
+            # workers ignore SIGTERM, so send SIGKILL; the DataLoader's SIGCHLD handler may raise here
             with suppress(RuntimeError):
                 worker.kill()
                 worker.join()
-        # a traceback may keep the iterator, and torch raises the death of a worker anew until it is shut down
+        # the iterator may outlive this call in a traceback; until it is shut down it reports the death of its workers
         with suppress(AttributeError, RuntimeError):
             batches._shutdown_workers()  # type: ignore[union-attr]
 
 
 def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Any, dict[int, str]]:
-    lost: dict[int, str] = {}
-    for place, sample in enumerate(samples):
+    failures: dict[int, str] = {}
+    for position, sample in enumerate(samples):
         if isinstance(sample, FallbackSample):
-            lost |= sample.lost
-            samples[place] = sample.sample
-    return None if None in samples else collate(samples), lost
+            failures |= sample.failures
+            samples[position] = sample.sample
+    return None if None in samples else collate(samples), failures
 
 
 def _ignore_signals(worker: int) -> None:
-    # a signal to the whole process group is the trainer's to answer: it still needs its workers to finish the step
+    # the trainer handles signals to the process group, and needs its workers to finish the step
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

@@ -1,4 +1,9 @@
-"""PLACEHOLDER train/data/sampler.py"""
+"""The order of training samples, as a function of seed and position alone, and seeds for their augmentation.
+
+A run is one stream of samples: one permutation of the data set after the other. The position in the stream is all that
+a resume needs. Which worker, process or restart loads a sample changes neither the image nor its augmentation. The
+samplers of torch and torchdata store the state of a generator instead, which ties a resume to the number of processes.
+"""
 
 import random
 from collections.abc import Iterator
@@ -12,11 +17,11 @@ from torch.utils.data import Sampler
 Key = tuple[int, int]  # epoch, index
 
 
-class GlobalOrder(Sampler[list[Key]]):
-    """Micro-batches of keys for one process: its share of every global batch from position `start` on.
+class GlobalBatchSampler(Sampler[list[Key]]):
+    """The micro-batches of one process: its part of every global batch from the position `start` on.
 
-    A global batch is cut into `world_size * accumulate` chunks of `micro_batch`; process r takes the chunks
-    r * accumulate, ..., r * accumulate + accumulate - 1.
+    A global batch has `world_size * accumulate` chunks of `micro_batch` samples; rank r takes the chunks
+    r * accumulate to r * accumulate + accumulate - 1.
     """
 
     def __init__(
@@ -31,7 +36,7 @@ class GlobalOrder(Sampler[list[Key]]):
         start: int,
         stop: int,
     ):
-        """length: of the data set; start, stop: first position and end of the stream, in samples."""
+        """length: of the data set; start, stop: first position and end in the stream, in samples."""
         self.length, self.seed = length, seed
         self.micro_batch, self.accumulate, self.rank = micro_batch, accumulate, rank
         self.batch = micro_batch * accumulate * world_size
@@ -45,18 +50,42 @@ class GlobalOrder(Sampler[list[Key]]):
 
     def keys(self, start: int, stop: int) -> list[Key]:
         """The (epoch, index) at positions start, ..., stop - 1 of the stream."""
-        places = (divmod(position, self.length) for position in range(start, stop))
-        return [(epoch, int(permutation(self.seed, epoch, self.length)[place])) for epoch, place in places]
+        positions = (divmod(position, self.length) for position in range(start, stop))
+        return [(epoch, int(permutation(self.seed, epoch, self.length)[number])) for epoch, number in positions]
 
     def following(self, key: Key) -> Iterator[int]:
-        """The other indices of the key's epoch in its order, from the key on and round its end."""
+        """The other indices of the key's epoch, in its order from the key on, then from its beginning."""
         order = permutation(self.seed, self.epoch(key), self.length)
-        place = int(np.flatnonzero(order == key[1])[0])
-        yield from map(int, chain(order[place + 1 :], order[:place]))
+        number = int(np.flatnonzero(order == key[1])[0])
+        yield from map(int, chain(order[number + 1 :], order[:number]))
 
     def epoch(self, key: Key) -> int:
-        """The epoch whose permutation a key is from."""
+        """The epoch whose permutation contains a key."""
         return key[0]
+
+
+class RepeatedAugSampler(GlobalBatchSampler):
+    """Repeated augmentation (Hoffer et al., arXiv 1901.09335): `repeats` copies of an image in a batch.
+
+    An epoch has as many samples as without, hence 1 / repeats of the images. All first copies of a batch come first,
+    then all second ones, so that processes share the copies of an image. The key of a copy has an epoch number of its
+    own, so that each copy is augmented differently.
+    """
+
+    def __init__(self, *, repeats: int, **options: int):
+        super().__init__(**options)
+        self.repeats = repeats
+
+    def keys(self, start: int, stop: int) -> list[Key]:
+        positions = (divmod(position, self.length) for position in range(start, stop))
+        copies = sorted((number % self.repeats, epoch, number // self.repeats) for epoch, number in positions)
+        return [
+            (epoch * self.repeats + copy, int(permutation(self.seed, epoch, self.length)[image]))
+            for copy, epoch, image in copies
+        ]
+
+    def epoch(self, key: Key) -> int:
+        return key[0] // self.repeats
 
 
 @lru_cache(maxsize=2)
@@ -72,29 +101,5 @@ def seed_all(*key: int, devices: bool = False) -> None:
     np.random.seed(words[1:3].view(np.uint32))
     torch.default_generator.manual_seed(int(words[3]))
     if devices and torch.cuda.is_available():
-        # alone: torch.manual_seed would keep a stack trace for each kind of device that it does not find
+        # torch.manual_seed would also store a stack trace for each backend that is not there
         torch.cuda.manual_seed_all(int(words[3]))
-
-
-class RepeatedOrder(GlobalOrder):
-    """The order of repeated augmentation (Hoffer et al., arXiv 1901.09335): `repeats` copies of an image in a row.
-
-    An epoch has as many samples as ever, hence a share of 1 / repeats of the images. In a batch all first copies come
-    first, then all second ones: on several processes they fall to different ones. A copy's key counts as an epoch of
-    its own, so that each is augmented anew.
-    """
-
-    def __init__(self, *, repeats: int, **order: int):
-        super().__init__(**order)
-        self.repeats = repeats
-
-    def keys(self, start: int, stop: int) -> list[Key]:
-        places = (divmod(position, self.length) for position in range(start, stop))
-        copies = sorted((place % self.repeats, epoch, place // self.repeats) for epoch, place in places)
-        return [
-            (epoch * self.repeats + copy, int(permutation(self.seed, epoch, self.length)[image]))
-            for copy, epoch, image in copies
-        ]
-
-    def epoch(self, key: Key) -> int:
-        return key[0] // self.repeats

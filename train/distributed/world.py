@@ -29,14 +29,17 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def any_rank(self, flag: bool = False, error: UserError | None = None) -> bool:
-        """True everywhere if `flag` is True anywhere; an `error` anywhere is raised everywhere."""
+    def max(self, value: int) -> int:
+        """The largest `value` of all processes."""
         if self.size == 1:
-            if error:
-                raise error
-            return flag
-        code = torch.tensor(2 if error else int(flag))
+            return value
+        code = torch.tensor(value)
         dist.all_reduce(code, dist.ReduceOp.MAX)
+        return int(code)
+
+    def any_rank(self, flag: bool = False, error: UserError | None = None) -> bool:
+        """Whether `flag` is true on any process. Raises the `error` of any process on all of them."""
+        code = self.max(2 if error else int(flag))
         if code == 2:
             raise next(found for found in self.gather(error) if found)
         return bool(code)

@@ -1,14 +1,18 @@
-"""Recipes: read from YAML, overridden by `key=value`, checked against the schema, and what they come to in steps."""
+"""Recipes: read from YAML, changed by `key=value` overrides, validated, compared and written back.
+
+Recipes are read by PyYAML with the types of YAML 1.2, by which 1e-3 is a number and `off` a string. OmegaConf would
+bring a second language (interpolation) into every recipe.
+"""
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
-from .schema import Recipe, leaves
-from .validation import contradictions
+from .migrate import FORMAT, changed_keys, migrate, present_name
+from .registry import SOURCES, TASKS, owners, recipe_keys, recipe_type
+from .schema import Key, Recipe
+from .validation import conflicts
 
 PACKAGED = Path(__file__).resolve().parents[2] / "configs"
 
-
-# keys that may change between two starts of one run: they steer where and how it runs, not what it learns
+# keys that may change between two starts of one run: they say where and how it runs, not what it learns
 NON_SEMANTIC_KEYS = re.compile(
     r"(ckpt|log|eval|guard)\..*|run\.(out|fresh|device)|data\.(workers|micro_batch|eval_batch)"
     r"|parallel\.(strategy|shard|compile|channels_last|grad_checkpointing)"
@@ -30,13 +35,13 @@ NON_SEMANTIC_KEYS = re.compile(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that `_Loader` would take for something else."""
+    """Quotes the strings that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers = {}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core types and no repeated keys: 1e-3 is a number, `off` is a word."""
+    """The core types of YAML 1.2, and no repeated keys."""
 
     yaml_implicit_resolvers = {}
 
@@ -63,9 +68,9 @@ for tag, pattern, first in (
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` (or below the packaged `tessel.configs`), with `key=value` overrides applied.
+    """The recipe at `path`, or packaged under that name in `tessel.configs`, with `key=value` overrides applied.
 
-    Raises UserError naming the file or override, the dotted key, what is allowed there and the nearest valid key.
+    Raises UserError naming the file or override, the dotted key, the values it takes and the nearest valid key.
     """
     file = find_recipe(path)
     try:
@@ -73,7 +78,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"recipe {file} cannot be read: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"recipe {file} holds no sections; it needs at least model.name, data.source and sched.epochs")
+        raise UserError(f"recipe {file} has no sections; it needs at least model.name, data.source and sched.epochs")
     recipe = make_recipe(data, overrides, source=f"recipe {file}")
     if recipe.run.name:
         return recipe
@@ -81,23 +86,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=file.stem))
     except ValidationError as error:
         raise UserError(
-            f"recipe {file}: no run can be called {file.stem!r}; give it another name with run.name=, of letters, "
-            "digits, _ . + and -"
+            f"recipe {file}: {file.stem!r} is not a valid run name; set run.name= to one made of letters, digits, "
+            "_ . + and -"
         ) from error
 
 
-def make_recipe(data: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
-    """The recipe whose sections `data` holds, with `key=value` overrides applied; `source` is named in errors."""
-    for override in overrides:
-        _override(data, override)
-    recipe = _validate(data, source)
-    if problems := [*contradictions(recipe)]:
+def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
+    try:
+        migrate(data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    pairs = [_split(override) for override in overrides]
+    # these two decide which other keys there are
+    for key, value, text in pairs:
+        if key in ("task.kind", "data.source"):
+            _set(data, key, value, text)
+    task, origin = _chosen(data, source)
+    known = {key.name: key for key in recipe_keys(task, origin)}
+    for key, value, text in pairs:
+        _override(data, known, key, value, text)
+    recipe = _validate(data, known, source)
+    if problems := [*conflicts(recipe)]:
         raise UserError(f"{source}: " + "; ".join(problems))
     return recipe
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file a recipe's name means: as given, else below the packaged recipes, with or without `.yaml`."""
+    """The file of a recipe: `path` itself, else the packaged recipe of that name, with or without `.yaml`."""
     candidates = [base / f"{path}{end}" for base in (Path(), PACKAGED) for end in ("", ".yaml")]
     for candidate in candidates:
         with suppress(OSError):  # a name that is too long
@@ -106,15 +122,15 @@ def find_recipe(path: str | Path) -> Path:
     known = sorted(str(file.relative_to(PACKAGED)) for file in PACKAGED.rglob("*.yaml"))
     wanted = f"{str(path).removesuffix('.yaml')}.yaml"
     near = [name for name in known if Path(name).name == Path(wanted).name] or difflib.get_close_matches(wanted, known)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"packaged are {', '.join(known)}"
-    raise UserError(f"no recipe {str(path)!r}: neither a file here nor one of the packaged ones; {hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the packaged recipes are {', '.join(known)}"
+    raise UserError(f"there is no recipe {str(path)!r}, neither as a file nor among the packaged ones; {hint}")
 
 
-def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, over all sections."""
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, over a recipe or a section and all sections inside it."""
     flat = {}
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
         nested = (
             flatten(value, f"{prefix}{field.name}.")
             if dataclasses.is_dataclass(value)
@@ -125,34 +141,87 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def semantic_keys(recipe: Recipe) -> dict[str, Any]:
-    """The dotted keys that decide what is learned."""
-    return {key: value for key, value in flatten(recipe).items() if not NON_SEMANTIC_KEYS.fullmatch(key)}
+    """The dotted keys that decide what is learned, with values as JSON has them."""
+    keys = {key: value for key, value in flatten(recipe).items() if not NON_SEMANTIC_KEYS.fullmatch(key)}
+    return json.loads(json.dumps(keys))
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """A digest of `semantic_keys(recipe)`."""
-    return hashlib.sha256(json.dumps(semantic_keys(recipe), sort_keys=True).encode()).hexdigest()
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """One text for each key by which two recipes learn something else; empty if a run of one can go on with the other.
+
+    Both recipes hold every key of the present schema. An older recipe has the default in keys that did not exist yet:
+    a new key with a neutral default makes no difference, a changed default does.
+    """
+    return list(changed_keys(semantic_keys(before), semantic_keys(now)))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON data, defaults included, with the format number and the version of tessel."""
+    return {"format": FORMAT, "tessel": version("tessel"), **json.loads(json.dumps(dataclasses.asdict(recipe)))}
 
 
 def dump(recipe: Recipe) -> str:
-    """The fully resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=_Dumper, sort_keys=False)
+    """The recipe as YAML, defaults included; `load_recipe` reads it back to an equal recipe."""
+    return yaml.dump(as_dict(recipe), Dumper=_Dumper, sort_keys=False)
 
 
-def _override(data: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
+def _split(override: str) -> tuple[str, str, str]:
+    key, equals, value = override.partition("=")
     if not equals:
-        raise UserError(f"override {text!r} is not of the form key=value")
-    hints = {name: hint for name, hint, *_ in leaves()}
-    owner = next((name for name in hints if key == name or key.startswith(f"{name}.")), None)
-    if owner is None or (key != owner and typing.get_origin(hints[owner]) is not dict):
-        raise UserError(f"override {text!r}: {_unknown(key)}")
-    section = data
+        raise UserError(f"override {override!r} is not of the form key=value")
+    return present_name(key), value, override
+
+
+def _chosen(data: dict[str, Any], source: str) -> tuple[str, str]:
+    """The task and the data source of a recipe."""
+    found = []
+    for section, key, registry, default in (
+        ("task", "kind", TASKS, "classify"),
+        ("data", "source", SOURCES, None),
+    ):
+        keys = data.get(section) or {}
+        if not isinstance(keys, dict):
+            raise UserError(f"{source}: {section} is a section: it takes key: value lines, not {keys!r}")
+        name = keys.get(key, default)
+        if name is None:
+            raise UserError(f"{source}: {section}.{key} is missing; it is one of {', '.join(registry)}")
+        if not isinstance(name, str) or name not in registry:
+            near = difflib.get_close_matches(str(name), registry, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"{source}: {section}.{key}={name!r} must be one of {', '.join(registry)}{hint}")
+        found.append(name)
+    return found[0], found[1]
+
+
+def _override(data: dict[str, Any], known: dict[str, Key], key: str, value: str, text: str) -> None:
+    owner = next((name for name in known if key == name or key.startswith(f"{name}.")), None)
+    if owner is None or (key != owner and typing.get_origin(known[owner].hint) is not dict):
+        if value == "null" and owners(key):
+            _remove(data, key)
+            return
+        raise UserError(f"override {text!r}: {_unknown(key, known)}")
+    _set(data, key, _typed(value, known[owner].hint if key == owner else Any, text), text)
+
+
+def _set(data: dict[str, Any], key: str, value: Any, text: str) -> None:
+    """Set a dotted key, and make the sections on its way."""
+    section: Any = data
     for part in (parts := key.split("."))[:-1]:
-        section = section.setdefault(part, {})
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
         if not isinstance(section, dict):
             raise UserError(f"override {text!r}: {part!r} is not a section in the recipe")
-    section[parts[-1]] = _typed(value, hints[owner] if key == owner else Any, text)
+    section[parts[-1]] = value
+
+
+def _remove(data: dict[str, Any], key: str) -> None:
+    """Remove a dotted key of another task or data source, with which `data.source=` was overridden."""
+    section: Any = data
+    for part in (parts := key.split("."))[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        section.pop(parts[-1], None)
 
 
 def _typed(value: str, hint: Any, text: str) -> Any:
@@ -165,30 +234,41 @@ def _typed(value: str, hint: Any, text: str) -> Any:
         raise UserError(f"override {text!r}: the value is not valid YAML") from error
 
 
-def _validate(data: Mapping[str, Any], source: str) -> Recipe:
+def _validate(data: Mapping[str, Any], known: dict[str, Key], source: str) -> Recipe:
+    task, origin = _chosen(dict(data), source)
+    spec = TASKS[task]
     try:
         # through JSON, so that strict mode still takes lists for tuples and mappings for sections
-        return TypeAdapter(Recipe).validate_json(json.dumps(data, default=str))
+        text = json.dumps({**data, "task": {**(data.get("task") or {}), "kind": task}}, default=str)
+        return TypeAdapter(recipe_type(spec.options, spec.data, SOURCES[origin].options)).validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
+        raise UserError(f"{source}: " + "; ".join(_explain(one, known) for one in error.errors())) from error
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, known: dict[str, Key]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
-        return _unknown(key)
+        return _unknown(key, known)
     if error["type"].startswith("missing"):
-        return f"{key} is missing"
+        description = known[key].description if key in known else ""
+        return f"{key} is missing" + (f": {description}" if description else "")
     if error["type"] == "dataclass_type":
         return f"{key} is a section: it takes key: value lines, not {error['input']!r}"
+    if error["type"] == "tuple_type":
+        return f"{key}={error['input']!r} must be a list, for example {key}=[{error['input']}, {error['input']}]"
     return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _unknown(key: str) -> str:
-    known = [name for name, *_ in leaves()]
+def _unknown(key: str, known: Mapping[str, Key]) -> str:
+    if any(name.startswith(f"{key}.") for name in known):
+        return f"unknown key {key}: it is a section; give one of its keys"
+    if found := owners(key):
+        return f"{key} has no effect here: it is a key of {' and of '.join(found)}; remove it"
     last = {name: name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    near = near or [name for name in known if last[name] == key.rpartition(".")[2]][:1]
+    ending = key.rpartition(".")[2]
+    near = [name for name in known if last[name] == ending]
+    # learning_rate stands for lr
+    near = near or [name for name in known if last[name] == "".join(word[:1] for word in ending.split("_"))]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "python -m tessel.train --help lists the keys"
     return f"unknown key {key}; {hint}"

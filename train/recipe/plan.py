@@ -1,4 +1,4 @@
-"""PLACEHOLDER train/recipe/plan.py"""
+"""What a recipe amounts to on a data set and a number of processes: steps, micro-batches and learning rate."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from .schema import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to on this data and this many processes, counted in steps (updates) and images."""
+    """Lengths in steps (updates), batches in images per process, and the scaled peak learning rate."""
 
     steps: int
     warmup: int
@@ -23,8 +23,12 @@ class Plan:
     milestones: tuple[int, ...] = ()
 
 
-def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
-    """Convert epochs, batches and the lr rule once. Raises UserError where they do not fit together."""
+def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple: int = 1) -> Plan:
+    """Convert epochs to steps, divide the batch over the processes, and apply the lr rule.
+
+    samples: size of the training split; micro_batch_multiple: the task needs micro-batches of a multiple of this.
+    Raises UserError if batch sizes or lengths do not fit together.
+    """
     batch, optim, sched = recipe.data.batch, recipe.optim, recipe.sched
     if batch > samples:
         raise UserError(
@@ -33,23 +37,26 @@ def plan(recipe: Recipe, *, samples: int, world_size: int) -> Plan:
     micro = recipe.data.micro_batch or batch // world_size
     if not micro or batch % (micro * world_size):
         raise UserError(
-            f"data.batch={batch} is no multiple of data.micro_batch={micro or 'null'} x {world_size} processes; "
-            "choose a batch that divides evenly"
+            f"data.batch={batch} is not a multiple of data.micro_batch={micro or 'null'} x {world_size} processes; "
+            "choose a batch size that is"
         )
-    if (recipe.data.aug.mixup or recipe.data.aug.cutmix) and micro % 2:
-        raise UserError(f"mixup and cutmix pair images, but a micro-batch holds {micro}; make data.micro_batch even")
+    if micro % micro_batch_multiple:
+        raise UserError(
+            f"the task needs micro-batches of a multiple of {micro_batch_multiple} images, but each has {micro}; "
+            "change data.micro_batch or data.batch"
+        )
     per_unit = samples / batch if sched.epochs else 1
     steps = sched.steps or math.ceil(typing.cast(float, sched.epochs) * per_unit)
     warmup = round(sched.warmup * per_unit)
     if warmup >= steps:
         raise UserError(
-            f"sched.warmup={sched.warmup:g} ({warmup} steps) leaves nothing of the {steps} steps; shorten it"
+            f"sched.warmup={sched.warmup:g} ({warmup} steps) must be shorter than the training ({steps} steps)"
         )
     cooldown = round(sched.cooldown * per_unit)
     if warmup + cooldown >= steps:
         raise UserError(
-            f"sched.cooldown={sched.cooldown:g} ({cooldown} steps) and the warm-up leave nothing of the {steps} steps; "
-            "shorten it"
+            f"sched.cooldown={sched.cooldown:g} ({cooldown} steps) and the warm-up ({warmup} steps) must be shorter than "
+            f"the training ({steps} steps)"
         )
     ratio = batch / optim.lr_base_batch
     factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_rule]

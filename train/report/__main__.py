@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from html import escape
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ import torch
 
 from ..errors import UserError, report_errors
 from ..files import write_atomically
+from ..recipe.registry import task_spec
 from ..run.profiling import parameters
-from . import classify, dense
 from .curves import curves
 from .page import duration, page
 from .runs import Run, command, next_steps, one_metric, read_run
 
-# each tells its `headline` and its `sections`
-ROOMS: dict[str, Any] = {"classify": classify, "segment": dense, "detect": dense}
+
+def task_sections(run: Run) -> Any:
+    """The module with the `headline` and the `sections` of the run's task; None if it has none of its own."""
+    name = task_spec(run.recipe).report
+    return import_module(name) if name else None
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
@@ -53,8 +57,9 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
 def report_one(run: Run, folder: Path) -> str:
     """The page on one run."""
     recipe, optim, tiles = run.recipe, run.recipe.optim, []
-    if run.result:
-        tiles.append(ROOMS[recipe.task.kind].headline(run, run.result))
+    own = task_sections(run)
+    if own and run.result:
+        tiles.append(own.headline(run, run.result))
     with suppress(UserError):
         tiles.append((f"{parameters(run.model) / 1e6:.2f} M", "parameters"))
     if run.train:
@@ -72,17 +77,20 @@ def report_one(run: Run, folder: Path) -> str:
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     text = escape((run.path / "recipe.yaml").read_text(encoding="utf-8"))
     head = f"<dl>{listed}</dl>\n<details><summary>The whole recipe</summary><pre>{text}</pre></details>"
-    sections = {"Training": lambda: curves([run], folder), **ROOMS[recipe.task.kind].sections(run, folder)}
+    sections = {"Training": lambda: curves([run], folder), **(own.sections(run, folder) if own else {})}
     return page(run.name, tiles, head, sections)
 
 
 def report_many(runs: Sequence[Run], folder: Path) -> str:
     """The page that compares runs."""
     metric = one_metric(runs)
-    rows = [("run", "model", metric.name, "steps", "training time")]
+    rows = [("run", "model", metric.name if metric else "", "steps", "training time")]
     for run in runs:
         result, last = run.result, run.train[-1] if run.train else None
-        figure, steps = f"{result[metric.key]:.1f} %{run.when}" if result else "", f"{last['step']:,}" if last else ""
+        figure, steps = (
+            f"{result[metric.key]:.1f} %{run.when}" if result and metric else "",
+            f"{last['step']:,}" if last else "",
+        )
         rows.append((run.name, run.recipe.model.name, figure, steps, duration(run.seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return page(f"{len(runs)} runs compared", [], f"<table>{table}</table>", {"Training": lambda: curves(runs, folder)})

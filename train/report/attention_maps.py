@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...blocks import BiLevelRouting
 from ..errors import UserError
-from ..recipe.schema import Data
 from ..tasks.classify.augment import eval_transform, input_config
+from ..tasks.classify.options import ClassifyData
 
 EXAMPLES = 4  # images that are shown
 
@@ -160,7 +160,7 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) ->
     return figure
 
 
-def explain(model: Any, dataset: Any, data: Data) -> Callable[[], Figure]:
+def explain(model: Any, dataset: Any, data: ClassifyData) -> Callable[[], Figure]:
     """A function that draws what the mixers of `model` attend to in a few images of `dataset`, of different classes.
 
     Raises UserError if no mixer of the model can be explained.

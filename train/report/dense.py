@@ -10,9 +10,9 @@ from PIL import Image
 
 from ..distributed.world import World
 from ..errors import UserError
-from ..tasks.build import build_task
+from ..recipe.registry import TASKS, task_spec
 from .page import WIDTH, Contents, picture
-from .runs import METRICS, Run
+from .runs import Run
 
 NAMED = 60  # most classes that are drawn by name: the best and the worst half of them
 COLUMNS, SHOWN = 2, 8  # pictures a row and in all
@@ -45,7 +45,7 @@ def classes(run: Run, folder: Path) -> tuple[str, str]:
 def predictions(run: Run, folder: Path) -> tuple[str, str]:
     """The first held-out images as the task draws them."""
     run.evaluated()
-    task: Any = build_task(run.recipe, World())
+    task = task_spec(run.recipe).build(run.recipe, World())
     try:
         pictures = [image for _, image in task.pictures(run.predictions, SHOWN)]
     except KeyError as error:
@@ -92,5 +92,7 @@ def draw_pictures(pictures: Sequence[Image.Image]) -> Figure:
 
 def _title(key: str) -> str:
     """A figure as people call it."""
-    others = {"iou": "IoU", "acc": "accuracy", "mask_ap": "mask AP"}
-    return next((metric.name for metric in METRICS.values() if metric.key == key), others.get(key, key))
+    names: dict[str, str] = {}
+    for task in TASKS.values():
+        names |= {**task.metric_names, **({task.metric.key: task.metric.name} if task.metric else {})}
+    return names.get(key, key)

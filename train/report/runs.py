@@ -15,31 +15,16 @@ from zipfile import BadZipFile
 import numpy as np
 from torch import nn
 
-from ..data.sources.build import build_dataset
 from ..errors import UserError, one_line
 from ..evaluation import load_run
 from ..recipe.load import load_recipe
+from ..recipe.registry import Metric, open_dataset, task_spec
 from ..recipe.schema import Recipe
-from ..tasks.models import REFUSALS
+from ..tasks.models import CREATE_ERRORS
 
 # what json, numpy, zipfile and a look at their contents raise for files that are cut off, overwritten or another's
 DAMAGES = (BadZipFile, EOFError, LookupError, OSError, RuntimeError, TokenError, TypeError, ValueError, zlib.error)
 NEEDED = {"step", "epoch", "time", "step_seconds", "data_wait"}  # in each line on training
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The figure by which a task's runs are compared: its key in the logs, and how people call it."""
-
-    key: str
-    name: str
-
-
-METRICS = {  # by task.kind
-    "classify": Metric("top1", "top-1"),
-    "segment": Metric("miou", "mIoU"),
-    "detect": Metric("box_ap", "box AP"),
-}
 
 
 @dataclass(frozen=True)
@@ -64,8 +49,9 @@ class Run:
         return self.path.resolve().name
 
     @property
-    def metric(self) -> Metric:
-        return METRICS[self.recipe.task.kind]
+    def metric(self) -> Metric | None:
+        """The primary metric; None if the task has no evaluation."""
+        return task_spec(self.recipe).metric
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -116,13 +102,13 @@ class Run:
             return load_run(self.path)[1]
         except UserError:
             raise
-        except REFUSALS as error:
+        except CREATE_ERRORS as error:
             raise UserError(f"{self.path / 'export'} cannot be read: {one_line(error)}") from error
 
     @cached_property
     def held_out(self) -> Any:
         """The validation split. Raises UserError where it cannot be read."""
-        return build_dataset(self.recipe.data, "val")
+        return open_dataset(self.recipe, "val")
 
 
 def read_run(path: Path) -> Run:
@@ -130,7 +116,8 @@ def read_run(path: Path) -> Run:
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is not a run directory: it has no recipe.yaml; name one that tessel.train made")
     recipe, done = load_recipe(path / "recipe.yaml"), path / "DONE"
-    figures = {METRICS[recipe.task.kind].key, "count", "step"}
+    metric = task_spec(recipe).metric
+    figures = {"step", *((metric.key, "count") if metric else ())}
     lines = _read_metrics(path / "metrics.jsonl", {"train": NEEDED, "eval": figures})
     with _reading(done, "remove it, and the command that trained the run finishes it again"):
         ended = _checked(json.loads(done.read_text(encoding="utf-8")), figures) if done.exists() else None
@@ -142,7 +129,7 @@ def judging(path: Path) -> str:
     return shlex.join(["python", "-m", "tessel.train.evaluate", str(path)])
 
 
-def one_metric(runs: Sequence[Run]) -> Metric:
+def one_metric(runs: Sequence[Run]) -> Metric | None:
     """The metric of runs of one task. Raises UserError where they are of several."""
     metrics = {run.metric for run in runs}
     if len(metrics) > 1:

@@ -1,8 +1,14 @@
-"""Checkpoints: complete or absent, verified before use.
+"""Checkpoints: complete or absent, and verified before use.
 
-A checkpoint is a directory of torch.distributed.checkpoint plus `manifest.json`, which names every file with its size
-and sha256, and itself with the sha256 of the rest of it. It is written under a temporary name, synced, and renamed: a
-crash at any instant leaves the others intact.
+A checkpoint is a directory of torch.distributed.checkpoint (DCP) plus `manifest.json`, which has the size and sha256 of
+every file, and the sha256 of its own content. It is written under a temporary name, synced, and renamed: a crash at
+any instant leaves the other checkpoints intact. DCP has no checksums, and its own async_save neither publishes by a
+rename nor prunes.
+
+The manifest carries a format number, the version of tessel and the whole recipe. A reader knows every older format.
+Format 2 (0.2): the manifest holds the recipe, so that two recipes are compared key by key.
+Format 1 (0.1): no format number; the manifest holds a hash of the recipe with the defaults of its time, which later
+versions cannot compute. The recipe is that of the run directory.
 """
 
 import hashlib
@@ -14,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +34,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed.world import World
 from ..errors import UserError, one_line
 from ..files import write_atomically
-from ..recipe.schema import Parallel
+from ..recipe.load import differences, load_recipe, make_recipe
+from ..recipe.schema import Parallel, Recipe
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -36,26 +45,27 @@ class Checkpoints:
     """The checkpoints `step-XXXXXXXX` of a run."""
 
     def __init__(self, path: Path, world: World, say: Callable[[str], None], *, background: bool = False):
-        """background: write from a copy while the training goes on, at most one checkpoint at a time."""
+        """background: write from a copy while the training continues, at most one checkpoint at a time."""
         self.path, self.world, self.say = path, world, say
-        # a process of a killed start may live on for a while: it must not write among the files of this one
+        # a process of a killed start may survive for a while; its temporary files need other names than ours
         self.start = world.broadcast_object(uuid.uuid4().hex[:8])
         self.thread = ThreadPoolExecutor(1) if background else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
-        # a thread's collectives must not get between those of the training
+        # collectives of the thread must not mix with those of the training
         self.group: Any = (
             dist.new_group(backend="gloo", timeout=world.timeout) if background and world.size > 1 else None
         )
         self.pending: Future[UserError | None] | None = None
 
     def at(self, step: int) -> Path:
+        """The directory of a step's checkpoint."""
         return self.path / f"step-{step:08d}"
 
     def save(self, state: dict[str, Any], facts: dict[str, Any], *, best: int, last: int) -> None:
         """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of step `facts["step"]`.
 
-        Then delete all but those of `best` and of the `last` newest steps. Raises UserError where this one cannot be
-        written, or in the background the one before it; what was there before stays as it was.
+        Then delete all checkpoints but those of the step `best` and of the `last` newest steps. Raises UserError if this
+        one cannot be written, or in the background the one before; the existing ones stay as they are.
         """
         self.wait()
         if self.thread:
@@ -65,15 +75,32 @@ class Checkpoints:
             self.world.any_rank(error=self._write(state, facts, best, last))
 
     def wait(self) -> None:
-        """Until the checkpoint being written is complete. Raises the UserError if it failed on any process."""
+        """Wait until the checkpoint being written is complete. Raises its UserError on all processes if it failed."""
         if self.pending:
             pending, self.pending = self.pending, None
             self.world.any_rank(error=pending.result())
 
     def close(self) -> None:
-        """End the writing, come what may."""
+        """Stop the writing thread."""
         if self.thread:
             self.thread.shutdown()
+
+    def newest(self, recipe: Recipe) -> Path | None:
+        """The newest checkpoint that is undamaged and of this recipe; the others are reported and skipped.
+
+        Raises UserError if there are checkpoints but none can be used: only the user may decide to start over.
+        """
+        found = sorted(self.path.glob("step-*"), reverse=True)
+        for path in found:
+            if problem := find_damage(path):
+                self.say(f"checkpoint {path} is damaged ({problem}); using the one before")
+            elif other := other_recipe(path, recipe):
+                self.say(f"checkpoint {path} is of another recipe ({', '.join(other)}); using the one before")
+            else:
+                return path
+        if found:
+            raise UserError(f"none of the checkpoints in {self.path} can be used; run.fresh=true starts from scratch")
+        return None
 
     def _part(self, step: int) -> Path:
         return self.path / f".tmp-{self.at(step).name}-{self.start}"
@@ -81,14 +108,14 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
         step = facts["step"]
         try:
-            with _alone():
+            with _no_dist_warning():
                 dcp.save(
                     state,
                     checkpoint_id=self._part(step),
                     process_group=self.group,
                     no_dist=self.world.size == 1,
                 )
-            # rank 0 comes back from DCP when all have written their files
+            # on rank 0, DCP returns after all processes have written their files
             if self.world.main:
                 self._publish(self._part(step), facts)
                 self._prune(step, {best}, last)
@@ -103,55 +130,46 @@ class Checkpoints:
 
     def _publish(self, part: Path, facts: dict[str, Any]) -> None:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        content = facts | {"files": files}
+        content = {"format": FORMAT, "tessel": version("tessel"), **facts, "files": files}
         write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
-        _remove(path := self.at(facts["step"]))  # a broken one, or resume would have taken it
+        _remove(path := self.at(facts["step"]))  # it is damaged, or resume would have used it
         os.replace(part, path)
         _sync(self.path)
 
     def _prune(self, step: int, keep: set[int], last: int) -> None:
         done = sorted(path for path in self.path.glob("step-*") if path.name <= self.at(step).name)
         kept = {self.at(number) for number in keep} | set(done[-last:])
-        # those of later steps are broken, or resume would have taken one: they must not count among the last
+        # checkpoints of later steps are damaged, or resume would have used one: they must not count among the last
         for path in set(self.path.glob("step-*")) - kept:
             with suppress(OSError):
                 os.replace(path, self.path / f".tmp-{path.name}-{self.start}")  # complete or absent, at any instant
-        # with what crashes left behind
+        # also remove what crashes left behind
         for path in self.path.glob(".tmp-*"):
             with suppress(OSError):
                 _remove(path)
 
-    def newest(self, recipe_hash: str) -> Path | None:
-        """The newest checkpoint that verifies and is of this recipe; others are named and passed over.
 
-        Raises UserError if there are some and none is good: to start over is for the user to say.
-        """
-        found = sorted(self.path.glob("step-*"), reverse=True)
-        for path in found:
-            if not (problem := broken(path, recipe_hash)):
-                return path
-            self.say(f"checkpoint {path} is broken ({problem}); falling back to the one before")
-        if found:
-            raise UserError(f"none of the checkpoints in {self.path} is good; run.fresh=true starts over")
-        return None
-
-
-def manifest(path: Path) -> dict[str, Any]:
-    """What the checkpoint at `path` says of itself. Raises UserError where that cannot be read or was altered."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`. Raises UserError if it cannot be read, was altered, or is too new."""
     try:
         content = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no checkpoint: its {MANIFEST} cannot be read ({error})") from error
+        raise UserError(f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
-        raise UserError(f"{MANIFEST} does not match the sha256 it gives of itself")
+        raise UserError(f"{MANIFEST} does not match the sha256 it has of itself")
+    if content.get("format", 1) > FORMAT:
+        raise UserError(
+            f"{path} has format {content['format']}, written by tessel {content.get('tessel')}; this version reads "
+            f"formats up to {FORMAT}: upgrade tessel"
+        )
     return content
 
 
-def broken(path: Path, recipe_hash: str | None = None) -> str | None:
-    """Why the checkpoint at `path` must not be used (with `recipe_hash`, by that recipe), or None."""
+def find_damage(path: Path) -> str | None:
+    """Why the checkpoint at `path` cannot be used, or None."""
     try:
-        facts = manifest(path)
+        facts = read_manifest(path)
         for name, file in facts["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -163,55 +181,71 @@ def broken(path: Path, recipe_hash: str | None = None) -> str | None:
         return str(error)
     if path.name.startswith("step-") and path.name != f"step-{facts['step']:08d}":
         return f"it is the checkpoint of step {facts['step']}, see its {MANIFEST}"
-    if recipe_hash not in (None, facts.get("recipe_hash")):
-        return f"it is of another recipe, see its {MANIFEST}"
     return None
 
 
+def other_recipe(path: Path, recipe: Recipe) -> list[str]:
+    """The keys by which the recipe of the checkpoint at `path` differs from `recipe`; empty if it can continue.
+
+    The recipe of a format 1 checkpoint is that of its run directory.
+    """
+    facts = read_manifest(path)
+    try:
+        if "recipe" in facts:
+            own = make_recipe(facts["recipe"], source=f"{path / MANIFEST}")
+        else:
+            own = load_recipe(path.absolute().parent.parent / "recipe.yaml")
+    except UserError as error:
+        return [str(error)]
+    return differences(own, recipe)
+
+
 def exactness(then: dict[str, Any], now: dict[str, Any], model: nn.Module, parallel: Parallel) -> str:
-    """How a run that was saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`."""
-    changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if now[key] != then.get(key)]
+    """How a run saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`."""
+    changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
     if not changed:
         return "exact"
     text = f"not bitwise: {', '.join(changed)}"
 
-    def seen(facts: dict[str, Any]) -> int:
+    def batch_norm_images(facts: dict[str, Any]) -> int:
         synced = parallel.sync_batch_norm and facts["device"] == "cuda"
         return facts["micro_batch"] * (facts["processes"] if synced else 1)
 
     norms = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if norms and (before := seen(now | then)) != seen(now):
-        text += f"; its batch norms see {seen(now)} images at once, {before} then, which changes what it learns"
+    if norms and (before := batch_norm_images(now | then)) != batch_norm_images(now):
+        text += (
+            f"; its batch norms see {batch_norm_images(now)} images at once instead of {before}, which changes results"
+        )
     return text
 
 
-def sound_sibling(path: Path) -> str:
-    """What to use in place of `path`, a broken checkpoint, or a run or the folder of its checkpoints; in words."""
+def suggest_sibling(path: Path) -> str:
+    """A good checkpoint near `path`, in words. `path`: a damaged checkpoint, a run, or its folder of checkpoints."""
     places = (path, path / "checkpoints", path.parent)
     others = (other for place in places for other in sorted(place.glob("step-*"), reverse=True) if other != path)
-    good = next((other for other in others if not broken(other)), None)
-    return f"{good} is good" if good else f"no other in {path.parent} is good"
+    good = next((other for other in others if not find_damage(other)), None)
+    return f"{good} is good" if good else f"no other checkpoint in {path.parent} is good"
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
-    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError where one is missing."""
+    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError if one is missing."""
     try:
-        with _alone():
+        with _no_dist_warning():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    # DCP warns that it runs in one process even when told so
+def _no_dist_warning() -> Iterator[None]:
+    # DCP warns that it runs in one process even if it was asked to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _cause(error: BaseException) -> str:
-    """What lies at the bottom of DCP's nested errors."""
+    """The innermost of DCP's nested errors."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return one_line(error)

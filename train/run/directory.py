@@ -1,4 +1,4 @@
-"""PLACEHOLDER train/run/directory.py"""
+"""The run directory: the recipe, the metrics, the checkpoints, the lock, and the marker of how the last start ended."""
 
 import dataclasses
 import errno
@@ -14,23 +14,20 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomically, writing
-from ..recipe.load import dump, load_recipe, recipe_hash, semantic_keys
+from ..recipe.load import differences, dump, load_recipe
 from ..recipe.schema import Recipe
 
 LOCK = ".lock"
-
-
-FILES_OF_A_NEW_RUN = {LOCK, ".recipe.yaml.part"}  # what a start that was killed at once leaves
-
-
-UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
+# what a start leaves behind that was killed before it wrote its recipe
+FILES_OF_A_NEW_RUN = {LOCK, ".recipe.yaml.part"}
+NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
 
 
 class RunDirectory:
-    """`out/name`: the recipe, the metrics, the checkpoints and the marker that says how the last start ended."""
+    """The directory `out/name` of a run."""
 
     def __init__(self, recipe: Recipe, *, restart: bool = False):
-        """restart: of a start that has already moved an older run aside."""
+        """restart: this start repeats one that has already renamed an older run."""
         self.recipe, self.restart = recipe, restart
         self.fresh = recipe.run.fresh and not restart
         self.path = Path(recipe.run.out) / recipe.run.name
@@ -41,7 +38,7 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator["RunDirectory"]:
-        """Within, `lock` holds; it ends here or with the process, however that ends."""
+        """Context at whose end the lock is released. It is also released when the process ends."""
         try:
             yield self
         finally:
@@ -50,9 +47,10 @@ class RunDirectory:
             self._locks, self._locked = [], False
 
     def lock(self) -> None:
-        """Keep every other trainer out of the directory, where there is one. Raises UserError naming the one inside.
+        """Lock the directory, if it exists, against other trainers. Raises UserError naming the process that holds it.
 
-        The lock is POSIX's: of this process, not of the loader workers it forks, so none of them keeps it alive.
+        It is a POSIX record lock, which belongs to this process alone. The flock of the package filelock would be
+        shared by forked data loader workers, and survive with them.
         """
         if self._locked or not self.path.is_dir():
             return
@@ -63,11 +61,9 @@ class RunDirectory:
         except OSError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            if error.errno in UNLOCKABLE:
+            if error.errno in NO_LOCK_ERRORS:
                 return
-            raise UserError(
-                f"{self.path} is being trained by {holder}; stop that one, or give this run another run.name"
-            ) from error
+            raise UserError(f"{self.path} is being trained by {holder}; stop it, or set another run.name") from error
         self._locks.append(descriptor)
         self._locked = True
         with writing(self.path / LOCK):
@@ -75,30 +71,31 @@ class RunDirectory:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def check(self) -> bool:
-        """Whether this run was begun before. Raises UserError rather than go on with another recipe by accident.
+        """Whether an earlier start of this run can be continued. Raises UserError if it had another recipe.
 
-        Where there is no checkpoint yet, there is nothing to go on with, and any recipe will do.
+        A run without a checkpoint has nothing to continue, so its recipe may change.
         """
-        there = {entry.name for entry in self.path.iterdir()} - FILES_OF_A_NEW_RUN if self.path.is_dir() else ()
-        if self.fresh or not there:
+        entries = {entry.name for entry in self.path.iterdir()} - FILES_OF_A_NEW_RUN if self.path.is_dir() else ()
+        if self.fresh or not entries:
             return False
-        remedy = f"run.fresh=true moves {self.path} aside and starts clean, another run.name leaves it alone"
+        remedy = f"run.fresh=true renames {self.path} and starts from scratch; another run.name leaves it untouched"
         if not (self.path / "recipe.yaml").is_file():
-            raise UserError(f"{self.path} exists but holds no recipe.yaml, so it is no run of this trainer; {remedy}")
+            raise UserError(f"{self.path} exists but has no recipe.yaml, so it is not a run directory; {remedy}")
         if self.checkpoints.is_dir() and not any(self.checkpoints.glob("step-*")) and not self.finished():
-            return True  # a start that failed before it had learned anything: its recipe may be mended
+            return True
         try:
             begun = load_recipe(self.path / "recipe.yaml")
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
-        if recipe_hash(begun) != recipe_hash(self.recipe):
-            old, new = semantic_keys(begun), semantic_keys(self.recipe)
-            changed = ", ".join(f"{key} (there {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key])
-            raise UserError(f"{self.path} was started with another recipe: {changed}; {remedy}")
+        if changed := differences(begun, self.recipe):
+            raise UserError(
+                f"{self.path} was started with another recipe: {', '.join(changed)}. Give these keys their former "
+                f"values to continue; {remedy}"
+            )
         return True
 
     def open(self) -> Path | None:
-        """Make the directory, or take up the one `check` accepted; where an older run was moved to, if one was."""
+        """Create the directory, or open the one that `check` accepted. Returns where an older run was moved, if any."""
         aside = None
         self.lock()
         with writing(self.path):
@@ -106,12 +103,11 @@ class RunDirectory:
                 names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
                 self.path.rename(aside)
-                self._locked = False  # the lock went aside too, and stays
+                self._locked = False  # the locked file was renamed too
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        # someone else may have begun it while this process had no lock yet
+        # another process may have started the run before this one had the lock
         self.check()
-        # the run's own recipe goes on with it
         own = dataclasses.replace(self.recipe, run=dataclasses.replace(self.recipe.run, fresh=False))
         with writing(self.path):
             write_atomically(self.path / "recipe.yaml", dump(own))
@@ -120,25 +116,26 @@ class RunDirectory:
         return aside
 
     def finished(self) -> dict[str, Any] | None:
-        """What DONE says, if the run is complete."""
+        """The content of DONE, if the run is complete."""
         with suppress(OSError, ValueError):
             done = json.loads((self.path / "DONE").read_text())
             return done if isinstance(done, dict) else None
         return None
 
     def mark(self, marker: str, content: dict[str, Any]) -> None:
+        """Write the file DONE or PREEMPTED."""
         with writing(self.path / marker):
             write_atomically(self.path / marker, json.dumps(content) + "\n")
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop metrics of later steps than `step`, evaluations after `evaluated`, and what a crash made of a line."""
+        """Remove lines of metrics.jsonl after `step`, of evaluations after `evaluated`, and incomplete lines."""
         with writing(self.metrics):
             text = self.metrics.read_text("utf-8", errors="replace") if self.metrics.exists() else ""
-            lines = (line for line in text.splitlines() if _stands(line, step, evaluated))
+            lines = (line for line in text.splitlines() if _keep_line(line, step, evaluated))
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
 
 
-def _stands(line: str, step: int, evaluated: int) -> bool:
+def _keep_line(line: str, step: int, evaluated: int) -> bool:
     try:
         record = json.loads(line)
         return record["step"] <= (evaluated if record["kind"] == "eval" else step)

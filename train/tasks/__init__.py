@@ -1,0 +1,7 @@
+"""The tasks, one package each. Importing this package registers them; it imports no torch."""
+
+from ..recipe.registry import register_task
+from . import classify, detect, segment
+
+for spec in (classify.SPEC, segment.SPEC, detect.SPEC):
+    register_task(spec)

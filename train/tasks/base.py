@@ -1,134 +1,168 @@
-"""What is learned. A task owns its model, its data, its loss and its figures; the engine knows only this protocol."""
+"""The protocol between the engine and a task, and the base class of tasks that read a data set.
 
-from collections.abc import Callable, Mapping
+A task owns its model, its data, its loss and its metrics; the engine knows nothing else of it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
 from ..data.loader import Loader, SeededDataset, Transform
-from ..data.sampler import GlobalOrder, Key, RepeatedOrder
+from ..data.sampler import GlobalBatchSampler, Key, RepeatedAugSampler
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.plan import Plan
-from ..recipe.schema import Recipe
+from ..recipe.registry import open_dataset, task_spec
+from ..recipe.schema import DataT, Recipe, TaskT
 
 
 class MetricAccumulator(Protocol):
-    """Figures over a data set, summed batch by batch, exact over the processes."""
+    """Metrics over the validation split, accumulated batch by batch, exact over all processes."""
 
     def update(self, model: nn.Module, batch: Any) -> None: ...
 
     def compute(self) -> dict[str, float]:
-        """The figures, the same on every process; every process calls it."""
+        """The metrics, with `count`, the number of samples. Collective; the same on every process."""
         ...
 
     def predictions(self) -> dict[str, np.ndarray]:
-        """What was kept, in data-set order, the same on every process; every process calls it."""
+        """The predictions that were kept, in the order of the data set. Collective; the same on every process."""
         ...
 
     def details(self) -> dict[str, Any]:
-        """Further facts for evaluation.json, for example figures per class; every process calls it."""
+        """Further content of evaluation.json, for example metrics per class. Collective."""
         ...
 
 
-class Task(Protocol):
-    classes: list[str]  # in the order of the model's outputs
-    metric: str  # the figure by which the best checkpoint is chosen, higher is better
+class Task(ABC, Generic[TaskT, DataT]):
+    """What the engine needs of a task. A task without an evaluation leaves the defaults of the last four methods."""
+
+    micro_batch_multiple: int = 1
+    """micro-batches must have a multiple of this many samples"""
+    classes: list[str] | None = None
+    """names of the model's outputs in their order; None if they are not classes"""
+
+    def __init__(self, recipe: Recipe[TaskT, DataT], world: World):
+        self.recipe, self.world = recipe, world
 
     @property
+    @abstractmethod
     def samples(self) -> int:
-        """Images of the training split."""
-        ...
+        """Number of samples in the training split."""
 
-    def build_model(self) -> nn.Module: ...
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model, on the CPU, with its initial weights. Called once, before any batches are requested."""
 
+    @abstractmethod
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        """This process's micro-batches from update `step` on."""
-        ...
+        """The micro-batches of this process, from update `step` on."""
 
+    @abstractmethod
     def sample_keys(self, plan: Plan, step: int) -> list[Key]:
-        """The (epoch, index) of every image of update `step`."""
-        ...
+        """The (epoch, index) of every sample of update `step`, over all processes."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """Scalars, all of them logged; the sum of those whose name contains "loss", itself logged as `loss`, is
-        minimised."""
-        ...
+        """Scalars to log. The sum of those whose name contains "loss" is minimized, and logged as `loss`."""
+
+    @abstractmethod
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of the model for one sample, for counting its operations."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
+        """Write the trained model to the folder `path`, completely or not at all; `state` has its weights."""
 
     def eval_batches(self) -> Loader:
-        """This process's share of the validation split, each image in it once over all processes."""
-        ...
+        """This process's part of the validation split; every sample is in one batch of one process."""
+        raise NotImplementedError
 
-    def scores(self, *, keep: bool = False) -> MetricAccumulator:
-        """New sums; `keep` holds on to every prediction, for `MetricAccumulator.predictions`."""
-        ...
+    def metrics(self, *, keep: bool = False) -> MetricAccumulator:
+        """An empty accumulator; with `keep` it holds every prediction, for `MetricAccumulator.predictions`."""
+        raise NotImplementedError
 
-    def example(self) -> tuple[Any, ...]:
-        """What the model takes for one image, for counting its operations."""
-        ...
+    def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture of truth and prediction) of the first `count` kept predictions; empty if it draws none."""
+        return iter(())
 
-    def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
-        """Write the trained model into the folder `path`, complete or not at all; `state` holds its weights."""
-        ...
+    def keep_pictures(self, count: int) -> None:
+        """Make the next accumulators keep at least what `pictures` needs for `count` samples."""
 
 
-class SupervisedTask:
-    """The data of a task: two splits of one data set, in the trainer's order, through the transforms of its model.
+class DatasetTask(Task[TaskT, DataT]):
+    """A task on the two splits of the recipe's data source, loaded in the order of the trainer's sampler.
 
-    `build(split)` opens one. The training split is opened when it is asked for: an evaluation does without. A task that
-    builds on this sets `train_transform` and `eval_transform` when it builds its model.
+    The training split is opened on first use, so that an evaluation works without it. A subclass sets
+    `train_transform` and, if it has an evaluation, `eval_transform` in `build_model`.
     """
 
     collate: Callable[[list[Any]], Any] = staticmethod(default_collate)
     train_transform: Transform
     eval_transform: Transform
 
-    def __init__(self, recipe: Recipe, world: World, build: Callable[[str], Any]):
-        self.recipe, self.world, self.build = recipe, world, build
-        self.val = build("val")
-        self.classes: list[str] = self.val.classes
+    def __init__(self, recipe: Recipe[TaskT, DataT], world: World):
+        super().__init__(recipe, world)
+        if task_spec(recipe).metric is not None:
+            self.classes = getattr(self.val, "classes", None)
+
+    @cached_property
+    def val(self) -> Any:
+        """The validation split."""
+        return open_dataset(self.recipe, "val")
 
     @cached_property
     def train(self) -> Any:
-        """The training split. Raises UserError where it has other classes than the one to judge by."""
-        train = self.build("train")
-        if train.classes != self.classes:
-            odd = sorted(set(train.classes) ^ set(self.classes)) or ["the same in another order"]
-            where = self.recipe.data.root or self.recipe.data.name
-            raise UserError(f"train and val of {where} hold different classes: {', '.join(odd[:5])}; make them agree")
+        """The training split. Raises UserError if its classes differ from those of the validation split."""
+        train = self.open_train()
+        if self.classes is not None and train.classes != self.classes:
+            different = sorted(set(train.classes) ^ set(self.classes)) or ["the same classes in another order"]
+            data: Any = self.recipe.data
+            where = getattr(data, "root", None) or getattr(data, "name", None) or data.source
+            raise UserError(
+                f"the training and validation splits of {where} have different classes: {', '.join(different[:5])}; "
+                "both need the same"
+            )
         return train
+
+    def open_train(self) -> Any:
+        """The training split as the data source opens it."""
+        return open_dataset(self.recipe, "train")
 
     @property
     def samples(self) -> int:
         return len(self.train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        order, max_retries = self._order(plan, step), self.recipe.guard.max_corrupt
+        order, retries = self._sampler(plan, step), self.recipe.guard.max_corrupt
         dataset = SeededDataset(
-            self.train, self.train_transform, self.recipe.run.seed, order=order, max_retries=max_retries
+            self.train, self.train_transform, self.recipe.run.seed, order=order, max_retries=retries
         )
         workers = max(self.recipe.data.workers, 1)
-        ahead = max(2, -(-plan.accumulate // workers) + 1)  # an update's micro-batches and then some
-        return self._loader(dataset, order, ahead)
+        # together, the workers prefetch at least the micro-batches of the next update
+        return self._loader(dataset, order, max(2, -(-plan.accumulate // workers) + 1))
 
     def sample_keys(self, plan: Plan, step: int) -> list[Key]:
         batch = self.recipe.data.batch
-        return self._order(plan, step).keys(step * batch, (step + 1) * batch)
+        return self._sampler(plan, step).keys(step * batch, (step + 1) * batch)
 
     def eval_batches(self) -> Loader:
         size = self.recipe.data.eval_batch
-        mine = [(0, index) for index in range(self.world.rank, len(self.val), self.world.size)]
-        batches = [mine[at : at + size] for at in range(0, len(mine), size)]
+        keys = [(0, index) for index in range(self.world.rank, len(self.val), self.world.size)]
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         return self._loader(SeededDataset(self.val, self.eval_transform, self.recipe.run.seed), batches, 2)
 
-    def _order(self, plan: Plan, step: int) -> GlobalOrder:
-        return RepeatedOrder(
-            repeats=self.recipe.data.aug.repeats,
+    def _sampler(self, plan: Plan, step: int) -> GlobalBatchSampler:
+        return RepeatedAugSampler(
+            repeats=self.recipe.data.aug.repeated_aug,
             length=self.samples,
             seed=self.recipe.run.seed,
             micro_batch=plan.micro_batch,
@@ -139,7 +173,13 @@ class SupervisedTask:
             stop=plan.steps * self.recipe.data.batch,
         )
 
-    def _loader(self, dataset: SeededDataset, batches: Any, ahead: int) -> Loader:
-        workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
-        timeout = self.recipe.guard.timeout
-        return Loader(dataset, batches, collate=self.collate, workers=workers, ahead=ahead, pin=pin, timeout=timeout)
+    def _loader(self, dataset: SeededDataset, batches: Any, prefetch: int) -> Loader:
+        return Loader(
+            dataset,
+            batches,
+            collate=self.collate,
+            workers=self.recipe.data.workers,
+            prefetch=prefetch,
+            pin=self.world.device.type == "cuda",
+            timeout=self.recipe.guard.timeout,
+        )

@@ -1,4 +1,4 @@
-"""The backbone of a dense task: built as the recipe says, on published weights or a classifier's."""
+"""The backbone of a dense task: created from the recipe, with published weights or those of another model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from torch import Tensor
 from ...zoo.dense import DenseBackbone
 from ..errors import UserError, one_line
 from ..recipe.schema import Dense, Model
-from .export import exported_backbone
-from .models import REFUSALS, create_model
+from .export import read_backbone
+from .models import CREATE_ERRORS, create_model, weights_mismatch
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
-    """`model` as a backbone that hands out its maps of `levels`. Raises UserError for what timm refuses."""
+    """`model` as a backbone that returns the feature maps of the stages `levels`. Raises UserError if timm refuses."""
     options: dict[str, Any] = dict(model.kwargs)
-    if model.drop_path is not None:
-        options["drop_path_rate"] = model.drop_path
+    if model.drop_path_rate is not None:
+        options["drop_path_rate"] = model.drop_path_rate
     try:
         return DenseBackbone(
             model.name,
@@ -28,40 +28,40 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
             batch_norm=dense.batch_norm,
             **options,
         )
-    except REFUSALS as error:
+    except CREATE_ERRORS as error:
         raise UserError(
             f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error)}"
         ) from error
 
 
-def try_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], remedy: str) -> list[Tensor]:
-    """The maps of one image of `size` (height, width). Raises UserError, ending in `remedy`, where there are none."""
+def check_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], remedy: str) -> list[Tensor]:
+    """The feature maps of one zero image of `size` (height, width).
+
+    Raises UserError, ending in `remedy`, if the backbone does not accept it.
+    """
     training = backbone.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return backbone.eval()(torch.zeros(1, 3, *size))
-    except REFUSALS as error:
+    except CREATE_ERRORS as error:
         pixels = f"{size[0]} x {size[1]} pixels"
         raise UserError(
-            f"model.name={model.name} does not run on images of {pixels} ({one_line(error)}); {remedy}"
+            f"model.name={model.name} does not accept images of {pixels} ({one_line(error)}); {remedy}"
         ) from error
     finally:
         backbone.train(training)
 
 
 def load_initial_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
-    """Give `backbone` the weights that `model.init_from` names, if any: of a classifier, or below heads of ours."""
+    """Load the weights that `model.init_from` names, if any: of a classifier, or of an exported dense model."""
     if not model.init_from:
         return
     folder = model.init_from.removeprefix("local-dir:")
-    state = exported_backbone(Path(folder)) if folder != model.init_from else None
+    state = read_backbone(Path(folder)) if folder != model.init_from else None
     if state is None:
         source = create_model(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
         state = source.state_dict()
     try:
         backbone.start_from(state)
     except ValueError as error:
-        raise UserError(
-            f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "
-            "take a model with the same parameters"
-        ) from error
+        raise weights_mismatch(model, error) from error

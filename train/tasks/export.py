@@ -1,4 +1,12 @@
-"""What a finished run hands out: the folder `export/` with weights, and how the model is built again."""
+"""The folder `export/` of a finished run: weights, and a config from which the model is built again.
+
+A classifier is written in the format of timm. A model that timm cannot create is written as `model.safetensors` and a
+`config.json` with the sections of its recipe. Both configs carry the format number of the export and the version of
+tessel. A reader knows every older format; a test loads exports of earlier versions (tests/artefacts).
+
+Format 2 (0.2): the sections of a dense export have the key names of recipe format 2.
+Format 1 (0.1): no format number.
+"""
 
 import dataclasses
 import json
@@ -16,18 +24,15 @@ from torch import Tensor, nn
 
 from ..errors import UserError, one_line
 from ..files import replacing
-from ..recipe.schema import Dense, Detect, Model, Segment
+from ..recipe.migrate import rename_keys
+from ..recipe.registry import TASKS
+from ..recipe.schema import Model
 
+FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-BODIES = {"segment": "backbone.body.", "detect": "backbone.body.body."}  # where a classifier's part lies
-
-
-SECTIONS = {"model": Model, "dense": Dense, "segment": Segment, "detect": Detect}
-
-
-def export(
+def export_classifier(
     model: nn.Module,
     path: Path,
     *,
@@ -35,87 +40,121 @@ def export(
     data_config: dict[str, Any],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a classifier as `timm.create_model("local-dir:PATH", pretrained=True)` reads it.
+    """Write a classifier so that `timm.create_model("local-dir:PATH", pretrained=True)` reads it.
 
-    state: the weights, where the model holds but a share of them.
+    data_config: of the input (timm's resolve_data_config); state: the weights, if the model has only shards of them.
     """
-    plain: Any = _Whole(model, _plain(model.state_dict() if state is None else state))
-    with _exporting(path) as part:
+    saved: Any = _WithState(model, _to_plain(model.state_dict() if state is None else state))
+    with _writing(path) as part:
         save_for_hf(
-            plain,
+            saved,
             str(part),
-            model_config={"label_names": classes},
+            model_config={"label_names": classes, "format": FORMAT, "tessel": version("tessel")},
             safe_serialization=True,
             data_config=data_config,
         )
 
 
-def export_parts(path: Path, state: Mapping[str, Any], *, task: str, model: Model, **parts: Any) -> None:
-    """Write a model that timm cannot make: its weights, and sections of the recipe and facts as `read_parts` has them.
+def export_model(
+    path: Path, state: Mapping[str, Any], *, task: str, model: Model, sections: Mapping[str, Any], **facts: Any
+) -> None:
+    """Write a model that timm cannot create.
 
-    task: the room that builds it again, `segment` or `detect`.
+    task: its kind; model, sections: sections of the recipe that build it, by name; facts: further JSON data.
     """
-    parts["model"] = dataclasses.replace(model, pretrained=False, init_from=None)
-    plain = {key: dataclasses.asdict(part) if key in SECTIONS else part for key, part in parts.items()}
-    config = {"task": task, "read_with": f"tessel.train.{task}.load", "tessel": version("tessel"), **plain}
-    with _exporting(path) as part:
-        save_file(_plain(state), part / WEIGHTS, metadata={"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    model = dataclasses.replace(model, pretrained=False, init_from=None)
+    plain = {name: dataclasses.asdict(section) for name, section in {"model": model, **sections}.items()}
+    header = {
+        "format": FORMAT,
+        "tessel": version("tessel"),
+        "task": task,
+        "read_with": TASKS[task].load.replace(":", "."),
+    }
+    with _writing(path) as part:
+        save_file(_to_plain(state), part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps({**header, **plain, **facts}, indent=1) + "\n")
 
 
-def read_parts(path: Path, task: str) -> dict[str, Any]:
-    """What `export_parts` was given. Raises UserError where the folder holds no export of this task."""
+def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `export_model`, by name. sections: name -> class.
+
+    Raises UserError if the folder has no export of this task, or one of a later version of tessel.
+    """
     try:
         config = json.loads((path / CONFIG).read_text())
         if not isinstance(config, dict) or config.get("task") != task:
             raise ValueError(f"its {CONFIG} is not of task.kind={task}; timm.create_model reads a classifier")
-        sections = {key: json.dumps(config[key]) for key in ("model", "dense", task)}
-        return config | {key: TypeAdapter(SECTIONS[key]).validate_json(text) for key, text in sections.items()}
+        check_format(config)
+        _migrate(config, task)
+        classes = {"model": Model, **sections}
+        return config | {
+            name: TypeAdapter(section).validate_json(json.dumps(config[name])) for name, section in classes.items()
+        }
     except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise UserError(
-            f"{path} holds no export that can be read ({one_line(error)}); give the export/ of a run"
-        ) from error
+        raise UserError(f"{path} has no readable export ({one_line(error)}); give the export/ of a run") from error
+
+
+def check_format(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for an export of a later version of tessel."""
+    written = config.get("format", 1)
+    if not isinstance(written, int) or written > FORMAT:
+        raise ValueError(
+            f"it has format {written!r}, written by tessel {config.get('tessel')}; this version reads formats up to "
+            f"{FORMAT}: upgrade tessel"
+        )
+
+
+def _migrate(config: dict[str, Any], task: str) -> None:
+    """Bring the sections of an older export to the present key names."""
+    recipe = {"model": config["model"], "task": {task: config.get(task, {}), "dense": config.get("dense", {})}}
+    # format 1 has the file names of COCO in `detect`, which no model needs
+    for key in ("train", "val"):
+        recipe["task"][task].pop(key, None)
+    rename_keys(recipe)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` with the weights in the folder. Raises UserError where they are not its own."""
+    """Load the weights in the folder into `model`. Raises UserError if they do not fit."""
     try:
-        model.load_state_dict(exported(path))
+        model.load_state_dict(read_weights(path))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the weights in {path} are not of the model in its {CONFIG}: {reason}") from error
+        raise UserError(f"the weights in {path} do not fit the model in its {CONFIG}: {reason}") from error
 
 
-def exported(path: Path) -> dict[str, Tensor]:
-    """The weights of an export, under the names of the model in training."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of an export, by the parameter names of the model."""
     try:
         return load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 
 
-def exported_classes(path: Path) -> list[str]:
-    """Names of what the exported model tells apart, in the order of its outputs."""
+def read_classes(path: Path) -> list[str] | None:
+    """Names of the outputs of an exported model, in their order; None if they are not classes."""
     try:
         config = json.loads((path / CONFIG).read_text())
-        return list(config["classes"] if "classes" in config else config["label_names"])
+        check_format(config)
+        names = config["classes"] if "classes" in config else config["label_names"]
+        return None if names is None else list(names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 
 
-def exported_backbone(path: Path) -> dict[str, Tensor] | None:
-    """An exported segmenter's or detector's backbone, by the names of a classifier; None of any other export."""
+def read_backbone(path: Path) -> dict[str, Tensor] | None:
+    """The backbone's weights of an exported dense model, by the names of a classifier; None for other exports."""
     try:
-        config = json.loads((path / CONFIG).read_text())
-        place = BODIES[config["task"]]
+        prefix = TASKS[json.loads((path / CONFIG).read_text())["task"]].backbone_prefix
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return {key.removeprefix(place): tensor for key, tensor in exported(path).items() if key.startswith(place)}
+    if prefix is None:
+        return None
+    return {key.removeprefix(prefix): tensor for key, tensor in read_weights(path).items() if key.startswith(prefix)}
 
 
 @contextmanager
-def _exporting(path: Path) -> Iterator[Path]:
-    """The folder of an export, complete or not at all."""
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `path` once it is complete."""
     try:
         with replacing(path) as part:
             yield part
@@ -123,12 +162,12 @@ def _exporting(path: Path) -> Iterator[Path]:
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _to_plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-class _Whole:
-    """A model as timm saves it, with other weights than it holds: a sharded one cannot be copied."""
+class _WithState:
+    """A model whose state dict is replaced: a sharded model cannot be copied to hold its whole state."""
 
     def __init__(self, model: nn.Module, state: dict[str, Any]):
         self.model, self.state = model, state

@@ -1,4 +1,4 @@
-"""PLACEHOLDER train/tasks/models.py"""
+"""Creating models through timm, and loading their initial weights."""
 
 import difflib
 import struct
@@ -17,20 +17,20 @@ from ... import zoo as zoo  # registers the models with timm
 from ..errors import UserError, one_line
 from ..recipe.schema import Model
 
-# what timm raises for names and arguments it can't use, and with these what it raises for files that hold no weights
-MISFITS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-GARBAGE = (AttributeError, BadZipFile, EOFError, OSError, SafetensorError, UnpicklingError, struct.error)
-
-
-REFUSALS = (*MISFITS, *GARBAGE)
+# what models raise for arguments or inputs that do not fit
+MODEL_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+# and what timm raises besides for files that are not weights
+CREATE_ERRORS = (
+    *MODEL_ERRORS,
+    *(AttributeError, BadZipFile, EOFError, OSError, SafetensorError, UnpicklingError, struct.error),
+)
 
 
 def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classes: int | None, **options: Any) -> Any:
-    """timm.create_model, told the input size where the model needs it. Raises UserError with why not, in a line.
+    """timm.create_model, with `img_size=size` for models with a fixed input size.
 
-    key: of the recipe, that names the model; num_classes: None keeps the classifier of the pretrained weights.
+    key: the recipe key that names the model, for errors; num_classes: None keeps the classifier of the weights. Raises
+    UserError with the reason in one line.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -39,51 +39,72 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
         if known is not None and known.fixed_input_size:
             options.setdefault("img_size", size)
         return timm.create_model(name, pretrained=pretrained, **options)
-    except REFUSALS as error:
+    except CREATE_ERRORS as error:
         hint = "; local-dir: takes the export/ of a classifier" if name.startswith("local-dir:") else ""
         reason = one_line(error) + hint
         raise UserError(f"{key}={name} with {options} and pretrained={pretrained}: {reason}") from error
 
 
 @contextmanager
-def first_forward(culprit: str, image: Tensor) -> Iterator[None]:
-    """Turn what a model raises within, given an `image: [3, H, W]` that it does not take, into one UserError."""
+def input_errors(model: str, image: Tensor) -> Iterator[None]:
+    """Turn what `model` raises for an `image: [3, H, W]` that it does not accept into one UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except MISFITS as error:
+    except MODEL_ERRORS as error:
         size = " x ".join(map(str, image.shape))
         raise UserError(
-            f"{culprit} does not take {size} images ({one_line(error)}); change data.size, the model or its kwargs"
+            f"{model} does not accept {size} images ({one_line(error)}); change data.size, the model or its kwargs"
         ) from error
 
 
-def load_initial_weights(model: Any, wanted: Model, size: int) -> None:
-    """Give `model` the weights of `wanted.init_from`; its classifier too, where that has as many classes."""
+@contextmanager
+def batch_norm_errors(images: int, remedy: str) -> Iterator[None]:
+    """Turn torch's error for a batch norm with one value per channel into a UserError that ends in `remedy`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"a batch norm gets one value per channel from a micro-batch of {images}, which has no variance; {remedy}"
+        ) from error
+
+
+def load_initial_weights(model: Any, options: Model, size: int) -> None:
+    """Load the weights that `model.init_from` names, with the classifier if it has as many classes.
+
+    Raises UserError if they do not fit.
+    """
     source = create_model(
-        str(wanted.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes
+        str(options.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes
     )
     try:
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"model.init_from={wanted.init_from} does not fit model.name={wanted.name}: {reason}; "
-            "take a model with the same parameters"
-        ) from error
+        raise weights_mismatch(options, reason) from error
+
+
+def weights_mismatch(options: Model, reason: object) -> UserError:
+    """The error for initial weights of another architecture."""
+    return UserError(
+        f"model.init_from={options.init_from} does not fit model.name={options.name}: {reason}; use a model with the "
+        "same parameters"
+    )
 
 
 def check_name(name: str | None, key: str = "model.name") -> None:
-    """Raises UserError with the nearest names for a model that neither timm nor tessel has, or with its weights."""
+    """Raises UserError with the nearest names if neither timm nor tessel has a model of this name, or its weights."""
     if name is None or ":" in name:
         return
     architecture, _, tag = name.partition(".")
     if timm.is_model(name):
         known = ", ".join(timm.models.get_arch_pretrained_cfgs(name))
         if tag and name not in known.split(", "):
-            raise UserError(f"{key}={name}: {architecture} has no weights {tag!r}; take one of {known}")
+            raise UserError(f"{key}={name}: {architecture} has no weights {tag!r}; use one of {known}")
         return
     near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "is it spelled as there?"
-    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names; {hint}")
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names{hint}")

@@ -1,0 +1,20 @@
+"""The data sources, one file each. Importing this package registers them; it imports no torch."""
+
+from ...recipe.registry import register_source
+from . import ade20k, archives, cityscapes, coco, digit_scenes, digits, folder, hfds, tfds, voc
+
+for spec in (
+    digits.SPEC,
+    digit_scenes.SPEC,
+    folder.SPEC,
+    archives.TAR,
+    archives.WEBDATASET,
+    hfds.SPEC,
+    tfds.SPEC,
+    ade20k.SPEC,
+    cityscapes.SPEC,
+    voc.SPEC,
+    voc.AUGMENTED,
+    coco.SPEC,
+):
+    register_source(spec)

@@ -1,16 +1,34 @@
-"""PLACEHOLDER train/data/sources/ade20k.py"""
+"""`data.source=ade20k`: ADE20K scene parsing (SceneParse150)."""
 
 from pathlib import Path
 
-from ..layout import _files, _present, inside
-from ..segmentation import IGNORED, SegmentationDataset, _facts
+from pydantic.dataclasses import dataclass
+
+from ...recipe.registry import SourceSpec
+from ...recipe.schema import STRICT, FilePath, Source
+from ..files import check_exist, list_files, unpacked_root
+from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
 
 
-def ade20k(root: Path, split: str) -> SegmentationDataset:
-    """ADE20K scene parsing (SceneParse150): `{images,annotations}/{training,validation}/*`; 0 in a mask is no class."""
-    root = inside(root, "ADEChallengeData2016", "images")
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ADE20K(Source):
+    root: FilePath
+    """folder with {images,annotations}/{training,validation}/*"""
+
+
+def open_ade20k(data: ADE20K, split: str) -> SegmentationDataset:
+    """150 classes; 0 in a mask file means unlabelled. Raises UserError if files are missing."""
+    root = unpacked_root(Path(data.root), "ADEChallengeData2016", "images")
     part = {"train": "training", "val": "validation"}[split]
-    images = _files(root / "images" / part, "*.jpg", root)
-    masks = _present([root / "annotations" / part / f"{image.stem}.png" for image in images], "masks")
-    table = {0: IGNORED, 255: IGNORED} | {value: value - 1 for value in range(1, 151)}
-    return SegmentationDataset(images, masks, **_facts("ade20k"), table=table)
+    images = list_files(root / "images" / part, "*.jpg", root)
+    masks = check_exist([root / "annotations" / part / f"{image.stem}.png" for image in images], "masks")
+    table = {0: IGNORE_INDEX, 255: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)}
+    return SegmentationDataset(images, masks, **published_classes("ade20k"), table=table)
+
+
+SPEC = SourceSpec(
+    name="ade20k",
+    summary="ADE20K scene parsing, 150 classes",
+    options=ADE20K,
+    datasets={"semantic masks": open_ade20k},
+)

@@ -1,14 +1,11 @@
-"""Data in archives and of other libraries, with random access: any sample by its index, in any process.
+"""`data.source=tar` and `wds`: images in tar archives, with random access to any sample from any process.
 
-tar    ROOT/SPLIT.tar, or all of ROOT/SPLIT/*.tar: images, their class is the folder they are in, else their archive
-wds    the same places: WebDataset's samples, KEY.jpg beside KEY.cls or KEY.json
-hfds   a Hugging Face dataset, by timm's reader
-tfds   a TensorFlow dataset that was prepared as array_record; TFRecord knows no random access
+tar    ROOT/SPLIT.tar, or all of ROOT/SPLIT/*.tar; the class of an image is its folder, else its archive
+wds    the same archives with WebDataset samples: KEY.jpg beside KEY.cls or KEY.json
 
-A SPLIT may also be a pattern of archives, as in data.train_split='imagenet-train-*.tar'. Archives are indexed once a
-start, by their headers alone: timm's reader of tar files reads them whole for that, in the order of the directory, and
-shares its file positions with forked loader processes; its readers of WebDataset and TFDS are streams, which cannot be
-resumed at a sample.
+SPLIT may also be a pattern, as in data.train_split='imagenet-train-*.tar'. At the start the headers of the archives are
+read to index them. timm's tar reader reads whole archives for that and shares its file positions with forked workers;
+its readers of WebDataset and TFDS are streams, which cannot resume at a given sample.
 """
 
 import io
@@ -21,16 +18,37 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from pydantic.dataclasses import dataclass
 
 from ...errors import UserError
-from ...recipe.schema import Data
-from ..class_map import _classes, _number
-from ..image_io import EXTENSIONS, decoded
+from ...recipe.registry import SourceSpec
+from ...recipe.schema import STRICT, FilePath, Source
+from ..class_map import class_index, class_names
+from ..image_io import EXTENSIONS, read_image
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Tar(Source):
+    root: FilePath
+    """folder with {train,val}.tar or {train,val}/*.tar"""
+    train_split: str | None = None
+    """training archives: a name or a pattern like imagenet-train-*.tar; null: train"""
+    val_split: str | None = None
+    """validation archives: a name or a pattern; null: val"""
+    class_map: FilePath | None = None
+    """text file with one class per line; null: the classes found in the archives"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WebDataset(Tar):
+    input_key: str | None = None
+    """extensions of the images, for example jpg;png; null: all known ones"""
+    target_key: str | None = None
+    """key of the class in KEY.json; null: the class is in KEY.cls"""
 
 
 class Member(NamedTuple):
-    """A file in an archive: its path there, its place in the archive's bytes, and the archive's name within another."""
+    """A file in an archive: its path, offset and size in bytes, and the archive that contains it within another."""
 
     path: PurePosixPath
     offset: int
@@ -38,19 +56,30 @@ class Member(NamedTuple):
     within: str = ""
 
 
-class ArchiveDataset(Dataset[tuple[Image.Image, int]]):
-    """Images at known places of archives; all in arrays, so that workers share the memory."""
+class ArchiveDataset:
+    """(RGB image, class index) at known offsets of archives, kept in arrays whose memory workers share."""
 
-    def __init__(self, archives: Sequence[Path], images: Sequence[tuple[int, Member]], labels: list[str], data: Data):
-        """images: number of the archive, and the member, of each image; labels: of each image."""
-        self.archives, self.classes = [str(path) for path in archives], _classes(labels, data)
+    def __init__(
+        self,
+        archives: Sequence[Path],
+        images: Sequence[tuple[int, Member]],
+        labels: list[str],
+        data: Tar,
+        *,
+        numbered: bool = False,
+    ):
+        """images: (archive number, member) per image; labels: class name, or with `numbered` number, per image."""
+        if not images:
+            raise UserError(f"{archives[0]} (and others, if any) has no images ({', '.join(sorted(EXTENSIONS))})")
+        self.archives = [str(path) for path in archives]
+        self.classes = class_names(labels, data, numbered=numbered)
         self.archive, self.offsets, self.sizes = (
             np.array([*column], dtype=np.int64)
             for column in zip(*((number, member.offset, member.size) for number, member in images), strict=True)
         )
         self.names = np.array([str(member.path).encode() for _, member in images])
-        number = {name: index for index, name in enumerate(self.classes)}
-        self.targets = np.array([_number(label, number, data) for label in labels])
+        index = {name: number for number, name in enumerate(self.classes)}
+        self.targets = np.array([class_index(label, index, data, numbered=numbered) for label in labels])
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -58,60 +87,62 @@ class ArchiveDataset(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         archive = self.archives[self.archive[index]]
 
-        def read() -> io.BytesIO:
+        def open_file() -> io.BytesIO:
             with open(archive, "rb") as file:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        return decoded(read, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
+        return read_image(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
 
 
-def open_tar(data: Data, split: str) -> ArchiveDataset:
-    """Images of one archive, of several, or of archives within one."""
-    archives = _archives(data, split)
-    alone = archives == [Path(str(data.root)) / f"{split}.tar"]
+def open_tar(data: Tar, split: str) -> ArchiveDataset:
+    """Images of one archive, of several, or of archives within an archive. Raises UserError if one is damaged."""
+    name = _split_name(data, split)
+    archives = _list_archives(data, name)
+    single = archives == [Path(data.root) / f"{name}.tar"]
     images, labels = [], []
     for number, archive in enumerate(archives):
-        for member in _members(archive):
+        for member in _read_members(archive):
             if member.path.suffix.lower() not in EXTENSIONS:
                 continue
-            parts = ["" if alone else archive.stem, member.within, member.path.parent.name]
-            label = next(filter(None, reversed(parts)), None)
+            folders = ["" if single else archive.stem, member.within, member.path.parent.name]
+            label = next(filter(None, reversed(folders)), None)
             if label is None:
-                raise UserError(f"{archive}:{member.path} is in no folder, which would be its class")
+                raise UserError(f"{archive}:{member.path} is in no folder, which would name its class")
             images.append((number, member))
             labels.append(label)
-    return _archived(archives, images, labels, data)
-
-
-def open_wds(data: Data, split: str) -> ArchiveDataset:
-    """WebDataset's samples: files of one name up to its first dot, next to each other; the class by number or name."""
-    endings = [f".{key.strip()}" for key in data.input_key.split(";")] if data.input_key else sorted(EXTENSIONS)
-    archives, images, labels = _archives(data, split), [], []
-    for number, archive in enumerate(archives):
-        with open(archive, "rb") as file:
-            for key, group in groupby(_members(archive), lambda member: _key(member.path)):
-                files = {member.path.name[len(PurePosixPath(key).name) :].lower(): member for member in group}
-                image = next((files[ending] for ending in endings if ending in files), None)
-                sidecar = files.get(".json" if data.target_key else ".cls")
-                if image is None or sidecar is None:
-                    wanted = f"{', '.join(endings)} beside {'.json' if data.target_key else '.cls'}"
-                    raise UserError(f"{archive}: sample {key} has {', '.join(sorted(files))}; it needs {wanted}")
-                file.seek(sidecar.offset)
-                images.append((number, image))
-                labels.append(_label(file.read(sidecar.size), data.target_key, f"{archive}:{sidecar.path}"))
-    return _archived(archives, images, labels, data)
-
-
-def _archived(archives: list[Path], images: list[tuple[int, Member]], labels: list[str], data: Data) -> ArchiveDataset:
-    if not images:
-        raise UserError(f"{archives[0]} and its like hold no images ({', '.join(sorted(EXTENSIONS))})")
     return ArchiveDataset(archives, images, labels, data)
 
 
-def _archives(data: Data, split: str) -> list[Path]:
-    """ROOT/SPLIT.tar, else ROOT/SPLIT/*.tar, else the archives that match ROOT/SPLIT, by name."""
-    root = Path(str(data.root))
+def open_wds(data: WebDataset, split: str) -> ArchiveDataset:
+    """WebDataset samples: adjacent files with one name up to the first dot. Raises UserError if one is incomplete."""
+    extensions = [f".{key.strip()}" for key in data.input_key.split(";")] if data.input_key else sorted(EXTENSIONS)
+    target = ".json" if data.target_key else ".cls"
+    archives, images, labels = _list_archives(data, _split_name(data, split)), [], []
+    for number, archive in enumerate(archives):
+        with open(archive, "rb") as file:
+            for key, group in groupby(_read_members(archive), lambda member: _sample_key(member.path)):
+                files = {member.path.name[len(PurePosixPath(key).name) :].lower(): member for member in group}
+                image = next((files[extension] for extension in extensions if extension in files), None)
+                label = files.get(target)
+                if image is None or label is None:
+                    raise UserError(
+                        f"{archive}: sample {key} has {', '.join(sorted(files))}; it needs {', '.join(extensions)} "
+                        f"beside {target}"
+                    )
+                file.seek(label.offset)
+                images.append((number, image))
+                labels.append(_read_label(file.read(label.size), data.target_key, f"{archive}:{label.path}"))
+    return ArchiveDataset(archives, images, labels, data, numbered=True)
+
+
+def _split_name(data: Tar, split: str) -> str:
+    return (data.train_split if split == "train" else data.val_split) or split
+
+
+def _list_archives(data: Tar, split: str) -> list[Path]:
+    """ROOT/SPLIT.tar, else ROOT/SPLIT/*.tar, else the archives that match ROOT/SPLIT, sorted by name."""
+    root = Path(data.root)
     if (single := root / f"{split}.tar").is_file():
         return [single]
     try:
@@ -119,12 +150,14 @@ def _archives(data: Data, split: str) -> list[Path]:
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError(f"archives {split} in {root} cannot be listed ({error})") from error
     if not found:
-        raise UserError(f"there is no {single} and no archive {root / split}/*.tar; see data.root and data.train_split")
+        raise UserError(
+            f"there is neither {single} nor an archive {root / split}/*.tar; check data.root and data.train_split"
+        )
     return found
 
 
-def _members(archive: Path) -> Iterator[Member]:
-    """The files of an uncompressed archive and of those within it, in its order. Raises UserError for another file."""
+def _read_members(archive: Path) -> Iterator[Member]:
+    """The files of an uncompressed archive and of archives within it, in order. Raises UserError if it is damaged."""
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
@@ -136,22 +169,30 @@ def _members(archive: Path) -> Iterator[Member]:
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                     for file in inner:
                         if file.isfile() and not file.issparse():
-                            place = member.offset_data + file.offset_data
+                            offset = member.offset_data + file.offset_data
                             name = PurePosixPath(member.name).stem
-                            yield Member(PurePosixPath(file.name), place, file.size, within=name)
+                            yield Member(PurePosixPath(file.name), offset, file.size, within=name)
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"archive {archive} cannot be read ({error}); it must be whole, and a tar file without compression"
+            f"archive {archive} cannot be read ({error}); it must be a complete tar file without compression"
         ) from error
 
 
-def _key(path: PurePosixPath) -> str:
+def _sample_key(path: PurePosixPath) -> str:
     return str(path.parent / path.name.partition(".")[0])
 
 
-def _label(content: bytes, key: str | None, name: str) -> str:
+def _read_label(content: bytes, key: str | None, name: str) -> str:
     try:
         value = content.decode() if key is None else json.loads(content)[key]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name} gives no class ({type(error).__name__}: {error}); see data.target_key") from error
+        raise UserError(
+            f"{name} does not contain a class ({type(error).__name__}: {error}); check data.target_key"
+        ) from error
     return str(value).strip()
+
+
+TAR = SourceSpec(name="tar", summary="images in tar archives", options=Tar, datasets={"labels": open_tar})
+WEBDATASET = SourceSpec(
+    name="wds", summary="images in WebDataset archives", options=WebDataset, datasets={"labels": open_wds}
+)

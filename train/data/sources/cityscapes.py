@@ -1,21 +1,41 @@
-"""PLACEHOLDER train/data/sources/cityscapes.py"""
+"""`data.source=cityscapes`: Cityscapes with fine annotations."""
 
 from pathlib import Path
 
-from ..layout import _files, _present
-from ..segmentation import IGNORED, SegmentationDataset, _facts
+from pydantic.dataclasses import dataclass
+
+from ...recipe.registry import SourceSpec
+from ...recipe.schema import STRICT, FilePath, Source
+from ..files import check_exist, list_files
+from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
 
 
-def cityscapes(root: Path, split: str) -> SegmentationDataset:
-    """Cityscapes with fine annotations: 19 of its labels are classes, the others are ignored."""
-    from torchvision.datasets import Cityscapes
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cityscapes(Source):
+    root: FilePath
+    """folder with leftImg8bit/ and gtFine/"""
 
-    images = _files(root / "leftImg8bit" / split, "*/*_leftImg8bit.png", root)
+
+def open_cityscapes(data: Cityscapes, split: str) -> SegmentationDataset:
+    """The 19 evaluated labels are classes, the others are ignored. Raises UserError if files are missing."""
+    from torchvision.datasets import Cityscapes as Torchvision
+
+    root = Path(data.root)
+    images = list_files(root / "leftImg8bit" / split, "*/*_leftImg8bit.png", root)
     masks = []
     for image in images:
         name = image.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
         masks.append(root / "gtFine" / split / image.parent.name / name)
-    labels = [label for label in Cityscapes.classes if label.id >= 0]
-    table = {label.id: IGNORED if label.ignore_in_eval else label.train_id for label in labels}
-    # the licence plate is -1, which is 255 in a byte
-    return SegmentationDataset(images, _present(masks, "masks"), **_facts("cityscapes"), table=table | {255: IGNORED})
+    labels = [label for label in Torchvision.classes if label.id >= 0]
+    # the license plate has the id -1, stored as 255
+    table = {255: IGNORE_INDEX}
+    table |= {label.id: IGNORE_INDEX if label.ignore_in_eval else label.train_id for label in labels}
+    return SegmentationDataset(images, check_exist(masks, "masks"), **published_classes("cityscapes"), table=table)
+
+
+SPEC = SourceSpec(
+    name="cityscapes",
+    summary="Cityscapes, 19 classes",
+    options=Cityscapes,
+    datasets={"semantic masks": open_cityscapes},
+)

@@ -1,4 +1,4 @@
-"""What the annotation files of COCO and Pascal VOC say of images and the objects in them."""
+"""`data.source=coco`: annotations in the format of COCO's instances files."""
 
 import json
 from collections import Counter
@@ -6,14 +6,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
 from ...errors import UserError
-from ..annotations import LIMIT, Entries, Entry, Object, are_numbers
+from ...recipe.registry import SourceSpec
+from ...recipe.schema import STRICT, FilePath, Source
+from ..annotations import MAX_COORDINATE, AnnotatedImage, AnnotatedObject, Annotations, are_numbers
+from ..detection import DetectionDataset
 
 
-def read_coco(file: Path, folder: Path, masks: bool) -> Entries:
-    """An annotation file of COCO's instances; classes are its categories by rising id.
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class COCO(Source):
+    root: FilePath
+    """folder of the annotation files and images"""
+    train: tuple[str, str] = ("annotations/instances_train2017.json", "train2017")
+    """annotation file and image folder of the training split, below root"""
+    val: tuple[str, str] = ("annotations/instances_val2017.json", "val2017")
+    """annotation file and image folder of the validation split, below root"""
 
-    Raises UserError naming the first image or annotation with a value that cannot be, and how many more have one.
+
+def open_boxes(data: COCO, split: str) -> DetectionDataset:
+    """Boxes and classes. Raises UserError if the annotation file is invalid."""
+    return _open(data, split, masks=False)
+
+
+def open_instance_masks(data: COCO, split: str) -> DetectionDataset:
+    """Boxes, classes and instance masks. Raises UserError if the annotation file is invalid."""
+    return _open(data, split, masks=True)
+
+
+def _open(data: COCO, split: str, *, masks: bool) -> DetectionDataset:
+    annotations, images = data.train if split == "train" else data.val
+    root = Path(data.root)
+    return DetectionDataset(read_instances(root / annotations, root / images, masks), masks=masks)
+
+
+def read_instances(file: Path, folder: Path, masks: bool) -> Annotations:
+    """The instances in an annotation file; classes are its categories in the order of their ids.
+
+    Raises UserError naming the first invalid image or annotation and the number of further ones.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -21,25 +52,25 @@ def read_coco(file: Path, folder: Path, masks: bool) -> Entries:
         categories, images = (sorted(content[key], key=lambda one: one["id"]) for key in ("categories", "images"))
         labels = {category["id"]: number for number, category in enumerate(categories)}
         classes = [str(category["name"]) for category in categories]
-        entries = {} if faults else {image["id"]: _coco_entry(image, folder) for image in images}
+        entries = {} if faults else {image["id"]: _image(image, folder) for image in images}
         for place, one in enumerate(() if faults else content.get("annotations", ()), 1):
             name = f"annotation {one['id']!r}" if "id" in one else f"annotation number {place}"
             if fault := _annotation_fault(one, entries, masks):
                 faults.append(f"{name} {fault}")
             else:
-                entries[one["image_id"]].objects.append(_coco_object(name, one, labels))
+                entries[one["image_id"]].objects.append(_object(name, one, labels))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); data.source=coco needs it below data.root, or "
-            "task.detect.train and task.detect.val name other files"
+            f"{file} cannot be read ({error.strerror}); put it below data.root, or name other files with data.train and "
+            "data.val"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} holds no instances as COCO does ({type(error).__name__}: {error})") from error
+        raise UserError(f"{file} is not an instances file of COCO ({type(error).__name__}: {error})") from error
     if faults:
         raise UserError(f"{file}: {faults[0]}" + (f" (and {len(faults) - 1} more faults)" if faults[1:] else ""))
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; the images of {file.name} belong there")
-    return Entries(str(file), classes, list(entries.values()))
+        raise UserError(f"{folder} is not a folder; it must hold the images of {file.name}")
+    return Annotations(str(file), classes, list(entries.values()))
 
 
 def _repeated_ids(content: dict[str, Any]) -> Iterator[str]:
@@ -53,36 +84,44 @@ def _repeated_ids(content: dict[str, Any]) -> Iterator[str]:
 def _image_faults(images: list[dict[str, Any]]) -> Iterator[str]:
     for image in images:
         if not isinstance(image["file_name"], str):
-            yield f"image {image['id']!r} has the file_name {image['file_name']!r:.80}, which must be a text"
+            yield f"image {image['id']!r} has the file_name {image['file_name']!r:.80}, which must be a string"
         for key in ("height", "width"):
             side = image.get(key, 0)
             if not are_numbers([side], 1) or side < 0 or side % 1:
-                yield f"image {image['id']!r} has the {key} {side!r:.80}; it must be a whole number, or not be there"
+                yield f"image {image['id']!r} has the {key} {side!r:.80}; it must be a whole number or be left out"
 
 
-def _annotation_fault(one: dict[str, Any], images: dict[Any, Entry], masks: bool) -> str | None:
-    """What is wrong with an annotation of COCO's, if anything. An odd category is not: `check` lists these."""
+def _annotation_fault(one: dict[str, Any], images: dict[Any, AnnotatedImage], masks: bool) -> str | None:
+    """What is invalid in an annotation, or None. Unknown categories are valid here; `check` lists them."""
     for key in ("image_id", "category_id"):
         if not isinstance(one.get(key), int | float | str):
             return f"has the {key} {one.get(key)!r:.80}, which must be a number"
     if one["image_id"] not in images:
-        return f"has the image_id {one['image_id']!r:.80}, which is the id of no image"
+        return f"has the image_id {one['image_id']!r:.80}, which no image has"
     if not are_numbers(one.get("bbox"), 4):
         return f"has the bbox {one.get('bbox')!r:.80}, which must be four numbers: x, y, width, height"
     if one.get("iscrowd", 0) not in (0, 1):
         return f"has the iscrowd {one['iscrowd']!r:.80}, which must be 0 or 1"
-    if not are_numbers([one.get("area", 0)], 1, LIMIT**2):
+    if not are_numbers([one.get("area", 0)], 1, MAX_COORDINATE**2):
         return f"has the area {one['area']!r:.80}, which must be a number"
     if masks and not one.get("segmentation"):
-        return "is without segmentation; task.detect.detector=mask_rcnn learns from it"
+        return "has no segmentation, which task.detect.detector=mask_rcnn learns from"
     return None
 
 
-def _coco_entry(image: dict[str, Any], folder: Path) -> Entry:
-    return Entry(str(folder / image["file_name"]), int(image.get("height", 0)), int(image.get("width", 0)))
+def _image(image: dict[str, Any], folder: Path) -> AnnotatedImage:
+    return AnnotatedImage(str(folder / image["file_name"]), int(image.get("height", 0)), int(image.get("width", 0)))
 
 
-def _coco_object(name: str, one: dict[str, Any], labels: dict[Any, int]) -> Object:
+def _object(name: str, one: dict[str, Any], labels: dict[Any, int]) -> AnnotatedObject:
     x, y, w, h = one["bbox"]
     label, crowd, area = labels.get(one["category_id"], -1), int(one.get("iscrowd", 0)), one.get("area", w * h)
-    return Object(name, (x, y, x + w, y + h), label, crowd, area, one.get("segmentation"))
+    return AnnotatedObject(name, (x, y, x + w, y + h), label, crowd, area, one.get("segmentation"))
+
+
+SPEC = SourceSpec(
+    name="coco",
+    summary="COCO, or own images annotated in its format",
+    options=COCO,
+    datasets={"boxes": open_boxes, "instance masks": open_instance_masks},
+)

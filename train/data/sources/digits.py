@@ -1,18 +1,19 @@
-"""Data that needs no download: scikit-learn's 1,797 real handwritten digits."""
+"""`data.source=digits`: scikit-learn's 1,797 real handwritten digits, without a download."""
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
-# the held-out digits are the same for every run, so figures of different seeds compare
+from ...errors import UserError
+from ...recipe.registry import SourceSpec
+from ...recipe.schema import Source
+
+# fixed, so that metrics of runs with different seeds are comparable
 SPLIT_SEED = 0
-
-
 SIDE = 32
 
 
-class Digits(Dataset[tuple[Image.Image, int]]):
-    """Handwritten digits, white on black, as ([32, 32] RGB image, class) pairs."""
+class Digits:
+    """Handwritten digits, white on black, as ([32, 32] RGB image, class index)."""
 
     def __init__(self, ink: np.ndarray, targets: np.ndarray):
         """ink: [N, 8, 8] in 0..16; targets: [N] in 0..9."""
@@ -28,19 +29,29 @@ class Digits(Dataset[tuple[Image.Image, int]]):
         return image.convert("RGB"), self.targets[index]
 
 
-def digits(split: str) -> Digits:
-    """The digits of one split: 1,437 to train on, 360 held out, each class in its share (Alpaydin & Kaynak, UCI, 1998).
+def load_digits(split: str) -> Digits:
+    """1,437 digits to train on or 360 to validate on, stratified by class (Alpaydin & Kaynak, UCI, 1998).
 
-    Raises ValueError for another split than "train" and "val", ImportError without scikit-learn.
+    Raises ValueError for a split other than "train" and "val", UserError without scikit-learn.
     """
     if split not in ("train", "val"):
         raise ValueError(f"the digits have no split={split!r}; use 'train' or 'val'")
     try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        from sklearn import datasets, model_selection
     except ImportError as error:
-        raise ImportError("the demo digits come with scikit-learn: pip install 'tessel[train]'") from error
-    ink, targets = load_digits(return_X_y=True)
-    parts = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=SPLIT_SEED)
+        raise UserError("the digits are part of scikit-learn: pip install 'tessel[train]'") from error
+    ink, targets = datasets.load_digits(return_X_y=True)
+    parts = model_selection.train_test_split(
+        np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=SPLIT_SEED
+    )
     chosen = parts[("train", "val").index(split)]
     return Digits(ink[chosen].reshape(-1, 8, 8), targets[chosen])
+
+
+def open_digits(data: Source, split: str) -> Digits:
+    return load_digits(split)
+
+
+SPEC = SourceSpec(
+    name="digits", summary="1,797 handwritten digits, without a download", datasets={"labels": open_digits}
+)

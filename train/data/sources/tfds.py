@@ -1,34 +1,48 @@
-"""PLACEHOLDER train/data/sources/tfds.py"""
+"""`data.source=tfds`: a TensorFlow dataset prepared as array_record; TFRecord files have no random access."""
 
 import io
 from importlib import import_module
 
 from ...errors import UserError, one_line
-from ...recipe.schema import Data
-from ..class_map import _mapped, _number
-from ..external import REFUSALS, ExternalDataset
+from ...recipe.registry import SourceSpec
+from ..class_map import class_index, read_class_map
+from ..external import READER_ERRORS, ExternalDataset, require_package
+from .hfds import ExternalData
 
 
-def open_tfds(data: Data, split: str) -> ExternalDataset:
-    """A prepared TensorFlow dataset: `data.name` below `data.root` (null: ~/tensorflow_datasets)."""
-    image, label, name = data.input_key or "image", data.target_key or "label", f"split {split} of {data.name}"
+def open_tfds(data: ExternalData, split: str) -> ExternalDataset:
+    """A split of the dataset `data.name` in `data.root` (null: ~/tensorflow_datasets).
+
+    Raises UserError if it cannot be read at random.
+    """
+    require_package("tfds", "tensorflow_datasets", "tensorflow-datasets")
+    image, label = data.input_key or "image", data.target_key or "label"
+    name = f"split {data.split(split)} of {data.name}"
     try:
         tfds = import_module("tensorflow_datasets")
         builder = tfds.builder(data.name, data_dir=data.root)
-        source = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+        source = builder.as_data_source(split=data.split(split), decoders={image: tfds.decode.SkipDecoding()})
         length, names = len(source), list(builder.info.features[label].names)
-    except (*REFUSALS, AttributeError, TypeError) as error:
+    except (*READER_ERRORS, AttributeError, TypeError) as error:
         raise UserError(
             f"data.source=tfds: {name} cannot be read at random: {one_line(error)}; prepare it with "
             f"tfds build {data.name} --file_format=array_record"
         ) from error
-    classes = _mapped(data) if data.class_map else names
-    number = {key: index for index, key in enumerate(classes)}
-    targets = [_number(key, number, data) for key in names]
+    classes = read_class_map(data) if data.class_map else names
+    index = {name: number for number, name in enumerate(classes)}
+    targets = [class_index(name, index, data) for name in names]
 
-    def fetch(index: int) -> tuple[io.BytesIO, int]:
-        # opens its files here, so after the fork of a loader process, which they do not survive
-        example = source[index]
+    def fetch(number: int) -> tuple[io.BytesIO, int]:
+        # the source opens its files at the first access, hence in the worker process that uses them
+        example = source[number]
         return io.BytesIO(example[image]), targets[int(example[label])]
 
     return ExternalDataset(fetch, length, classes, name)
+
+
+SPEC = SourceSpec(
+    name="tfds",
+    summary="a TensorFlow dataset",
+    options=ExternalData,
+    datasets={"labels": open_tfds},
+)

@@ -1,4 +1,4 @@
-"""Augmentation: from a PIL image to a normalised tensor, then on the device the erasing and mixing of a batch."""
+"""Augmentation: from a PIL image to a normalized tensor; random erasing and mixing of a batch on the device."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,18 +10,18 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from ...errors import UserError
-from ...recipe.schema import Aug, Data, Task
+from .options import Classify, ClassifyAug, ClassifyData
 
 ImageTransform = Callable[[Image.Image], torch.Tensor]
 
 
-def of_image(transform: ImageTransform, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
-    """The image transformed, its target as it is."""
+def image_only(transform: ImageTransform, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+    """Transform the image and leave the target unchanged."""
     return transform(image), target
 
 
-def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
-    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalisation. -> [3, size, size]"""
+def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
+    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalization. -> [3, size, size]"""
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     try:
         policy = create_transform(
@@ -39,20 +39,20 @@ def train_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"data.aug.auto_augment={aug.auto_augment!r} is no policy of timm; see timm.data.auto_augment"
+            f"data.aug.auto_augment={aug.auto_augment!r} is not a policy of timm; see timm.data.auto_augment"
         ) from error
     return Compose([*_affine(aug), policy])
 
 
-def eval_transform(data: Data, pretrained_cfg: Any) -> ImageTransform:
-    """Resize, centre crop, normalisation. -> [3, size, size]"""
+def eval_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
+    """Resize, centre crop, normalization. -> [3, size, size]"""
     cfg = input_config(data, pretrained_cfg)
     cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])
     return Compose([create_transform(**cfg)])
 
 
-def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
-    """timm's input_size, interpolation, mean, std, crop_pct, crop_mode: the recipe's, else the model's own."""
+def input_config(data: ClassifyData, pretrained_cfg: Any) -> dict[str, Any]:
+    """timm's input_size, interpolation, mean, std, crop_pct, crop_mode: from the recipe, else from the model."""
     cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
     wanted = {"input_size": (3, data.size, data.size), "interpolation": data.interpolation, "crop_pct": data.crop_pct}
     return resolve_data_config(
@@ -60,16 +60,16 @@ def input_config(data: Data, pretrained_cfg: Any) -> dict[str, Any]:
     )
 
 
-def erasing(aug: Aug, device: torch.device) -> RandomErasing | None:
-    """Random erasing of each image of a normalised batch, in place on `device`, with noise; None where it is off.
+def erasing(aug: ClassifyAug, device: torch.device) -> RandomErasing | None:
+    """Random erasing (Zhong et al., arXiv 1708.04896) of a normalized batch, in place on `device`, with noise; or None.
 
-    Zhong et al., arXiv 1708.04896. It draws from the generators of random and of the device, which an update seeds.
+    It uses the generators of `random` and of the device, which the engine seeds for every micro-batch.
     """
     return RandomErasing(aug.erasing, mode="pixel", device=str(device)) if aug.erasing else None
 
 
-def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:
-    """Mixup and cutmix of a batch with soft targets, label smoothing included; None where both are off."""
+def mixing(aug: ClassifyAug, task: Classify, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of a batch with soft targets, label smoothing included; None if both are off."""
     if not (aug.mixup or aug.cutmix):
         return None
     return Mixup(
@@ -82,7 +82,7 @@ def mixing(aug: Aug, task: Task, num_classes: int) -> Mixup | None:
     )
 
 
-def _affine(aug: Aug) -> list[RandomAffine]:
+def _affine(aug: ClassifyAug) -> list[RandomAffine]:
     if not (aug.rotate or aug.translate or aug.zoom or aug.shear):
         return []
     return [

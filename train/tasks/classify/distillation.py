@@ -1,4 +1,4 @@
-"""What a model takes from another: weights to begin with, frozen features to probe, a teacher to imitate."""
+"""Knowledge distillation: the loss between a student and a trained teacher."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import UserError
-from ...recipe.schema import Distill
-from ..models import create_model, first_forward
+from ..models import create_model, input_errors
+from .options import Distill
 
 
 class Teacher:
-    """A model that is imitated: `loss` of the student's logits, held against its own for the same images."""
+    """A trained model, and the `loss` between its logits and the student's for the same images."""
 
     def __init__(self, distill: Distill, *, classes: list[str], size: int, config: dict[str, Any], device: Any):
-        """classes, config: the student's class names and its input's mean and std."""
+        """classes, config: the student's class names, and mean and std of its input."""
         self.distill, name = distill, str(distill.teacher)
         model = create_model(name, size, key="task.distill.teacher", pretrained=True, num_classes=None)
         named = model.pretrained_cfg.get("label_names")
         if model.num_classes != len(classes) or (named and list(named) != classes):
             raise UserError(
-                f"task.distill.teacher={name} tells {model.num_classes} classes apart, the data has {len(classes)}; "
+                f"task.distill.teacher={name} has {model.num_classes} classes, the data has {len(classes)}; "
                 "a teacher needs the same classes in the same order"
             )
         self.model = DistillationTeacher(model.requires_grad_(False)).to(device).eval()
         image = torch.zeros(3, size, size, device=device)
-        with first_forward(f"task.distill.teacher={name}", image), torch.no_grad():
+        with input_errors(f"task.distill.teacher={name}", image), torch.no_grad():
             self.model(image[None])
         self.mean, self.std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
 

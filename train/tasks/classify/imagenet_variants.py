@@ -1,7 +1,8 @@
-"""ImageNet's further evaluation sets: folders of classes, held against a trained classifier.
+"""Evaluation of a classifier on variants of ImageNet.
 
-`v2`, `a`, `r`, `sketch` and `val` are FOLDER/CLASS/*; `c` is FOLDER/[GROUP/]CORRUPTION/SEVERITY/CLASS/*; `real` is
-the validation folder, judged by the reassessed labels of its file names. A set of fewer classes is judged among these.
+`val`, `v2`, `a`, `r` and `sketch` are FOLDER/CLASS/*; `c` is FOLDER/[GROUP/]CORRUPTION/SEVERITY/CLASS/*; `real` is the
+validation folder with the reassessed labels of its file names. If a set has fewer classes than the model, the logits of
+the other classes are masked.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +17,12 @@ from timm.data.real_labels import RealLabelsImagenet
 from torch import Tensor, nn
 
 from ...data.loader import Loader, SeededDataset
-from ...data.sources.folder import Folder
+from ...data.sources.folder import ImageFolder
 from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from .augment import eval_transform, of_image
+from .augment import eval_transform, image_only
 
 NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
 
@@ -49,74 +50,74 @@ ALEXNET_ERROR = {
 }
 
 
-Answers = Callable[
+CorrectClasses = Callable[
     [Tensor, Tensor], Tensor
-]  # positions in the folder [B], its labels [B] -> right classes [B, classes]
+]  # indices in the folder [B], labels [B] -> correct classes [B, classes], bool
 
 
 class VariantEvaluator:
-    """Judges one classifier, whose outputs are `classes`, with its own preprocessing."""
+    """Evaluates one classifier, whose outputs are `classes`, with its own preprocessing."""
 
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
-        self.transform = partial(of_image, eval_transform(recipe.data, model.pretrained_cfg))
+        self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
 
-    def judge(self, name: str, folder: Path) -> dict[str, Any]:
-        """The figures of the set `name` in `folder`: top1, top5 (percent), count and what belongs to the set."""
+    def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
+        """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
         if name == "c":
             return self.corruptions(folder)
-        images = Folder(folder)
+        images = ImageFolder(folder)
         if name == "real":
-            return self.figures(images, list(range(len(self.classes))), reassessed(images, self.classes))
+            return self.accuracy(images, list(range(len(self.classes))), reassessed(images, self.classes))
         columns = class_columns(images.classes, self.classes, folder)
-        return self.figures(images, columns, lambda _, labels: torch.eye(len(columns), dtype=torch.bool)[labels])
+        return self.accuracy(images, columns, lambda _, labels: torch.eye(len(columns), dtype=torch.bool)[labels])
 
     def corruptions(self, folder: Path) -> dict[str, Any]:
-        """Top-1 over all corruptions and severities, the error of each corruption, and mCE where all 15 are there."""
+        """Top-1 over all corruptions and severities, the error of each corruption, and mCE if all 15 are there."""
         folders = corrupted(folder)
         errors: dict[str, list[float]] = {}
         for corruption, severity in folders:
-            images = Folder(severity)
+            images = ImageFolder(severity)
             columns = class_columns(images.classes, self.classes, severity)
             eye = torch.eye(len(columns), dtype=torch.bool)
-            figures = self.figures(images, columns, lambda _, labels, eye=eye: eye[labels])
-            errors.setdefault(corruption, []).append(100 - figures["top1"])
+            found = self.accuracy(images, columns, lambda _, labels, eye=eye: eye[labels])
+            errors.setdefault(corruption, []).append(100 - found["top1"])
         mean = {corruption: float(np.mean(values)) for corruption, values in errors.items()}
-        whole = set(ALEXNET_ERROR) <= set(mean) and all(len(errors[name]) == 5 for name in ALEXNET_ERROR)
-        relative = [mean[name] / reference for name, reference in ALEXNET_ERROR.items() if whole]
+        complete = set(ALEXNET_ERROR) <= set(mean) and all(len(errors[name]) == 5 for name in ALEXNET_ERROR)
+        relative = [mean[name] / reference for name, reference in ALEXNET_ERROR.items() if complete]
         return {
             "top1": 100 - float(np.mean(list(mean.values()))),
-            "mce": float(np.mean(relative)) if whole else None,
+            "mce": float(np.mean(relative)) if complete else None,
             "errors": mean,
             "folders": len(folders),
         }
 
-    def figures(self, images: Folder, columns: list[int], answers: Answers) -> dict[str, Any]:
-        """Sums over one folder, each image once over all processes; an image without a right class does not count."""
+    def accuracy(self, images: ImageFolder, columns: list[int], correct_classes: CorrectClasses) -> dict[str, Any]:
+        """Top-1 and top-5 over one folder; an image without a correct class does not count."""
         data, world = self.recipe.data, self.world
-        mine = [(0, index) for index in range(world.rank, len(images), world.size)]
-        keys = [mine[at : at + data.eval_batch] for at in range(0, len(mine), data.eval_batch)]
+        own = [(0, index) for index in range(world.rank, len(images), world.size)]
+        keys = [own[start : start + data.eval_batch] for start in range(0, len(own), data.eval_batch)]
         dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
         pin, timeout = world.device.type == "cuda", self.recipe.guard.timeout
-        batches = Loader(dataset, keys, workers=data.workers, ahead=2, pin=pin, timeout=timeout)
+        batches = Loader(dataset, keys, workers=data.workers, prefetch=2, pin=pin, timeout=timeout)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         try:
             with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:
-                    right = answers(positions, labels).to(world.device)
+                    correct = correct_classes(positions, labels).to(world.device)
                     pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))
                     best = self.model(pixels)[:, columns].float().topk(min(5, len(columns))).indices
-                    hits = right.gather(1, best)
-                    sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), right.any(1).sum()])
+                    hits = correct.gather(1, best)
+                    sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), correct.any(1).sum()])
         finally:
             batches.close()
         top1, top5, count = world.sum(sums).tolist()
-        share = 100 / max(count, 1)
-        return {"top1": share * top1, "top5": share * top5, "count": int(count), "classes": len(columns)}
+        percent = 100 / max(count, 1)
+        return {"top1": percent * top1, "top5": percent * top5, "count": int(count), "classes": len(columns)}
 
 
 def class_columns(folders: list[str], classes: list[str], where: Path) -> list[int]:
-    """The model's output for each class folder: by name, or by number where all are numbers (as ImageNet-V2's are)."""
+    """The index of the model's output for each class folder, by name, or by number if all are numbers (ImageNet-V2)."""
     position = {name: index for index, name in enumerate(classes)}
     unknown = [name for name in folders if name not in position]
     if unknown and all(name.isdecimal() for name in folders):
@@ -124,48 +125,50 @@ def class_columns(folders: list[str], classes: list[str], where: Path) -> list[i
         position = {name: int(name) for name in folders}
     if unknown:
         raise UserError(
-            f"{where} holds the class {unknown[0]}, which the model does not know ({', '.join(classes[:3])}, ...); "
-            "class folders are named as in training, or are numbers from 0"
+            f"{where} has the class {unknown[0]}, which is not a class of the model ({', '.join(classes[:3])}, ...); name "
+            "class folders as in training, or number them from 0"
         )
     return [position[name] for name in folders]
 
 
-def reassessed(images: Folder, classes: list[str]) -> Answers:
-    """The ReaL labels (Beyer et al., arXiv 2006.07159) of ILSVRC2012_val_00000001.JPEG and so on; some have none."""
+def reassessed(images: ImageFolder, classes: list[str]) -> CorrectClasses:
+    """The ReaL labels (Beyer et al., arXiv 2006.07159), by file name (ILSVRC2012_val_00000001.JPEG); some images have none."""
     labels = RealLabelsImagenet(range(VALIDATION_IMAGES)).real_labels
     position, synsets = {name: index for index, name in enumerate(classes)}, ImageNetInfo().label_names()
     table = torch.zeros(len(images), len(classes), dtype=torch.bool)
     for row, path in enumerate(images.paths):
         file = f"{Path(path.decode()).stem}.JPEG"
         if file not in labels:
-            raise UserError(f"{path.decode()} is no image of ImageNet's validation set; real needs the original names")
+            raise UserError(
+                f"{path.decode()} is not named like an image of ImageNet's validation set, which real needs"
+            )
         known = [position[synsets[label]] for label in labels[file] if synsets[label] in position]
         table[row, known] = True
     return lambda positions, _: table[positions]
 
 
 def corrupted(folder: Path) -> list[tuple[str, Path]]:
-    """(corruption, FOLDER/[GROUP/]CORRUPTION/SEVERITY) of every severity there."""
+    """(corruption, FOLDER/[GROUP/]CORRUPTION/SEVERITY) for every severity found."""
     found = [path for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/[1-5]")) if path.is_dir()]
     if not found:
-        raise UserError(f"{folder} holds no CORRUPTION/SEVERITY/CLASS folders, with severities 1 to 5")
+        raise UserError(f"{folder} has no CORRUPTION/SEVERITY/CLASS folders with severities 1 to 5")
     return [(path.parent.name, path) for path in found]
 
 
-def parse(texts: list[str]) -> dict[str, Path]:
-    """NAME=FOLDER texts. Raises UserError for a name that is no set."""
+def parse_sets(texts: list[str]) -> dict[str, Path]:
+    """Parse NAME=FOLDER arguments. Raises UserError for an unknown name."""
     sets = {}
     for text in texts:
         name, equals, folder = text.partition("=")
         if name not in NAMES or not equals or not folder:
-            raise UserError(f"--sets {text!r} is not NAME=FOLDER with NAME one of {', '.join(NAMES)}")
+            raise UserError(f"--sets {text!r} must be NAME=FOLDER with NAME one of {', '.join(NAMES)}")
         sets[name] = Path(folder)
     return sets
 
 
-def lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """One line a set, to be read."""
-    for name, found in figures.items():
+def format_lines(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """One line per set."""
+    for name, found in metrics.items():
         numbers = [f"{key} {found[key]:.2f}" for key in ("top1", "top5", "mce") if found.get(key) is not None]
         extent = (
             f"{found['count']} images of {found['classes']} classes"

@@ -1,26 +1,31 @@
-"""PLACEHOLDER train/tasks/classify/metrics.py"""
+"""Metrics of classification."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .... import zoo as zoo  # registers the models with timm
-from .task import ClassifyTask
+from ...distributed.world import World
 
 
 class ClassificationMetrics:
-    """Top-1, top-5 (percent) and cross entropy over a data set; with `keep`, every prediction too."""
+    """Top-1 and top-5 accuracy in percent, and cross entropy; with `keep`, every prediction too.
 
-    def __init__(self, task: ClassifyTask, keep: bool):
-        self.task, self.keep = task, keep
-        self.sums = torch.zeros(4, dtype=torch.float64, device=task.world.device)
+    The sums are in float64 on the device, so that no batch waits for them and any number of processes gives the same.
+    torchmetrics' accuracy would need three metrics and a process group of its own.
+    """
+
+    def __init__(self, world: World, to_device: Callable[[Any], tuple[Tensor, Tensor]], *, keep: bool = False):
+        """to_device: batch -> images and targets on the device."""
+        self.world, self.to_device, self.keep = world, to_device, keep
+        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         self.rows: list[list[np.ndarray]] = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        images, targets = self.task.placed(batch)
+        images, targets = self.to_device(batch)
         logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none").double()
@@ -31,11 +36,11 @@ class ClassificationMetrics:
             self.rows.append([column.cpu().numpy() for column in columns])
 
     def compute(self) -> dict[str, float]:
-        top1, top5, loss, count = self.task.world.sum(self.sums).tolist()
+        top1, top5, loss, count = self.world.sum(self.sums).tolist()
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
 
     def predictions(self) -> dict[str, np.ndarray]:
-        rows = [row for part in self.task.world.gather(self.rows) for row in part]
+        rows = [row for part in self.world.gather(self.rows) for row in part]
         index, target, prediction, probability = (np.concatenate(column) for column in zip(*rows, strict=True))
         order = index.argsort()
         return {"target": target[order], "prediction": prediction[order], "probability": probability[order]}

@@ -1,4 +1,4 @@
-"""PLACEHOLDER train/tasks/classify/probe.py"""
+"""Probing: training a classifier on the features of a frozen model."""
 
 import math
 from typing import Any
@@ -9,8 +9,8 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 
-def probe(model: Any, kind: str) -> nn.Module:
-    """`model` frozen, all but its classifier, or behind it a new one with attention pooling (kind "attentive")."""
+def freeze_for_probe(model: Any, kind: str) -> nn.Module:
+    """`model` with everything frozen but its classifier ("linear"), or a new one with attention pooling ("attentive")."""
     if kind == "attentive":
         classes, body = model.num_classes, model
         body.reset_classifier(0)
@@ -20,10 +20,12 @@ def probe(model: Any, kind: str) -> nn.Module:
         model = timm.create_model(
             "attentive_probe", backbone=architecture, backbone_args=known, num_classes=classes, cfg=body.pretrained_cfg
         )
-        model._model_args.pop("cfg")  # only for the first construction: an export has a configuration of its own
+        model._model_args.pop("cfg")  # an export brings its own configuration
         model.backbone.load_state_dict(body.state_dict())
     classifier = model.get_classifier()
-    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # of classes and of distillation, in some
+    heads = (
+        classifier if isinstance(classifier, tuple) else (classifier,)
+    )  # some models have a second one for distillation
     trained = {parameter for head in heads for parameter in head.parameters()}
     trained |= set(model.pool.parameters()) if kind == "attentive" else set()
     for parameter in model.parameters():

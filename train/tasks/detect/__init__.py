@@ -1,5 +1,42 @@
-"""Detection and instance segmentation: torchvision's detectors on any backbone, COCO-style data and figures."""
+"""Object detection and instance segmentation with torchvision's detectors on a backbone of timm or tessel.
 
-from .detectors import load
+`load(path)` reads an exported detector.
+"""
 
-__all__ = ["load"]
+import typing
+from pathlib import Path
+
+from ...recipe.registry import Metric, TaskSpec
+from .options import Detect, DetectData, conflicts, sample
+
+if typing.TYPE_CHECKING:
+    from torch import nn
+
+
+def load(path: str | Path) -> "nn.Module":
+    """The detector in the folder `RUN/export`, in evaluation mode on the CPU.
+
+    It maps a list of images [3, H, W] in 0..1 to a list of boxes, labels, scores and, with mask_rcnn, masks; `classes`
+    names the labels. Raises UserError if the export cannot be read.
+    """
+    from .detectors import load
+
+    return load(Path(path))
+
+
+SPEC = TaskSpec(
+    kind="detect",
+    summary="object detection and instance segmentation",
+    options=Detect,
+    data=DetectData,
+    sample=sample,
+    task="tessel.train.tasks.detect.task:DetectTask",
+    metric=Metric("box_ap", "box AP"),
+    metric_names={"mask_ap": "mask AP"},
+    conflicts=conflicts,
+    load="tessel.train.detect:load",
+    load_hint="import tessel.train.detect; tessel.train.detect.load('{path}')",
+    report="tessel.train.report.dense",
+    eval_keys=("task.detect.max_size", "task.detect.kwargs"),
+    backbone_prefix="backbone.body.body.",
+)

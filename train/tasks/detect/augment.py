@@ -19,9 +19,9 @@ class Train:
 
     def __init__(self, recipe: Recipe):
         aug, detect = recipe.data.aug, recipe.task.detect
-        scale: Any = _scaled(list(detect.short or (recipe.data.size,)), detect.longest)
+        scale: Any = _scaled(list(detect.min_size or (recipe.data.size,)), detect.max_size)
         if detect.crop:
-            cropped = v2.Compose([_scaled(STEPS, detect.longest), CropWithin(*detect.crop), scale])
+            cropped = v2.Compose([_scaled(STEPS, detect.max_size), CropWithin(*detect.crop), scale])
             scale = v2.RandomChoice([scale, cropped])
         steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), scale]
         if jitter := aug.color_jitter:

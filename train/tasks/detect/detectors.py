@@ -19,9 +19,10 @@ from torchvision.ops.feature_pyramid_network import (
 from .... import zoo as zoo  # registers the models with timm
 from ....zoo.dense import DenseBackbone, below
 from ...errors import UserError
-from ...recipe.schema import Dense, Detect, Model
+from ...recipe.schema import Dense, Model
 from ..dense_backbone import build_backbone, load_initial_backbone
-from ..export import load_weights, read_parts
+from ..export import load_weights, read_export
+from .options import DetectOptions
 
 BODY = "backbone.body."
 
@@ -99,7 +100,7 @@ DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": Reti
 OURS = {"backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs", "self"}
 
 
-def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, classes: int) -> nn.Module:
+def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: int, classes: int) -> nn.Module:
     """The detector of a recipe, with the weights of its backbone. Raises UserError for what cannot be built.
 
     R-CNNs read strides 4 to 32 and a pooled 64; RetinaNet and FCOS strides 8 to 32 and two further maps by
@@ -116,7 +117,7 @@ def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, cla
         extra.use_P5 = not from_body  # torchvision goes by the widths, which may be equal by chance
     check_kwargs(kind, detect)
     options = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **anchors(detect)}
-    options |= {"min_size": size, "max_size": detect.longest, "_skip_resize": True, **detect.kwargs}
+    options |= {"min_size": size, "max_size": detect.max_size, "_skip_resize": True, **detect.kwargs}
     try:
         detector = kind(Pyramid(body, detect.channels, extra), num_classes=classes + kind.first_label, **options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -133,7 +134,7 @@ def build_detector(model: Model, detect: Detect, *, dense: Dense, size: int, cla
     return detector
 
 
-def check_kwargs(kind: type[nn.Module], detect: Detect) -> None:
+def check_kwargs(kind: type[nn.Module], detect: DetectOptions) -> None:
     """Raise UserError for what the detector does not take: torchvision looks at few values before it uses them."""
     given = inspect.signature(kind.__mro__[2].__init__).parameters
     defaults = {key: one.default for key, one in given.items() if type(one.default) in (int, float)}
@@ -166,7 +167,7 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
 
 
-def anchors(detect: Detect) -> dict[str, Any]:
+def anchors(detect: DetectOptions) -> dict[str, Any]:
     """The anchor generator as the argument that the detector takes; none where torchvision's own is wanted."""
     if detect.anchor is None:
         return {}
@@ -184,7 +185,7 @@ def load(path: str | Path) -> nn.Module:
     `classes`), scores, and with Mask R-CNN masks. Raises UserError where the folder holds no detector.
     """
     path = Path(path)
-    parts = read_parts(path, "detect")
+    parts = read_export(path, "detect", {"dense": Dense, "detect": DetectOptions})
     size, classes = parts["size"], parts["classes"]
     detector: Any = build_detector(
         parts["model"], parts["detect"], dense=parts["dense"], size=size, classes=len(classes)

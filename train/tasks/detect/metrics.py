@@ -43,7 +43,7 @@ class DetectionMetrics:
         self.classes: dict[str, dict[str, float]] = {}
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        images, targets = self.task.placed(batch)
+        images, targets = self.task.to_device(batch)
         found = [self._judged(one) for one in model(images)]
         targets = [{name: tensor.cpu() for name, tensor in target.items()} for target in targets]
         self.metric.update(found, targets)

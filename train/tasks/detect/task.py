@@ -1,7 +1,6 @@
 """Detection and instance segmentation: which objects are where in an image."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...data.sources.build_boxes import build_dataset
+from ...data.detection import DetectionDataset
 from ...distributed.world import World
-from ...errors import UserError
 from ...recipe.schema import Recipe
-from ..base import SupervisedTask
-from ..export import export_parts
-from ..models import check_name
+from ..base import DatasetTask
+from ..export import export_model
+from ..models import batch_norm_errors, check_name
 from .augment import Eval, Train
 from .detectors import build_detector
 from .metrics import DetectionMetrics, of_image
+from .options import Detect, DetectData
 from .overlay import side_by_side
 
-BATCH_NORM_SIZE_ERROR = (
-    "a batch norm of the backbone {} has one value of each channel in a micro-batch of {}, and nothing to compare that "
-    "with; give each process two images at once or more (data.batch, data.micro_batch), larger ones (data.size, "
-    "task.detect.short), or task.dense.batch_norm=eval"
+BATCH_NORM_REMEDY = (
+    "use micro-batches of at least two images (data.batch, data.micro_batch), larger images (data.size, "
+    "task.detect.min_size), or task.dense.batch_norm=eval"
 )
 
 
@@ -33,22 +31,23 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 
 
 def collate_lists(samples: list[Any]) -> Batch:
-    """A batch of images of different sizes."""
+    """A batch of images that differ in size, as lists."""
     images, targets, indices = zip(*samples, strict=True)
     return list(images), list(targets), list(indices)
 
 
-class DetectTask(SupervisedTask):
-    """Boxes with classes, and masks where the detector has them."""
+class DetectTask(DatasetTask[Detect, DetectData]):
+    """Boxes with classes, and instance masks if the detector learns them."""
+
+    classes: list[str]
 
     collate = staticmethod(collate_lists)
-    metric = "box_ap"
-    kept = 16  # validation images whose masks are kept with the predictions
 
-    def __init__(self, recipe: Recipe, world: World):
+    def __init__(self, recipe: Recipe[Detect, DetectData], world: World):
         check_name(recipe.model.name)
         check_name(recipe.model.init_from, "model.init_from")
-        super().__init__(recipe, world, partial(build_dataset, recipe))
+        super().__init__(recipe, world)
+        self.kept = 16  # validation images whose masks are kept with the predictions
         self.masks = recipe.task.detect.detector == "mask_rcnn"
         self.train_transform, self.eval_transform = Train(recipe), Eval()
 
@@ -63,36 +62,42 @@ class DetectTask(SupervisedTask):
         )
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        images, targets = self.placed(batch)
-        try:
+        images, targets = self.to_device(batch)
+        with batch_norm_errors(len(images), BATCH_NORM_REMEDY):
             losses: dict[str, Tensor] = model(images, targets)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(BATCH_NORM_SIZE_ERROR.format(self.recipe.model.name, len(images))) from error
         return {name if "loss" in name else f"loss_{name}": value for name, value in losses.items()}
 
-    def scores(self, *, keep: bool = False) -> DetectionMetrics:
-        # AP is no sum over batches: all that was found is kept in any case
+    def metrics(self, *, keep: bool = False) -> DetectionMetrics:
+        # AP is not a sum over batches: all detections are kept in any case
         return DetectionMetrics(self)
 
     def example(self) -> tuple[Any, ...]:
-        """One image of the aspect ratio that detectors' costs are told for, 1280 x 800."""
-        height, longest = self.recipe.data.size, self.recipe.task.detect.longest
-        return ([torch.zeros(3, height, min(longest, height * 8 // 5), device=self.world.device)],)
+        """One image with the aspect ratio 1280 x 800, for which the costs of detectors are usually given."""
+        height, max_size = self.recipe.data.size, self.recipe.task.detect.max_size
+        return ([torch.zeros(3, height, min(max_size, height * 8 // 5), device=self.world.device)],)
 
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
         recipe = self.recipe
-        parts = {"model": recipe.model, "dense": recipe.task.dense, "detect": recipe.task.detect}
-        export_parts(path, state, task="detect", **parts, size=recipe.data.size, classes=self.classes)
+        sections = {"dense": recipe.task.dense, "detect": recipe.task.detect}
+        facts = {"size": recipe.data.size, "classes": self.classes}
+        export_model(path, state, task="detect", model=recipe.model, sections=sections, **facts)
+
+    def open_train(self) -> Any:
+        train = super().open_train()
+        if isinstance(train, DetectionDataset) and not self.recipe.task.detect.empty:
+            return train.with_objects()
+        return train
+
+    def keep_pictures(self, count: int) -> None:
+        self.kept = max(self.kept, count)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
-        """(index, picture) of the first `count` validation images: what is there, and beside it what was found."""
+        """(index, picture) of the first `count` validation images: truth beside prediction."""
         for index in predictions["image"][:count].tolist():
             image, target = self.eval_transform(*self.val[index])
             yield index, side_by_side(image, target, of_image(predictions, index), self.classes)
 
-    def placed(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def to_device(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device = self.world.device
         images = [image.to(device, non_blocking=True) for image in batch[0]]
         return images, [{k: tensor.to(device, non_blocking=True) for k, tensor in t.items()} for t in batch[1]]

@@ -1,10 +1,13 @@
-"""Semantic segmentation: one class a pixel, by a backbone of timm or tessel under mmsegmentation's heads.
+"""Semantic segmentation: one class per pixel, with mmsegmentation's heads on a backbone of timm or tessel.
 
-`load(path)` reads what a finished run exported.
+`load(path)` reads an exported segmenter.
 """
 
 import typing
 from pathlib import Path
+
+from ...recipe.registry import Metric, TaskSpec
+from .options import Segment, SegmentData, conflicts
 
 if typing.TYPE_CHECKING:
     from .model import Segmenter
@@ -13,16 +16,28 @@ if typing.TYPE_CHECKING:
 def load(path: str | Path) -> "Segmenter":
     """The segmenter in the folder `RUN/export`, in evaluation mode on the CPU.
 
-    It takes normalised images [B, 3, H, W] (`pretrained_cfg` has mean and std) and returns logits
-    [B, classes, H, W]; `classes` and `palette` name and colour them. Raises UserError where it cannot be read.
+    It maps normalized images [B, 3, H, W] (`pretrained_cfg` has mean and std) to logits [B, classes, H, W]; `classes`
+    and `palette` are the names and colors of the classes. Raises UserError if the export cannot be read.
     """
-    from ..export import load_weights, read_parts
-    from .model import assemble
+    from .export import load
 
-    path = Path(path)
-    parts = read_parts(path, "segment")
-    model = assemble(parts["model"], parts["segment"], dense=parts["dense"], classes=parts["classes"])
-    load_weights(model, path)
-    model.pretrained_cfg = {**dict(model.pretrained_cfg), "mean": parts["mean"], "std": parts["std"]}
-    model.classes, model.palette = parts["classes"], parts["palette"]
-    return model.eval()
+    return load(Path(path))
+
+
+SPEC = TaskSpec(
+    kind="segment",
+    summary="semantic segmentation",
+    options=Segment,
+    data=SegmentData,
+    sample="semantic masks",
+    task="tessel.train.tasks.segment.task:SegmentTask",
+    metric=Metric("miou", "mIoU"),
+    metric_names={"iou": "IoU", "acc": "accuracy"},
+    conflicts=conflicts,
+    load="tessel.train.segment:load",
+    load_hint="import tessel.train.segment; tessel.train.segment.load('{path}')",
+    report="tessel.train.report.dense",
+    eval_keys=("task.segment.test.",),
+    init_keys=("task.segment.load_from",),
+    backbone_prefix="backbone.body.",
+)

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ...data.loader import Transform
-from ...data.segmentation import IGNORED
-from ...recipe.schema import Data, SegmentTest
+from ...data.segmentation import IGNORE_INDEX
+from .options import SegmentData, SegmentTest
 
 Pair = tuple[Tensor, Tensor]  # an image [3, H, W] and its mask [H, W], as tv_tensors
 
@@ -22,7 +22,7 @@ Pair = tuple[Tensor, Tensor]  # an image [3, H, W] and its mask [H, W], as tv_te
 CROPS = 10  # most often that a crop is drawn again
 
 
-def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
+def train_transform(data: SegmentData, pretrained_cfg: Any) -> Transform:
     """Resize, crop, flips, colours, normalisation, and padding to data.size with the mean colour and ignored pixels.
 
     (image, mask [H, W]) -> ([3, size, size], int64 [size, size])
@@ -33,21 +33,21 @@ def train_transform(data: Data, pretrained_cfg: Any) -> Transform:
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
         pair = tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
-        pair = flips(*random_crop(*random_resize(*pair, data), data.size, aug.crop_share))
+        pair = flips(*random_crop(*random_resize(*pair, data), data.size, aug.cat_max_ratio))
         pixels = F.normalize(F.to_dtype(colours(pair[0]), torch.float32, scale=True), mean, std)
         return padded(pixels, pair[1], data.size)
 
     return transform
 
 
-def eval_transform(data: Data, test: SegmentTest, pretrained_cfg: Any) -> Transform:
+def eval_transform(data: SegmentData, test: SegmentTest, pretrained_cfg: Any) -> Transform:
     """(image, mask [H, W]) -> (the normalised image at each of `test.scales`, int64 [H, W] as it was)"""
     mean, std = normalisation(pretrained_cfg)
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
         pixels, views = F.pil_to_tensor(image), []
         for scale in test.scales:
-            size = fitted(mask.shape, data.fit, scale)
+            size = fitted(mask.shape, data.img_scale, scale)
             if test.divisor:
                 size = aligned(size, test.divisor)
             view = F.to_dtype(resized(pixels, size), torch.float32, scale=True)
@@ -83,11 +83,11 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image if tuple(image.shape[-2:]) == size else F.resize(image, list(size), antialias=True)
 
 
-def random_resize(image: Tensor, mask: Tensor, data: Data) -> Pair:
-    """Both fitted into data.fit times a random factor of data.aug.resize."""
+def random_resize(image: Tensor, mask: Tensor, data: SegmentData) -> Pair:
+    """Both fitted into data.img_scale times a random factor of data.aug.resize."""
     low, high = data.aug.resize
     factor = low if low == high else float(torch.empty(()).uniform_(low, high))
-    size = fitted(tuple(image.shape), data.fit, factor)
+    size = fitted(tuple(image.shape), data.img_scale, factor)
     if tuple(image.shape[-2:]) == size:
         return image, mask
     return F.resize(image, list(size), antialias=True), F.resize(mask, list(size))
@@ -105,7 +105,7 @@ def random_crop(image: Tensor, mask: Tensor, size: int, share: float) -> Pair:
         window = F.crop(mask, top, left, rows, columns)
         if share >= 1 or attempt == CROPS:
             break
-        counts = torch.bincount(window.flatten(), minlength=IGNORED + 1)[:IGNORED]
+        counts = torch.bincount(window.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if (counts > 0).sum() > 1 and counts.max() < share * counts.sum():
             break
     return F.crop(image, top, left, rows, columns), window
@@ -152,4 +152,4 @@ def padded(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     right, bottom = size - pixels.shape[-1], size - pixels.shape[-2]
     plain, classes = pixels.as_subclass(Tensor), mask.as_subclass(Tensor).long()
     edges = [0, right, 0, bottom]
-    return torch.nn.functional.pad(plain, edges), torch.nn.functional.pad(classes, edges, value=IGNORED)
+    return torch.nn.functional.pad(plain, edges), torch.nn.functional.pad(classes, edges, value=IGNORE_INDEX)

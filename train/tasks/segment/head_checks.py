@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
 
 # what goes wrong inside a constructor or a forward that is given other arguments than it takes
@@ -25,9 +26,6 @@ SMALL, LARGE = 64, 1024  # sides of an image; some heads pool windows that only 
 
 
 NECK = 128  # the fifth and sixth map of a pyramid are still of 2 pixels and 1
-
-
-IGNORED = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +95,6 @@ def _predict(head: Any, maps: FeatureSpecs, side: int) -> None:
 
 def _learn(head: Any, maps: FeatureSpecs, side: int) -> dict[str, Tensor]:
     masks = torch.randint(0, head.num_classes, (2, 1, side, side))
-    masks[..., : side // 4, :] = IGNORED
+    masks[..., : side // 4, :] = IGNORE_INDEX
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask)) for mask in masks]
     return head.train().loss([m and m.drawn(side) for m in maps], samples, None)

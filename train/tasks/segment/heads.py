@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
 from ...openmmlab.compat import build, mmseg_modules
-from .head_checks import IGNORED, REFUSED, FeatureSpec, FeatureSpecs, try_head, try_neck
+from .head_checks import REFUSED, FeatureSpec, FeatureSpecs, try_head, try_neck
 
 STAGES = 4
 
@@ -118,9 +119,11 @@ def build_head(
     words.setdefault("norm_cfg", {"type": "BN", "requires_grad": True})
     words.setdefault("align_corners", False)
     words.setdefault("num_classes", num_classes)
-    for word, needed in (("num_classes", num_classes), ("out_channels", num_classes), ("ignore_index", IGNORED)):
+    for word, needed in (("num_classes", num_classes), ("out_channels", num_classes), ("ignore_index", IGNORE_INDEX)):
         if words.get(word, needed) not in (needed, None):
-            fact = f"masks say {IGNORED} for unknown" if word == "ignore_index" else f"the data has {needed} classes"
+            fact = (
+                f"masks say {IGNORE_INDEX} for unknown" if word == "ignore_index" else f"the data has {needed} classes"
+            )
             raise UserError(f"{key}.{word}={words[word]}, but {fact}; leave it out")
     if wanted.type == "FPNHead":
         words.setdefault("feature_strides", [m.stride for m in read])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...data.segmentation import IGNORED
+from ...data.segmentation import IGNORE_INDEX
 from ...distributed.parallel import memory_format
-from ...recipe.schema import SegmentTest
+from .options import SegmentTest
 
 if TYPE_CHECKING:
     from .task import SegmentTask
@@ -75,7 +75,7 @@ class SegmentationMetrics:
         rows = sorted((row for part in self.task.world.gather(self.rows) for row in part), key=lambda row: row[0])
         shapes = np.array([target.shape for _, target, _ in rows], np.int64).reshape(-1, 2)
         height, width = shapes.max(0, initial=0)
-        masks = np.full((2, len(rows), height, width), IGNORED, np.uint8)
+        masks = np.full((2, len(rows), height, width), IGNORE_INDEX, np.uint8)
         for number, (_, *pair) in enumerate(rows):
             for kind, mask in enumerate(pair):
                 masks[kind, number, : mask.shape[0], : mask.shape[1]] = mask
@@ -94,7 +94,7 @@ class SegmentationMetrics:
 
 def confusion(target: Tensor, guess: Tensor, classes: int) -> Tensor:
     """Counts [class, predicted] over the known pixels of masks [H, W]."""
-    known = target != IGNORED
+    known = target != IGNORE_INDEX
     pairs = target[known].long() * classes + guess[known].long()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ....checkpoints import read_state
 from ....zoo.dense import DenseBackbone, below
 from ...errors import UserError
-from ...recipe.schema import Dense, Model, Recipe, Segment
-from ..dense_backbone import build_backbone, load_initial_backbone, try_backbone
+from ...recipe.schema import Dense, Model, Recipe
+from ..dense_backbone import build_backbone, check_backbone, load_initial_backbone
 from ..models import check_name
 from .head_checks import FeatureSpec, layout
 from .heads import HeadConfig, build_head, build_neck, read_maps
+from .options import SegmentOptions
 
 PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
@@ -96,7 +97,7 @@ class Segmenter(nn.Module):
 
 
 def assemble(
-    model: Model, segment: Segment, *, dense: Dense, classes: Sequence[str], size: int | None = None
+    model: Model, segment: SegmentOptions, *, dense: Dense, classes: Sequence[str], size: int | None = None
 ) -> Segmenter:
     """The segmenter of a recipe's sections. Raises UserError for what cannot be built, or trained on `size` pixels.
 
@@ -131,7 +132,7 @@ def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[F
             f"if it has a size of its own, give it model.kwargs.strict_img_size=false or model.kwargs.img_size={size}, "
             "or data.size that size; else take another model"
         )
-        for level, found in zip(backbone.levels, try_backbone(backbone, model, (size, size), remedy), strict=True):
+        for level, found in zip(backbone.levels, check_backbone(backbone, model, (size, size), remedy), strict=True):
             maps[level] = FeatureSpec(found.shape[1], backbone.strides[backbone.levels.index(level)], layout(found))
     return maps
 

@@ -1,0 +1,94 @@
+"""The keys of a classification recipe, and the rules between them."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from ...recipe.schema import STRICT, Aug, Data, Probability, Task
+from ...recipe.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distill:
+    teacher: str | None = None
+    """also learn from this model: a timm name with weights, or local-dir:RUN/export; null: no distillation"""
+    kind: Literal["soft", "hard"] = "soft"
+    """match the probabilities of the teacher, or its most probable class"""
+    weight: Probability = 0.5
+    """weight of the teacher's loss; the loss of the labels has 1 - weight"""
+    temperature: PositiveFloat = 1.0
+    """divides the logits of teacher and student, with kind=soft"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Classify(Task):
+    kind: str = "classify"
+    """the task"""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """checked against the data; null: the number of classes in the data"""
+    loss: Literal["ce", "bce"] = "ce"
+    """softmax cross entropy, or binary cross entropy per class"""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """label smoothing"""
+    probe: Literal["linear", "attentive"] | None = None
+    """freeze the model and train a linear classifier, or one with attention pooling over the last feature map"""
+    distill: Distill = Distill()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClassifyAug(Aug):
+    scale: tuple[float, float] = (1.0, 1.0)
+    """area range of the random resized crop; [1, 1]: no crop"""
+    ratio: tuple[float, float] = (1.0, 1.0)
+    """aspect ratio range of the crop"""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """random rotation, up to +- degrees"""
+    translate: Probability = 0.0
+    """random translation, up to +- this fraction of the side"""
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """random scale in 1 +- this"""
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0
+    """random shear, up to +- degrees"""
+    color_jitter: NonNegativeFloat = 0.0
+    """strength of random brightness, contrast and saturation; not together with auto_augment"""
+    auto_augment: str | None = None
+    """timm policy, for example rand-m9-mstd0.5-inc1"""
+    erasing: Probability = 0.0
+    """probability of random erasing, done on the device"""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of mixup, done on the device; 0: off"""
+    cutmix: NonNegativeFloat = 0.0
+    """alpha of cutmix, done on the device; 0: off"""
+    mix_prob: Probability = 1.0
+    """probability that a micro-batch is mixed"""
+    switch_prob: Probability = 0.5
+    """probability of cutmix instead of mixup if both are on"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClassifyData(Data):
+    interpolation: Literal["bilinear", "bicubic", "random"] | None = None
+    """null: that of the model"""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    """center crop in evaluation, as a fraction of the resized image; null: that of the model"""
+    aug: ClassifyAug = ClassifyAug()
+
+
+def conflicts(recipe: Any) -> Iterator[str]:
+    """One sentence for each conflict between keys."""
+    task, aug, distill = recipe.task, recipe.data.aug, recipe.task.distill
+    if aug.auto_augment and aug.color_jitter:
+        yield "data.aug.color_jitter has no effect together with data.aug.auto_augment; remove one of them"
+    yield from check_range("data.aug.scale", aug.scale)
+    yield from check_range("data.aug.ratio", aug.ratio)
+    if task.probe:
+        frozen = {"optim.layer_decay": recipe.optim.layer_decay, "model.drop_path_rate": recipe.model.drop_path_rate}
+        for key, value in frozen.items():
+            if value is not None:
+                yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"
+    if not distill.teacher and distill != Distill():
+        yield "task.distill has no effect without task.distill.teacher"
+    if distill.kind == "hard" and distill.temperature != 1:
+        yield "task.distill.temperature has no effect with task.distill.kind=hard; remove it"

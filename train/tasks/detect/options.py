@@ -1,0 +1,66 @@
+"""The keys of a detection recipe, and the rules between them."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from ...recipe.schema import STRICT, Aug, Data, Dense, Task
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DetectOptions:
+    detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "fcos"
+    """torchvision's detector; mask_rcnn also learns instance masks"""
+    channels: PositiveInt = 256
+    """channels of the feature pyramid and of the heads"""
+    anchor: PositiveInt | None = None
+    """side of the smallest anchors in pixels, doubled from level to level; null: 32; fcos has no anchors"""
+    min_size: tuple[PositiveInt, ...] | None = None
+    """short sides to train with, one is drawn per image; null: data.size, which evaluation uses"""
+    max_size: PositiveInt = 1333
+    """maximum long side; an image that would exceed it is resized to it instead"""
+    crop: tuple[PositiveInt, PositiveInt] | None = None
+    """minimum and maximum side of a random crop before resizing, applied with probability 0.5"""
+    empty: bool = False
+    """also train on images without objects; crowds do not count as objects"""
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """further arguments of torchvision's detector, for example {score_thresh: 0.1}"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Detect(Task):
+    kind: str = "detect"
+    """the task"""
+    dense: Dense = Dense()
+    detect: DetectOptions = DetectOptions()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DetectAug(Aug):
+    color_jitter: NonNegativeFloat = 0.0
+    """strength of random brightness, contrast and saturation"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DetectData(Data):
+    aug: DetectAug = DetectAug()
+
+
+def sample(task: Any) -> str:
+    """The kind of sample that the detector learns from."""
+    return "instance masks" if task.detect.detector == "mask_rcnn" else "boxes"
+
+
+def conflicts(recipe: Any) -> Iterator[str]:
+    """One sentence for each conflict between keys."""
+    detect = recipe.task.detect
+    if detect.detector == "fcos" and detect.anchor:
+        yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
+        # its group norms have 32 groups; groups of one value would be normalized to zero on a map of one pixel
+        yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos needs a multiple of 32, at least 64"
+    if detect.crop and detect.crop[0] > detect.crop[1]:
+        yield f"task.detect.crop={list(detect.crop)} must be two numbers, the smaller one first"
