@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from .data.batch_stream import BatchStream
 from .data.sampler import seed_all
 from .distributed.parallel import (
-    accumulating,
-    arithmetic,
     autocast,
     broadcast_tensors,
+    gradient_sync,
+    numerics_config,
     prepare_model,
     unsharded,
     wrap_distributed,
@@ -43,6 +43,7 @@ from .run.loss_meter import LossMeter
 from .run.profiling import StepProfiler, ThroughputMeter, forward_gflops, peak_tflops
 from .run.signals import Signals
 from .tasks.base import MetricAccumulator, Task
+from .tasks.models import first_forward
 
 
 @dataclasses.dataclass
@@ -67,7 +68,9 @@ class Engine:
         seed_all(recipe.run.seed, devices=True)
         with world.raise_on_all_ranks():
             self.model = prepare_model(task.build_model(), recipe.parallel, world)
-            self.gflops = forward_gflops(self.model, task.example())
+            example = task.example()
+            with first_forward(f"model.name={recipe.model.name}", example[0][0]):
+                self.gflops = forward_gflops(self.model, example)
         self.replicas = wrap_distributed(self.model, recipe.parallel, world)
         with world.raise_on_all_ranks():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
@@ -117,7 +120,7 @@ class Engine:
         losses = self.backward(self.supply.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.optimizer, self.recipe.optim)
-        if self.guard.admits(step, norm, losses["loss"]):
+        if self.guard.should_apply(step, norm, losses["loss"]):
             self.scaler.step(self.optimizer)
             self.losses.add(losses)
             self.norm = norm
@@ -136,7 +139,7 @@ class Engine:
         for number, batch in enumerate(batches):
             chunk = self.world.rank * len(batches) + number
             seed_all(self.recipe.run.seed, self.progress.step, chunk, devices=True)
-            with accumulating(self.replicas, last=number == len(batches) - 1):
+            with gradient_sync(self.replicas, enabled=number == len(batches) - 1):
                 with autocast(self.recipe.parallel, self.world):
                     parts = self.task.loss(self.replicas, batch)
                 loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum()
@@ -216,7 +219,7 @@ class Engine:
                 "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
                 "recipe_hash": recipe_hash(self.recipe),
-                "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
+                "arithmetic": numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "classes": self.task.classes,
                 "progress": dataclasses.asdict(progress),
@@ -237,7 +240,7 @@ class Engine:
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             self.losses.restore({}, 0)
             return "not the recipe of that checkpoint"
-        now = arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
+        now = numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch)
         return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel)
 
     def state(self) -> dict[str, Any]:

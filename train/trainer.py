@@ -162,11 +162,11 @@ def dry_run(recipe: Recipe) -> None:
 
 def describe(engine: "Engine") -> Iterator[str]:
     """What is about to be trained, in a few lines."""
-    from .run.profiling import parameters
+    from .run.profiling import count_parameters
 
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
-    yield f"{recipe.model.name}: {parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
+    yield f"{recipe.model.name}: {count_parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
     yield (
         f"{engine.task.samples} images, {schedule.steps} steps of {recipe.data.batch} = {world.size} x "
         f"{schedule.accumulate} x {schedule.micro_batch} (processes, accumulated, micro-batch) on {world.device.type}"

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import UserError, report_errors
 from ..files import write_atomically
-from ..run.profiling import parameters
+from ..run.profiling import count_parameters
 from . import classify, dense
 from .curves import curves
 from .page import duration, page
@@ -56,7 +56,7 @@ def report_one(run: Run, folder: Path) -> str:
     if run.result:
         tiles.append(ROOMS[recipe.task.kind].headline(run, run.result))
     with suppress(UserError):
-        tiles.append((f"{parameters(run.model) / 1e6:.2f} M", "parameters"))
+        tiles.append((f"{count_parameters(run.model) / 1e6:.2f} M", "parameters"))
     if run.train:
         last = run.train[-1]
         tiles.append((duration(run.seconds), "training time"))
