@@ -63,7 +63,7 @@ class Ours:
         run.open()
         engine.checkpoints, engine.signals = resume_or_start(engine, run, world, print, False), Signals()
         engine.loggers = Loggers(recipe, run.path, world, total=self.plan.steps, step=0)
-        engine.loggers.sinks.remove(engine.loggers.screen)
+        engine.loggers.active.remove(engine.loggers.console)
         engine.batches = self.task.train_batches(self.plan, 0)
         engine.supply = BatchStream(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
         engine.meter.restart()

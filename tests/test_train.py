@@ -388,7 +388,7 @@ def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
 def test_an_overflow_is_null_in_json_and_no_obstacle_elsewhere(tmp_path):
     """As where half precision skips an update whose gradients it cannot hold."""
     record = {"kind": "train", "step": 3, "loss": 0.5, "grad_norm": math.inf, "loss_box": math.nan}
-    for sink in (loggers.Jsonl(tmp_path / "metrics.jsonl"), loggers.TensorBoard(tmp_path / "tensorboard")):
+    for sink in (loggers.JsonlLogger(tmp_path / "metrics.jsonl"), loggers.TensorBoardLogger(tmp_path / "tensorboard")):
         sink.log(record)
         sink.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record | {"grad_norm": None, "loss_box": None}
@@ -398,7 +398,7 @@ def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):
     def refuse(*_):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(loggers, "Wandb", refuse)
+    monkeypatch.setattr(loggers, "WandbLogger", refuse)
     assert trainer.train(recipe, "sched.steps=3", "log.wandb=auto") == 0
     assert "warning: log.wandb is left out, it did not start: no network" in capsys.readouterr().out
 

@@ -183,7 +183,7 @@ def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage
 
 def test_full_disk_while_logging(recipe, monkeypatch, capsys):
     with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(loggers.Jsonl, "__init__", lambda self, path: setattr(self, "file", full))
+        monkeypatch.setattr(loggers.JsonlLogger, "__init__", lambda self, path: setattr(self, "file", full))
         message = refusal(capsys, trainer.train(recipe))
     assert "/dev/full cannot be written (No space left on device)" in message
 

@@ -8,7 +8,7 @@ import torch
 import trainer
 
 from tessel.train.errors import UserError
-from tessel.train.optim.gradients import NonFiniteError, NonFiniteGuard
+from tessel.train.optim.gradients import NonFiniteError, NonFiniteGuard, clip_gradients
 from tessel.train.optim.optimizer import build_optimizer
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.plan import Plan
@@ -18,10 +18,10 @@ from tessel.train.recipe.schema import Optim
 def test_guard_skips_then_stops():
     good, bad, loss = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)
     guard = NonFiniteGuard(2, torch.amp.GradScaler("cpu", enabled=False))
-    admitted = [guard.admits(step, norm, loss) for step, norm in enumerate([good, bad, bad, good, bad, bad])]
+    admitted = [guard.should_apply(step, norm, loss) for step, norm in enumerate([good, bad, bad, good, bad, bad])]
     assert admitted == [True, False, False, True, False, False]
     with pytest.raises(NonFiniteError, match="gradient norm nan at step 6"):
-        guard.admits(6, bad, loss)
+        guard.should_apply(6, bad, loss)
 
 
 def test_schedule_is_a_function_of_the_step(tmp_path):
@@ -76,7 +76,9 @@ def test_clip_returns_the_norm_before_it(mode):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 10.0)
     before = 10 * 12**0.5
-    assert clip(torch.optim.SGD(model.parameters()), Optim(clip=0.5, clip_mode=mode)).item() == pytest.approx(before)
+    assert clip_gradients(torch.optim.SGD(model.parameters()), Optim(clip=0.5, clip_mode=mode)).item() == pytest.approx(
+        before
+    )
     after = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
     assert after.norm() < before and (mode != "norm" or after.norm() == pytest.approx(0.5, rel=1e-4))
     assert mode != "value" or after.max() == 0.5

@@ -10,7 +10,7 @@ import trainer
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
-from tessel.train.distributed.parallel import layers, prepare_model, wrap_distributed
+from tessel.train.distributed.parallel import fsdp_units, prepare_model, wrap_distributed
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.optim.ema import WeightAverage
@@ -131,7 +131,7 @@ def test_batch_norms_are_synchronised_on_several_gpus_by_key(monkeypatch, name):
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])
 def test_each_layer_is_a_unit_of_its_own(name):
     model = timm.create_model(name)
-    found = layers(model)
+    found = fsdp_units(model)
     assert found and len({id(layer) for layer in found}) == len(found)
     assert not any(isinstance(layer, nn.ModuleList) or layer is model for layer in found)
     held = {id(weight) for layer in found for weight in layer.parameters()}

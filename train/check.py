@@ -1,8 +1,8 @@
 """Check the data of a recipe before training: `python -m tessel.train.check RECIPE [key=value ...] [--limit N]`.
 
 Reads the training and the validation split of any task and lists what is wrong: files that are missing or unreadable,
-masks or annotations whose size differs from the image, class indices out of range, boxes outside the image or without an
-area, and classes without a sample. The exit code is 1 if anything is wrong.
+masks or annotations whose size differs from the image, class indices out of range, boxes outside the image or without
+an area, and classes without a sample. The exit code is 1 if anything is wrong.
 """
 
 import argparse
@@ -112,9 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tessel.train.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="override a key, for example data.root=FOLDER"
-    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override a key, like data.root=FOLDER")
     parser.add_argument("--limit", type=int, metavar="N", help="check only the first N samples of each split")
     options = parser.parse_intermixed_args(argv)
     found = 0

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from .data.batch_stream import BatchStream
 from .data.sampler import seed_all
 from .distributed.parallel import (
-    accumulating,
-    arithmetic,
     autocast,
     broadcast_tensors,
+    gradient_sync,
+    numerics_config,
     prepare_model,
     unsharded,
     wrap_distributed,
@@ -46,6 +46,7 @@ from .run.loss_meter import LossMeter
 from .run.profiling import StepProfiler, ThroughputMeter, forward_gflops, peak_tflops
 from .run.signals import Signals
 from .tasks.base import MetricAccumulator, Task
+from .tasks.models import input_errors
 
 
 @dataclasses.dataclass
@@ -78,7 +79,9 @@ class Engine:
         seed_all(recipe.run.seed, devices=True)
         with world.raise_on_all_ranks():
             self.model = prepare_model(task.build_model(), recipe.parallel, world)
-            self.gflops = forward_gflops(self.model, task.example())
+            example = task.example()
+            with input_errors(f"model.name={recipe.model.name}", example[0][0]):
+                self.gflops = forward_gflops(self.model, example)
         self.replicas = wrap_distributed(self.model, recipe.parallel, world)
         with world.raise_on_all_ranks():
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
@@ -128,7 +131,7 @@ class Engine:
         losses = self.backward(self.stream.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.optimizer, self.recipe.optim)
-        if self.guard.admits(step, norm, losses["loss"]):
+        if self.guard.should_apply(step, norm, losses["loss"]):
             self.scaler.step(self.optimizer)
             self.losses.add(losses)
             self.norm = norm
@@ -147,7 +150,7 @@ class Engine:
         for number, batch in enumerate(batches):
             chunk = self.world.rank * len(batches) + number
             seed_all(self.recipe.run.seed, self.progress.step, chunk, devices=True)
-            with accumulating(self.replicas, last=number == len(batches) - 1):
+            with gradient_sync(self.replicas, enabled=number == len(batches) - 1):
                 with autocast(self.recipe.parallel, self.world):
                     parts = self.task.loss(self.replicas, batch)
                 loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum()
@@ -164,7 +167,7 @@ class Engine:
         broadcast_tensors([*tensors.values(), *(averaged[name] for name in tensors if name in averaged)], self.world)
 
     def log_evaluate_save_if_due(self) -> bool:
-        """Log, evaluate and save, each if it is due at this step. Returns False if a signal interrupted the evaluation."""
+        """Log, evaluate and save, each if due at this step. Returns False if a signal interrupted the evaluation."""
         recipe, progress, epoch = self.recipe, self.progress, self.plan.epoch_steps
         self.loggers.advance(progress.step)
         if self.is_due(recipe.log.every) and self.losses.updates:
@@ -230,7 +233,7 @@ class Engine:
                 "step": progress.step,
                 "consumed_samples": progress.step * self.recipe.data.batch,
                 "recipe": as_dict(self.recipe),
-                "arithmetic": arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch),
+                "arithmetic": numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "classes": self.task.classes,
                 "progress": dataclasses.asdict(progress),
@@ -251,7 +254,7 @@ class Engine:
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             self.losses.restore({}, 0)
             return "with another recipe than that of the checkpoint"
-        now = arithmetic(self.recipe.parallel, self.world, self.plan.micro_batch)
+        now = numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch)
         return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel)
 
     def state(self) -> dict[str, Any]:
@@ -275,7 +278,7 @@ class Engine:
             with writing(dump):
                 write_atomically(dump, json.dumps(facts | {"samples (epoch, index)": keys}) + "\n")
         return UserError(
-            f"{error}: stopped; {dump} lists the images of that update, and the checkpoints up to step {self.saved} are "
-            "good. To continue from one, set ckpt.resume=CHECKPOINT and another run.name, and lower optim.lr, set "
+            f"{error}: stopped; {dump} lists the images of that update, and the checkpoints up to step {self.saved} "
+            "are good. To continue from one, set ckpt.resume=CHECKPOINT and another run.name, and lower optim.lr, set "
             "optim.clip or raise guard.max_skips"
         )

@@ -1,4 +1,4 @@
-"""Mistakes their reader can mend, and how a command tells of them."""
+"""Errors that a user can fix, and how a command prints them."""
 
 import dataclasses
 import os
@@ -9,29 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WORKER_DIED = (
-    "a loader process died, as it does where memory is short; data.workers takes fewer of them. "
+    "a loader process died, usually because the machine ran out of memory; lower data.workers. "
     "The same command goes on from the last checkpoint"
 )
 
 
 class UserError(ValueError):
-    """A mistake its reader can mend: the command line prints the message alone, without a traceback."""
+    """An error in the recipe, the data or the environment. Commands print its message without a traceback."""
 
 
 class LocalRankError(UserError):
-    """What only the process that meets it can tell."""
+    """A UserError that only one process knows of. That process prints it; any other UserError is printed by rank 0."""
 
 
 @dataclasses.dataclass
 class Outcome:
-    """The exit code of a command."""
+    """The exit code of a command, set by `report_errors`."""
 
     code: int = 0
 
 
 @contextmanager
 def report_errors() -> Iterator[Outcome]:
-    """Turn a UserError into one message on stderr, from rank 0 unless it is `LocalRankError`, and a non-zero exit code."""
+    """Catch a UserError, print its message to stderr and set the exit code to 1.
+
+    On several processes rank 0 prints; a `LocalRankError` is printed by the process that raised it.
+    """
     outcome = Outcome()
     try:
         yield outcome
@@ -42,9 +45,13 @@ def report_errors() -> Iterator[Outcome]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, shortened to a line; of a bare assertion, what was asserted."""
+    """The message of another library's exception, shortened to one line of at most 300 characters.
+
+    A LookupError gets its class name in front, because its message is often only the missing key. An assertion
+    without a message gives the source line that failed.
+    """
     text = textwrap.shorten(str(error), 300, placeholder=" ...")
-    if isinstance(error, LookupError):  # whose words alone are none to understand
+    if isinstance(error, LookupError):
         return f"{type(error).__name__}: {text}"
     if not text and isinstance(error, AssertionError):
         text = next((frame.line or "" for frame in reversed(traceback.extract_tb(error.__traceback__))), "")

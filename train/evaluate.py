@@ -1,11 +1,11 @@
 """Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|MODEL [key=value ...] [--sets NAME=FOLDER ...]`.
 
 Evaluates a finished run, or one of its checkpoints, on the validation split, and writes RUN/evaluation/; with
---overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on variants
-of ImageNet instead (val, real, v2, a, r, sketch, c) and writes RUN/sets.json. MODEL is a timm or tessel model with
-published weights, evaluated with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
-metrics on IMAGENET/val/CLASS/*; --weights takes a local file instead. Keys of the recipe that matter in evaluation can be
-overridden, for example task.segment.test.flip=true or run.device=cpu.
+--overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on
+variants of ImageNet instead (val, real, v2, a, r, sketch, c) and writes RUN/sets.json. MODEL is a timm or tessel model
+with published weights, evaluated with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
+metrics on IMAGENET/val/CLASS/*; --weights takes a local file instead. Keys of the recipe that matter in evaluation can
+be overridden, for example task.segment.test.flip=true or run.device=cpu.
 """
 
 import argparse

@@ -89,7 +89,7 @@ def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
 
 
 def open_run(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
-    """The directory and the recipe of a run or checkpoint; the recipe without initial weights, which it does not need."""
+    """The directory and the recipe of a run or checkpoint; the recipe without initial weights, which are not needed."""
     run = target.absolute().parent.parent if (target / checkpoint.MANIFEST).is_file() else target
     recipe = load_recipe(recipe_file(run), overrides)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False, init_from=None))

@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic writes: after a crash a file or folder is complete, or as it was before."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,17 +12,18 @@ from .errors import UserError
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError within into the UserError that names `path`."""
+    """Turn an OSError raised in the block into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
+        remedy = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); free space there or set run.out to another place"
+            f"{path} cannot be written ({error.strerror or error}); {remedy} or set run.out to another folder"
         ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a crash leaves the old content or the new, never a part."""
+    """Replace the content of `path` by `text`: written to a temporary file, synced to disk, then renamed."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -36,7 +38,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty folder that at the end takes the place of `path`; after an error `path` is as it was."""
+    """Yield an empty temporary folder that replaces the folder `path` at the end of the block.
+
+    If the block raises, the temporary folder is deleted and `path` stays as it was.
+    """
     part = path.with_name(f".tmp-{path.name}")
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -16,7 +16,7 @@ from .run import checkpoint
 from .run.checkpoint import Checkpoints
 from .run.directory import RunDirectory
 from .run.loggers import Loggers
-from .run.profiling import parameters, peak_memory
+from .run.profiling import count_parameters, peak_memory
 from .run.signals import Signals, is_elastic_restart
 from .tasks.base import Task
 
@@ -153,7 +153,7 @@ def describe(engine: Engine) -> Iterator[str]:
     """What will be trained, in three lines."""
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
-    yield f"{recipe.model.name}: {parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
+    yield f"{recipe.model.name}: {count_parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
     yield (
         f"{engine.task.samples} images, {schedule.steps} steps of {recipe.data.batch} = {world.size} x "
         f"{schedule.accumulate} x {schedule.micro_batch} (processes, accumulated, micro-batch) on {world.device.type}"

@@ -21,7 +21,7 @@ class BatchStream:
     """The micro-batches of one optimizer step after the other."""
 
     def __init__(self, loader: Loader, world: World, corrupt: dict[str, str], max_corrupt: int, file: Path):
-        """corrupt: index -> reason of the samples counted so far; updated in place and written to `file` as JSON lines."""
+        """corrupt: index -> reason of the counted samples; updated in place and written to `file` as JSON lines."""
         self.loader, self.world, self.corrupt, self.max_corrupt, self.file = loader, world, corrupt, max_corrupt, file
         self.batches: list[Any] = []
         self.error: UserError | None = None
@@ -37,7 +37,7 @@ class BatchStream:
     def sync_errors(self, stop: bool, say: Callable[[str], None]) -> bool:
         """Whether `stop` is true on any process.
 
-        Raises UserError on every process if loading failed on any, or if more than `max_corrupt` samples are unreadable.
+        Raises UserError on every process if loading failed on any, or if over `max_corrupt` samples are unreadable.
         """
         failures, self.loader.failures = self.loader.failures, {}
         new = {str(index): reason for index, reason in failures.items() if str(index) not in self.corrupt}

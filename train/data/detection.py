@@ -125,7 +125,7 @@ class DetectionDataset:
         if isinstance(polygons, dict) or all(map(is_polygon, polygons)):
             return []
         return [
-            f"{self.names[number].decode()} has a polygon that is not a list of x and y of at least three points; it is skipped"
+            f"{self.names[number].decode()} has a polygon that is not x and y of at least three points; it is skipped"
         ]
 
 

@@ -1,4 +1,4 @@
-"""One model over several processes: replicas or shards of it, precision, and the moving average of its weights."""
+"""Data parallelism: device placement, DDP and FSDP2, mixed precision, and state of sharded models."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,17 +24,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
-    """The model on its device, in its memory format, with what the recipe asks for switched on."""
+    """Move the model to its device and memory format; apply gradient checkpointing, SyncBatchNorm and torch.compile.
+
+    Raises UserError for fp16 on the CPU and for a model without gradient checkpointing.
+    """
     if parallel.precision == "fp16" and world.device.type != "cuda":
-        raise UserError("parallel.precision=fp16 needs cuda; use bf16 or fp32 on the cpu")
+        raise UserError("parallel.precision=fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if parallel.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except AssertionError as error:
-            raise UserError(f"parallel.grad_checkpointing: not with this model ({error}); remove it") from error
+            raise UserError(
+                f"parallel.grad_checkpointing: this model does not support it ({error}); remove the key"
+            ) from error
     if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
-        model = convert_sync_batchnorm(model)  # timm's: torch's loses the activations that some norms hold
-    # shards need contiguous weights; the images' format is enough to steer the kernels
+        model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation inside BatchNormAct2d
+    # fully_shard needs contiguous weights; convolutions then follow the memory format of the images
     sharded = world.size > 1 and parallel.strategy != "ddp"
     layout = torch.contiguous_format if sharded else memory_format(parallel)
     model = model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
@@ -44,14 +49,17 @@ def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Modu
 
 
 def memory_format(parallel: Parallel) -> torch.memory_format:
+    """The memory format of image batches and, unless sharded, of the weights."""
     return torch.channels_last if parallel.channels_last else torch.contiguous_format
 
 
 def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
-    """The module to train: gradients are averaged over the processes.
+    """Wrap the model so that its gradients are averaged over the processes (no wrapper for a single process).
 
-    ddp: each holds the whole model; fsdp: a share of every layer's weights, gradients and optimizer state; hsdp: a
-    share within its group of `parallel.shard` processes. Raises UserError where they do not divide into groups.
+    ddp: every process holds the whole model (DistributedDataParallel). fsdp: weights, gradients and optimizer state
+    of each layer are sharded over all processes (FSDP2's fully_shard). hsdp: sharded within groups of
+    `parallel.shard` processes and replicated between the groups. Raises UserError if the number of processes is not a
+    multiple of `parallel.shard`, or if FSDP2 cannot shard the model.
     """
     if world.size == 1:
         return model
@@ -68,24 +76,27 @@ def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.M
     for name in names:
         dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
     try:
-        for layer in [*layers(model), model]:
+        for layer in [*fsdp_units(model), model]:
             fully_shard(layer, mesh=mesh)
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"this model cannot be sharded ({error}); parallel.strategy=ddp trains it in replicas"
+            f"this model cannot be sharded ({error}); use parallel.strategy=ddp, which replicates it"
         ) from error
     return model
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
-    """The smallest module around each of the layers that timm's `group_matcher` names, inner ones first."""
+def fsdp_units(model: nn.Module) -> list[nn.Module]:
+    """The FSDP units: for each layer of timm's `group_matcher`, the smallest module that contains its parameters.
+
+    Inner modules come before the modules around them. Empty for a model without `group_matcher`.
+    """
     if not hasattr(model, "group_matcher"):
         return []
     named = dict(model.named_modules())
     paths = set()
     for names in group_parameters(model, model.group_matcher()).values():  # type: ignore[operator]
         common = commonprefix([name.split(".")[:-1] for name in names])
-        # a list of modules is no module to be called
+        # fully_shard hooks `forward`, which a ModuleList or ModuleDict does not have: take its parent
         while isinstance(named[".".join(common)], nn.ModuleList | nn.ModuleDict):
             common = common[:-1]
         paths.add(tuple(common))
@@ -94,7 +105,10 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[nn.Module]:
-    """Within: a sharded model holds all its weights, so that each process may call it as often as it has batches."""
+    """Hold all weights of a sharded model in the block, so that `forward` runs no collectives.
+
+    Ranks may then call the model a different number of times, as in an evaluation.
+    """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -108,26 +122,33 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def full_state_dict(model: nn.Module) -> Mapping[str, Any]:
-    """The state of a model on the CPU, shards put together; every process calls it, rank 0 gets it."""
+    """The unsharded state dict on the CPU: on rank 0, empty on the others. Every process must call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def accumulating(replicas: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around one micro-batch of an update: gradients are exchanged in the last one only."""
-    if isinstance(replicas, FSDPModule):
-        replicas.set_requires_gradient_sync(last)
-    if last or not isinstance(replicas, DistributedDataParallel):
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+    """Context for one micro-batch: its backward averages gradients over the processes only if `enabled`.
+
+    With gradient accumulation, only the last micro-batch of a step needs it. model: of `wrap_distributed`.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
-    return replicas.no_sync()
+    return model.no_sync()
 
 
 def autocast(parallel: Parallel, world: World) -> AbstractContextManager[Any]:
+    """torch.autocast in the precision of the recipe; disabled for fp32."""
     dtype = DTYPES.get(parallel.precision)
     return torch.autocast(world.device.type, dtype, enabled=dtype is not None)
 
 
-def arithmetic(parallel: Parallel, world: World, micro_batch: int) -> dict[str, Any]:
-    """What may change between two starts of a run and decides the order of its sums, hence their last bits."""
+def numerics_config(parallel: Parallel, world: World, micro_batch: int) -> dict[str, Any]:
+    """The settings that fix the order of floating-point sums: runs repeat each other bit for bit only if these agree.
+
+    All of them may differ between two starts of one run; a checkpoint stores them as `arithmetic`.
+    """
     device = world.device.type
     threads = torch.get_num_threads() if device == "cpu" else 0
     strategy = parallel.strategy if world.size > 1 else "alone"
@@ -136,12 +157,12 @@ def arithmetic(parallel: Parallel, world: World, micro_batch: int) -> dict[str, 
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor."""
+    """The local shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor], world: World) -> None:
-    """Give every process rank 0's values, as DDP does with buffers before a forward."""
+    """Overwrite the tensors on every rank with rank 0's values, as DDP does with buffers before a forward."""
     if world.size > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -1,8 +1,14 @@
-"""Where the processes of a run find one another, also when torchrun has started them anew.
+"""Rendezvous that survives restarts by torchrun.
 
-torchrun keeps one store for all its starts. What a killed process wrote there is still there for its successor: it
-would take a dead one's address for that of its peer (pytorch issue 135712). So the processes of each start agree on a
-name first, below which nothing has been written.
+torchrun keeps one TCPStore for all restarts of a job, so keys written by killed processes are still there when the
+next ones start, and `init_process_group` would read the address of a dead peer (pytorch issue 135712). Here the
+processes of each start first agree on a random key prefix: rank 0 publishes it, the other ranks receive it.
+
+Keys of the handshake, in the shared store:
+
+    arrived/RANK         written by RANK: its random token. It may be left over from a killed process.
+    told/TOKEN           written by rank 0: the prefix, for the process that wrote TOKEN.
+    taken/PREFIX/RANK    written by RANK: it has received PREFIX.
 """
 
 import os
@@ -14,37 +20,43 @@ import torch.distributed as dist
 
 
 def restart_safe_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Store, rank and size for `init_process_group`, from the environment of torchrun or of anything that is like it.
+    """Store, rank and world size for `init_process_group`, from the environment variables that torchrun sets.
 
-    Raises RuntimeError where not all processes have come within `timeout`.
+    Raises RuntimeError if not all processes have arrived within `timeout`.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        name = (publish_prefix if rank == 0 else receive_prefix)(store, rank, size, timeout)
-        store = dist.PrefixStore(name, store)
+        prefix = (publish_prefix if rank == 0 else receive_prefix)(store, rank, size, timeout)
+        store = dist.PrefixStore(prefix, store)
     return store, rank, size
 
 
 def publish_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """Tell a new name to whoever has arrived until every other rank has taken it; an arrival may be a dead one's."""
-    name, waiting, end = uuid4().hex, set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    """Rank 0: choose a new prefix and answer every token that arrives until all other ranks have taken the prefix.
+
+    A token may belong to a killed process; its successor overwrites it with a new one, which is answered in turn.
+    """
+    prefix, waiting, end = uuid4().hex, set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while waiting:
         if time.monotonic() > end:
             raise RuntimeError(f"gloo: timed out waiting for the processes {sorted(waiting)}")
         for other in sorted(waiting):
             if store.check([f"arrived/{other}"]):
-                store.set(f"told/{store.get(f'arrived/{other}').decode()}", name)
-            if store.check([f"taken/{name}/{other}"]):
+                store.set(f"told/{store.get(f'arrived/{other}').decode()}", prefix)
+            if store.check([f"taken/{prefix}/{other}"]):
                 waiting.discard(other)
         time.sleep(0.01)
-    return name
+    return prefix
 
 
 def receive_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """Ask for the name under a word of one's own, so that no earlier answer is taken for this one."""
-    word = uuid4().hex
-    store.set(f"arrived/{rank}", word)
-    store.wait([f"told/{word}"], timeout)
-    name = store.get(f"told/{word}").decode()
-    store.set(f"taken/{name}/{rank}", "")
-    return name
+    """Other ranks: announce a random token and wait for rank 0's answer to it.
+
+    The token is new in each start, so an answer given to a killed process is never read.
+    """
+    token = uuid4().hex
+    store.set(f"arrived/{rank}", token)
+    store.wait([f"told/{token}"], timeout)
+    prefix = store.get(f"told/{token}").decode()
+    store.set(f"taken/{prefix}/{rank}", "")
+    return prefix

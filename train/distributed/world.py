@@ -1,4 +1,4 @@
-"""Where a run takes place: the processes it spans, the signals that end it, the directory it lives in."""
+"""The process group of a run: rank, world size, device and the small CPU collectives the trainer needs."""
 
 import dataclasses
 import os
@@ -17,13 +17,16 @@ from .rendezvous import restart_safe_store
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run. Its collectives use gloo on the CPU, so that none of them waits for a GPU."""
+    """The processes of a run, and collectives over them. Objects and CPU tensors go over gloo: no GPU sync.
+
+    Without a process group (`size == 1`) every collective returns its argument.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     local_size: int = 1  # processes on this node
-    timeout: timedelta = timedelta(minutes=30)  # how long one process waits for another
+    timeout: timedelta = timedelta(minutes=30)  # of a collective
 
     @property
     def main(self) -> bool:
@@ -46,7 +49,10 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """A section without collectives: a UserError in it on one process becomes everyone's."""
+        """Run the block on every rank; if it raises a UserError on any, raise that error on all.
+
+        The block must not contain collectives: a rank that failed would leave the others waiting in them.
+        """
         problem = None
         try:
             yield
@@ -55,7 +61,7 @@ class World:
         self.any_rank(error=problem)
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's `value`, by rank."""
+        """The `value` of every rank, ordered by rank, on every rank (all_gather_object)."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -63,12 +69,12 @@ class World:
         return values
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value`."""
+        """The `value` of rank 0, on every rank."""
         return self.gather(value)[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes, on the CPU."""
-        total = values.detach().cpu().clone()  # reduced in place
+        """The sum of `values` over the ranks, as a new CPU tensor; `values` itself is not changed."""
+        total = values.detach().cpu().clone()  # all_reduce works in place
         if self.size > 1:
             dist.all_reduce(total)
         return total
@@ -76,9 +82,14 @@ class World:
 
 @contextmanager
 def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # noqa: B008  frozen
-    """The world that torchrun's environment describes, or this process alone."""
+    """Yield the World described by torchrun's environment variables, or a single process; destroy the group at the end.
+
+    Also selects the device and sets deterministic algorithms for the block. The timeout of collectives is twice
+    `guard.timeout`. Raises UserError for `run.device=cuda` without a GPU, and for the RuntimeErrors that
+    `translate_error` knows.
+    """
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
+        raise UserError("run.device=cuda, but torch finds no GPU; use run.device=cpu or auto")
     cuda = run.device != "cpu" and torch.cuda.is_available()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -88,7 +99,7 @@ def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # no
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(run.deterministic)
-    # a process that waits for its batch is still waited for, and tells what is the matter
+    # longer than the data timeout: a rank whose loader hangs reports it before the others give up waiting for that rank
     timeout = timedelta(seconds=2 * guard.timeout)
     try:
         if size > 1:
@@ -107,23 +118,27 @@ def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # no
 
 
 def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None:
-    """What a RuntimeError out of torch's depths means to the user, where that is known."""
+    """The UserError for a RuntimeError of torch whose cause is known, else None.
+
+    Known are a dead loader worker, a collective that timed out, a lost connection to another rank, and a GPU that is
+    out of memory. gloo's and the DataLoader's errors have no class of their own, so the message decides.
+    """
     text = next(iter(str(error).strip().splitlines()), "")
     if "DataLoader worker" in text:
         return LocalRankError(WORKER_DIED)
     remote = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
     if remote and ("timed out" in text.lower() or "timeout" in text):
         return LocalRankError(
-            f"another process of this run has not answered for {timeout.total_seconds():g} s: it hangs. End what is "
-            "left of the run (kill -9), then the same command goes on from the last checkpoint; guard.timeout makes it "
-            "wait longer"
+            f"another process of this run has not answered for {timeout.total_seconds():g} s, it probably hangs. Kill "
+            "the remaining processes of the run (kill -9); the same command goes on from the last checkpoint. If a "
+            "process is only slow, raise guard.timeout"
         )
     if remote:
         return LocalRankError(
-            f"another process of this run is gone ({text[:160]}); the same command goes on where it can"
+            f"another process of this run is gone ({text[:160]}); the same command goes on from the last checkpoint"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return LocalRankError(
-            f"the GPU's memory is short ({text}): lower data.micro_batch or try parallel.grad_checkpointing"
+            f"the GPU is out of memory ({text}): lower data.micro_batch or set parallel.grad_checkpointing=true"
         )
     return None

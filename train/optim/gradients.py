@@ -1,4 +1,4 @@
-"""The update: timm's optimizers and schedules, clipping, and what happens to a gradient that is not finite."""
+"""Gradient clipping, and what happens to an update whose gradient is not finite."""
 
 import math
 
@@ -13,8 +13,8 @@ from ..recipe.schema import Optim
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> torch.Tensor:
-    """Clip the gradients as the recipe says; their norm before that."""
-    # from its groups, a list: to walk through the model's modules at every update would cost a percent of a small one's
+    """Clip the gradients in place by `optim.clip` and `optim.clip_mode`; return their L2 norm before clipping."""
+    # the optimizer's parameter groups: walking through the model's modules takes 1 % of a small model's step
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
@@ -27,7 +27,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> torch.Tens
 
 
 def clip_units(parameters: list[nn.Parameter], factor: float) -> None:
-    """Adaptive clipping (Brock et al., arXiv 2102.06171, equation 3) of shards, to what timm's makes of the whole."""
+    """Adaptive gradient clipping (Brock et al., arXiv 2102.06171, eq. 3) of sharded parameters.
+
+    The result is that of timm's `adaptive_clip_grad` on the unsharded parameters.
+    """
     for parameter in parameters:
         assert parameter.grad is not None
         grad = parameter.grad.detach()
@@ -37,16 +40,18 @@ def clip_units(parameters: list[nn.Parameter], factor: float) -> None:
 
 
 def unit_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """The norm of each of this process's rows [rows, 1, ...], or of a whole vector over all processes []."""
+    """The L2 norm per unit: of each row of the local shard, `[rows, 1, ...]`, or of a whole vector or scalar, `[]`.
+
+    FSDP shards dimension 0, so a row is never split; the norm of a sharded vector is reduced over the processes.
+    """
     if tensor.ndim > 1:
-        # shards are cut between rows
         return torch.linalg.vector_norm(to_local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
     norm = torch.linalg.vector_norm(tensor)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class NonFiniteError(Exception):
-    """A gradient that is not finite, where no more may be skipped."""
+    """The gradient norm of an update is NaN or infinite, and no more updates may be skipped."""
 
     def __init__(self, step: int, norm: float, loss: float):
         super().__init__(f"loss {loss:g} and gradient norm {norm:g} at step {step}")
@@ -54,33 +59,34 @@ class NonFiniteError(Exception):
 
 
 class NonFiniteGuard:
-    """Decides for each update whether it is applied: a non-finite one is skipped, and after `max_skips` in a row fatal.
+    """Skips updates whose gradient norm is not finite, and stops the run after more than `max_skips` in a row.
 
-    Where the only other choice is to stop, a GPU is asked one step late, so that nothing waits for it.
+    With `max_skips=0` a GPU norm is checked one step later, so that the CPU does not wait for the GPU at every step.
+    The update is then applied unchecked; the run stops before these weights are evaluated or saved.
     """
 
     def __init__(self, max_skips: int, scaler: torch.amp.GradScaler):
         self.max_skips, self.scaler = max_skips, scaler
-        self.skipped = 0
-        self.unchecked: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self.skipped = 0  # in a row
+        self.unchecked: tuple[int, torch.Tensor, torch.Tensor] | None = None  # step, norm and loss
 
-    def admits(self, step: int, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        """Whether to apply the update of `step`. Raises NonFiniteError."""
+    def should_apply(self, step: int, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+        """Whether to apply the update of `step`; False skips it. Raises NonFiniteError."""
         if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
-            return True  # an overflow is the scaler's to skip as long as it has scale to give up
+            return True  # fp16 overflow: GradScaler skips the update itself and lowers its scale
         if norm.is_cuda and not self.max_skips:
             self.check_deferred()
             self.unchecked = step, norm, loss
             return True
-        return self._judge(step, norm, loss)
+        return self._check(step, norm, loss)
 
     def check_deferred(self) -> None:
-        """VariantEvaluator the update that was applied unjudged, if any. Raises NonFiniteError."""
+        """Check the update that was applied unchecked, if there is one. Raises NonFiniteError."""
         unchecked, self.unchecked = self.unchecked, None
         if unchecked:
-            self._judge(*unchecked)
+            self._check(*unchecked)
 
-    def _judge(self, step: int, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+    def _check(self, step: int, norm: torch.Tensor, loss: torch.Tensor) -> bool:
         if math.isfinite(norm):
             self.skipped = 0
             return True

@@ -55,8 +55,8 @@ def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple:
     cooldown = round(sched.cooldown * per_unit)
     if warmup + cooldown >= steps:
         raise UserError(
-            f"sched.cooldown={sched.cooldown:g} ({cooldown} steps) and the warm-up ({warmup} steps) must be shorter than "
-            f"the training ({steps} steps)"
+            f"sched.cooldown={sched.cooldown:g} ({cooldown} steps) and the warm-up ({warmup} steps) must be shorter "
+            f"than the training ({steps} steps)"
         )
     ratio = batch / optim.lr_base_batch
     factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_rule]

@@ -23,7 +23,7 @@ import torch
 from ..errors import UserError, report_errors
 from ..files import write_atomically
 from ..recipe.registry import task_spec
-from ..run.profiling import parameters
+from ..run.profiling import count_parameters
 from .curves import curves
 from .page import duration, page
 from .runs import Run, command, next_steps, one_metric, read_run
@@ -61,7 +61,7 @@ def report_one(run: Run, folder: Path) -> str:
     if own and run.result:
         tiles.append(own.headline(run, run.result))
     with suppress(UserError):
-        tiles.append((f"{parameters(run.model) / 1e6:.2f} M", "parameters"))
+        tiles.append((f"{count_parameters(run.model) / 1e6:.2f} M", "parameters"))
     if run.train:
         last = run.train[-1]
         tiles.append((duration(run.seconds), "training time"))

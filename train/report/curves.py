@@ -35,13 +35,15 @@ def draw_learning(runs: Sequence[Run]) -> Figure:
         held_out = {"color": colour, "marker": "o", "markersize": 3.2}
         loss.plot(*series(run.train, "loss"), color=f"C{i}", linewidth=1.1, alpha=0.8)
         loss.plot(*series(run.evals, "loss"), **held_out)
+        if metric is None:
+            continue
         accuracy.plot(*series(run.evals, metric.key), **held_out)
         for step, last in list(zip(*series(run.evals, metric.key), strict=True))[-1:]:
             accuracy.annotate(f"{last:.1f}", (step, last), (6, -3), textcoords="offset points", color=colour)
     loss.set(title="Loss", xlabel="step", yscale="log")
     loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     loss.minorticks_off()
-    accuracy.set(title="Held-out images", xlabel="step", ylabel=f"{metric.name}, %")
+    accuracy.set(title="Held-out images", xlabel="step", ylabel=f"{metric.name}, %" if metric else "no evaluation")
     trained, judged = ("C0", "C1") if len(runs) == 1 else ("0.5", "0.5")
     loss.plot([], [], color=trained, linewidth=1.1, label="training")
     loss.plot([], [], color=judged, marker="o", markersize=3.2, label="held out")

@@ -20,6 +20,7 @@ COLUMNS, SHOWN = 2, 8  # pictures a row and in all
 
 def headline(run: Run, result: Mapping[str, Any]) -> tuple[str, str]:
     """The figure of merit, and what it is."""
+    assert run.metric is not None
     return f"{result[run.metric.key]:.1f} %", f"{run.metric.name} on {result['count']:,} held-out images{run.when}"
 
 

@@ -64,8 +64,8 @@ class Checkpoints:
     def save(self, state: dict[str, Any], facts: dict[str, Any], *, best: int, last: int) -> None:
         """Write `state` (tensors, by DCP) and `facts` (JSON) as the checkpoint of step `facts["step"]`.
 
-        Then delete all checkpoints but those of the step `best` and of the `last` newest steps. Raises UserError if this
-        one cannot be written, or in the background the one before; the existing ones stay as they are.
+        Then delete all checkpoints but those of the step `best` and of the `last` newest steps. Raises UserError if
+        this one cannot be written, or in the background the one before; the existing ones stay as they are.
         """
         self.wait()
         if self.thread:

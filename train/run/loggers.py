@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl always, the console, tensorboard and wandb on request."""
+"""Loggers of metrics: metrics.jsonl and the console always, TensorBoard and Weights & Biases if the recipe asks."""
 
 import json
 import math
@@ -20,51 +20,55 @@ from ..recipe.schema import Log, Recipe
 
 
 class Logger(Protocol):
-    def log(self, record: dict[str, Any]) -> None: ...
+    """A destination of metrics. A new one is registered in `Loggers.__init__`."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record: "kind" ("train" or "eval"), "step", "time" and metrics by name."""
+        ...
 
     def close(self) -> None: ...
 
 
-class Jsonl:
-    """One JSON object a line, unbuffered; what is not finite is null."""
+class JsonlLogger:
+    """One JSON object per line, unbuffered. NaN and infinity become null, which JSON can hold."""
 
     def __init__(self, path: Path):
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def log(self, record: dict[str, Any]) -> None:
-        known = {
+        finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
         with writing(self.file.name):
-            self.file.write(json.dumps(known, allow_nan=False).encode() + b"\n")
+            self.file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         self.file.close()
 
 
-class Bar(Progress):
-    """A progress bar, and below it the latest figures on as many lines as this terminal needs for them."""
+class ProgressBar(Progress):
+    """A progress bar with the latest metrics below it, wrapped to the width of the terminal."""
 
-    figures = ""
+    metrics = ""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield Text(self.figures, no_wrap=False, overflow="fold")  # the console itself wraps nothing
+        yield Text(self.metrics, no_wrap=False, overflow="fold")  # the console itself does not wrap (soft_wrap)
 
 
-class Screen:
-    """A progress bar on a terminal, plain lines elsewhere."""
+class ConsoleLogger:
+    """A progress bar on a terminal, one line per record elsewhere; `log.progress` overrides the choice."""
 
     def __init__(self, log: Log, total: int, step: int):
         self.console = Console(highlight=False, soft_wrap=True)
         self.total = total
-        self.bar: Bar | None = None
+        self.bar: ProgressBar | None = None
         if log.progress == "bar" or (log.progress == "auto" and self.console.is_terminal):
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-            self.bar = Bar(*columns, console=self.console)
+            self.bar = ProgressBar(*columns, console=self.console)
             self.task = self.bar.add_task("", total=total, completed=step)
-            self.figures: dict[str, str] = {}
+            self.latest: dict[str, str] = {}  # by the kind of the record
             self.bar.start()
 
     def advance(self, step: int) -> None:
@@ -73,7 +77,7 @@ class Screen:
 
     def log(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
-            line = f"evaluation: {_figures(record, 3)}"
+            line = f"evaluation: {_format_metrics(record, 3)}"
         else:
             line = (
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
@@ -84,10 +88,11 @@ class Screen:
         if not self.bar:
             self.console.print(f"step {record['step']}/{self.total}  {line}", markup=False)
             return
-        self.figures[record["kind"]] = line if record["kind"] == "train" else _figures(record, 1)
-        self.bar.figures = "  ".join(self.figures.values())
+        self.latest[record["kind"]] = line if record["kind"] == "train" else _format_metrics(record, 1)
+        self.bar.metrics = "  ".join(self.latest.values())
 
     def say(self, text: str) -> None:
+        """Print a line; a progress bar stays below it."""
         self.console.print(text, markup=False)
 
     def close(self) -> None:
@@ -95,7 +100,7 @@ class Screen:
             self.bar.stop()
 
 
-class TensorBoard:
+class TensorBoardLogger:
     def __init__(self, path: Path):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -109,8 +114,8 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
-    """One wandb run for one run directory, through all its starts."""
+class WandbLogger:
+    """Weights & Biases. The run id is stored in the run directory, so that a resumed run continues its wandb run."""
 
     def __init__(self, recipe: Recipe, path: Path):
         import wandb
@@ -140,47 +145,54 @@ class Wandb:
 
 
 class Loggers:
-    """All sinks of a run behind one `log`; rank 0 writes, the others are silent."""
+    """All loggers of a run. Rank 0 logs; on other ranks every method does nothing."""
 
     def __init__(self, recipe: Recipe, path: Path, world: World, *, total: int, step: int):
-        self.sinks: list[Logger] = []
-        self.screen: Screen | None = None
+        """path: the run directory; total: steps of the run; step: the one it starts from."""
+        self.active: list[Logger] = []
+        self.console: ConsoleLogger | None = None
         if not world.main:
             return
-        self.screen = Screen(recipe.log, total, step)
-        self.sinks += [self.screen, Jsonl(path / "metrics.jsonl")]
-        wanted = {"tensorboard": recipe.log.tensorboard, "wandb": recipe.log.wandb != "off"}
-        openers = {"tensorboard": lambda: TensorBoard(path / "tensorboard"), "wandb": lambda: Wandb(recipe, path)}
-        for name in (name for name, on in wanted.items() if on):
+        self.console = ConsoleLogger(recipe.log, total, step)
+        self.active += [self.console, JsonlLogger(path / "metrics.jsonl")]
+        optional = {
+            "tensorboard": (recipe.log.tensorboard, lambda: TensorBoardLogger(path / "tensorboard")),
+            "wandb": (recipe.log.wandb != "off", lambda: WandbLogger(recipe, path)),
+        }
+        for name, (enabled, build) in optional.items():
+            if not enabled:
+                continue
             try:
-                self.sinks.append(openers[name]())
-            except Exception as error:  # a logger on request must not cost the training
+                self.active.append(build())
+            except Exception as error:  # an optional logger that fails must not stop the training
                 self.say(f"warning: log.{name} is left out, it did not start: {str(error).strip().splitlines()[0]}")
 
     def log(self, record: dict[str, Any]) -> None:
-        """record: "kind", "step" and figures."""
+        """Add the time to the record and hand it to every logger; see `Logger.log`."""
         record |= {"time": round(time.time(), 3)}
-        for sink in self.sinks:
-            sink.log(record)
+        for logger in self.active:
+            logger.log(record)
 
     def advance(self, step: int) -> None:
-        if self.screen:
-            self.screen.advance(step)
+        """Move the progress bar to `step`."""
+        if self.console:
+            self.console.advance(step)
 
     def say(self, text: str) -> None:
-        if self.screen:
-            self.screen.say(text)
+        """Print a line to the console, from rank 0."""
+        if self.console:
+            self.console.say(text)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        for logger in self.active:
+            logger.close()
 
 
 def _numbers(record: dict[str, Any]) -> list[tuple[str, float]]:
     return [(key, value) for key, value in record.items() if key not in ("kind", "step", "time")]
 
 
-def _figures(record: dict[str, Any], count: int) -> str:
-    """The first of an evaluation's figures, which a task names by their weight."""
-    named = [key for key in record if key not in ("kind", "step", "epoch", "time", "count")]
-    return "  ".join(f"{key} {record[key]:.4g}" for key in named[:count])
+def _format_metrics(record: dict[str, Any], count: int) -> str:
+    """The first `count` metrics of an evaluation as text; tasks list the most important ones first."""
+    names = [key for key in record if key not in ("kind", "step", "epoch", "time", "count")]
+    return "  ".join(f"{key} {record[key]:.4g}" for key in names[:count])

@@ -1,4 +1,4 @@
-"""How fast: images a second, the share of time spent waiting for data, what a model costs."""
+"""Throughput, FLOPs, memory, and traces of torch.profiler."""
 
 import os
 import resource
@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..distributed.world import World
 from ..files import writing
 from ..recipe.schema import Parallel
-from ..tasks.models import first_forward
 
-# dense bf16 tensor-core TFLOP/s by the makers' data sheets, by a part of the device's name; the first that fits holds
-PEAKS = {
+# dense bf16 tensor-core TFLOP/s from the manufacturers' data sheets; the first key found in the device's name applies
+PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -34,19 +33,23 @@ PEAKS = {
 
 
 class ThroughputMeter:
-    """Speed since the last reading."""
+    """Measures speed and data waiting time between two calls of `read`."""
 
     def __init__(self, images_per_step: int, gflops: float, peak: float | None, device: torch.device):
-        """gflops: of the forward of one image; peak: TFLOP/s of all devices together, where they are known."""
+        """images_per_step: over all processes; gflops: of one image's forward; peak: TFLOP/s of all devices, if known.
+
+        device: whose memory `read` reports.
+        """
         self.images_per_step, self.gflops, self.peak, self.device = images_per_step, gflops, peak, device
         self.restart()
 
     def restart(self) -> None:
+        """Start a new interval."""
         self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for the data of one step."""
+        """Count the time of the block as waiting for data, and count one step."""
         start = time.perf_counter()
         yield
         self.steps += 1
@@ -54,35 +57,38 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time within does not count."""
+        """Leave the time of the block out of the interval."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Figures over all processes since the last reading; starts the next one.
+        """The metrics of the interval since the last call; starts the next interval.
 
-        images_per_second, data_wait in 0..1, step_seconds, tflops (per second; a backward counts as two forwards,
-        what is recomputed does not count), memory_gb, the `peak_memory` of this process alone, and, on known devices,
-        mfu: tflops as a share of their peak.
+        images_per_second, tflops: over all processes. tflops counts a backward as two forwards and no recomputation.
+        step_seconds; data_wait: fraction of the time; memory_gb: `peak_memory` of this process. mfu: model FLOPs
+        utilization, tflops as a fraction of `peak`; left out if that is unknown.
         """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         steps, waited = self.steps, self.waited
         self.restart()
         images = steps * self.images_per_step / elapsed
         tflops = 3 * self.gflops * images / 1e3
-        figures = {
+        metrics = {
             "images_per_second": round(images, 2),
             "data_wait": round(waited / elapsed, 4),
             "step_seconds": round(elapsed / max(steps, 1), 5),
             "tflops": float(f"{tflops:.4g}"),
             "memory_gb": round(peak_memory(self.device), 3),
         }
-        return figures | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
+        return metrics | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
 
 
 class StepProfiler:
-    """torch's profiler over the updates 3 to 12 of a start, written to `profile/` for chrome://tracing or perfetto."""
+    """torch.profiler over ten steps of a start, 3 to 12 counted from 0; for chrome://tracing or Perfetto.
+
+    The trace of each process is written to `profile/rankN.json` in the run directory.
+    """
 
     SKIPPED, TRACED = 3, 10
 
@@ -90,12 +96,12 @@ class StepProfiler:
         self.file, self.profiler = path / "profile" / f"rank{rank}.json", None
         if enabled:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            plan = schedule(wait=self.SKIPPED - 1, warmup=1, active=self.TRACED, repeat=1)
-            self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+            window = schedule(wait=self.SKIPPED - 1, warmup=1, active=self.TRACED, repeat=1)
+            self.profiler = profile(activities=activities, schedule=window, on_trace_ready=self._write)
             self.profiler.start()
 
     def step(self) -> None:
-        """At the end of each update."""
+        """Call at the end of each training step."""
         if self.profiler:
             self.profiler.step()
 
@@ -112,33 +118,28 @@ class StepProfiler:
 
 
 def peak_tflops(parallel: Parallel, world: World) -> float | None:
-    """Of all devices together in the recipe's precision, where it is known: in bf16 or fp16 on the GPUs of `PEAKS`."""
+    """Peak TFLOP/s of all devices together; None for fp32, for the CPU and for a GPU that is not in `PEAK_TFLOPS`."""
     if world.device.type != "cuda" or parallel.precision == "fp32":
         return None
     name = torch.cuda.get_device_name(world.device)
-    return next((world.size * peak for part, peak in PEAKS.items() if part in name), None)
+    return next((world.size * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trainable or not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def forward_gflops(model: nn.Module, example: tuple[Any, ...]) -> float:
-    """Floating-point operations of `model(*example)` in evaluation mode, two per multiply-add, in 1e9.
-
-    Raises UserError where the model does not take the images of the example.
-    """
-    # the innermost is the one that the recipe names: a probe, a segmenter or a detector is built around it
-    configs: list[Any] = [module.pretrained_cfg for module in model.modules() if hasattr(module, "pretrained_cfg")]
-    name = configs[-1]["architecture"] if configs else type(model).__name__
+    """Floating-point operations of `model(*example)` in evaluation mode, in 1e9. A multiply-add counts as two."""
     training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
-        # the counter's hooks fail on a parameter that wants gradients and goes straight into a module
+        # FlopCounterMode's module hooks fail if an input of a module is a parameter that requires gradients
         for parameter in trained:
             parameter.requires_grad_(False)
         eager = torch.compiler.set_stance("force_eager")
         counter = FlopCounterMode(display=False)
-        with first_forward(f"model.name={name}", example[0][0]), torch.no_grad(), eager, counter:
+        with torch.no_grad(), eager, counter:
             model.eval()(*example)
     finally:
         model.train(training)
@@ -148,7 +149,7 @@ def forward_gflops(model: nn.Module, example: tuple[Any, ...]) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, GB: of the GPU, else of this process."""
+    """Peak memory in GB (1e9 bytes): allocated on the GPU, or on the CPU the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

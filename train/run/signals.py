@@ -1,4 +1,4 @@
-"""PLACEHOLDER train/run/signals.py"""
+"""Handling of the signals that end a run, and detection of automatic restarts."""
 
 import os
 import signal
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # torchrun's and the requeued job's
+# set to the number of restarts by torchrun, and by SLURM for a requeued job
+RESTART_COUNT_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class Signals:
-    """`raised` turns True at SIGTERM, SIGINT or SIGUSR1; a second SIGINT interrupts at once.
+    """Sets `raised` at SIGTERM, SIGINT or SIGUSR1, for the training loop to read. A second SIGINT interrupts at once.
 
-    torchrun passes SIGTERM on and kills after 30 s: `--shutdown-timeout` gives a large model the time to be saved, and
-    `--signals-to-handle SIGTERM,SIGINT,SIGUSR1` lets it pass SIGUSR1 on. It exits 1 all the same: look for DONE.
+    torchrun forwards SIGTERM and kills its processes 30 s later; `--shutdown-timeout` gives a large model more time to
+    save, `--signals-to-handle SIGTERM,SIGINT,SIGUSR1` makes it forward SIGUSR1 too. torchrun exits with code 1 even if
+    every process ended cleanly, so look for the file DONE in the run directory instead.
     """
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -21,14 +23,15 @@ class Signals:
     def __init__(self) -> None:
         self.raised = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.raised = True
 
     @contextmanager
     def caught(self) -> Iterator["Signals"]:
-        before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
+        """Install the handlers for the block, and restore the previous ones after it."""
+        before = {number: signal.signal(number, self._handle) for number in self.CAUGHT}
         try:
             yield self
         finally:
@@ -37,5 +40,5 @@ class Signals:
 
 
 def is_elastic_restart() -> bool:
-    """Whether torchrun or SLURM has started this process anew, with the arguments of the start it goes on with."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+    """Whether torchrun or SLURM has restarted this process with the arguments of its first start."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTART_COUNT_VARIABLES)

@@ -61,8 +61,8 @@ def read_instances(file: Path, folder: Path, masks: bool) -> Annotations:
                 entries[one["image_id"]].objects.append(_object(name, one, labels))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); put it below data.root, or name other files with data.train and "
-            "data.val"
+            f"{file} cannot be read ({error.strerror}); put it below data.root, or name other files in data.train "
+            "and data.val"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not an instances file of COCO ({type(error).__name__}: {error})") from error

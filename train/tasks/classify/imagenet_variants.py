@@ -125,23 +125,21 @@ def class_columns(folders: list[str], classes: list[str], where: Path) -> list[i
         position = {name: int(name) for name in folders}
     if unknown:
         raise UserError(
-            f"{where} has the class {unknown[0]}, which is not a class of the model ({', '.join(classes[:3])}, ...); name "
+            f"{where} has the class {unknown[0]}, which the model does not have ({', '.join(classes[:3])}, ...); name "
             "class folders as in training, or number them from 0"
         )
     return [position[name] for name in folders]
 
 
 def reassessed(images: ImageFolder, classes: list[str]) -> CorrectClasses:
-    """The ReaL labels (Beyer et al., arXiv 2006.07159), by file name (ILSVRC2012_val_00000001.JPEG); some images have none."""
+    """The ReaL labels (Beyer et al., arXiv 2006.07159), by file name (ILSVRC2012_val_00000001.JPEG ...)."""
     labels = RealLabelsImagenet(range(VALIDATION_IMAGES)).real_labels
     position, synsets = {name: index for index, name in enumerate(classes)}, ImageNetInfo().label_names()
     table = torch.zeros(len(images), len(classes), dtype=torch.bool)
     for row, path in enumerate(images.paths):
         file = f"{Path(path.decode()).stem}.JPEG"
         if file not in labels:
-            raise UserError(
-                f"{path.decode()} is not named like an image of ImageNet's validation set, which real needs"
-            )
+            raise UserError(f"{path.decode()} is not named like an image of ImageNet's validation set, as real needs")
         known = [position[synsets[label]] for label in labels[file] if synsets[label] in position]
         table[row, known] = True
     return lambda positions, _: table[positions]

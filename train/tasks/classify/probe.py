@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def freeze_for_probe(model: Any, kind: str) -> nn.Module:
-    """`model` with everything frozen but its classifier ("linear"), or a new one with attention pooling ("attentive")."""
+    """`model` frozen except for its classifier ("linear"), or for a new one with attention pooling ("attentive")."""
     if kind == "attentive":
         classes, body = model.num_classes, model
         body.reset_classifier(0)
