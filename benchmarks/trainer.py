@@ -65,7 +65,7 @@ class Ours:
         engine.loggers = Loggers(recipe, run.path, world, total=self.plan.steps, step=0)
         engine.loggers.active.remove(engine.loggers.console)
         engine.batches = self.task.train_batches(self.plan, 0)
-        engine.supply = BatchStream(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
+        engine.stream = BatchStream(engine.batches, world, engine.progress.corrupt, 0, run.path / "corrupt.jsonl")
         engine.meter.restart()
 
     def steps(self, count: int) -> None:
@@ -175,7 +175,7 @@ def memory(args: argparse.Namespace) -> None:
     """Print the resident set over the steps of a whole run, as JSON."""
     from measuring import resident
 
-    from tessel.train import __main__, engine
+    from tessel.train import engine, trainer
 
     step, sizes, first, last = engine.Engine.step, {}, *((4, 12) if args.dry_run else (200, 2000))
 
@@ -192,7 +192,7 @@ def memory(args: argparse.Namespace) -> None:
         recipe = make(args, out, **tiny, sched={"steps": last}, eval=every, ckpt=every, log={"progress": "lines"})
         stdout, sys.stdout = sys.stdout, sys.stderr
         try:
-            __main__.train(recipe)
+            trainer.train(recipe)
         finally:
             sys.stdout = stdout
     sizes[last] = resident()
@@ -208,13 +208,13 @@ def startup(args: argparse.Namespace) -> None:
     from tessel.train.distributed.world import init_distributed
     from tessel.train.engine import Engine
     from tessel.train.recipe.plan import plan
-    from tessel.train.tasks.build import build_task
+    from tessel.train.recipe.registry import task_spec
 
     marks = {"imports": time.time()}
     torch.set_num_threads(args.threads)
     recipe = make(args, "nowhere")
     with init_distributed(recipe.run) as world:
-        task = build_task(recipe, world)
+        task = task_spec(recipe).build(recipe, world)
         marks["data"] = time.time()
         engine = Engine(recipe, task, world, schedule := plan(recipe, samples=task.samples, world_size=1))
         marks["model"] = time.time()

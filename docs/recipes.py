@@ -11,39 +11,46 @@ import dataclasses
 import json
 import re
 import sys
-import types
-import typing
 from pathlib import Path
-from typing import Any
 
 from generated import main
 
+from tessel.train.__main__ import describe_type
 from tessel.train.recipe.load import PACKAGED, load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.recipe.schema import leaves
+from tessel.train.recipe.registry import SOURCES, TASKS, SourceSpec, TaskSpec, key_groups
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 IMAGENET = 1_281_167  # training images
 
 
-def kind(hint: Any) -> str:
-    """A type in the words of a recipe."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(map(str, arguments))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return ", ".join("null" if part is type(None) else kind(part) for part in arguments)
-    names = {"tuple": "list", "dict": "mapping", "str": "text", "bool": "true, false", "int": "integer"}
-    return names.get(hint.__name__, hint.__name__)
-
-
 def keys() -> str:
-    """One line a key of the schema."""
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for key, hint, default, meaning in leaves():
-        value = "required" if default is dataclasses.MISSING else f"`{json.dumps(default)}`"
-        lines.append(f"| `{key}` | {kind(hint)} | {value} | {meaning.replace('|', ', ')} |")
+    """One table per group of keys: those of every recipe, of each task and of each data source."""
+    tables = []
+    for group, found in key_groups():
+        lines = [f"### Keys of {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in found:
+            value = "required" if key.default is dataclasses.MISSING else f"`{json.dumps(key.default)}`"
+            kind = describe_type(key.hint).replace(" | ", ", ")
+            lines.append(f"| `{key.name}` | {kind} | {value} | {key.description.replace('|', ', ')} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def registered() -> str:
+    """One line per task and per data source."""
+    lines = ["| task | what it is | data sources |", "|---|---|---|"]
+    for task in TASKS.values():
+        sources = (source.name for source in SOURCES.values() if reads(task, source))
+        lines.append(f"| `{task.kind}` | {task.summary} | {', '.join(f'`{name}`' for name in sources)} |")
+    lines += ["", "| data source | what it is |", "|---|---|"]
+    lines += [f"| `{source.name}` | {source.summary} |" for source in SOURCES.values()]
     return "\n".join(lines)
+
+
+def reads(task: TaskSpec, source: SourceSpec) -> bool:
+    """Whether a task can read a data source with its default options."""
+    return task.sample_kind(task.options()) in source.datasets
 
 
 def heading(columns: str) -> list[str]:
@@ -111,7 +118,7 @@ def segmenters() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"keys": keys, "recipes": recipes, "segmenters": segmenters, "coco": coco}
+TABLES = {"keys": keys, "registered": registered, "recipes": recipes, "segmenters": segmenters, "coco": coco}
 
 
 if __name__ == "__main__":

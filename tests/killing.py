@@ -166,7 +166,7 @@ def last(checkpoints: Path) -> int:
 
 def left(checkpoints: Path) -> dict[str, Any]:
     """What there is to go on with."""
-    broken = [path.name for path in checkpoints.glob("step-*") if checkpoint.broken(path)]
+    broken = [path.name for path in checkpoints.glob("step-*") if checkpoint.find_damage(path)]
     return {"step": last(checkpoints), "broken": broken}
 
 

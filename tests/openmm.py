@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tessel.train.data.digit_scenes import DigitScenes
+from tessel.train.data.sources.digit_scenes import DigitScenes
 from tessel.zoo.dense import DenseBackbone
 
 

@@ -58,7 +58,7 @@ def mortal(place: str) -> Callable[[int], None]:
     doomed, last = map(int, rank_and_step.split(":"))
     name, _, within = name.partition(":")
     number = signal.Signals[f"SIG{name or 'KILL'}"]
-    step, scores, run_evaluation = engine.Engine.step, engine.Engine.scores, engine.run_evaluation
+    step, scores, run_evaluation = engine.Engine.step, engine.Engine.accumulate_metrics, engine.run_evaluation
     due: list[int] = []  # batches until the signal
 
     def hooked(self: engine.Engine) -> bool:
@@ -83,7 +83,7 @@ def mortal(place: str) -> Callable[[int], None]:
         if rank != doomed:
             return
         if within:
-            engine.Engine.scores, engine.run_evaluation = noted, interrupted
+            engine.Engine.accumulate_metrics, engine.run_evaluation = noted, interrupted
         else:
             engine.Engine.step = hooked
 

@@ -4,14 +4,14 @@ import sys
 import numpy as np
 import pytest
 
-from tessel.train.data.sources.digits import digits
+from tessel.train.data.sources.digits import load_digits
 
 SIZES = {"train": 1437, "val": 360}
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: digits(split) for split in SIZES}
+    return {split: load_digits(split) for split in SIZES}
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -40,7 +40,7 @@ def test_splits_are_stratified(splits):
 
 def test_splits_are_the_same_every_time_and_for_every_seed(splits):
     np.random.seed(7)
-    again = digits("val")
+    again = load_digits("val")
     assert again.targets == splits["val"].targets
     np.testing.assert_array_equal(again.pixels, splits["val"].pixels)
 
@@ -66,10 +66,10 @@ def test_loader_workers_can_receive_it(splits):
 
 def test_another_split_is_refused():
     with pytest.raises(ValueError, match="split='test'.*'train' or 'val'"):
-        digits("test")
+        load_digits("test")
 
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'tessel\[train\]'"):
-        digits("train")
+        load_digits("train")

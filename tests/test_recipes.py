@@ -121,8 +121,8 @@ def test_recipe_holds_the_published_figures(name):
     assert recipe.model.name == recipe.run.name == name and recipe.model.init_from == FINE_TUNES.get(name)
     assert (recipe.data.size, recipe.data.batch, recipe.sched.epochs) == (size, batch, epochs)
     assert planned.warmup == pytest.approx(warmup * IMAGENET / batch, abs=1) and planned.lr == pytest.approx(lr)
-    assert recipe.optim.weight_decay == decay and recipe.optim.clip == clip and recipe.model.drop_path == drop_path
-    assert recipe.ema.decay == ema and recipe.data.aug.repeats == repeats
+    assert recipe.optim.weight_decay == decay and recipe.optim.clip == clip and recipe.model.drop_path_rate == drop_path
+    assert recipe.ema.decay == ema and recipe.data.aug.repeated_aug == repeats
     assert last is None or last in (recipe.sched.min_lr, lr)
     assert f"top-1 {top1:.1f} % (published" in head(name) and "not run so far" in head(name)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from tessel.blocks import BiLevelRouting
-from tessel.train.data.sources.digits import digits
+from tessel.train.data.sources.digits import load_digits
 from tessel.train.errors import UserError
 from tessel.train.recipe.schema import Data
 from tessel.train.report import __main__ as report
@@ -25,7 +25,7 @@ from tessel.train.report import attention_maps as explain
 from tessel.train.report import classify, curves
 from tessel.train.report.page import STYLE, duration
 from tessel.train.report.runs import read_run
-from tessel.train.tasks.export import export
+from tessel.train.tasks.export import export_classifier
 
 SECTIONS = {
     "Training": ["learning", "optimisation"],
@@ -89,13 +89,13 @@ def make_run(path, *, wrong):
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_predictions(path, wrong)
     model = timm.create_model("biformer_atto", num_classes=10)
-    export(model, path / "export", classes=digits("val").classes, data_config=DATA)
+    export_classifier(model, path / "export", classes=load_digits("val").classes, data_config=DATA)
     (path / "DONE").write_text(json.dumps({"top1": 88.0, "count": 360, "step": STEPS}))
     return path
 
 
 def save_predictions(path, wrong):
-    target = np.array(digits("val").targets)
+    target = np.array(load_digits("val").targets)
     prediction = target.copy()
     prediction[wrong] = (target[wrong] + 1) % 10
     probability = np.full((360, 10), 0.02)
@@ -301,7 +301,7 @@ def test_the_hardest_images_come_in_order(run, monkeypatch):
     monkeypatch.setattr(classify, "draw_hardest", drawn.append)
     classify.hardest(read_run(run), run)
     drawn[0]()
-    data, cards = digits("val"), drawn[1]
+    data, cards = load_digits("val"), drawn[1]
     assert [(true, taken) for _, true, taken, _ in cards[:2]] == [
         (str(data.targets[i]), str((data.targets[i] + 1) % 10)) for i in (7, 200)
     ]
@@ -484,7 +484,7 @@ def test_a_model_without_such_mixers_has_nothing_to_explain():
 def test_a_model_without_such_mixers_is_refused():
     model = timm.create_model("test_efficientnet", num_classes=10).eval()
     with pytest.raises(UserError, match="no mixer that can be explained"):
-        explain.explain(model, digits("val"), Data(source="digits", size=32))
+        explain.explain(model, load_digits("val"), Data(source="digits", size=32))
 
 
 def rectangles(axes, colour):

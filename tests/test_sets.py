@@ -125,7 +125,7 @@ def test_reassessed_labels(judge, tmp_path):
 @pytest.mark.parametrize("text", ["sketc=x", "v2", "v2=", "=x"])
 def test_sets_are_named_with_their_folder(text):
     with pytest.raises(UserError, match="NAME=FOLDER with NAME one of val, real, v2, a, r, sketch, c"):
-        sets.parse([text])
+        sets.parse_sets([text])
 
 
 def test_command_line_keeps_what_it_found(tmp_path, capsys):

@@ -47,10 +47,10 @@ def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     with trainer.before_step(5):
         assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert json.loads((run / "PREEMPTED").read_text()) == {"step": 5} and not (run / "DONE").exists()
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "The same command continues" in capsys.readouterr().out
 
     assert trainer.train(recipe, f"data.workers={workers}") == 0
-    assert f"resuming {run} at step 5 (exact); run.fresh=true starts clean" in capsys.readouterr().out
+    assert f"resuming {run} at step 5 (exact); run.fresh=true starts from scratch" in capsys.readouterr().out
     assert (run / "DONE").exists() and not (run / "PREEMPTED").exists()
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
     assert trainer.learning(run) == trainer.learning(straight)
@@ -73,7 +73,7 @@ def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
 
     assert trainer.train(recipe) == 0
     out = capsys.readouterr().out
-    assert f"checkpoint {newest} is broken ({weights.name} does not match its sha256)" in out
+    assert f"checkpoint {newest} is damaged ({weights.name} does not match its sha256)" in out
     assert "at step 3 (exact)" in out
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
     assert trainer.learning(run) == trainer.learning(straight)
@@ -84,13 +84,13 @@ def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
 def test_incomplete_checkpoints_are_named(straight, tmp_path, harm):
     copy = tmp_path / "step-00000009"
     subprocess.run(["cp", "-r", straight / "checkpoints/step-00000009", copy], check=True)
-    assert checkpoint.broken(copy) is None
+    assert checkpoint.find_damage(copy) is None
     victim = copy / "manifest.json" if harm == "manifest" else next(copy.glob("*.distcp"))
     if harm == "cut":
         victim.write_bytes(victim.read_bytes()[:-1])
     else:
         victim.unlink()
-    assert victim.name in str(checkpoint.broken(copy))
+    assert victim.name in str(checkpoint.find_damage(copy))
 
 
 def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, capsys):
@@ -147,7 +147,7 @@ def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypat
         patch.setattr(engine, "measure", refuse)
         assert trainer.train(recipe, option) == 1
     assert "val/0.png" in capsys.readouterr().err
-    assert checkpoint.broken(run / "checkpoints/step-00000003") is None
+    assert checkpoint.find_damage(run / "checkpoints/step-00000003") is None
     for _ in range(2):
         with trainer.before_step(4, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
             trainer.train(recipe, option)
@@ -179,13 +179,13 @@ def test_a_restart_goes_on_with_what_its_start_made_afresh(recipe, monkeypatch, 
 def test_resume_never_and_from_a_path(recipe, straight, capsys):
     source = straight / "checkpoints/step-00000009"
     assert trainer.train(recipe, "run.name=longer", f"ckpt.resume={source}", "sched.steps=10") == 0
-    assert "at step 9" in (out := capsys.readouterr().out) and "not the recipe of that checkpoint" in out
+    assert "at step 9" in (out := capsys.readouterr().out) and "with another recipe than that of the checkpoint" in out
     assert [record["step"] for record in trainer.metrics(recipe.parent / "runs/longer")] == [10, 10]
 
     assert trainer.train(recipe, "run.name=none", f"ckpt.resume={source}") == 1
-    assert "is of step 9, which leaves nothing of this run's 9 steps" in capsys.readouterr().err
+    assert "is of step 9, but this run ends at step 9" in capsys.readouterr().err
     assert trainer.train(recipe, "run.name=none", f"ckpt.resume={recipe.parent}", "sched.steps=10") == 1
-    assert "is no good checkpoint" in capsys.readouterr().err
+    assert "cannot be used" in capsys.readouterr().err
     with trainer.before_step(1):
         assert trainer.train(recipe, "ckpt.resume=never") == 0
     assert trainer.train(recipe, "ckpt.resume=never") == 1
@@ -251,10 +251,10 @@ def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, ca
     for target in (run, run / "checkpoints/step-00000009"):
         assert evaluate.main([str(target), "--data", f"root={other}"]) == 1
         error = capsys.readouterr().err
-        assert "class 1 is class_1b, there class_1" in error and error.count("\n") == 1
+        assert "class 1 is class_1b, in training class_1" in error and error.count("\n") == 1
     shutil.rmtree(other / "val/class_1b")
     assert evaluate.main([str(run), "--data", f"root={other}"]) == 1
-    assert "class 1 is class_2, there class_1" in capsys.readouterr().err
+    assert "class 1 is class_2, in training class_1" in capsys.readouterr().err
     assert json.loads((run / "evaluation/evaluation.json").read_text()) == figures
 
 
@@ -262,7 +262,7 @@ def test_splits_of_other_classes_are_refused(recipe, tmp_path, capsys):
     other = trainer.draw_folder(tmp_path / "other", train=8, val=3)
     (other / "val/class_1").rename(other / "val/class_1b")
     assert trainer.train(recipe, f"data.root={other}") == 1
-    assert f"train and val of {other} hold different classes: class_1, class_1b" in capsys.readouterr().err
+    assert f"splits of {other} have different classes: class_1, class_1b" in capsys.readouterr().err
     assert not (recipe.parent / "runs").exists()
 
 
@@ -322,7 +322,7 @@ def test_signal_to_torchrun_and_resume_on_another_number_of_processes(recipe):
             break
     process.communicate(timeout=120)
     stopped = json.loads((run / "PREEMPTED").read_text())["step"]
-    assert 4 <= stopped < 2000 and checkpoint.broken(run / f"checkpoints/step-{stopped:08d}") is None
+    assert 4 <= stopped < 2000 and checkpoint.find_damage(run / f"checkpoints/step-{stopped:08d}") is None
     single = subprocess.Popen(
         [sys.executable, "-m", "tessel.train", str(recipe), *overrides], stdout=subprocess.PIPE, text=True
     )
@@ -357,7 +357,7 @@ def test_compiled_model_trains_and_exports(recipe, monkeypatch):
     """Through dynamo alone: what the inductor makes of the graph takes minutes and is not ours."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="eager"))
-    overrides = ["parallel.compile=true", "sched.steps=3", "model.name=test_resnet", "model.drop_path=null"]
+    overrides = ["parallel.compile=true", "sched.steps=3", "model.name=test_resnet", "model.drop_path_rate=null"]
     assert trainer.train(recipe, *overrides) == 0
     timm.create_model(f"local-dir:{recipe.parent / 'runs/tiny/export'}", pretrained=True)
 

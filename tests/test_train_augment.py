@@ -5,29 +5,29 @@ import torch
 import trainer
 
 from tessel.train.data.sampler import seed_all
-from tessel.train.data.sources.build import build_dataset
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import load_recipe
-from tessel.train.recipe.schema import Aug, Data
 from tessel.train.tasks.classify.augment import erasing, train_transform
+from tessel.train.tasks.classify.options import ClassifyAug, ClassifyData
 from tessel.train.tasks.classify.task import ClassifyTask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 def test_loader_processes_do_not_erase():
-    image = build_dataset(Data(source="digits"), "train")[0][0]
+    image = trainer.open_source("digits", "train")[0][0]
     config = {"input_size": (3, 32, 32)}
     plain, erased = (
-        train_transform(Data(source="digits", size=32, aug=Aug(erasing=p)), config)(image) for p in (0.0, 1.0)
+        train_transform(ClassifyData(source="digits", size=32, aug=ClassifyAug(erasing=p)), config)(image)
+        for p in (0.0, 1.0)
     )
     assert torch.equal(plain, erased)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_image_is_erased_by_itself_and_by_the_seed(device):
-    erase = erasing(Aug(erasing=0.25), torch.device(device))
-    assert erase and erasing(Aug(), torch.device(device)) is None
+    erase = erasing(ClassifyAug(erasing=0.25), torch.device(device))
+    assert erase and erasing(ClassifyAug(), torch.device(device)) is None
 
     def erased(*key):
         seed_all(*key, devices=True)
@@ -49,7 +49,9 @@ def test_each_image_is_erased_by_itself_and_by_the_seed(device):
 
 def test_the_task_erases_before_it_mixes(tmp_path):
     data = {"source": "digits", "aug": {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0}}
-    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path": None})
+    recipe = trainer.write_recipe(
+        tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path_rate": None}
+    )
     task, seen = ClassifyTask(load_recipe(recipe), World()), []
     assert task.erasing and task.mixing
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from tessel.train.distributed.world import World
 from tessel.train.engine import Engine
 from tessel.train.run import checkpoint
-from tessel.train.run.checkpoint import Checkpoints, broken
+from tessel.train.run.checkpoint import Checkpoints, find_damage
 
-TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 8}}
+TINY = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"source": "digits", "micro_batch": 8}}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatc
     assert not list(tmp_path.glob("step-*"))
     threading.Timer(0.5, gate.set).start()
     checkpoints.save({"weight": weight}, {"step": 2}, best=0, last=2)
-    assert broken(tmp_path / "step-00000001") is None
+    assert find_damage(tmp_path / "step-00000001") is None
     weight += 1
     checkpoints.wait()
     checkpoints.close()
@@ -83,7 +83,7 @@ def test_one_copy_at_a_time(tmp_path, monkeypatch):
     assert most == [1] * 5 and not copies
     for step in range(1, 6):
         path = tmp_path / f"step-{step:08d}"
-        assert broken(path) is None and trainer.tensors(path)["weight"].tolist() == [step] * 3
+        assert find_damage(path) is None and trainer.tensors(path)["weight"].tolist() == [step] * 3
 
 
 def test_full_disk_in_the_background_is_told(recipe, monkeypatch, capsys):
@@ -115,7 +115,7 @@ def test_signal_waits_for_the_writing(recipe, monkeypatch):
     monkeypatch.setattr(Engine, "step", hooked)
     assert trainer.train(recipe, "ckpt.background=true") == 0
     run = recipe.parent / "runs/tiny"
-    assert (run / "PREEMPTED").exists() and broken(run / "checkpoints/step-00000002") is None
+    assert (run / "PREEMPTED").exists() and find_damage(run / "checkpoints/step-00000002") is None
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """What may become of a checkpoint on its disk: whatever it is, it is seen, named, and the one before is taken."""
 
+import dataclasses
 import gc
+import hashlib
 import json
 import os
 import random
@@ -14,10 +16,13 @@ import trainer
 from tessel.train import evaluate
 from tessel.train.distributed.world import World
 from tessel.train.engine import Engine
+from tessel.train.errors import UserError
+from tessel.train.recipe.load import as_dict, load_recipe
+from tessel.train.recipe.schema import Recipe
 from tessel.train.run import checkpoint
-from tessel.train.run.checkpoint import Checkpoints, broken
+from tessel.train.run.checkpoint import Checkpoints, find_damage
 
-TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 8}}
+TINY = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"source": "digits", "micro_batch": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +37,22 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    """The checkpoints, the newest of them, and the hash of their recipe; to be harmed."""
+    """The checkpoints, the newest of them, and their recipe; to be harmed."""
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints/step-00000003"
-    return tmp_path / "checkpoints", newest, checkpoint.manifest(newest)["recipe_hash"]
+    return tmp_path / "checkpoints", newest, load_recipe(run / "recipe.yaml")
 
 
-def newest(path: Path, recipe_hash: str) -> tuple[Path | None, str]:
+def newest(path: Path, recipe: Recipe) -> tuple[Path | None, str]:
     said: list[str] = []
-    return Checkpoints(path, World(), said.append).newest(recipe_hash), "\n".join(said)
+    return Checkpoints(path, World(), said.append).newest(recipe), "\n".join(said)
+
+
+def rewrite_manifest(path: Path, **facts: object) -> None:
+    """Save the checkpoint's manifest with other facts, as if it had been written with them."""
+    content = checkpoint.read_manifest(path) | facts
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(content | {"sha256": digest}))
 
 
 def harm(file: Path, other: Path, rng: random.Random) -> str:
@@ -72,22 +84,22 @@ def harm(file: Path, other: Path, rng: random.Random) -> str:
 @pytest.mark.slow
 def test_no_harm_goes_unseen(copied):
     """Two hundred of them; a change that leaves every byte, or what the manifest says, as it was is none."""
-    path, victim, recipe_hash = copied
+    path, victim, recipe = copied
     other, rng, seen = path / "step-00000002", random.Random(0), set()
     keep = path.parent / "kept"
     shutil.copytree(victim, keep)
-    facts = checkpoint.manifest(victim)
+    facts = checkpoint.read_manifest(victim)
     for number in range(200):
         file = rng.choice(sorted(victim.iterdir()))
         before = file.read_bytes()
         kind = harm(file, other / file.name, rng)
         same = file.is_file() and file.read_bytes() == before
         if not same and file.name == checkpoint.MANIFEST and file.is_file():
-            same = broken(victim) is None and checkpoint.manifest(victim) == facts
-        problem = broken(victim, recipe_hash)
+            same = find_damage(victim) is None and checkpoint.read_manifest(victim) == facts
+        problem = find_damage(victim)
         assert same == (problem is None), (number, kind, file.name, problem)
         if not same:
-            found, said = newest(path, recipe_hash)
+            found, said = newest(path, recipe)
             # beside another step's manifest, it is the tensors that seem wrong
             assert found == other and str(victim) in said, (number, kind, said)
             assert file.name in said or kind == "foreign", (number, kind, said)
@@ -99,16 +111,20 @@ def test_no_harm_goes_unseen(copied):
 
 
 def test_foreign_checkpoints_are_passed_over(copied):
-    path, victim, recipe_hash = copied
+    path, victim, recipe = copied
     shutil.copytree(victim, path / "step-00000009")  # a good one under another name
-    found, said = newest(path, recipe_hash)
+    found, said = newest(path, recipe)
     assert found == victim and "it is the checkpoint of step 3" in said
-    content = json.loads((victim / "manifest.json").read_text()) | {"recipe_hash": "another"}
-    content["sha256"] = checkpoint._digest({key: value for key, value in content.items() if key != "sha256"})
-    (victim / "manifest.json").write_text(json.dumps(content))
-    found, said = newest(path, recipe_hash)
-    assert found == path / "step-00000002" and f"{victim} is broken (it is of another recipe" in said
-    assert broken(victim) is None  # to begin another run with it is the user's to say
+    other = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr=0.5))
+    shutil.rmtree(path / "step-00000009")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        newest(path, other)
+    found, said = newest(path, recipe)
+    assert (found, said) == (victim, "")
+    rewrite_manifest(victim, recipe=as_dict(other))
+    found, said = newest(path, recipe)
+    assert found == path / "step-00000002" and f"{victim} is of another recipe (optim.lr" in said
+    assert find_damage(victim) is None  # to begin another run with it is the user's to say
 
 
 def test_manifest_is_believed_only_whole(copied):
@@ -116,9 +132,9 @@ def test_manifest_is_believed_only_whole(copied):
     text = (victim / "manifest.json").read_text()
     for changed in (text.replace('"step": 3', '"step": 4'), "[]", "{}", "[" * 10**5, text[:-3], "\udcff"):
         (victim / "manifest.json").write_text(changed, errors="surrogateescape")
-        assert "manifest.json" in str(broken(victim))
+        assert "manifest.json" in str(find_damage(victim))
     (victim / "manifest.json").write_text(text)
-    assert broken(victim) is None
+    assert find_damage(victim) is None
 
 
 def test_the_good_one_is_offered(copied, run, tmp_path, capsys):
@@ -133,7 +149,7 @@ def test_the_good_one_is_offered(copied, run, tmp_path, capsys):
     assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
     shutil.rmtree(path / "step-00000002")
     assert evaluate.main([str(victim)]) == 1
-    assert f"no other in {path} is good" in capsys.readouterr().err
+    assert f"no other checkpoint in {path} is good" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -142,7 +158,7 @@ def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
 
     def hooked(self):
         if self.progress.step == 2:
-            os.kill(self.batches.batches._workers[0].pid, signal.SIGKILL)
+            os.kill(self.batches.workers[0].pid, signal.SIGKILL)
         return step(self)
 
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
@@ -153,7 +169,7 @@ def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
     assert error.startswith("error: a loader process died") and error.count("\n") == 1, error
     assert "data.workers" in error and "The same command goes on" in error
     kept = sorted((tmp_path / "runs/tiny/checkpoints").iterdir())
-    assert kept and all(path.name.startswith("step-") and broken(path) is None for path in kept)
+    assert kept and all(path.name.startswith("step-") and find_damage(path) is None for path in kept)
     # torch raises the death amid whatever goes on, which may leave a file open: let that not come up in another test
     gc.collect()
 
@@ -165,4 +181,4 @@ def test_lost_process_is_told_by_the_one_left(tmp_path):
     assert trainer.exit_codes(done) == [[1, -signal.SIGKILL]]
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1 and "another process of this run is gone" in messages[0], done.stderr
-    assert broken(tmp_path / "runs/tiny/checkpoints/step-00000002") is None
+    assert find_damage(tmp_path / "runs/tiny/checkpoints/step-00000002") is None

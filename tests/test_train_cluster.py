@@ -72,7 +72,7 @@ def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
     """The second process is killed at step 4 of the first start; torchrun starts both anew."""
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
-        model={"name": "test_resnet", "drop_path": None},
+        model={"name": "test_resnet", "drop_path_rate": None},
         data={"source": "digits", "micro_batch": 4},
     )
     done = trainer.on_processes(2, [recipe, "run.name=straight"])

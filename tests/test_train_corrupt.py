@@ -9,8 +9,8 @@ import torch
 import trainer
 
 from tessel.train.data.loader import Loader, SeededDataset
-from tessel.train.data.sampler import RepeatedOrder
-from tessel.train.data.sources.folder import Folder
+from tessel.train.data.sampler import RepeatedAugSampler
+from tessel.train.data.sources.folder import ImageFolder
 from tessel.train.errors import UserError
 
 VICTIMS = "class_0/3.png", "class_2/7.png"
@@ -39,19 +39,19 @@ def jittered(image, target):
 
 def order(repeats=1):
     sizes = {"micro_batch": 5, "accumulate": 1, "rank": 0, "world_size": 1}
-    return RepeatedOrder(repeats=repeats, length=20, seed=3, start=0, stop=60, **sizes)
+    return RepeatedAugSampler(repeats=repeats, length=20, seed=3, start=0, stop=60, **sizes)
 
 
 def drawn(dataset, repeats=1, max_retries=3, workers=0):
     """(image, index) of 60 samples, and what was lost."""
     stream = order(repeats)
     seeded = SeededDataset(dataset, jittered, 1, order=stream, max_retries=max_retries)
-    loader = Loader(seeded, stream, workers=workers, ahead=2, pin=False)
+    loader = Loader(seeded, stream, workers=workers, prefetch=2, pin=False)
     batches = list(loader)
     loader.close()
     assert all(len(batch[0]) == 5 for batch in batches)
     pairs = [pair for batch in batches for pair in zip(batch[0].tolist(), batch[2].tolist(), strict=True)]
-    return pairs, loader.lost
+    return pairs, loader.failures
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -85,12 +85,12 @@ def test_where_none_is_left_the_batch_is_not_to_be_had():
             SeededDataset(Numbers(*range(20)), jittered, 1, order=stream, max_retries=max_retries),
             stream,
             workers=0,
-            ahead=2,
+            prefetch=2,
             pin=False,
         )
         with pytest.raises(UserError, match=r"scene \d+ is torn"):
             next(loader)
-        assert len(loader.lost) >= max_retries + 1
+        assert len(loader.failures) >= max_retries + 1
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def account(run):
 def test_the_account_names_each_once(straight, images):
     """Over two epochs, in the run directory and in its checkpoints."""
     found = account(straight)
-    paths = [path.decode() for path in Folder(images / "train").paths]
+    paths = [path.decode() for path in ImageFolder(images / "train").paths]
     assert {paths[entry["index"]] for entry in found} == {str(images / "train" / victim) for victim in VICTIMS}
     for entry in found:
         assert f"image {paths[entry['index']]} cannot be decoded" in entry["reason"]

@@ -13,10 +13,10 @@ from torch import distributed as dist
 from tessel.train.data.loader import Loader, SeededDataset
 from tessel.train.distributed.world import translate_error
 from tessel.train.errors import LocalRankError, UserError
-from tessel.train.run.checkpoint import broken
+from tessel.train.run.checkpoint import find_damage
 from tessel.train.tasks import base as tasks
 
-TINY = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "micro_batch": 4}}
+TINY = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"source": "digits", "micro_batch": 4}}
 
 
 class Slow:
@@ -49,7 +49,7 @@ def test_stopped_process_is_told_by_the_one_left(tmp_path, rank):
     assert "the same command goes on" in told[0] and "Traceback" not in done.stderr
     kept = sorted((tmp_path / "runs/tiny/checkpoints").glob("step-*"))
     # in the background, that of step 2 was still being written
-    assert kept[-1].name == f"step-0000000{2 - rank}" and not any(map(broken, kept))
+    assert kept[-1].name == f"step-0000000{2 - rank}" and not any(map(find_damage, kept))
 
 
 def test_missing_process_is_not_waited_for(monkeypatch, tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
             time.sleep(60)
         return image(self, key)
 
-    task = tasks.SupervisedTask.train_batches
+    task = tasks.DatasetTask.train_batches
 
     def choose(self, plan, step):
         victims[:] = [self.sample_keys(plan, 3)[0]]
@@ -81,11 +81,11 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(SeededDataset, "__getitem__", hooked)
-        patch.setattr(tasks.SupervisedTask, "train_batches", choose)
+        patch.setattr(tasks.DatasetTask, "train_batches", choose)
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=2", "guard.timeout=5") == 1
     (told,) = messages(capsys.readouterr().err)
     assert "no batch came within 5 s" in told and "data.root" in told and "guard.timeout" in told
-    assert broken(tmp_path / "runs/tiny/checkpoints/step-00000003") is None
+    assert find_damage(tmp_path / "runs/tiny/checkpoints/step-00000003") is None
     assert trainer.train(recipe, "ckpt.every=9") == 0
     assert "at step 3 (exact)" in capsys.readouterr().out
 
@@ -95,7 +95,7 @@ def test_close_ends_processes_that_hang():
         SeededDataset(Slow(2), lambda image, target: (image, target), 0),
         [[(0, 1)], [(0, 2)]],
         workers=2,
-        ahead=2,
+        prefetch=2,
         pin=False,
         timeout=3,
     )

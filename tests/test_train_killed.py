@@ -16,11 +16,11 @@ from killing import INSTANTS, PLACES
 
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.recipe.load import load_recipe
-from tessel.train.run.checkpoint import Checkpoints, broken
+from tessel.train.recipe.load import load_recipe, make_recipe
+from tessel.train.run.checkpoint import Checkpoints, find_damage
 from tessel.train.run.directory import RunDirectory
 
-DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits"}}
+DIGITS = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"source": "digits"}}
 
 
 @pytest.mark.slow
@@ -65,8 +65,15 @@ def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
     assert trainer.learning(runs / "tiny") == trainer.learning(runs / "straight")
 
 
+RECIPE = {"model": {"name": "test_resnet"}, "data": {"source": "digits"}, "sched": {"steps": 9}}
+
+
 def save(checkpoints, step, last):
-    checkpoints.save({"weight": torch.full((2,), float(step))}, {"step": step, "recipe_hash": "x"}, best=0, last=last)
+    checkpoints.save({"weight": torch.full((2,), float(step))}, {"step": step, "recipe": RECIPE}, best=0, last=last)
+
+
+def newest(checkpoints):
+    return checkpoints.newest(make_recipe(RECIPE, source="test"))
 
 
 def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
@@ -75,9 +82,9 @@ def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
         save(checkpoints, step, last=2)
     (tmp_path / "step-00000006/manifest.json").unlink()
     resumed = Checkpoints(tmp_path, World(), print)
-    assert resumed.newest("x") == tmp_path / "step-00000003"
+    assert newest(resumed) == tmp_path / "step-00000003"
     save(resumed, 4, last=1)
-    assert resumed.newest("x") == tmp_path / "step-00000004" and "falling back" in capsys.readouterr().out
+    assert newest(resumed) == tmp_path / "step-00000004" and "using the one before" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004"]
 
 
@@ -93,7 +100,9 @@ def test_a_checkpoint_appears_by_one_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="step 2 cannot be written.*not today"):
         save(Checkpoints(tmp_path, World(), print), 2, last=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not broken(tmp_path / "step-00000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not find_damage(
+        tmp_path / "step-00000001"
+    )
 
 
 def test_what_is_no_folder_is_no_obstacle(tmp_path):
@@ -101,7 +110,9 @@ def test_what_is_no_folder_is_no_obstacle(tmp_path):
         (tmp_path / f"step-0000000{step}").touch()
     (tmp_path / ".tmp-left").symlink_to(tmp_path)
     save(Checkpoints(tmp_path, World(), print), 1, last=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not broken(tmp_path / "step-00000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not find_damage(
+        tmp_path / "step-00000001"
+    )
 
 
 def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
@@ -111,7 +122,7 @@ def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
     old._part(1).mkdir()
     (old._part(1) / "__1_0.distcp").write_bytes(b"half")
     save(new, 1, last=2)
-    assert not broken(new.at(1)) and not old._part(1).exists()
+    assert not find_damage(new.at(1)) and not old._part(1).exists()
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.yaml.part"]])

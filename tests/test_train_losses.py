@@ -44,7 +44,7 @@ def test_what_was_not_logged_yet_goes_on_with_its_own_recipe_alone(tmp_path):
 def test_micro_batches_are_averaged(tmp_path):
     """The loss of an update is that of its whole batch, and so is its gradient."""
     path = trainer.write_recipe(
-        tmp_path / "tiny.yaml", model={"name": "test_convnext", "drop_path": None}, data={"source": "digits"}
+        tmp_path / "tiny.yaml", model={"name": "test_convnext", "drop_path_rate": None}, data={"source": "digits"}
     )
     task, plan, engine = build(
         load_recipe(path, [f"data.aug.{name}=0" for name in ("erasing", "mixup", "cutmix")]), World()

@@ -150,7 +150,7 @@ def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
     from tessel.train import evaluate
 
     target = finished / "fsdp/checkpoints/step-00000004"
-    assert checkpoint.broken(target) is None and evaluate.main([str(target)]) == 0
+    assert checkpoint.find_damage(target) is None and evaluate.main([str(target)]) == 0
     last = [record for record in trainer.metrics(finished / "fsdp") if record["kind"] == "eval"][-1]
     assert f"top1 {last['top1']:.2f}" in capfd.readouterr().out
 

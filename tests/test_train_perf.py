@@ -55,7 +55,7 @@ def test_memory_is_the_gpus_where_there_is_one(monkeypatch):
 
 
 def test_trace_of_ten_updates(tmp_path):
-    model, data = {"name": "test_resnet", "drop_path": None}, {"source": "digits", "micro_batch": 8}
+    model, data = {"name": "test_resnet", "drop_path_rate": None}, {"source": "digits", "micro_batch": 8}
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml", model=model, data=data, sched={"steps": 15}, eval={"every": 15}
     )

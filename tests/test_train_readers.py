@@ -16,10 +16,8 @@ from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from tessel.train.data.loader import Loader, SeededDataset
-from tessel.train.data.sources.build import build_dataset
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
-from tessel.train.recipe.schema import Data
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +79,8 @@ def same(dataset, reference):
 def test_tar_holds_what_the_folder_does(images, tmp_path, layout):
     for split in ("train", "val"):
         layout(images, tmp_path, split)
-        reference = build_dataset(Data(source="folder", root=str(images)), split)
-        dataset = build_dataset(Data(source="tar", root=str(tmp_path)), split)
+        reference = trainer.open_source("folder", split, root=str(images))
+        dataset = trainer.open_source("tar", split, root=str(tmp_path))
         assert dataset.classes == reference.classes
         same(dataset, reference)
         # timm's reader takes the class from the same places
@@ -107,9 +105,9 @@ def test_tar_holds_what_the_folder_does(images, tmp_path, layout):
 def test_webdataset_holds_what_the_folder_does(images, tmp_path, keys, label, classes):
     shards(images, tmp_path, "val", label)
     (tmp_path / "names.txt").write_text("class_0\nclass_1\nclass_2\n\n")
-    dataset = build_dataset(Data(source="wds", root=str(tmp_path), **keys), "val")
+    dataset = trainer.open_source("wds", "val", root=str(tmp_path), **keys)
     assert dataset.classes == classes
-    same(dataset, build_dataset(Data(source="folder", root=str(images)), "val"))
+    same(dataset, trainer.open_source("folder", "val", root=str(images)))
 
 
 def test_shards_of_the_webdataset_package_are_read(images, tmp_path):
@@ -117,8 +115,8 @@ def test_shards_of_the_webdataset_package_are_read(images, tmp_path):
     with wds.ShardWriter(str(tmp_path / "x-train-%06d.tar"), maxcount=10, verbose=0) as sink:
         for number, (label, path) in enumerate(files(images, "train")):
             sink.write({"__key__": f"a/b{number:03d}", "png": path.read_bytes(), "cls": int(label[-1])})
-    dataset = build_dataset(Data(source="wds", root=str(tmp_path), train_split="x-train-*.tar"), "train")
-    same(dataset, build_dataset(Data(source="folder", root=str(images)), "train"))
+    dataset = trainer.open_source("wds", "train", root=str(tmp_path), train_split="x-train-*.tar")
+    same(dataset, trainer.open_source("folder", "train", root=str(images)))
 
 
 def test_training_from_shards_is_that_from_folders(images, tmp_path, capsys):
@@ -181,7 +179,7 @@ def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, keys, harm,
     if harm:
         harm(tmp_path)
     with pytest.raises(UserError) as caught:
-        build_dataset(Data(**{"source": "wds", "root": str(tmp_path), **keys}), "train")
+        trainer.open_source("wds", "train", root=str(tmp_path), **keys)
     message = str(caught.value)
     assert all(fragment in message for fragment in fragments) and "\n" not in message, message
 
@@ -194,11 +192,11 @@ def test_damaged_image_in_a_shard_is_named_and_counted(images, tmp_path):
         victim = tar.getmembers()[2]
     content[victim.offset_data : victim.offset_data + 40] = bytes(40)
     archive.write_bytes(content)
-    dataset = build_dataset(Data(source="wds", root=str(tmp_path)), "val")
-    loader = Loader(SeededDataset(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, ahead=2, pin=False)
+    dataset = trainer.open_source("wds", "val", root=str(tmp_path))
+    loader = Loader(SeededDataset(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, prefetch=2, pin=False)
     with pytest.raises(UserError, match=f"image {archive}:{victim.name.removeprefix('./')} cannot be decoded"):
         next(loader)
-    assert list(loader.lost) == [5]
+    assert list(loader.failures) == [5]
 
 
 class StandIn:
@@ -246,16 +244,16 @@ def hugging_face(request, images, monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_hugging_face_holds_what_the_folder_does(hugging_face, images, tmp_path):
     for split in ("train", "val"):
-        data = Data(source="hfds", name=hugging_face, root=str(tmp_path / "store"))
-        dataset, reference = (build_dataset(d, split) for d in (data, Data(source="folder", root=str(images))))
+        dataset = trainer.open_source("hfds", split, name=hugging_face, root=str(tmp_path / "store"))
+        reference = trainer.open_source("folder", split, root=str(images))
         assert dataset.classes == reference.classes
         same(dataset, reference)
     (tmp_path / "names.txt").write_text("class_2\nclass_1\nclass_0\n")
-    data = Data(source="hfds", name=hugging_face, root=str(tmp_path / "store"), class_map=str(tmp_path / "names.txt"))
-    turned = build_dataset(data, "val")
+    options = {"name": hugging_face, "root": str(tmp_path / "store"), "class_map": str(tmp_path / "names.txt")}
+    turned = trainer.open_source("hfds", "val", **options)
     assert turned.classes == ["class_2", "class_1", "class_0"] and [turned[i][1] for i in (0, 14)] == [2, 0]
     with pytest.raises(UserError, match="data.source=hfds: split train of /no/such cannot be read: "):
-        build_dataset(Data(source="hfds", name="/no/such"), "train")
+        trainer.open_source("hfds", "train", name="/no/such")
 
 
 def prepared_by_package(images, store):
@@ -313,16 +311,17 @@ def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeyp
         subprocess.run([sys.executable, "-c", call], check=True, cwd=Path(__file__).parent, capture_output=True)
     else:
         prepared_stand_in(images, monkeypatch)
-    data = Data(source="tfds", name="stripes", root=str(tmp_path))
+    options = {"name": "stripes", "root": str(tmp_path)}
     # first by loader processes: the files of array_record do not survive a fork once they are open
-    dataset = build_dataset(data, "train")
-    loader = Loader(SeededDataset(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, ahead=2, pin=False)
+    dataset = trainer.open_source("tfds", "train", **options)
+    loader = Loader(SeededDataset(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, prefetch=2, pin=False)
     batches = list(loader)
     loader.close()
     assert np.array_equal(batches[0][0][0].numpy(), np.asarray(dataset[4][0]))
     assert batches[1][1].tolist() == [dataset[9][1]]
     for split in ("train", "val"):
-        dataset, reference = (build_dataset(d, split) for d in (data, Data(source="folder", root=str(images))))
+        dataset = trainer.open_source("tfds", split, **options)
+        reference = trainer.open_source("folder", split, root=str(images))
         assert dataset.classes == reference.classes
         found = [
             (target, np.asarray(image).tobytes()) for image, target in map(dataset.__getitem__, range(len(dataset)))
@@ -333,7 +332,7 @@ def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeyp
         assert sorted(found) == sorted(wanted)  # its own order of preparation
     assert len(dataset) == 15 and dataset[3][1] == dataset[3][1]
     with pytest.raises(UserError, match=r"split train of nothing cannot be read at random.*array_record"):
-        build_dataset(Data(source="tfds", name="nothing", root=str(tmp_path)), "train")
+        trainer.open_source("tfds", "train", name="nothing", root=str(tmp_path))
 
 
 def pixels(image: Image.Image, target: int):
@@ -359,5 +358,5 @@ def test_keys_that_a_source_does_not_look_at(tmp_path, keys, fragment):
 
 
 def test_splits_of_a_folder_have_names(images):
-    data = Data(source="folder", root=str(images), train_split="val", val_split="train")
-    assert [len(build_dataset(data, split)) for split in ("train", "val")] == [15, 36]
+    options = {"root": str(images), "train_split": "val", "val_split": "train"}
+    assert [len(trainer.open_source("folder", split, **options)) for split in ("train", "val")] == [15, 36]

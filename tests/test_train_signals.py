@@ -7,11 +7,11 @@ import signal
 import pytest
 import trainer
 
-from tessel.train.run.checkpoint import broken
+from tessel.train.run.checkpoint import find_damage
 from tessel.train.run.signals import Signals
 
 SLOW = pytest.mark.slow
-DIGITS = {"model": {"name": "test_resnet", "drop_path": None}, "data": {"source": "digits", "eval_batch": 32}}
+DIGITS = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"source": "digits", "eval_batch": 32}}
 
 
 @pytest.mark.parametrize("task", ["classify", pytest.param("segment", marks=SLOW), pytest.param("detect", marks=SLOW)])
@@ -25,7 +25,7 @@ def test_signal_within_an_evaluation(tmp_path, task):
     assert trainer.exit_codes(done) == [[0, 0]] * 4 and not done.stderr, done.stderr
     for name, step in (("usr1", 3), ("term", 3), ("last", 6)):
         assert json.loads((runs / name / "PREEMPTED").read_text()) == {"step": step}
-        assert not broken(runs / f"{name}/checkpoints/step-{step:08d}") and not (runs / name / "DONE").exists()
+        assert not find_damage(runs / f"{name}/checkpoints/step-{step:08d}") and not (runs / name / "DONE").exists()
         judged = [record["step"] for record in trainer.metrics(runs / name) if record["kind"] == "eval"]
         assert judged == ([3, 6] if name == "last" else [])
 

@@ -9,13 +9,12 @@ import torch
 import trainer
 
 from tessel.train.data.loader import SeededDataset
-from tessel.train.data.sampler import GlobalOrder, seed_all
-from tessel.train.data.sources.build import build_dataset
+from tessel.train.data.sampler import GlobalBatchSampler, seed_all
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.tasks.build import build_task
-from tessel.train.tasks.classify.augment import of_image, train_transform
+from tessel.train.recipe.registry import open_dataset, task_spec
+from tessel.train.tasks.classify.augment import image_only, train_transform
 
 STEPS = 12  # of 8 samples, in epochs of 36
 
@@ -44,7 +43,7 @@ class Draws:
 
 def stream(root, *overrides, workers=0, start=0):
     """Every micro-batch from the update `start` on, as lists of tensors; the generators are left somewhere else."""
-    aug = {"repeats": 3, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-n2", "scale": [0.3, 1.0], "mixup": 0.0}
+    aug = {"repeated_aug": 3, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-n2", "scale": [0.3, 1.0], "mixup": 0.0}
     aug |= {"cutmix": 0.0, "hflip": 0.5}
     path = root / f"{workers}-{start}.yaml"
     recipe = load_recipe(
@@ -52,7 +51,7 @@ def stream(root, *overrides, workers=0, start=0):
         overrides,
     )
     seed_all(1000 + start + workers)
-    task = build_task(recipe, World())
+    task = task_spec(recipe).build(recipe, World())
     task.build_model()
     task.train_transform = Draws(task.train_transform)
     batches = task.train_batches(plan(recipe, samples=task.samples, world_size=1), start)
@@ -95,7 +94,7 @@ def test_order_is_one_stream_for_any_number_of_processes():
     def stream(rank, world_size, start=0):
         accumulate = 4 // world_size
         sizes = {"micro_batch": 3, "accumulate": accumulate, "rank": rank, "world_size": world_size}
-        order = GlobalOrder(length=17, seed=5, start=start, stop=120, **sizes)
+        order = GlobalBatchSampler(length=17, seed=5, start=start, stop=120, **sizes)
         flat = [key for keys in order for key in keys]
         return [flat[at : at + 3 * accumulate] for at in range(0, len(flat), 3 * accumulate)]
 
@@ -111,9 +110,11 @@ def test_order_is_one_stream_for_any_number_of_processes():
 
 
 def test_samples_depend_on_their_key_alone(tmp_path, root):
-    data = load_recipe(trainer.write_recipe(tmp_path / "keys.yaml", data={"root": str(root)})).data
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "keys.yaml", data={"root": str(root)}))
     dataset = SeededDataset(
-        build_dataset(data, "train"), partial(of_image, train_transform(data, {"input_size": (3, 32, 32)})), seed=1
+        open_dataset(recipe, "train"),
+        partial(image_only, train_transform(recipe.data, {"input_size": (3, 32, 32)})),
+        seed=1,
     )
     keys = [(epoch, index) for epoch in range(2) for index in (0, 7, 20)]
     first = {key: dataset[key][0] for key in keys}

@@ -10,17 +10,18 @@ from torch.nn import functional as F
 
 import tessel.zoo
 from tessel.train import engine, evaluate
-from tessel.train.data.sampler import GlobalOrder, RepeatedOrder
+from tessel.train.data.sampler import GlobalBatchSampler, RepeatedAugSampler
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.optim.optimizer import build_optimizer
 from tessel.train.optim.schedule import build_schedule
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.recipe.schema import Distill, Optim
-from tessel.train.tasks.classify import distillation as transfer
+from tessel.train.recipe.schema import Optim
 from tessel.train.tasks.classify.distillation import Teacher
-from tessel.train.tasks.export import export
+from tessel.train.tasks.classify.options import Distill
+from tessel.train.tasks.classify.probe import freeze_for_probe
+from tessel.train.tasks.export import export_classifier
 from tessel.train.trainer import build
 
 MODEL = "biformer_atto"  # it has batch norm and drop path, which a frozen model must not use
@@ -45,7 +46,11 @@ def recipe(tmp_path, images):
 
 
 def write(path, images):
-    sections = {"model": {"name": MODEL, "drop_path": None}, "optim": {"layer_decay": None}, "ema": {"decay": None}}
+    sections = {
+        "model": {"name": MODEL, "drop_path_rate": None},
+        "optim": {"layer_decay": None},
+        "ema": {"decay": None},
+    }
     return trainer.write_recipe(
         path, data={"root": str(images)}, sched={"steps": 3, "warmup": 0}, ckpt={"every": 1}, **sections
     )
@@ -128,7 +133,7 @@ def test_interrupted_transfer_goes_on_exactly(recipe, base, monkeypatch, capsys,
 
 
 def test_attentive_probe_pools_tokens_by_attention(base):
-    model = transfer.probe(exported(base), "attentive").eval()
+    model = freeze_for_probe(exported(base), "attentive").eval()
     x = torch.randn(2, 3, 64, 64)
     tokens = model.backbone.forward_features(x).flatten(2).transpose(1, 2)
     assert tokens.shape == (2, 4, 128) and model(x).shape == (2, 3)
@@ -200,7 +205,7 @@ def test_weight_shares_the_loss_between_labels_and_teacher(recipe, base):
         (["model.init_from=local-dir:BASE/export", "model.name=test_resnet"], ["does not fit", "same parameters"]),
         (["model.init_from=biformer_atto", "model.pretrained=true"], ["model.pretrained has no effect"]),
         (["task.probe=linear", "optim.layer_decay=0.5"], ["optim.layer_decay has no effect"]),
-        (["task.probe=linear", "model.drop_path=0.5"], ["model.drop_path has no effect"]),
+        (["task.probe=linear", "model.drop_path_rate=0.5"], ["model.drop_path_rate has no effect"]),
         (["task.probe=mean"], ["task.probe='mean'", "linear"]),
         (["task.distill.kind=hard"], ["without task.distill.teacher"]),
         (["task.distill.teacher=test_vit", "task.distill.kind=hard", "task.distill.temperature=2"], ["temperature"]),
@@ -229,7 +234,7 @@ def test_teacher_must_take_the_images(tmp_path):
     """An export has the size that its model was trained for."""
     model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_classes=2, img_size=32)
     config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 32, 32), "crop_pct": 1.0}
-    export(model, tmp_path / "export", classes=["a", "b"], data_config=config)
+    export_classifier(model, tmp_path / "export", classes=["a", "b"], data_config=config)
     distill = Distill(teacher=f"local-dir:{tmp_path}/export")
     for size, refusal in ((32, nullcontext()), (48, pytest.raises(UserError, match="distill.teacher=.*3 x 48 x 48"))):
         with refusal:
@@ -272,7 +277,7 @@ def test_exports_of_no_classifier(recipe, tmp_path, capsys, config):
 def test_repeated_augmentation(repeats):
     def stream(rank, world_size):
         sizes = {"micro_batch": 3, "accumulate": 4 // world_size, "rank": rank, "world_size": world_size}
-        return list(RepeatedOrder(repeats=repeats, length=17, seed=5, start=0, stop=120, **sizes))
+        return list(RepeatedAugSampler(repeats=repeats, length=17, seed=5, start=0, stop=120, **sizes))
 
     whole = [key for chunk in stream(0, 1) for key in chunk]
     parts = [stream(rank, 2) for rank in range(2)]
@@ -286,7 +291,9 @@ def test_repeated_augmentation(repeats):
     first = [index for _, index in whole[:12]]
     assert all(first.count(index) == repeats for index in first)
     if repeats == 1:
-        plain = GlobalOrder(length=17, seed=5, start=0, stop=120, micro_batch=3, accumulate=4, rank=0, world_size=1)
+        plain = GlobalBatchSampler(
+            length=17, seed=5, start=0, stop=120, micro_batch=3, accumulate=4, rank=0, world_size=1
+        )
         assert whole == [key for chunk in plain for key in chunk]
     else:  # the copies of an image are far apart, on different processes if there are enough
         places = [place for place, index in enumerate(first) if index == first[0]]

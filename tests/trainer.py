@@ -25,7 +25,9 @@ from tessel.train.data.batch_stream import BatchStream
 from tessel.train.distributed.world import World
 from tessel.train.optim.optimizer import build_optimizer
 from tessel.train.optim.schedule import build_schedule
+from tessel.train.recipe.load import make_recipe
 from tessel.train.recipe.plan import Plan
+from tessel.train.recipe.registry import open_dataset
 from tessel.train.recipe.schema import Optim, Recipe
 from tessel.train.run.checkpoint import load
 from tessel.train.run.signals import Signals
@@ -51,6 +53,17 @@ SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks 
         "data": {"source": "digit_scenes", "size": 64, "scenes": 24, "eval_batch": 1, "aug": {"hflip": 0.5}},
     },
 }
+
+
+def open_source(source: str, split: str, **options: Any) -> Any:
+    """A split of a data source with class labels, opened as a recipe does."""
+    return open_dataset(recipe_of(source=source, **options), split)
+
+
+def recipe_of(**data: Any) -> Recipe:
+    """A recipe with this section `data`."""
+    sections = {"model": {"name": "test_resnet"}, "data": data, "sched": {"steps": 1}}
+    return make_recipe(json.loads(json.dumps(sections)), source="test")
 
 
 def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) -> Path:
@@ -93,7 +106,7 @@ def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
     """A recipe of 9 steps of 8 images, with augmentation, drop path, mixing and moving average on."""
     recipe: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
-        "model": {"name": "test_efficientnet", "drop_path": 0.1},
+        "model": {"name": "test_efficientnet", "drop_path_rate": 0.1},
         "data": {
             "source": "folder",
             "size": SIZE,
@@ -199,4 +212,4 @@ def ready(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
     """Make `engine.step()` possible without a run directory: the first batches, and nobody who listens."""
     batches = task.train_batches(schedule, 0)
     engine.signals, engine.loggers = Signals(), SimpleNamespace(say=print)
-    engine.supply = BatchStream(batches, World(), {}, 0, folder / "corrupt.jsonl")
+    engine.stream = BatchStream(batches, World(), {}, 0, folder / "corrupt.jsonl")

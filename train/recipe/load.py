@@ -4,6 +4,7 @@ Recipes are read by PyYAML with the types of YAML 1.2, by which 1e-3 is a number
 bring a second language (interpolation) into every recipe.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -93,6 +94,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
     """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
+    data = copy.deepcopy(data)
     try:
         migrate(data)
     except UserError as error:

@@ -95,6 +95,11 @@ class Data:
     """data loader workers per process"""
     aug: Aug = Aug()
 
+    @property
+    def location(self) -> str:
+        """Where the data are: the folder or the name that the source has, else the source."""
+        return str(getattr(self, "root", None) or getattr(self, "name", None) or self.source)
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Source:

@@ -68,7 +68,7 @@ def report_one(run: Run, folder: Path) -> str:
         tiles.append((f"{last['step']:,}", f"steps of {recipe.data.batch:,} images, {last['epoch']:.1f} epochs"))
     facts = {
         "Model": recipe.model.name,
-        "Data": f"{recipe.data.root or recipe.data.source}, {recipe.data.size} × {recipe.data.size} pixels",
+        "Data": f"{recipe.data.location}, {recipe.data.size} × {recipe.data.size} pixels",
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
         "Reported with": f"tessel {version('tessel')}, torch {torch.__version__}, timm {timm.__version__}",

@@ -125,11 +125,9 @@ class DatasetTask(Task[TaskT, DataT]):
         train = self.open_train()
         if self.classes is not None and train.classes != self.classes:
             different = sorted(set(train.classes) ^ set(self.classes)) or ["the same classes in another order"]
-            data: Any = self.recipe.data
-            where = getattr(data, "root", None) or getattr(data, "name", None) or data.source
             raise UserError(
-                f"the training and validation splits of {where} have different classes: {', '.join(different[:5])}; "
-                "both need the same"
+                f"the training and validation splits of {self.recipe.data.location} have different classes: "
+                f"{', '.join(different[:5])}; both need the same"
             )
         return train
 

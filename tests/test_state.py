@@ -1,0 +1,180 @@
+"""What users have on disk outlives the code: artefacts of earlier versions resume, load and read.
+
+`artefacts/COMMIT` was written by that commit: recipes, an unfinished run, a finished run of each task, and what their
+exports answer. A change that breaks one of these tests needs a migration and a line in UPGRADING.md.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from trainer import learning, train
+
+import tessel
+import tessel.train.detect
+import tessel.train.segment
+from tessel.train import evaluate
+from tessel.train.errors import UserError
+from tessel.train.evaluation import load_run
+from tessel.train.recipe.load import differences, dump, load_recipe
+from tessel.train.recipe.migrate import FORMAT, RENAMED
+from tessel.train.report.__main__ import main as report
+from tessel.train.run import checkpoint
+
+VERSIONS = sorted(path for path in Path(__file__).with_name("artefacts").iterdir() if path.is_dir())
+TASKS = ("classify", "segment", "detect")
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
+def artefacts(request, tmp_path, monkeypatch):
+    """A copy with the runs in `runs/`, as the current directory."""
+    shutil.copytree(request.param, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs").mkdir()
+    for name in ("digits_unfinished", *TASKS):
+        (tmp_path / name).rename(tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_continued():
+    """The run logged what the uninterrupted run of the earlier version had logged."""
+    records, expected = learning(Path("runs/digits_unfinished")), learning(Path("runs/classify"))
+    assert [record["step"] for record in records] == [record["step"] for record in expected]
+    for record, wanted in zip(records, expected, strict=True):
+        assert record.pop("kind") == wanted.pop("kind") and record == pytest.approx(wanted, rel=1e-5)
+
+
+def test_unfinished_run_continues_as_if_never_interrupted(artefacts, capsys):
+    assert train(Path("digits.yaml"), "run.name=digits_unfinished") == 0
+    assert "resuming runs/digits_unfinished at step 6 (exact)" in capsys.readouterr().out
+    run = Path("runs/digits_unfinished")
+    assert_continued()
+    # from now on in the present format
+    manifest = checkpoint.read_manifest(run / "checkpoints" / "step-00000012")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    export = json.loads((run / "export" / "config.json").read_text())
+    assert manifest["format"] == checkpoint.FORMAT and recipe["format"] == FORMAT and export["format"]
+    assert manifest["tessel"] == recipe["tessel"] == export["tessel"]
+
+
+def test_checkpoint_of_an_earlier_version_starts_another_run(artefacts, capsys):
+    path = "runs/digits_unfinished/checkpoints/step-00000006"
+    assert train(Path("digits.yaml"), "run.name=other", f"ckpt.resume={path}") == 0
+    assert f"at step 6 from {path} (exact)" in capsys.readouterr().out
+    assert train(Path("digits.yaml"), "run.name=third", f"ckpt.resume={path}", "optim.lr=1e-3") == 0
+    assert f"at step 6 from {path} (with another recipe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["digits", "segment", "detect"])
+def test_recipes_mean_the_same(artefacts, task):
+    of_run = load_recipe(f"runs/{'classify' if task == 'digits' else task}/recipe.yaml")
+    written = load_recipe(f"{task}.yaml", [f"run.name={of_run.run.name}"])
+    assert differences(written, of_run) == []
+    Path("again.yaml").write_text(dump(of_run))
+    assert load_recipe("again.yaml") == of_run
+
+
+def test_exports_answer_as_before(artefacts):
+    torch.manual_seed(0)
+    images = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32).sin()
+    answers = json.loads(Path("answers.json").read_text())
+    segmenter = tessel.train.segment.load("runs/segment/export")
+    detector = tessel.train.detect.load("runs/detect/export")
+    with torch.no_grad():
+        found = {
+            "classify": timm.create_model("local-dir:runs/classify/export", pretrained=True).eval()(images)[0],
+            "segment": segmenter(images)[0].mean((1, 2)),
+            "detect": detector([images[0].abs()])[0]["scores"][:8],
+        }
+    for task, tensor in found.items():
+        torch.testing.assert_close(tensor, torch.tensor(answers[task]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_finished_runs_are_evaluated_and_reported(artefacts, task):
+    before = json.loads(Path(f"runs/{task}/evaluation/evaluation.json").read_text())
+    recipe, model = load_run(f"runs/{task}")
+    assert recipe.task.kind == task and not model.training
+    assert evaluate.main([f"runs/{task}"]) == 0
+    after = json.loads(Path(f"runs/{task}/evaluation/evaluation.json").read_text())
+    assert after.keys() >= before.keys()
+    metrics = [key for key, value in before.items() if isinstance(value, float)]
+    assert metrics and np.allclose([after[key] for key in metrics], [before[key] for key in metrics], atol=0.5)
+    assert report([f"runs/{task}"]) == 0
+
+
+def test_every_renamed_key_is_read_under_its_old_name(tmp_path):
+    values = {"model.drop_path": "0.1", "data.aug.repeats": "2"}
+    segment = {"data.fit": "[64, 32]", "data.aug.crop_share": "0.75"}
+    detect = {"task.detect.short": "[32]", "task.detect.longest": "64"}
+    coco = {"task.detect.train": "[a.json, a]", "task.detect.val": "[b.json, b]"}
+    assert {*values, *segment, *detect, *coco} == {*RENAMED}
+    for kind, source, old in (
+        ("classify", "digits", values),
+        ("segment", "digit_scenes", segment),
+        ("detect", "coco", detect | coco),
+    ):
+        lines = [f"task.kind={kind}", f"data.source={source}", "task.segment.decode_head={type: FPNHead}"]
+        lines += ["data.root=x"] if source == "coco" else []
+        lines = lines if kind == "segment" else [line for line in lines if "segment.decode" not in line]
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text("model: {name: test_resnet}\ndata: {source: digits}\nsched: {epochs: 1}\n")
+        former = load_recipe(path, [*lines, *(f"{key}={value}" for key, value in old.items())])
+        assert former == load_recipe(path, [*lines, *(f"{RENAMED[key]}={value}" for key, value in old.items())])
+        assert former != load_recipe(path, lines)
+
+
+def continued_by_a_later_version(folder, change, *overrides):
+    """Continue the unfinished run with a copy of the trainer in which `change(text)` is made to the schema."""
+    package, later = Path(tessel.__file__).parent, folder / "later" / "tessel"
+    later.mkdir(parents=True)
+    for entry in ("__init__.py", "kernels", "blocks", "zoo", "checkpoints", "configs"):
+        (later / entry).symlink_to(package / entry)
+    shutil.copytree(package / "train", later / "train", ignore=shutil.ignore_patterns("__pycache__"))
+    file = later / "train" / "recipe" / "schema.py"
+    assert (changed := change(text := file.read_text())) != text
+    file.write_text(changed)
+    command = [sys.executable, "-m", "tessel.train", "digits.yaml", "run.name=digits_unfinished", *overrides]
+    # the arithmetic of the run: one thread
+    env = os.environ | {"PYTHONPATH": str(later.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def test_a_new_key_with_a_neutral_default_leaves_a_run_resumable(artefacts):
+    key = (
+        'decay_norms: bool = False\n    """d"""\n    foreach: bool = False\n    """a new key"""\n    old_text: str = ""'
+    )
+    done = continued_by_a_later_version(artefacts, lambda text: text.replace("decay_norms: bool = False", key))
+    assert done.returncode == 0 and "at step 6 (exact)" in done.stdout, done.stdout + done.stderr
+    assert_continued()
+
+
+def test_a_changed_default_is_named_with_the_value_to_continue_with(artefacts):
+    def change(text):
+        return text.replace("warmup: bool = True", "warmup: bool = False")
+
+    done = continued_by_a_later_version(artefacts, change)
+    assert done.returncode == 1 and "ema.warmup (there True, now False)" in done.stderr, done.stdout + done.stderr
+    shutil.rmtree("later")
+    done = continued_by_a_later_version(artefacts, change, "ema.warmup=true")
+    assert done.returncode == 0 and "at step 6 (exact)" in done.stdout, done.stdout + done.stderr
+
+
+def test_files_of_a_later_version_are_refused_as_such(artefacts, capsys):
+    run = Path("runs/segment")
+    config = json.loads((run / "export/config.json").read_text())
+    (run / "export/config.json").write_text(json.dumps(config | {"format": 99, "tessel": "9.9"}))
+    with pytest.raises(UserError, match="written by tessel 9.9"):
+        tessel.train.segment.load(run / "export")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(f"format: 99\ntessel: 9.9.1\n{recipe}")
+    with pytest.raises(UserError, match="upgrade tessel"):
+        load_recipe(run / "recipe.yaml")
