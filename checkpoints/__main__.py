@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tessel.checkpoints", description="Published weights of the zoo.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    text = "show the published weights: size, licence, ImageNet-1K top-1, and whether they can be fetched"
+    text = "show the published weights: size, license, ImageNet-1K top-1, and whether they can be fetched"
     command = commands.add_parser("list", help=text, description=text)
     command.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="only these, such as 'cswin_*'")
     command.set_defaults(run=_list)
@@ -63,7 +63,7 @@ def _list(args: argparse.Namespace) -> None:
     weights = [weight for name, weight in load_manifest().items() if fnmatchcase(name, args.pattern)]
     if not weights:
         raise ValueError(f"no published weights match {args.pattern!r}; without a pattern all are listed")
-    table = [("name", "size", "licence", "published", "reproduced", "available"), *map(_cells, weights)]
+    table = [("name", "size", "license", "published", "reproduced", "available"), *map(_cells, weights)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -73,7 +73,7 @@ def _cells(weight: Weight) -> tuple[str, ...]:
     return (
         weight.name,
         f"{weight.size / 1e6:.1f} MB" if weight.size else "-",
-        weight.licence,
+        weight.license,
         "-" if weight.published_top1 is None else f"{weight.published_top1:.2f}",
         "-" if weight.reproduced_top1 is None else f"{weight.reproduced_top1:.2f}",
         "yes" if weight.url else f"no: {weight.why_no_url}",

@@ -31,7 +31,7 @@ class Weight:
     why_no_url: str = ""
     sha256: str
     size: int
-    licence: str
+    license: str
     source: str
     published_top1: float | None = None
     reproduced_top1: float | None = None
@@ -123,8 +123,8 @@ def _problem(weight: Weight) -> str | None:
         return "exactly one of the fields 'url' and 'why_no_url' must be filled"
     if weight.sha256 and not re.fullmatch("[0-9a-f]{64}", weight.sha256):
         return f"field 'sha256' = {weight.sha256!r} must be empty or 64 lower-case hex digits"
-    if not weight.licence or not weight.source:
-        return "the fields 'licence' and 'source' must be filled"
+    if not weight.license or not weight.source:
+        return "the fields 'license' and 'source' must be filled"
     for key, (low, high) in _BOUNDS.items():
         value = getattr(weight, key)
         if value is not None and not low <= value <= high:

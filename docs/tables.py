@@ -44,7 +44,7 @@ def families() -> str:
     for family in tessel.zoo.list_families():
         module, names = sys.modules[family.build.__module__], [n for n in family.variants if not n.endswith("_atto")]
         sizes = [cost(name)[0] for name in names]
-        paper = family.cfg["paper_ids"].removeprefix("arXiv:")
+        paper = family.pretrained_cfg["paper_ids"].removeprefix("arXiv:")
         title = module.__doc__.strip().splitlines()[0].rstrip(".")
         span = f"{min(sizes):.1f} - {max(sizes):.1f} M"
         listed = ", ".join(f"`{name}`" for name in names)
@@ -54,7 +54,7 @@ def families() -> str:
 
 def models() -> str:
     """One line a published checkpoint, and one a model without any."""
-    head = "| model | parameters (M) | GMACs | input | published top-1 | ours | licence | weights |"
+    head = "| model | parameters (M) | GMACs | input | published top-1 | ours | license | weights |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     reported = {name: paper for family in tessel.zoo.list_families() for name, paper in family.reported.items()}
     for name in tessel.zoo.list_models():
@@ -62,7 +62,7 @@ def models() -> str:
         for w in weights:
             top1, ours = (f"{x:.1f}" if x else "" for x in (w.published_top1, w.reproduced_top1))
             source = f"[file]({w.url})" if w.url else f"none: {w.why_no_url}"
-            lines.append(f"{_begin(w.name)} {top1} | {ours} | {w.licence} | {source} |")
+            lines.append(f"{_begin(w.name)} {top1} | {ours} | {w.license} | {source} |")
         if not weights:
             top1 = reported.get(name, (None, None))[1] or ""
             lines.append(f"{_begin(name)} {top1} | | | none: {'a test model' if '_atto' in name else NONE} |")

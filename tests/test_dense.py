@@ -42,14 +42,14 @@ def test_maps_and_norms(name):
 @settings(max_examples=4, deadline=None)
 @given(height=st.integers(33, 90), width=st.integers(33, 90))
 def test_any_size(name, height, width):
-    maps = DenseBackbone(name, levels=(1, 3)).eval()(torch.zeros(1, 3, height, width))
+    maps = DenseBackbone(name, out_indices=(1, 3)).eval()(torch.zeros(1, 3, height, width))
     assert len(maps) == 2
     assert all(m.isfinite().all() for m in maps)
 
 
 @pytest.mark.parametrize("name", ATTO)
 def test_every_parameter_is_used(name):
-    model = DenseBackbone(name, levels=(1, 2, 3))
+    model = DenseBackbone(name, out_indices=(1, 2, 3))
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
@@ -87,25 +87,25 @@ def test_published_segmenter(name, prefix):
 def test_published_segmenter_in_part():
     state, *_ = published_backbone("cswin_atto", "backbone.")
     model = DenseBackbone("cswin_atto")
-    with pytest.raises(ValueError, match=r"norms that the checkpoint lacks: 2\.weight"):
+    with pytest.raises(ValueError, match=r"the checkpoint lacks norms that this backbone has: 2\.weight"):
         model.load_published({key: tensor for key, tensor in state.items() if key != "backbone.norm3.weight"})
     with pytest.raises(ValueError, match="stage1"):
         model.load_published({key: tensor for key, tensor in state.items() if "stage1.0.mlp" not in key})
     with pytest.raises(ValueError, match="backbone.rubbish|rubbish"):
         model.load_published(state | {"backbone.rubbish": torch.zeros(1)})
-    with pytest.raises(ValueError, match="no norm for level 0|has none for: 0"):
+    with pytest.raises(ValueError, match="norms that this backbone lacks: 0"):
         DenseBackbone("cswin_atto", norms=[False, True, True, True]).load_published(state)
 
 
 def test_starts_from_a_classifier():
     classifier, model = timm.create_model("litv2_atto", num_classes=10), DenseBackbone("litv2_atto")
-    model.start_from(classifier.state_dict())
+    model.load_classifier(classifier.state_dict())
     assert torch.equal(model.body.stem.conv.weight, classifier.stem.conv.weight)
-    with pytest.raises(ValueError, match="weights are not there"):
-        model.start_from({"head.fc.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="weights are missing"):
+        model.load_classifier({"head.fc.weight": torch.zeros(1)})
     other = classifier.state_dict() | {"stem.conv.weight": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"stem\.conv\.weight is \[3\]"):
-        model.start_from(other)
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight has shape \[3\]"):
+        model.load_classifier(other)
 
 
 @pytest.mark.parametrize("name", ["cswin_atto", "resnet18", "pvt_v2_b0"])
@@ -141,7 +141,7 @@ def test_models_of_timm():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="levels"):
-        DenseBackbone("cswin_atto", levels=(3, 1))
+    with pytest.raises(ValueError, match="out_indices=\\[3, 1\\] must be stages"):
+        DenseBackbone("cswin_atto", out_indices=(3, 1))
     with pytest.raises(ValueError, match="norms"):
         DenseBackbone("cswin_atto", norms=[True])

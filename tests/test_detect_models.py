@@ -125,7 +125,7 @@ def test_backbone_begins_with_a_classifier():
     torch.manual_seed(5)
     source = timm.create_model("biformer_atto")
     body = built("fcos").backbone.body
-    body.start_from(source.state_dict())
+    body.load_classifier(source.state_dict())
     assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in body.body.state_dict().items())
 
 

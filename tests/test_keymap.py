@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from tessel.zoo._keymap import Edit, KeyMap, MissingKeys, Pattern, Rule, UnknownKeys
+from tessel.zoo._keymap import Edit, KeyMap, KeyRule, MissingKeys, Pattern, UnknownKeys
 
 JOIN = Edit(
     to_ours=lambda q, kv: (torch.cat([q, kv]),),
     to_published=lambda qkv: (qkv[: len(qkv) // 3], qkv[len(qkv) // 3 :]),
 )
 RULES = [
-    Rule("layers.{s}.merge.{p}", "stages.{s+1}.down.{p}"),
-    Rule("layers.{s}.index", None),
-    Rule(("layers.{s}.q.{p}", "layers.{s}.kv.{p}"), "stages.{s}.qkv.{p}", JOIN),
-    Rule("head.{p}", "head.fc.{p}"),
+    KeyRule("layers.{s}.merge.{p}", "stages.{s+1}.down.{p}"),
+    KeyRule("layers.{s}.index", None),
+    KeyRule(("layers.{s}.q.{p}", "layers.{s}.kv.{p}"), "stages.{s}.qkv.{p}", JOIN),
+    KeyRule("head.{p}", "head.fc.{p}"),
 ]
 PUBLISHED = {
     "layers.0.merge.weight": torch.randn(2, 2),

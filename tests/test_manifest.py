@@ -31,7 +31,7 @@ def test_row(weight):
     assert "in1k" in weight.tag or "in22k" in weight.tag
     assert weight.url.startswith("https://") if weight.url else weight.why_no_url
     assert weight.source.startswith("https://")
-    assert weight.licence in {"MIT", "Apache-2.0"}
+    assert weight.license in {"MIT", "Apache-2.0"}
     assert weight.interpolation in {"bicubic", "bilinear"}
     assert weight.crop_mode in {"center", "squash"}
     assert weight.published_top1 is not None or weight.note
@@ -65,7 +65,7 @@ ROW = {
     "url": '"https://example.org/a.pth"',
     "sha256": f'"{DIGEST}"',
     "size": f"{len(PAYLOAD)}",
-    "licence": '"MIT"',
+    "license": '"MIT"',
     "source": '"https://example.org"',
     "published_top1": "81.5",
     "input_size": "[3, 224, 224]",
@@ -99,7 +99,7 @@ def test_load_manifest(tmp_path):
     "changes, words",
     [
         ({"colour": '"red"'}, ["unknown field 'colour'", "crop_pct"]),
-        ({"licence": None}, ["'licence' is missing"]),
+        ({"license": None}, ["'license' is missing"]),
         ({"size": '"12"'}, ["'size' = '12'", "int"]),
         ({"size": "true"}, ["'size' = True", "int"]),
         ({"size": "-1"}, ["'size' = -1"]),

@@ -110,12 +110,12 @@ def test_hub_export_round_trip(tmp_path):
 
 
 def test_model_without_weights_says_so():
-    with pytest.raises(ValueError, match="biformer_atto.*no published weights.*pretrained=False"):
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_atto.*pretrained=False"):
         timm.create_model("biformer_atto", pretrained=True)
 
 
 def test_row_without_url_says_why():
-    with pytest.raises(ValueError, match=r"biformer_small\.in1k.*no longer answers.*file="):
+    with pytest.raises(RuntimeError, match=r"biformer_small\.in1k.*no longer answers.*file="):
         timm.create_model("biformer_small", pretrained=True)
 
 

@@ -133,7 +133,7 @@ def test_recipe_agrees_with_the_manifest(name):
             assert f"top-1 {weight.published_top1:.1f} %" in head(name)
             assert loaded(name).data.size == weight.input_size[-1]
     assert re.search(r"arXiv \d{4}\.\d{5}", head(name)) and "\n# source: " in head(name)
-    paper = FAMILIES[name].cfg["paper_ids"]
+    paper = FAMILIES[name].pretrained_cfg["paper_ids"]
     assert paper.replace("arXiv:", "arXiv ") in head(name)
 
 

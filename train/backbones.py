@@ -23,7 +23,7 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
         return DenseBackbone(
             model.name,
             pretrained=model.pretrained,
-            levels=levels,
+            out_indices=levels,
             norms=dense.norms,
             batch_norm=dense.batch_norm,
             **options,
@@ -59,7 +59,7 @@ def begin_backbone(backbone: DenseBackbone, model: Model, size: int) -> None:
         source = create(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
         state = source.state_dict()
     try:
-        backbone.start_from(state)
+        backbone.load_classifier(state)
     except ValueError as error:
         raise UserError(
             f"model.init_from={model.init_from} does not fit model.name={model.name}: {error}; "

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import ClassifierHead, GroupNorm1, trunc_normal_
+from timm.layers import ClassifierHead, GroupNorm1, calculate_drop_path_rates, trunc_normal_
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 
-from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
-from ._backbone import Parts, Stage
+from ..blocks import AdaptiveFrequencyFilter, Residual, block
+from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, conv_norm_act
-from ._keymap import Rule
+from ._keymap import KeyRule
 from ._registry import Family, register
+
+__all__ = ["AFFNet", "AFFNetConfig"]
 
 
 @dataclass(frozen=True)
-class AFFNet:
+class AFFNetConfig:
     """Columns of the released model table.
 
     `stem` holds the widths of the first convolution and of the inverted residual behind it, `dims` those of the four
@@ -49,11 +51,15 @@ class AFFNet:
             raise ValueError(f"AFFNet: dims={self.dims} and depths={self.depths} must have four positive entries each")
 
 
+class AFFNet(Backbone):
+    """Inverted residuals, and adaptive frequency filters in stages 2-4."""
+
+
 VARIANTS = {
-    "affnet_atto": AFFNet((8, 16), (24, 32, 48, 64), expansion=2.0, depths=(2, 1, 2, 1)),
-    "affnet_extra_tiny": AFFNet((16, 32), (48, 64, 104, 144), expansion=2.0),
-    "affnet_tiny": AFFNet((16, 32), (48, 96, 160, 192)),
-    "affnet_base": AFFNet((16, 32), (64, 128, 256, 320)),
+    "affnet_atto": AFFNetConfig((8, 16), (24, 32, 48, 64), expansion=2.0, depths=(2, 1, 2, 1)),
+    "affnet_extra_tiny": AFFNetConfig((16, 32), (48, 64, 104, 144), expansion=2.0),
+    "affnet_tiny": AFFNetConfig((16, 32), (48, 96, 160, 192)),
+    "affnet_base": AFFNetConfig((16, 32), (64, 128, 256, 320)),
 }
 
 
@@ -76,52 +82,52 @@ class Fusion(nn.Module):
         return self.fusion(torch.cat([x, self.proj(self.norm(self.blocks(x)))], 1))
 
 
-def inner_block(row: AFFNet, dim: int, *, drop_path: float) -> Residual:
+def inner_block(cfg: AFFNetConfig, dim: int, *, drop_path: float) -> Residual:
     """Channel mixer, then token mixer, each with its own shortcut behind its norm, and one shortcut around both."""
     branch = block(
         norm1=GroupNorm1(dim),
-        mlp=inverted_residual(dim, dim, expansion=row.mlp_ratio),
+        mlp=inverted_residual(dim, dim, expansion=cfg.mlp_ratio),
         norm2=GroupNorm1(dim),
-        mixer=Residual(AdaptiveFrequencyFilter(dim, num_groups=row.num_groups)),
+        mixer=Residual(AdaptiveFrequencyFilter(dim, num_groups=cfg.num_groups)),
     )
     return Residual(branch, drop_path=drop_path)
 
 
 def build(
-    row: AFFNet, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
+    cfg: AFFNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
     # the first of stage 1's inverted residuals is its merge
-    rates = drop_path_rates(drop_path_rate, (row.depths[0] - 1, *row.depths[1:]))
-    stages, in_chs, stride, dilation = [], row.stem[1], 2, 1
-    for i, dim in enumerate(row.dims):
-        step = 2 if stride < row.output_stride else 1
-        down = inverted_residual(in_chs, dim, expansion=row.expansion, stride=step, dilation=dilation)
+    rates = calculate_drop_path_rates(drop_path_rate, (cfg.depths[0] - 1, *cfg.depths[1:]), stagewise=True)
+    stages, in_chs, stride, dilation = [], cfg.stem[1], 2, 1
+    for i, dim in enumerate(cfg.dims):
+        step = 2 if stride < cfg.output_stride else 1
+        down = inverted_residual(in_chs, dim, expansion=cfg.expansion, stride=step, dilation=dilation)
         if i == 0:
-            blocks = [inverted_residual(dim, dim, expansion=row.expansion, drop_path_rate=rate) for rate in rates[i]]
+            blocks = [inverted_residual(dim, dim, expansion=cfg.expansion, drop_path_rate=rate) for rate in rates[i]]
         else:
-            blocks = [Fusion(dim, [inner_block(row, dim, drop_path=rate) for rate in rates[i]])]
+            blocks = [Fusion(dim, [inner_block(cfg, dim, drop_path=rate) for rate in rates[i]])]
         stages.append(Stage(blocks, dim=dim, stride=step, down=down))
         # a stride that was left out dilates the merges after it
         in_chs, stride, dilation = dim, stride * step, dilation * 2 // step
-    width = min(row.head_ratio * in_chs, row.max_head_width)
+    width = min(cfg.head_ratio * in_chs, cfg.max_head_width)
     if num_classes or global_pool:
         head = FinalConvHead(in_chs, width, num_classes, act="silu", pool_type=global_pool, drop_rate=drop_rate)
     else:
         head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-    return Parts(
+    return BackboneParts(
         stem=block(
-            conv=conv_norm_act(in_chans, row.stem[0], kernel=3, stride=2, act="silu"),
-            block=inverted_residual(row.stem[0], row.stem[1], expansion=row.expansion),
+            conv=conv_norm_act(in_chans, cfg.stem[0], kernel=3, stride=2, act="silu"),
+            block=inverted_residual(cfg.stem[0], cfg.stem[1], expansion=cfg.expansion),
         ),
         stages=stages,
         head=head,
         stem_stride=2,
-        init=initialise,
+        init=initialize,
     )
 
 
-def initialise(module: nn.Module) -> None:
-    # other convolutions are initialised so by their own class
+def initialize(module: nn.Module) -> None:
+    # other convolutions are initialized so by their own class
     if isinstance(module, InvertedResidual):
         for conv in ("conv_pw", "conv_dw", "conv_pwl"):
             nn.init.kaiming_normal_(module.get_parameter(f"{conv}.weight"), mode="fan_out", nonlinearity="relu")
@@ -130,11 +136,14 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def conv_norm_rules(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(theirs + "block.conv.{p}", ours + "conv.{p}"), Rule(theirs + "block.norm.{p}", ours + "norm.{p}")]
+def conv_norm_rules(published: str, ours: str) -> list[KeyRule]:
+    return [
+        KeyRule(published + "block.conv.{p}", ours + "conv.{p}"),
+        KeyRule(published + "block.norm.{p}", ours + "norm.{p}"),
+    ]
 
 
-def inverted_residual_rules(theirs: str, ours: str) -> list[Rule]:
+def inverted_residual_rules(published: str, ours: str) -> list[KeyRule]:
     rules = []
     for layer, conv, norm in (
         ("exp_1x1", "conv_pw", "bn1"),
@@ -142,42 +151,43 @@ def inverted_residual_rules(theirs: str, ours: str) -> list[Rule]:
         ("red_1x1", "conv_pwl", "bn3"),
     ):
         rules += [
-            Rule(f"{theirs}block.{layer}.block.conv.{{p}}", f"{ours}{conv}.{{p}}"),
-            Rule(f"{theirs}block.{layer}.block.norm.{{p}}", f"{ours}{norm}.{{p}}"),
+            KeyRule(f"{published}block.{layer}.block.conv.{{p}}", f"{ours}{conv}.{{p}}"),
+            KeyRule(f"{published}block.{layer}.block.norm.{{p}}", f"{ours}{norm}.{{p}}"),
         ]
     return rules
 
 
-def keys(row: AFFNet) -> Sequence[Rule]:
-    theirs, ours = "layer_{s+2}.1.", "stages.{s}.blocks.0."
-    inner, our_inner = theirs + "global_rep.{b}.", ours + "blocks.{b}.fn."
+def key_mapping(cfg: AFFNetConfig) -> Sequence[KeyRule]:
+    published, ours = "layer_{s+2}.1.", "stages.{s}.blocks.0."
+    inner, our_inner = published + "global_rep.{b}.", ours + "blocks.{b}.fn."
     return [
         *conv_norm_rules("conv_1.", "stem.conv."),
         *inverted_residual_rules("layer_1.0.", "stem.block."),
         *inverted_residual_rules("layer_{s+2}.0.", "stages.{s}.down."),
         *inverted_residual_rules("layer_2.{b+1}.", "stages.0.blocks.{b}."),
         *inverted_residual_rules(inner + "mlp.", our_inner + "mlp."),
-        Rule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
-        Rule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
-        Rule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
+        KeyRule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
+        KeyRule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
+        KeyRule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
         # the last norm of a block is numbered after its inner blocks
         *(
-            Rule(f"layer_{s + 2}.1.global_rep.{row.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
-            for s in range(1, len(row.dims))
+            KeyRule(f"layer_{s + 2}.1.global_rep.{cfg.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
+            for s in range(1, len(cfg.dims))
         ),
-        *conv_norm_rules(theirs + "conv_proj.", ours + "proj."),
-        *conv_norm_rules(theirs + "fusion.", ours + "fusion."),
+        *conv_norm_rules(published + "conv_proj.", ours + "proj."),
+        *conv_norm_rules(published + "fusion.", ours + "fusion."),
         *conv_norm_rules("conv_1x1_exp.", "head.final_conv."),
-        Rule("classifier.fc.{p}", "head.fc.{p}"),
+        KeyRule("classifier.fc.{p}", "head.fc.{p}"),
     ]
 
 
 register(
     Family(
+        AFFNet,
         VARIANTS,
         build,
-        keys,
-        cfg={
+        key_mapping,
+        pretrained_cfg={
             "first_conv": "stem.conv.conv",
             "crop_pct": 0.8888,
             "interpolation": "bilinear",

@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, trunc_normal_
 from torch import nn
 
-from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
-from ._backbone import Parts, Stage
-from ._keymap import Edit, Rule
+from ..blocks import Mlp, Residual, Strip, block, conv_norm
+from ._backbone import Backbone, BackboneParts, Stage
+from ._keymap import Edit, KeyRule
 from ._registry import DenseNorm, Family, register
+
+__all__ = ["S2AFormer", "S2AFormerConfig"]
 
 
 @dataclass(frozen=True)
-class S2AFormer:
+class S2AFormerConfig:
     """Columns of our table of variants; `qk_dim` is the width of a query and key head, `head_width` of the last MLP."""
 
     dims: tuple[int, ...]
@@ -36,13 +38,17 @@ class S2AFormer:
     head_width: int = 1280
 
 
+class S2AFormer(Backbone):
+    """Strip self-attention, depthwise convolutions and MLPs."""
+
+
 VARIANTS = {
-    "s2aformer_atto": S2AFormer((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), head_width=128),
-    "s2aformer_mini": S2AFormer((32, 64, 160, 320), (1, 2, 2, 2), (1, 2, 5, 10)),
-    "s2aformer_tiny": S2AFormer((32, 64, 160, 320), (3, 3, 5, 2), (1, 2, 5, 10)),
-    "s2aformer_xsmall": S2AFormer((32, 64, 160, 320), (3, 4, 7, 2), (1, 2, 5, 10)),
-    "s2aformer_small": S2AFormer((32, 64, 192, 384), (3, 3, 13, 2), (1, 2, 6, 12)),
-    "s2aformer_medium": S2AFormer((64, 128, 256, 512), (4, 4, 19, 3), (2, 4, 8, 16)),
+    "s2aformer_atto": S2AFormerConfig((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), head_width=128),
+    "s2aformer_mini": S2AFormerConfig((32, 64, 160, 320), (1, 2, 2, 2), (1, 2, 5, 10)),
+    "s2aformer_tiny": S2AFormerConfig((32, 64, 160, 320), (3, 3, 5, 2), (1, 2, 5, 10)),
+    "s2aformer_xsmall": S2AFormerConfig((32, 64, 160, 320), (3, 4, 7, 2), (1, 2, 5, 10)),
+    "s2aformer_small": S2AFormerConfig((32, 64, 192, 384), (3, 3, 13, 2), (1, 2, 6, 12)),
+    "s2aformer_medium": S2AFormerConfig((64, 128, 256, 512), (4, 4, 19, 3), (2, 4, 8, 16)),
 }
 
 norm = partial(LayerNorm2d, eps=1e-6)
@@ -70,20 +76,20 @@ def stem(in_chans: int, width: int) -> nn.Sequential:
 
 
 def build(
-    row: S2AFormer, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, row.depths)
-    stages, previous = [], row.dims[0] // 2
-    for i, dim in enumerate(row.dims):
-        heads, reduction = row.num_heads[i], row.reductions[i]
+    cfg: S2AFormerConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    stages, previous = [], cfg.dims[0] // 2
+    for i, dim in enumerate(cfg.dims):
+        heads, reduction = cfg.num_heads[i], cfg.reductions[i]
         blocks = [
             block(
                 conv=Residual(depthwise(dim)),
                 mixer=Residual(
-                    Strip(dim, num_heads=heads, reduction=reduction, qk_dim=row.qk_dim), norm=norm(dim), drop_path=rate
+                    Strip(dim, num_heads=heads, reduction=reduction, qk_dim=cfg.qk_dim), norm=norm(dim), drop_path=rate
                 ),
                 local=Residual(local_interaction(dim), norm=norm(dim), drop_path=rate),
-                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+                mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
         ]
@@ -91,15 +97,17 @@ def build(
         stages.append(Stage(blocks, dim=dim, stride=2, down=down))
         previous = dim
     head = NormMlpClassifierHead(
-        row.dims[-1], num_classes, row.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
+        cfg.dims[-1], num_classes, cfg.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
     )
     if not num_classes and not global_pool:
-        # a head that passes the map on has nothing to normalise or to widen
+        # without classifier and pooling the head returns the feature map as it is: remove its norm and its MLP
         head.reset(0, "", reset_other=True)
-    return Parts(stem=stem(in_chans, row.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialise)
+    return BackboneParts(
+        stem=stem(in_chans, cfg.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialize
+    )
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -120,24 +128,24 @@ AS_LINEAR = Edit(
 )
 
 
-def keys(row: S2AFormer) -> Sequence[Rule]:
+def key_mapping(cfg: S2AFormerConfig) -> Sequence[KeyRule]:
     """The layout of 1x1 convolutions, as such a model is usually written."""
-    theirs, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
+    published, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
     linear = {f"attn.{name}": f"mixer.fn.{name}" for name in ("q", "k", "v", "proj")}
     linear |= {f"mlp.{name}": f"mlp.fn.{name}" for name in ("fc1", "fc2")}
     plain = {"dwconv": "conv.fn", "norm1": "mixer.norm", "norm2": "local.norm", "norm3": "mlp.norm"}
     plain |= {"attn.reduce.conv": "mixer.fn.reduce.conv", "attn.reduce.bn": "mixer.fn.reduce.norm"}
     plain |= {"lim.conv1": "local.fn.conv1", "lim.bn": "local.fn.norm", "lim.conv2": "local.fn.conv2"}
     return [
-        Rule("stem.{i}.conv.{p}", "stem.{i}.conv.{p}"),
-        Rule("stem.{i}.bn.{p}", "stem.{i}.norm.{p}"),
-        Rule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
-        Rule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
-        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}", AS_LINEAR) for a, b in linear.items()),
-        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}") for a, b in plain.items()),
-        Rule("head.norm.{p}", "head.norm.{p}"),
-        Rule("head.pre_logits.fc.{p}", "head.pre_logits.fc.{p}"),
-        Rule("head.fc.{p}", "head.fc.{p}"),
+        KeyRule("stem.{i}.conv.{p}", "stem.{i}.conv.{p}"),
+        KeyRule("stem.{i}.bn.{p}", "stem.{i}.norm.{p}"),
+        KeyRule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
+        *(KeyRule(f"{published}{a}.{{p}}", f"{ours}{b}.{{p}}", AS_LINEAR) for a, b in linear.items()),
+        *(KeyRule(f"{published}{a}.{{p}}", f"{ours}{b}.{{p}}") for a, b in plain.items()),
+        KeyRule("head.norm.{p}", "head.norm.{p}"),
+        KeyRule("head.pre_logits.fc.{p}", "head.pre_logits.fc.{p}"),
+        KeyRule("head.fc.{p}", "head.fc.{p}"),
     ]
 
 
@@ -152,12 +160,13 @@ REPORTED = {
 
 register(
     Family(
+        S2AFormer,
         VARIANTS,
         build,
-        keys,
-        cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
         reported=REPORTED,
-        dense=DenseNorm(norm, "norms.{s}.{p}"),
+        dense_norm=DenseNorm(norm, "norms.{s}.{p}"),
     ),
     __name__,
 )
