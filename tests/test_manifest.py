@@ -205,7 +205,7 @@ def test_verify_command(own_manifest, tmp_path, capsys):
         for word in (DIGEST, str(len(PAYLOAD)), "some_tiny.in1k"):
             assert word in printed
     path.write_bytes(PAYLOAD[1:])
-    assert "none of the manifest" in run(capsys, "verify", str(path))
+    assert "no weights in the manifest" in run(capsys, "verify", str(path))
     assert cli.main(["verify", str(path), "--name", "some_tiny"]) == 1
     assert "refused" in capsys.readouterr().err
     assert "nothing.pth" in run(capsys, "verify", str(tmp_path / "nothing.pth"), fails=True)
@@ -214,7 +214,7 @@ def test_verify_command(own_manifest, tmp_path, capsys):
 def test_verify_command_of_a_row_without_hash(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(PAYLOAD)
-    assert "no sha256 yet" in run(capsys, "verify", str(path), "--name", "biformer_small")
+    assert "not in the manifest yet" in run(capsys, "verify", str(path), "--name", "biformer_small")
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_convert_both_ways(zoo, tmp_path, capsys):
     torch.save({"state_dict": {"A": torch.zeros(2)}, "state_dict_ema": {"A": torch.ones(2)}}, start)
     # the manifest knows that the published number of cswin_tiny.in1k belongs to the EMA weights
     printed = run(capsys, "convert", str(start), str(ours), "--model", "cswin_tiny.in1k")
-    assert "1 tensors of cswin_tiny in the tessel layout" in printed
+    assert "1 tensors of cswin_tiny with tessel keys" in printed
     assert {key: tensor.tolist() for key, tensor in read_state(ours).items()} == {"a": [1, 1]}
     run(capsys, "convert", str(ours), str(back), "--model", "cswin_tiny", "--to", "published")
     assert {key: tensor.tolist() for key, tensor in read_state(back).items()} == {"A": [1, 1]}
