@@ -1,8 +1,8 @@
-"""Write the generated tables of README.md and docs/models.md, or with --check say whether they are current.
+"""Write the generated tables of README.md and docs/models.md; with --check only compare them with the files.
 
     python docs/tables.py [--check]
 
-Rows come from the registry (structure, parameters, multiply-adds counted on the meta device) and from the manifest of
+The data come from the registry (parameters and multiply-adds are counted on the meta device) and from the manifest of
 published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
@@ -25,10 +25,10 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 
 @cache
 def cost(name: str) -> tuple[float, float, int]:
-    """Parameters in millions, multiply-adds in billions, and the input side they are counted at."""
+    """Parameters in millions, multiply-adds in billions, and the side of the input that these are counted at."""
     tag = timm.get_pretrained_cfg(name).tag
     if tag and "." not in name:
-        return cost(f"{name}.{tag}")  # counted once for both names
+        return cost(f"{name}.{tag}")  # so that both names share one entry of the cache
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         size = model.default_cfg["input_size"]
@@ -39,7 +39,7 @@ def cost(name: str) -> tuple[float, float, int]:
 
 
 def families() -> str:
-    """One line a family: its mixer's paper and its models."""
+    """One line per family: its title, models, range of sizes and paper."""
     lines = ["| family | models | parameters | paper |", "|---|---|---|---|"]
     for family in tessel.zoo.list_families():
         module, names = sys.modules[family.build.__module__], [n for n in family.variants if not n.endswith("_atto")]
@@ -53,7 +53,7 @@ def families() -> str:
 
 
 def models() -> str:
-    """One line a published checkpoint, and one a model without any."""
+    """One line per published checkpoint, and one per model that has none."""
     head = "| model | parameters (M) | GMACs | input | published top-1 | ours | license | weights |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     reported = {name: paper for family in tessel.zoo.list_families() for name, paper in family.reported.items()}

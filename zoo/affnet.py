@@ -1,9 +1,9 @@
 """AFFNet: Adaptive Frequency Filters As Efficient Global Token Mixers.
 
-Huang, Zhang, Lan, Zha, Lu, Guo, ICCV 2023, arXiv 2307.14008: sec. 3.2 and 3.3 (the filter), 3.4 (architecture) and the
-released code github.com/microsoft/TokenMixers (MIT, derived from Apple's CVNets), whose keys and weights these models
-share. Activations, norms and the order inside a block follow the released code and configuration of AFFNet-ET; the
-paper's figures draw neither the inner shortcuts nor the last norm.
+Huang, Zhang, Lan, Zha, Lu, Guo, ICCV 2023, arXiv 2307.14008: sec. 3.2 and 3.3 (the filter), 3.4 (architecture).
+Released code: github.com/microsoft/TokenMixers (MIT, derived from Apple's CVNets); its checkpoints load. Activations,
+norms and the order of layers in a block follow that code with the configuration of AFFNet-ET; the paper's figures show
+neither the shortcuts inside a block nor its last norm.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ __all__ = ["AFFNet", "AFFNetConfig"]
 
 @dataclass(frozen=True)
 class AFFNetConfig:
-    """Columns of the released model table.
+    """Columns of the table of models in the released code.
 
-    `stem` holds the widths of the first convolution and of the inverted residual behind it, `dims` those of the four
-    stages. `depths` counts the inverted residuals of the first stage, then the inner blocks of the others. `expansion`
-    is that of the inverted residuals, `mlp_ratio` that of the channel mixers; the head's width is `head_ratio` times
-    the last stage's, at most `max_head_width`. An `output_stride` of 16 or 8 keeps the last one or two stages at that
-    stride, for dense prediction.
+    stem: widths of the first convolution and of the inverted residual after it; dims: widths of the four stages.
+    depths: number of inverted residuals in stage 1, of inner blocks in the other stages.
+    expansion: of the inverted residuals; mlp_ratio: of the channel mixers.
+    head_ratio: width of the head over that of the last stage; max_head_width: its upper bound.
+    output_stride: 16 or 8 instead of 32 removes the stride of the last one or two stages, for dense prediction.
     """
 
     stem: tuple[int, int]
@@ -64,12 +64,12 @@ VARIANTS = {
 
 
 def inverted_residual(in_chs: int, out_chs: int, *, expansion: float, **options) -> InvertedResidual:
-    """MobileNetV2's block; its shortcut is there where shapes allow it."""
+    """MobileNetV2's inverted residual; it has a shortcut if input and output have one shape."""
     return InvertedResidual(in_chs, out_chs, exp_ratio=expansion, act_layer=nn.SiLU, **options)
 
 
 class Fusion(nn.Module):
-    """`fusion([x, proj(norm(blocks(x)))])` on a feature map `[B, C, H, W]`: convolutions of 1x1, two maps into one."""
+    """`fusion(concat(x, proj(norm(blocks(x)))))`: `[B, C, H, W] -> [B, C, H, W]`; both convolutions are 1x1."""
 
     def __init__(self, dim: int, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -83,7 +83,7 @@ class Fusion(nn.Module):
 
 
 def inner_block(cfg: AFFNetConfig, dim: int, *, drop_path: float) -> Residual:
-    """Channel mixer, then token mixer, each with its own shortcut behind its norm, and one shortcut around both."""
+    """`x + token_mixer(norm2(mlp(norm1(x))))`; each of both mixers also has a shortcut from its normalized input."""
     branch = block(
         norm1=GroupNorm1(dim),
         mlp=inverted_residual(dim, dim, expansion=cfg.mlp_ratio),
@@ -96,7 +96,7 @@ def inner_block(cfg: AFFNetConfig, dim: int, *, drop_path: float) -> Residual:
 def build(
     cfg: AFFNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    # the first of stage 1's inverted residuals is its merge
+    # the first inverted residual of stage 1 is its downsampling
     rates = calculate_drop_path_rates(drop_path_rate, (cfg.depths[0] - 1, *cfg.depths[1:]), stagewise=True)
     stages, in_chs, stride, dilation = [], cfg.stem[1], 2, 1
     for i, dim in enumerate(cfg.dims):
@@ -107,7 +107,7 @@ def build(
         else:
             blocks = [Fusion(dim, [inner_block(cfg, dim, drop_path=rate) for rate in rates[i]])]
         stages.append(Stage(blocks, dim=dim, stride=step, down=down))
-        # a stride that was left out dilates the merges after it
+        # for each omitted stride the later downsampling convolutions are dilated
         in_chs, stride, dilation = dim, stride * step, dilation * 2 // step
     width = min(cfg.head_ratio * in_chs, cfg.max_head_width)
     if num_classes or global_pool:
@@ -169,7 +169,7 @@ def key_mapping(cfg: AFFNetConfig) -> Sequence[KeyRule]:
         KeyRule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
         KeyRule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
         KeyRule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
-        # the last norm of a block is numbered after its inner blocks
+        # the norm of a stage is numbered after its inner blocks
         *(
             KeyRule(f"layer_{s + 2}.1.global_rep.{cfg.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
             for s in range(1, len(cfg.dims))

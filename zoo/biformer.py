@@ -1,10 +1,10 @@
 """BiFormer: Vision Transformer with Bi-Level Routing Attention.
 
-Zhu, Wang, Ke, Zhang, Lau, CVPR 2023, arXiv 2303.08810: sec. 3.2 (routing), 3.3 (architecture), table 1 and the released
-code github.com/rayleizhu/BiFormer (MIT), whose keys and weights these models share.
+Zhu, Wang, Ke, Zhang, Lau, CVPR 2023, arXiv 2303.08810: sec. 3.2 (routing), 3.3 (architecture), table 1. Released code:
+github.com/rayleizhu/BiFormer (MIT); its checkpoints load.
 
-Deviation: the released classifiers refuse maps that `n_win` does not divide; here they are padded by the rule of the
-released dense-prediction models.
+Deviation: the released classifiers fail if `n_win` does not divide the sides of a feature map; here maps are padded, as
+in the released dense-prediction models.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,11 @@ __all__ = ["BiFormer", "BiFormerConfig"]
 
 @dataclass(frozen=True)
 class BiFormerConfig:
-    """Columns of the paper's architecture table; `num_heads` and `topk` of stages 1-3, stage 4 attends to all."""
+    """Columns of table 1 of the paper.
+
+    num_heads, topk: of stages 1-3; stage 4 has full attention with `full_heads` heads.
+    n_win: regions per side of the feature map.
+    """
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -99,7 +103,7 @@ def initialize(module: nn.Module) -> None:
 def key_mapping(cfg: BiFormerConfig) -> Sequence[KeyRule]:
     published, ours = "stages.{s}.{b}.", "stages.{s}.blocks.{b}."
     return [
-        # full attention in stage 4, whose parts have other names
+        # stage 4 has full attention, with other names
         KeyRule("stages.3.{b}.attn.qkv.weight", "stages.3.blocks.{b}.mixer.fn.qkv.weight"),
         KeyRule("stages.3.{b}.attn.proj.{p}", "stages.3.blocks.{b}.mixer.fn.proj.{p}"),
         KeyRule("stages.3.{b}.attn.lepe.{p}", "stages.3.blocks.{b}.mixer.fn.local.{p}"),

@@ -1,14 +1,17 @@
 """CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows.
 
-Dong, Bao, Chen, Zhang, Yu, Yuan, Chen, Guo, CVPR 2022, arXiv 2107.00652: sec. 3 (3.2: cross-shaped windows, LePE) and
-the released code github.com/microsoft/CSWin-Transformer (MIT), whose keys and weights these models share. The head
-counts are those of the code and the released weights, which differ from the paper's for the base model.
+Dong, Bao, Chen, Zhang, Yu, Yuan, Chen, Guo, CVPR 2022, arXiv 2107.00652: sec. 3 (3.2: cross-shaped windows, LePE).
+Released code: github.com/microsoft/CSWin-Transformer (MIT); its checkpoints load. Numbers of heads are those of the
+code and the released weights, which differ from the paper's for the base model.
 
-Deviations: the released classifiers refuse maps that the stripes do not divide; here they are padded by the rule of
-the released dense-prediction models. Stages 1-3 have two directions of stripes at every size, also where one stripe
-covers the map (the released classifiers then build other parameters, into which no released weights fit). The large
-models double their width at every stage, as the released classifiers do and the dense-prediction code does not. The
-norms that dense prediction puts on each output belong to what it adds. Images with a side below 3 pixels are padded.
+Deviations from the released code:
+- Its classifiers fail if the stripes do not divide the feature map; here maps are padded, as in its dense-prediction
+  models.
+- Stages 1-3 have stripes in two directions for every image size. The released classifiers have only one, with other
+  parameters, if a stripe covers the whole map; no released weights fit these.
+- The large models double their width at each stage, as the released classifiers do but not the dense-prediction code.
+- The norms of the dense-prediction models are in `zoo.dense.DenseBackbone`.
+- Images with a side of less than 3 pixels are padded.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ __all__ = ["CSWin", "CSWinConfig"]
 
 @dataclass(frozen=True)
 class CSWinConfig:
-    """Columns of the paper's architecture table; `stripe_widths` of stages 1-3, stage 4 attends to all."""
+    """Columns of the paper's architecture table; `stripe_widths` are of stages 1-3, stage 4 has full attention."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -57,7 +60,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 
 @register_notrace_module
 class StemConv(nn.Conv2d):
-    """7x7 convolution, stride 4, padding 2: side `n` to `(n - 3) // 4 + 1`; sides below 3 pixels are padded to 3."""
+    """7x7 convolution, stride 4, padding 2: a side of n pixels becomes (n - 3) // 4 + 1; n < 3 is padded to 3."""
 
     def __init__(self, in_chs: int, out_chs: int):
         super().__init__(in_chs, out_chs, 7, stride=4, padding=2)

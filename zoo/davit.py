@@ -1,10 +1,10 @@
 """DaViT: Dual Attention Vision Transformers.
 
 Ding, Xiao, Codella, Luo, Wang, Yuan, ECCV 2022, arXiv 2204.03645: sec. 3.2 (spatial window attention), 3.3 (channel
-group attention), 3.4 and table 1 (architectures), and the released code github.com/dingmyu/davit (MIT), whose keys and
-weights these models share. Checkpoints in timm's layout (its `davit_*`) load as well.
+group attention), 3.4 and table 1 (architectures). Released code: github.com/dingmyu/davit (MIT); its checkpoints load,
+and those of timm's `davit_*` too.
 
-Deviation: a head that neither pools nor classifies holds no norm, so that a feature extractor has no idle parameter.
+Deviation: a head without pooling and classifier has no norm, so that feature extractors have no unused parameters.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     LayerNorm2d,
     SelectAdaptivePool2d,
@@ -23,6 +22,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm
+from ..blocks.padding import pad_to_multiple
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import KeyRule
 from ._registry import DenseNorm, Family, register
@@ -32,7 +32,7 @@ __all__ = ["DaViT", "DaViTConfig"]
 
 @dataclass(frozen=True)
 class DaViTConfig:
-    """Columns of the paper's architecture table; `depths` count pairs of a spatial and a channel block."""
+    """Columns of table 1 of the paper; `depths` are numbers of pairs of a spatial and a channel block."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -42,7 +42,7 @@ class DaViTConfig:
 
 
 class DaViT(Backbone):
-    """Blocks of window attention and of channel attention in turn."""
+    """Alternating blocks of window attention and channel attention."""
 
 
 VARIANTS = {
@@ -60,7 +60,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 class Merge(nn.Module):
     """LayerNorm, then a 2x2 convolution of stride 2: `[B, in_chs, H, W] -> [B, out_chs, ceil(H / 2), ceil(W / 2)]`.
 
-    Odd sides get a row or column of zeros after the norm.
+    Odd sides are padded with a row or column of zeros between the two.
     """
 
     def __init__(self, in_chs: int, out_chs: int):
@@ -69,12 +69,8 @@ class Merge(nn.Module):
         self.conv = nn.Conv2d(in_chs, out_chs, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        bottom, right = x.shape[2] % 2, x.shape[3] % 2
-        # compiled, one graph serves even and odd sizes
-        if torch.compiler.is_dynamo_compiling() or bottom or right:
-            x = F.pad(x, (0, right, 0, bottom))
-        return self.conv(x)
+        x = pad_to_multiple(self.norm(x).permute(0, 2, 3, 1), 2, 2)
+        return self.conv(x.permute(0, 3, 1, 2))
 
 
 class Head(nn.Module):
@@ -120,7 +116,7 @@ class Head(nn.Module):
 
 
 def pair(cfg: DaViTConfig, stage: int, rates: Sequence[float]) -> nn.Sequential:
-    """A spatial block, then a channel block: attention and MLP, each after a depthwise convolution of its own."""
+    """A spatial block, then a channel block; both have depthwise convolutions before the attention and the MLP."""
     dim, num_heads = cfg.dims[stage], cfg.num_heads[stage]
     mixers = {
         "spatial": Window(dim, num_heads=num_heads, window=cfg.window),
@@ -149,7 +145,7 @@ def build(
         down = Merge(cfg.dims[i - 1], dim) if i else None
         stages.append(Stage(pairs, dim=dim, stride=2 if i else 1, down=down))
     return BackboneParts(
-        # the convolution's own padding supplies the zeros that the released code adds to sides 4 does not divide
+        # the released code pads sides to multiples of 4; the padding of the convolution has the same effect
         stem=conv_norm(in_chans, cfg.dims[0], kernel=7, stride=4, norm=norm),
         stages=stages,
         head=Head(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
@@ -164,7 +160,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def block_keys(published: str, cpe1: str, cpe2: str) -> list[KeyRule]:
-    """Rules of the blocks of the pair `published`, whose spatial block is number 0 and whose channel block is 1."""
+    """Rules of the blocks of the pair `published`; its spatial block has the number 0, its channel block 1."""
     return [
         KeyRule(f"{published}.{number}.{their_part}.{{p}}", f"stages.{{s}}.blocks.{{b}}.{name}.{our_part}.{{p}}")
         for number, name in enumerate(("spatial", "channel"))
@@ -194,7 +190,7 @@ def key_mapping(cfg: DaViTConfig) -> Sequence[KeyRule]:
 
 
 def timm_key_mapping(cfg: DaViTConfig) -> Sequence[KeyRule]:
-    """The layout of timm's own `davit_*`."""
+    """Rules for the state dicts of timm's `davit_*`."""
     return [
         KeyRule("stem.conv.{p}", "stem.conv.{p}"),
         KeyRule("stem.norm.{p}", "stem.norm.{p}"),
@@ -213,7 +209,7 @@ register(
         build,
         key_mapping,
         pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2204.03645", "crop_pct": 0.9},
-        # the released configuration; no result belongs to it
+        # the image size of the released configuration, for which no result is reported
         reported={"tessel_davit_large": (384, None)},
         other_key_mappings=(timm_key_mapping,),
         dense_norm=DenseNorm(norm, "norm{s}.{p}"),

@@ -1,12 +1,11 @@
 """HaloNet: Scaling Local Self-Attention for Parameter Efficient Visual Backbones.
 
 Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, CVPR 2021, arXiv 2103.12731: halo attention and the
-table of variants H0 to H7. There is no released code; the reference is timm's reading (Apache-2.0), whose keys and
-weights these models share: its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here under the same
-names behind `tessel_`.
+table of variants H0 to H7. No code was released; the reference is timm's implementation (Apache-2.0), whose checkpoints
+load. Its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here as `tessel_halonet_h1` and so on.
 
-Deviations: timm refuses maps that the block size does not divide; here they are padded inside the attention. Heads and
-activation of H0 and H2 to H7 follow timm's H1 (8 in every stage, ReLU).
+Deviations: timm's models fail if the block size does not divide a feature map; here the attention pads it. The paper
+does not give heads and activation of all variants: H0 and H2 to H7 have those of timm's H1 (8 heads, ReLU).
 """
 
 from collections.abc import Sequence
@@ -26,13 +25,14 @@ __all__ = ["HaloNet", "HaloNetConfig"]
 
 @dataclass(frozen=True)
 class HaloNetConfig:
-    """Columns of the paper's table of variants; tuples over `stages` and `widths` have one entry a stage.
+    """Columns of the paper's table of variants; `stages`, `rb`, `widths` and `num_heads` have one entry per stage.
 
-    `stages` spells each stage's blocks: A for attention, C for a 3x3 convolution in its place. With base width w, the
-    attention asks with width w, its values have width `rv` * w and the block ends in `rb` * w channels; `df` is the
-    width of a final 1x1 convolution (0: none). `stem` lists the widths of its convolutions, `stem_pool` says whether
-    max pooling follows them; `se` adds squeeze-and-excitation to C blocks; `mask_border` keeps positions outside the
-    map out of the attention, where the published models count them as zero keys and values.
+    stages: the blocks of each stage, A for attention, C for a 3x3 convolution in its place.
+    widths: base width w. Queries have width w, values `rv` * w, the output of a block `rb` * w.
+    df: width of the last 1x1 convolution, 0 for none.
+    stem: widths of the convolutions of the stem; stem_pool: whether max pooling follows them.
+    se: squeeze-and-excitation in C blocks.
+    mask_border: mask positions outside the feature map; in the published models they are keys and values of zero.
     """
 
     stages: tuple[str, ...]
@@ -53,14 +53,14 @@ class HaloNetConfig:
     def __post_init__(self):
         for stage in self.stages:
             if not stage or set(stage) - set("AC"):
-                raise ValueError(f"HaloNet: stages={self.stages} must spell every stage in A (attention) and C (conv)")
+                raise ValueError(f"HaloNet: stages={self.stages} must consist of A (attention) and C (convolution)")
         for column in ("rb", "widths", "num_heads"):
             if len(getattr(self, column)) != len(self.stages):
                 raise ValueError(f"HaloNet: {column}={getattr(self, column)} must have {len(self.stages)} entries")
 
 
 class HaloNet(Backbone):
-    """A ResNet whose 3x3 convolutions are halo attention."""
+    """A ResNet with halo attention in place of some or all 3x3 convolutions."""
 
 
 VARIANTS = {
@@ -125,13 +125,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.branch(x))
-        # nothing else holds the branch's result, and a new map of this size costs more than the sum
+        # in place: autograd does not need the branch's result, and allocating a new map costs more than the sum
         y += self.shortcut(x)
         return self.act(y)
 
 
 def stem(cfg: HaloNetConfig, in_chans: int) -> nn.Sequential:
-    """Convolutions, the first of stride 2, then max pooling or another stride: a quarter of the image."""
+    """`[B, in_chans, H, W] -> [B, C, ~H/4, ~W/4]`: convolutions, two of them strided, or one and then max pooling."""
     layers = block()
     last = len(cfg.stem) - 1
     for i, (in_chs, width) in enumerate(zip((in_chans, *cfg.stem), cfg.stem, strict=False)):
@@ -190,7 +190,7 @@ def build(
 
 def initialize(module: nn.Module) -> None:
     if isinstance(module, Bottleneck):
-        # a block starts as its shortcut
+        # at the start a block returns its shortcut
         nn.init.zeros_(module.branch.get_parameter("expand.norm.weight"))
     elif isinstance(module, SEModule):
         for conv in (module.fc1, module.fc2):
@@ -203,7 +203,7 @@ def initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# 1x1 convolutions there, linear maps here
+# weights of published 1x1 convolutions <-> our linear layers
 as_linear = Edit(lambda w: (w.flatten(1),), lambda w: (w[:, :, None, None],))
 
 
@@ -230,7 +230,7 @@ def key_mapping(cfg: HaloNetConfig) -> Sequence[KeyRule]:
     ]
 
 
-# image side and top-1, as the paper reports them
+# image side and ImageNet-1K top-1 as reported in the paper
 REPORTED = {
     "tessel_halonet_h0": (256, 77.9),
     "tessel_halonet_h1": (256, 79.9),

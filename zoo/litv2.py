@@ -1,12 +1,12 @@
 """LITv2: Fast Vision Transformers with HiLo Attention.
 
 Pan, Cai, Zhuang, NeurIPS 2022, arXiv 2205.13213: sec. 4 (HiLo), 5 and table 1 of the appendix (architecture); the
-deformable merge is LITv1's (arXiv 2105.14217, sec. 3.3); and the released code github.com/ziplab/LITv2 (Apache-2.0),
-whose keys and weights these models share.
+deformable token merging is LITv1's (arXiv 2105.14217, sec. 3.3). Released code: github.com/ziplab/LITv2 (Apache-2.0);
+its checkpoints load.
 
-Deviations: the released classifiers take square images of one size; here every size is taken by the rule of the
-released dense-prediction models, which give the same numbers where both work. Their merge leaves nothing of a side of
-one pixel; here it is padded to two. The norms that dense prediction puts on each output belong to what it adds.
+Deviations: the released classifiers accept square images of one size; here other sizes are padded as in the released
+dense-prediction models, whose outputs are equal at that size. Their token merging makes an empty map of a side of one
+pixel; here it is padded to two. The norms of the dense-prediction models are in `zoo.dense.DenseBackbone`.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ __all__ = ["LITv2", "LITv2Config"]
 
 @dataclass(frozen=True)
 class LITv2Config:
-    """Columns of the paper's architecture table, by stage; stages of window 0 have no attention.
+    """Columns of table 1 of the paper's appendix, one entry per stage; a window of 0 means no attention.
 
-    `alpha` is the share of Lo-Fi heads. The released detectors use the same weights with window 2 or 4 in stage 3.
+    windows: the released detectors use the same weights with a window of 2 or 4 in stage 3.
+    alpha: fraction of the heads that are Lo-Fi.
     """
 
     dims: tuple[int, ...]
@@ -41,7 +42,7 @@ class LITv2Config:
 
 
 class LITv2(Backbone):
-    """HiLo attention in stages 3 and 4, convolutional MLPs alone in stages 1 and 2."""
+    """HiLo attention in stages 3 and 4, only convolutional MLPs in stages 1 and 2."""
 
 
 VARIANTS = {
@@ -57,7 +58,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 
 @register_notrace_module
 class PatchConv(nn.Conv2d):
-    """4x4 convolution of stride 4; images are padded with zeros, right and bottom, to multiples of 4."""
+    """4x4 convolution of stride 4; images are zero-padded at the bottom and right to multiples of 4."""
 
     def __init__(self, in_chs: int, out_chs: int):
         super().__init__(in_chs, out_chs, 4, stride=4)
@@ -136,7 +137,7 @@ register(
         build,
         key_mapping,
         pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2205.13213"},
-        # of the segmenters; the detectors have none on the first map
+        # as in the released segmenters; the detectors have no norm on the first map
         dense_norm=DenseNorm(norm, "norm{s}.{p}"),
     ),
     __name__,

@@ -1,12 +1,12 @@
 """S2AFormer: Strip Self-Attention for Efficient Vision Transformer.
 
-Xu, Huang, Jia, Li, Gao, Qi, IEEE TIP 2025, arXiv 2505.22195. No code or weights were released. Published are the order
-of a block (convolution, strip attention, local interaction, MLP, each as a residual), a stem of three convolutions, and
-the size, cost and accuracy of five models.
+Xu, Huang, Jia, Li, Gao, Qi, IEEE TIP 2025, arXiv 2505.22195. No code or weights were released. The paper gives the
+order of a block (convolution, strip attention, local interaction, MLP, each with a shortcut), a stem of three
+convolutions, and parameters, multiply-adds and accuracy of five models.
 
-Deviations: dims, depths, heads, the width of the strips, the local interaction module (that of XCiT) and the head are
-our choice, the same rules for all five, within 1.5 % of every published size and cost. Accuracies the paper reports
-belong to the paper's models.
+Not in the paper, chosen here: dims, depths, heads, the width of the strips, the local interaction module (XCiT's) and
+the head. The same rules for all five models give parameters and multiply-adds within 1.5 % of the published ones. The
+accuracies are those of the paper's models, not of these.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = ["S2AFormer", "S2AFormerConfig"]
 
 @dataclass(frozen=True)
 class S2AFormerConfig:
-    """Columns of our table of variants; `qk_dim` is the width of a query and key head, `head_width` of the last MLP."""
+    """One entry per stage in tuples. qk_dim: width of a query and key head; head_width: of the head's hidden layer."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -63,7 +63,7 @@ def local_interaction(dim: int) -> nn.Sequential:
 
 
 def stem(in_chans: int, width: int) -> nn.Sequential:
-    """Three 3x3 convolutions, the first of stride 2."""
+    """`[B, in_chans, H, W] -> [B, width, ~H/2, ~W/2]`: three 3x3 convolutions, the first of stride 2."""
     layers = [
         block(
             conv=nn.Conv2d(width if i else in_chans, width, 3, 1 if i else 2, 1, bias=False),
@@ -117,19 +117,19 @@ def initialize(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Strip):
-        # logits are products of few channels: they start at order one, or attention would stay an average
+        # with few channels per head, small weights would give logits near zero and uniform attention
         for weight in (module.get_parameter("q.weight"), module.get_parameter("k.weight")):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
 
-# 1x1 convolutions there, linear maps here
+# weights of 1x1 convolutions <-> our linear layers
 AS_LINEAR = Edit(
     lambda t: (t.flatten(1) if t.dim() == 4 else t,), lambda t: (t[:, :, None, None] if t.dim() == 2 else t,)
 )
 
 
 def key_mapping(cfg: S2AFormerConfig) -> Sequence[KeyRule]:
-    """The layout of 1x1 convolutions, as such a model is usually written."""
+    """No keys are published: these are the usual ones of an implementation with 1x1 convolutions."""
     published, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
     linear = {f"attn.{name}": f"mixer.fn.{name}" for name in ("q", "k", "v", "proj")}
     linear |= {f"mlp.{name}": f"mlp.fn.{name}" for name in ("fc1", "fc2")}
@@ -149,7 +149,7 @@ def key_mapping(cfg: S2AFormerConfig) -> Sequence[KeyRule]:
     ]
 
 
-# image side and top-1, as the paper reports them
+# image side and ImageNet-1K top-1 as reported in the paper
 REPORTED = {
     "s2aformer_mini": (224, 75.1),
     "s2aformer_tiny": (224, 77.7),

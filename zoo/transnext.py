@@ -1,16 +1,13 @@
 """TransNeXt: Robust Foveal Visual Perception for Vision Transformers.
 
-Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (aggregated attention, length-scaled cosine attention, convolutional GLU) and
-the released code github.com/DaiShiResearch/TransNeXt (Apache-2.0), whose keys and weights these models share.
+Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (aggregated attention, length-scaled cosine attention, convolutional GLU).
+Released code: github.com/DaiShiResearch/TransNeXt (Apache-2.0); its checkpoints load.
 
-One model serves what the released code has twice. As in its dense-prediction models, position biases, length scales
-and pooled grids follow the size of the map. `pretrain_size` is the image size that distances are measured by: a
-property of the weights, 224 for the models fine-tuned at 384 too. `img_size` is None for the released extrapolation
-mode; a number selects the interpolation mode: biases are computed for images of that size and resized to others.
-`fixed_pool_size` is the released linear inference mode (7 for the weights trained at 224).
+The released code has separate models for classification and dense prediction. The models here work for both: position
+biases, length scales and pooled grids are computed for the size of the feature map.
 
-Deviations: by the released rule a pooled grid may be empty (sides under 29 pixels); here it has at least one
-pixel, and at most as many as the map where `fixed_pool_size` asks for more.
+Deviation: in the released code a pooled grid may be empty (sides under 29 pixels). Here it has at least one pixel, and
+with `fixed_pool_size` at most as many as the map.
 """
 
 import math
@@ -33,7 +30,16 @@ __all__ = ["TransNeXt", "TransNeXtConfig"]
 
 @dataclass(frozen=True)
 class TransNeXtConfig:
-    """Columns of the paper's architecture table; where `reductions` is None the stage attends to all."""
+    """Columns of the paper's architecture table.
+
+    reductions: of the pooled map in each stage; None for full attention.
+    window: side of the sliding window.
+    pretrain_size: image size by which distances in the position bias are scaled; it belongs to the weights and is 224
+        also for those fine-tuned at 384.
+    img_size: None for the released extrapolation mode, which computes the position bias for every map size. A number
+        selects the interpolation mode: the bias is computed for images of this size and resized.
+    fixed_pool_size: side of the pooled map, for the released linear inference mode (7 for weights trained at 224).
+    """
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -70,15 +76,15 @@ embed_norm = partial(LayerNorm2d, eps=1e-5)
 
 
 class ConvGlu(nn.Module):
-    """`fc2(gelu(dwconv(gate(x))) * value(x))` on a feature map `[B, C, H, W]`, `dwconv` 3x3.
+    """`fc2(gelu(dwconv(gate(x))) * value(x))`: `[B, C, H, W] -> [B, C, H, W]`, with a 3x3 depthwise convolution.
 
-    The hidden width is int(2/3 * ratio * C).
+    The hidden width is int(2/3 * ratio * C) (sec. 3, "convolutional GLU").
     """
 
     def __init__(self, dim: int, *, ratio: float):
         super().__init__()
         hidden = int(2 * (dim * ratio) / 3)
-        # two maps of one input: halves of one map would reach the convolution as a strided view, and be copied
+        # two layers instead of one that is split: the convolution would copy the strided half
         self.gate = nn.Linear(dim, hidden)
         self.value = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -93,7 +99,9 @@ class ConvGlu(nn.Module):
 def mixer(cfg: TransNeXtConfig, stage: int) -> nn.Module:
     stride = 4 * 2**stage
     if cfg.pretrain_size < 64:
-        raise ValueError(f"TransNeXt: pretrain_size={cfg.pretrain_size} must be at least 64, two pixels of stage 4")
+        raise ValueError(
+            f"TransNeXt: pretrain_size={cfg.pretrain_size} must be at least 64, so that stage 4 has two pixels"
+        )
     if cfg.img_size is not None and cfg.img_size < 1:
         raise ValueError(f"TransNeXt: img_size={cfg.img_size} must be at least 1, or None")
     nominal = None if cfg.img_size is None else max(1, cfg.img_size // stride)
@@ -150,7 +158,7 @@ def initialize(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# queries, then keys and values: one map of three
+# published layers of queries and of keys and values <-> our qkv layer
 PACK = Edit(lambda q, kv: (torch.cat([q, kv]),), lambda qkv: qkv.tensor_split([len(qkv) // 3]))
 HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))
 
@@ -159,7 +167,7 @@ def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
     published, ours = "block{s+1}.{b}.", "stages.{s}.blocks.{b}."
     plain = [i for i, reduction in enumerate(cfg.reductions) if reduction is None]
     return [
-        # one map in the stages of full attention, two in the others
+        # the published stages of full attention have one qkv layer, the others two layers
         *(KeyRule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
         KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK),
         KeyRule("patch_embed1.proj.{p}", "stem.conv.{p}"),
@@ -171,7 +179,7 @@ def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
         KeyRule(published + "attn.cpb_fc1.{p}", ours + "mixer.fn.position.fc1_{p}"),
         KeyRule(published + "attn.cpb_fc2.{p}", ours + "mixer.fn.position.fc2_{p}"),
         *(KeyRule(f"{published}attn.{part}.{{p}}", f"{ours}mixer.fn.{part}.{{p}}") for part in ("sr", "norm", "proj")),
-        # what the published mixer holds itself: temperature, query_embedding and the local tables
+        # parameters of the mixer itself: temperature, query_embedding and the tables of the window
         KeyRule(published + "attn.{p}", ours + "mixer.fn.{p}"),
         KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
         KeyRule(published + "mlp.fc1.{p}", [ours + "mlp.fn.gate.{p}", ours + "mlp.fn.value.{p}"], HALVES),
