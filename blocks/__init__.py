@@ -16,7 +16,7 @@ from .halo import Halo
 from .hilo import HiLo
 from .length_scaled_cosine import LengthScaledCosine
 from .mlp import DepthwiseMlp, Mlp
-from .residual import Residual, block
+from .residual import Residual, block, drop_path_rates
 from .strip import Strip
 from .window import Window
 
@@ -39,4 +39,5 @@ __all__ = [
     "block",
     "conv_norm",
     "deformable_merge",
+    "drop_path_rates",
 ]

@@ -1,8 +1,10 @@
 """Residual branches, and the block composed of them."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import cast
 
-from timm.layers import DropPath
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 
@@ -22,3 +24,8 @@ class Residual(nn.Module):
 def block(**branches: nn.Module) -> nn.Sequential:
     """A block: its branches in order, by name, so that parameters are named `blocks.3.mixer.fn.qkv.weight`."""
     return nn.Sequential(OrderedDict(branches))
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Drop path rates by stage and block, rising linearly from 0 at the first block to `rate` at the last."""
+    return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))

@@ -1,4 +1,4 @@
-"""DaViT beyond the contract: published modules on padded maps, timm's layout, the head."""
+"""DaViT: its modules on padded maps, checkpoints of timm's models, the head."""
 
 import golden
 import pytest

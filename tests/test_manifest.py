@@ -156,7 +156,7 @@ def test_fetch_weight_without_url_says_why():
 
 
 def run(capsys, *argv: str, fails: bool = False) -> str:
-    """What the command prints; of one that fails, the one line on stderr."""
+    """What the command prints to stdout; if it fails, the single line that it prints to stderr."""
     status = cli.main(argv)
     printed = capsys.readouterr()
     assert status == (1 if fails else 0)
@@ -219,7 +219,7 @@ def test_verify_command_of_a_row_without_hash(tmp_path, capsys):
 
 @pytest.fixture
 def zoo(monkeypatch):
-    """Stands in for the zoo: our layout calls `a` what the published one calls `A`."""
+    """A stub of `tessel.zoo` whose published key `A` is our key `a`."""
 
     def renamed(name, state, old, new):
         if name != "cswin_tiny":

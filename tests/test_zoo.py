@@ -1,4 +1,4 @@
-"""The contract of every family, on its smallest model: what users of timm and PyTorch may ask of it."""
+"""The behavior that users of timm and PyTorch expect of a model, tested on the smallest model of every family."""
 
 import copy
 import inspect
@@ -28,7 +28,7 @@ def make(name: str, **kwargs) -> Backbone:
 
 
 def small(name: str, **kwargs) -> nn.Module:
-    """The model with ten classes, so that heads weigh little."""
+    """The model with ten classes, for a small head."""
     return timm.create_model(name, num_classes=10, **kwargs)
 
 
@@ -42,7 +42,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_names_are_not_timms():
+def test_no_name_is_one_of_timms():
     listing = subprocess.run(
         [sys.executable, "-c", "import json, timm; print(json.dumps(timm.list_models()))"],
         capture_output=True, text=True, check=True,
@@ -323,7 +323,7 @@ def test_bfloat16_weights(model_name):
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
 
 
-def test_initialisation_is_total(model_name):
+def test_init_weights_sets_every_parameter_and_buffer(model_name):
     model = make(model_name, num_classes=10, device="meta")
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
     model.to_empty(device="cpu")
@@ -333,7 +333,7 @@ def test_initialisation_is_total(model_name):
     torch.manual_seed(0)
     model.init_weights()
     assert all(t.isfinite().all() for t in [*model.parameters(), *model.buffers()])
-    # and it is the initialisation that construction gives: same values where no random number is drawn, same spread
+    # the constructor initializes in the same way: equal constants, and random values of the same standard deviation
     fresh = dict(small(model_name).named_parameters())
     for name, p in model.named_parameters():
         assert p.std(unbiased=False).item() == pytest.approx(fresh[name].std(unbiased=False).item(), rel=0.5, abs=1e-2)
@@ -353,7 +353,7 @@ def test_deep_copies_are_independent(model_name):
     with torch.no_grad():
         next(twin.parameters()).add_(1.0)
     assert not torch.equal(next(twin.parameters()), next(model.parameters()))
-    # tables made under inference mode must not stop a later training step
+    # tables cached in inference mode must not break a later training step
     model.train()(x).sum().backward()
 
 
@@ -414,7 +414,7 @@ def test_traces(model_name):
     torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_stages_own_the_checkpointing(model_name):
+def test_every_stage_is_a_stage(model_name):
     model = make(model_name)
     assert all(isinstance(stage, Stage) for stage in model.stages)
 

@@ -46,11 +46,20 @@ class Stage(nn.Module):
 class Head(Protocol):
     """A classification head; timm's `ClassifierHead` and `NormMlpClassifierHead` have this interface."""
 
-    fc: nn.Module
-    """the classifier, `nn.Identity` where there is none"""
-    drop: nn.Dropout
-    num_features: int
-    """width of the input of `fc`"""
+    @property
+    def fc(self) -> nn.Module:
+        """The classifier, `nn.Identity` where there is none."""
+        ...
+
+    @property
+    def drop(self) -> nn.Dropout:
+        """Dropout before the classifier."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """Width of the input of `fc`."""
+        ...
 
     def reset(
         self,
@@ -221,6 +230,8 @@ class Backbone(nn.Module):
         All other weights of the model are kept.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head.reset(
+            num_classes, global_pool, reset_other=False, in_features=self.num_features, **get_device_dtype(self)
+        )
         self.get_classifier().apply(self._init)
         self.head_hidden_size = self.head.num_features

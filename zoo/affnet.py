@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import ClassifierHead, GroupNorm1, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, GroupNorm1, trunc_normal_
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 
-from ..blocks import AdaptiveFrequencyFilter, Residual, block
+from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, conv_norm_act
 from ._keymap import KeyRule
@@ -97,7 +97,7 @@ def build(
     cfg: AFFNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
     # the first inverted residual of stage 1 is its downsampling
-    rates = calculate_drop_path_rates(drop_path_rate, (cfg.depths[0] - 1, *cfg.depths[1:]), stagewise=True)
+    rates = drop_path_rates(drop_path_rate, (cfg.depths[0] - 1, *cfg.depths[1:]))
     stages, in_chs, stride, dilation = [], cfg.stem[1], 2, 1
     for i, dim in enumerate(cfg.dims):
         step = 2 if stride < cfg.output_stride else 1

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
 from torch import nn
 
-from ..blocks import BiLevelRouting, FullAttention, Mlp, Residual, block, conv_norm
+from ..blocks import BiLevelRouting, FullAttention, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import KeyRule
 from ._registry import DenseNorm, Family, register
@@ -67,7 +67,7 @@ def mixer(cfg: BiFormerConfig, stage: int) -> nn.Module:
 def build(
     cfg: BiFormerConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
     for i, dim in enumerate(cfg.dims):
         blocks = [

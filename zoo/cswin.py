@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm
+from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import KeyRule
 from ._registry import DenseNorm, Family, register
@@ -75,7 +75,7 @@ class StemConv(nn.Conv2d):
 def build(
     cfg: CSWinConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     widths = (*cfg.stripe_widths, None)
     stages = []
     for i, dim in enumerate(cfg.dims):

@@ -15,13 +15,12 @@ import torch
 from timm.layers import (
     LayerNorm2d,
     SelectAdaptivePool2d,
-    calculate_drop_path_rates,
     register_notrace_module,
     trunc_normal_,
 )
 from torch import Tensor, nn
 
-from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm
+from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm, drop_path_rates
 from ..blocks.padding import pad_to_multiple
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import KeyRule
@@ -138,7 +137,7 @@ def pair(cfg: DaViTConfig, stage: int, rates: Sequence[float]) -> nn.Sequential:
 def build(
     cfg: DaViTConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, [2 * depth for depth in cfg.depths], stagewise=True)
+    rates = drop_path_rates(drop_path_rate, [2 * depth for depth in cfg.depths])
     stages = []
     for i, dim in enumerate(cfg.dims):
         pairs = [pair(cfg, i, rates[i][2 * p : 2 * p + 2]) for p in range(cfg.depths[i])]

@@ -11,10 +11,10 @@ does not give heads and activation of all variants: H0 and H2 to H7 have those o
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm.layers import ClassifierHead, DropPath, SEModule, calculate_drop_path_rates, make_divisible
+from timm.layers import ClassifierHead, DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 
-from ..blocks import Halo, block
+from ..blocks import Halo, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, activation, conv_norm_act
 from ._keymap import Edit, KeyRule
@@ -172,7 +172,7 @@ def bottleneck(cfg: HaloNetConfig, stage: int, kind: str, *, in_chs: int, stride
 def build(
     cfg: HaloNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, [len(kinds) for kinds in cfg.stages], stagewise=True)
+    rates = drop_path_rates(drop_path_rate, [len(kinds) for kinds in cfg.stages])
     stages, in_chs = [], cfg.stem[-1]
     for i, kinds in enumerate(cfg.stages):
         blocks = []

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge
+from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge, drop_path_rates
 from ..blocks.padding import pad_to_multiple
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import Edit, KeyRule
@@ -70,7 +70,7 @@ class PatchConv(nn.Conv2d):
 def build(
     cfg: LITv2Config, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
     for i, (dim, heads, window) in enumerate(zip(cfg.dims, cfg.num_heads, cfg.windows, strict=True)):
         blocks = []

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from torch import nn
 
-from ..blocks import Mlp, Residual, Strip, block, conv_norm
+from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import Edit, KeyRule
 from ._registry import DenseNorm, Family, register
@@ -78,7 +78,7 @@ def stem(in_chans: int, width: int) -> nn.Sequential:
 def build(
     cfg: S2AFormerConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages, previous = [], cfg.dims[0] // 2
     for i, dim in enumerate(cfg.dims):
         heads, reduction = cfg.num_heads[i], cfg.reductions[i]

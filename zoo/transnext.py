@@ -17,10 +17,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
-from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm
+from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._keymap import Edit, KeyRule
 from ._registry import Family, register
@@ -123,7 +123,7 @@ def mixer(cfg: TransNeXtConfig, stage: int) -> nn.Module:
 def build(
     cfg: TransNeXtConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
-    rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
     for i, dim in enumerate(cfg.dims):
         blocks = [
