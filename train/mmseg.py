@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import fetch, read_state
 from ..zoo import from_published
-from ..zoo._registry import is_ours
+from ..zoo._family import is_ours
 from ..zoo.dense import PREFIXES, BatchNorms, DenseBackbone
 from .errors import UserError
 from .openmmlab import history_allowed, mend_runner, stand_in

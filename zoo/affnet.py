@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, conv_norm_act
+from ._family import Family
 from ._keymap import KeyRule
-from ._registry import Family, register
+from ._registry import register
 
 __all__ = ["AFFNet", "AFFNetConfig"]
 

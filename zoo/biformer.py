@@ -16,8 +16,9 @@ from torch import nn
 
 from ..blocks import BiLevelRouting, FullAttention, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
 from ._keymap import KeyRule
-from ._registry import DenseNorm, Family, register
+from ._registry import register
 
 __all__ = ["BiFormer", "BiFormerConfig"]
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
 from ._keymap import KeyRule
-from ._registry import DenseNorm, Family, register
+from ._registry import register
 
 __all__ = ["CSWin", "CSWinConfig"]
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm, drop_path_rates
 from ..blocks.padding import pad_to_multiple
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
 from ._keymap import KeyRule
-from ._registry import DenseNorm, Family, register
+from ._registry import register
 
 __all__ = ["DaViT", "DaViTConfig"]
 

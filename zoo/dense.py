@@ -9,8 +9,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._conversion import from_published_dense
+from ._family import dense_norm, is_ours
 from ._keymap import MissingKeys, UnknownKeys
-from ._registry import dense_norm, from_published_dense, is_ours
 
 # prefixes of the backbone's keys in checkpoints of published segmenters and detectors
 PREFIXES = ("module.", "backbone.", "encoder.")

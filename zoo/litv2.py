@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge, drop_path_rates
 from ..blocks.padding import pad_to_multiple
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
 from ._keymap import Edit, KeyRule
-from ._registry import DenseNorm, Family, register
+from ._registry import register
 
 __all__ = ["LITv2", "LITv2Config"]
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
 from ._keymap import Edit, KeyRule
-from ._registry import DenseNorm, Family, register
+from ._registry import register
 
 __all__ = ["S2AFormer", "S2AFormerConfig"]
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._family import Family
 from ._keymap import Edit, KeyRule
-from ._registry import Family, register
+from ._registry import register
 
 __all__ = ["TransNeXt", "TransNeXtConfig"]
 
