@@ -1,4 +1,4 @@
-"""What the package knows about each family, and the making of a model from its configuration."""
+"""The description of a family, and `make_model`, which makes a model from a configuration."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ class Family:
     """The models of one paper.
 
     model: the class of the models, a subclass of `Backbone` that adds a name and a docstring.
-    variants: model name -> configuration, a frozen dataclass whose fields are the columns of the paper's table; every
-        field is also a keyword argument of `timm.create_model`.
+    variants: model name -> configuration, the smaller models first. A configuration is a frozen dataclass whose fields
+        are the columns of the paper's table; every field is also a keyword argument of `timm.create_model`.
     build: `build(cfg, *, in_chans, num_classes, global_pool, drop_rate, drop_path_rate)` makes the modules.
     key_mapping: `key_mapping(cfg)` lists the rules between the published state dict and ours.
     pretrained_cfg: fields of timm's pretrained configuration that all variants share.
-    other_key_mappings: further layouts of state dicts that can be loaded, such as timm's.
+    other_key_mappings: the same for other state dicts that can be loaded, such as those of timm's models.
     reported: for models without published weights, image side and ImageNet-1K top-1 (None: not reported) in the paper.
     dense_norm: the norms of the paper's dense backbone, None if it has none.
     """
@@ -53,7 +53,7 @@ class Family:
     dense_norm: DenseNorm | None = None
 
 
-# by the names of the models; filled by `zoo._registry.register`
+# model name -> its family; filled by `zoo._registry.register`
 families: dict[str, Family] = {}
 
 
@@ -79,17 +79,21 @@ def dense_norm(name: str) -> Callable[[int], nn.Module] | None:
 
 
 def architecture(name: str) -> str:
-    architecture = name.partition(".")[0]
-    if architecture not in families:
-        raise ValueError(f"no model of tessel is named {architecture!r}{nearest(architecture, families)}")
-    return architecture
+    """The name of a model without its tag. Raises ValueError for an unknown model."""
+    model = name.partition(".")[0]
+    if model not in families:
+        raise ValueError(f"no model of tessel is named {model!r}{nearest(model, families)}")
+    return model
 
 
 def configuration(name: str, options: Mapping[str, Any]) -> tuple[str, Any]:
-    """The name without its tag, and the configuration of the model that `create_model(name, **options)` makes."""
+    """The name without its tag, and the configuration of the model that `create_model(name, **options)` makes.
+
+    Raises ValueError for an unknown model and TypeError for an unknown option.
+    """
     name = architecture(name)
     cfg, others = split_options(families[name].variants[name], options)
-    check_arguments(families[name], cfg, others.keys() - set(MODEL_ARGUMENTS))
+    reject_arguments(families[name], cfg, [option for option in others if option not in MODEL_ARGUMENTS])
     return name, cfg
 
 
@@ -101,16 +105,16 @@ def split_options(cfg: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, 
     return dataclasses.replace(cfg, **changed), {k: v for k, v in options.items() if k not in fields}
 
 
-def check_arguments(family: Family, cfg: Any, unknown: Sequence[str] | set[str]) -> None:
-    """Raise TypeError naming the first of `unknown`, if there is any, and the arguments that the model takes."""
-    for argument in unknown:
-        fields = [field.name for field in dataclasses.fields(cfg)]
-        known = [*fields, *MODEL_ARGUMENTS]
-        hint = "; the model takes images of any size without it" if argument == "img_size" else nearest(argument, known)
-        raise TypeError(
-            f"{family.model.__name__}: unknown argument {argument!r}{hint}; the models of this family take "
-            f"{', '.join(known)}"
-        )
+def reject_arguments(family: Family, cfg: Any, unknown: Sequence[str]) -> None:
+    """If `unknown` is not empty, raise TypeError naming its first argument and those that the models take."""
+    if not unknown:
+        return
+    argument, known = unknown[0], [*(field.name for field in dataclasses.fields(cfg)), *MODEL_ARGUMENTS]
+    hint = "; the model takes images of any size without it" if argument == "img_size" else nearest(argument, known)
+    raise TypeError(
+        f"{family.model.__name__}: unknown argument {argument!r}{hint}; the models of this family take "
+        f"{', '.join(known)}"
+    )
 
 
 def make_model(
@@ -126,7 +130,8 @@ def make_model(
     dtype: torch.dtype | None = None,
     **unknown: Any,
 ) -> Backbone:
-    check_arguments(family, cfg, list(unknown))
+    """Make the model of `cfg` on `device` with weights of `dtype`; arguments as for every model of timm."""
+    reject_arguments(family, cfg, list(unknown))
     with _default_dtype(dtype), nullcontext() if device is None else torch.device(device):
         parts = family.build(
             cfg,
