@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from measuring import check, facts, in_own_process, ratio, side_by_side
-from models import DEFAULT
+from models import default_models
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -218,7 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where to write, without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.models = args.models or (["biformer_atto"] if args.dry_run else list(DEFAULT))
+    args.models = args.models or (["biformer_atto"] if args.dry_run else default_models())
     args.peers = args.peers or (["convnext_atto"] if args.dry_run else list(PEERS))
     check(parser, args)
     return args

@@ -1,10 +1,11 @@
-"""HiLo beside spatial-reduction attention and 7 x 7 windows at the shape of LITv2-S's third stage, on the CPU.
+"""Speed of HiLo, spatial-reduction attention and 7 x 7 windows at the shape of LITv2-S's third stage, on the CPU.
 
     python benchmarks/hilo.py [--batch 1,8,32] [--threads 1]
 
-The three take turns within one process: a map of 14 x 14 tokens of 384 channels, 12 heads. The others are timm's own
-modules, as PVTv2 (reduction 2 at this stage) and Swin use them, and our window attention. Pan et al. (arXiv 2205.13213)
-publish 1.4 and 1.6 times. Results: benchmarks/results/hilo_cpu.json.
+They run alternately in one process on a map of 14 x 14 tokens with 384 channels and 12 heads. Spatial reduction is
+timm's PVTv2 attention (reduction 2 at this stage); window attention is timm's Swin and ours. Pan et al. (arXiv
+2205.13213) report that HiLo is 1.4 times as fast as spatial reduction and 1.6 times as fast as windows. Results:
+benchmarks/results/hilo_cpu.json.
 """
 
 import argparse
@@ -23,8 +24,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DIM, HEADS, SIDE = 384, 12, 14
 
 
-def contenders(batch: int) -> dict:
-    """Name -> a forward pass without gradients."""
+def mixers(batch: int) -> dict:
+    """Name -> function that runs a forward pass."""
     hilo = HiLo(DIM, num_heads=HEADS, window=2, alpha=0.9).eval()
     window = Window(DIM, num_heads=HEADS, window=7).eval()
     reduction = Attention(DIM, num_heads=HEADS, sr_ratio=2, linear_attn=False).eval()
@@ -42,14 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,8,32", help="batch sizes, with commas (default 1,8,32)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each contender and batch (default 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per mixer and batch size (default 5)")
     parser.add_argument("--out", type=Path, default=RESULTS / "hilo_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     print(f"{'batch':>6}  {'':26}{'ms':>8}   HiLo is faster by")
     for batch in map(int, args.batch.split(",")):
-        runs = contenders(batch)
+        runs = mixers(batch)
         with torch.inference_mode():
             times = side_by_side(runs, seconds=args.seconds)
         for name in runs:

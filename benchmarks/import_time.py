@@ -1,4 +1,4 @@
-"""What `import tessel.zoo` costs beyond `import timm`: medians over processes of their own, in one run.
+"""Time of `import tessel.zoo` after `import timm`: the median over several processes.
 
 python benchmarks/import_time.py [--runs 7]
 """

@@ -1,12 +1,12 @@
-"""Images per second, FLOPs, parameters and peak memory of models, side by side with timm's of equal size.
+"""Images per second, FLOPs, parameters and peak memory of models, beside timm's models of the same size.
 
-    python benchmarks/models.py                                    one model of each family and its peers
+    python benchmarks/models.py                                    one model of each family (about 25 M parameters)
     python benchmarks/models.py --models cswin_tiny litv2_small --peers swin_tiny_patch4_window7_224 --batch 1,8
     python benchmarks/models.py --device cuda --batch 64 --train   bfloat16, kernels on and off, eager and compiled
 
-Models of one group (a model, its peers) take turns within one process, so that their ratio holds on a busy machine.
-Memory is the peak above the model itself, in a process of its own on the CPU. The results go to
-benchmarks/results/models_DEVICE.{json,md,png} or where --out says.
+A model and those that it is compared with run alternately in one process, so that other work on the machine affects
+all of them. Memory is the peak of a run minus the level before it; on the CPU each model has its own process. Results
+are written to benchmarks/results/models_DEVICE.{json,md,png} or to the path given by --out.
 """
 
 import argparse
@@ -24,27 +24,27 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import tessel.zoo  # noqa: F401  (registers the models)
+import tessel.zoo
 from tessel.kernels import _launch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DEFAULT = (
-    "biformer_small",
-    "cswin_tiny",
-    "litv2_small",
-    "tessel_halonet50ts",
-    "s2aformer_medium",
-    "transnext_tiny",
-    "tessel_davit_tiny",
-    "affnet_base",
-)
-# what our users would otherwise take; each model meets those nearest to it in parameters
+# well-known models of timm; each model is compared with those nearest to it in parameters
 TIMM = (
     "convnext_atto", "convnext_nano", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large",
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
 COLUMNS = ("model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "peak_mib")
+
+
+def default_models(parameters: float = 25e6) -> list[str]:
+    """Of each family the model whose size is nearest to `parameters`."""
+
+    def distance(name: str) -> float:
+        model = timm.create_model(name, device="meta")
+        return abs(sum(p.numel() for p in model.parameters()) - parameters)
+
+    return [min(family.variants, key=distance) for family in tessel.zoo.list_families()]
 
 
 def build(name: str, size: int) -> nn.Module:
@@ -64,7 +64,7 @@ def cost(name: str, size: int) -> tuple[float, float]:
 
 
 def peers(name: str, size: int, count: int = 2) -> list[str]:
-    """timm's own model of the same architecture, if there is one, and the nearest in parameters of other families."""
+    """timm's own model of the same architecture, if there is one, and `count` of `TIMM` nearest in parameters."""
     own = [name.removeprefix("tessel_")] if timm.is_model(name.removeprefix("tessel_")) and "tessel_" in name else []
     target, _ = cost(name, size)
     nearest: dict[str, str] = {}
@@ -92,7 +92,7 @@ def training(model: nn.Module, x: torch.Tensor, precision: Callable) -> Callable
 
 
 class Setting:
-    """How a model runs: device, pass, compiled or not, with our kernels or without."""
+    """How a model is run: device, inference or training, compiled or not, with our kernels or without."""
 
     def __init__(self, device: str, *, train: bool, compiled: bool = False, kernels: str = "auto"):
         self.device, self.train, self.compiled, self.kernels = device, train, compiled, kernels
@@ -102,7 +102,7 @@ class Setting:
         self.name = ", ".join(parts)
 
     def prepare(self, name: str, size: int, batch: int) -> Callable:
-        """The call to be timed, warmed up."""
+        """Make the model and return the call to time, after one call as warm-up."""
         torch.manual_seed(0)
         layout = torch.channels_last
         model = build(name, size).to(self.device, memory_format=layout).train(self.train)
@@ -112,7 +112,7 @@ class Setting:
         call = (training if self.train else inference)(model, x, self._precision)
 
         def run() -> None:
-            # no environment variable: kernels on and off must meet within one process
+            # set before each call, since runs with and without kernels alternate in one process
             _launch._default_backend = self.kernels
             call()
 
@@ -146,13 +146,13 @@ def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
 
 
 def compare(name: str, others: list[str], size: int, batch: int, setting: Setting, seconds: float) -> list[dict]:
-    """A row for the model and each of its peers that takes images of this size."""
+    """Measurements of the model and of each of its peers that accepts images of this size."""
     runs = {name: setting.prepare(name, size, batch)}
     for other in others:
         try:
             runs[other] = setting.prepare(other, size, batch)
-        except Exception as error:  # timm's models say no in many ways
-            print(f"{other} left out: it takes no {size} px ({type(error).__name__} {error})", file=sys.stderr)
+        except Exception as error:  # timm's models raise various types
+            print(f"{other} is left out: {type(error).__name__} at {size} px: {error}", file=sys.stderr)
     times = side_by_side(runs, seconds=seconds, device=setting.device)
     del runs
     rows = []
@@ -180,7 +180,7 @@ def table(groups: dict[str, list[dict]]) -> str:
 
 
 def plot(groups: dict[str, list[dict]], facts: dict, path: Path) -> None:
-    """Images per second of each group, one bar a model, ours in colour; one panel for each batch and setting."""
+    """Images per second: a bar for each model, ours in color; a panel for each batch size and setting."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -213,20 +213,23 @@ def plot(groups: dict[str, list[dict]], facts: dict, path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT), metavar="NAME", help="registered model names")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help="models to meet (default: timm's nearest in size)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="models (default: one of each family)")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help="models to compare with (default: timm's nearest in size)"
+    )
     parser.add_argument("--batch", default="1,8", help="batch sizes, with commas (default 1,8)")
     parser.add_argument("--size", type=int, help="image side in pixels (default: the size each model is published for)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--train", action="store_true", help="also forward and backward")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
-    parser.add_argument("--out", type=Path, help="where to write, without suffix")
+    parser.add_argument("--out", type=Path, help="path of the results without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
         args.batch = [int(b) for b in args.batch.split(",")]
     except ValueError:
         parser.error(f"--batch {args.batch} must be whole numbers with commas, as 1,8")
+    args.models = args.models or ([] if args.one else default_models())
     check(parser, args)
     return args
 

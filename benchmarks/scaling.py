@@ -1,11 +1,11 @@
-"""Time and memory of each mixer against the number of tokens, and peak memory of each family at 512 x 512.
+"""Time and memory of each token mixer by number of tokens, and peak memory of each family at 512 x 512.
 
     python benchmarks/scaling.py [--mixers NAME ...] [--out PATH]
 
-Every mixer is 64 channels wide, on square maps of 16 to 128 pixels a side, on one CPU thread. The exponent e is the
-least-squares slope of log(value) over log(tokens): cost grows as tokens**e. Mixers their papers call linear must stay
-under 1.15. The memory of a forward and backward is the peak above the level before it; each mixer has a process of its
-own. Results: benchmarks/results/scaling.{json,md,png}.
+Mixers have 64 channels and run on square maps of 16 to 128 pixels a side, on one CPU thread. The exponent e is the
+least-squares slope of log(value) over log(tokens): cost grows as tokens**e. The script fails if the time of a mixer
+that its paper calls linear has an exponent of 1.15 or more. Memory is the peak of a forward and backward pass minus the
+level before it; each mixer runs in its own process. Results: benchmarks/results/scaling.{json,md,png}.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 from measuring import facts, in_own_process, peak_of
-from models import DEFAULT
+from models import default_models
 from torch import nn
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SIDES = (16, 24, 32, 48, 64, 96, 128)
 DIM, HEADS = 64, 2
 LIMIT = 1.15
-# name -> (module, what the paper says of its cost in the number of tokens N)
+# name -> (module, its cost in the number of tokens N according to the paper)
 MIXERS = {
     "Window": (lambda: blocks.Window(DIM, num_heads=HEADS, window=7), "N"),
     "Channel": (lambda: blocks.Channel(DIM, num_heads=HEADS), "N"),
@@ -49,7 +49,7 @@ MIXERS = {
 
 
 def measure(name: str, seconds: float) -> list[dict[str, float]]:
-    """Time of a forward in ms and peak memory of forward and backward in MiB, for every side; one thread."""
+    """For each size, time of a forward pass in ms and peak memory of forward and backward in MiB; one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     mixer: nn.Module = MIXERS[name][0]()
@@ -70,7 +70,7 @@ def measure(name: str, seconds: float) -> list[dict[str, float]]:
                 start = time.perf_counter()
                 mixer(x)
                 times.append(time.perf_counter() - start)
-        # the quickest call is the one that nothing disturbed
+        # the minimum is affected least by other work on the machine
         rows.append({"side": side, "ms": 1e3 * min(times), "median_ms": 1e3 * statistics.median(times), "mib": memory})
     return rows
 
@@ -81,10 +81,10 @@ def exponent(rows: list[dict[str, float]], key: str) -> float:
 
 
 def family_memory() -> dict[str, float]:
-    """MiB of a forward and backward of one model of each family, one image of 512 x 512."""
+    """Peak MiB of a forward and backward pass of one image of 512 x 512, for one model of each family."""
     script = str(Path(__file__).with_name("models.py"))
     peaks = {}
-    for name in tqdm(DEFAULT, "families at 512", disable=None):
+    for name in tqdm(default_models(), "families at 512", disable=None):
         peaks[name] = float(in_own_process(script, "--one", name, "--size", "512", "--batch", "1", "--train"))
     return peaks
 
@@ -98,7 +98,7 @@ def table(results: dict[str, list[dict]], families: dict[str, float]) -> str:
             f"| {name} | {MIXERS[name][1]} | {exponent(rows, 'ms'):.2f} | {exponent(rows, 'mib'):.2f} "
             f"| {last['ms']:.1f} | {last['mib']:.0f} |"
         )
-    lines += ["", "Forward and backward of one image of 512 x 512, peak above the model:", ""]
+    lines += ["", "Forward and backward of one image of 512 x 512, peak minus the level before it:", ""]
     lines += ["| model | MiB |", "|---|---|", *(f"| {name} | {peak:.0f} |" for name, peak in families.items())]
     return "\n".join(lines) + "\n"
 
@@ -109,9 +109,9 @@ def plot(results: dict[str, list[dict]], where: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
     for axis, key, label in zip(axes, ("ms", "mib"), ("forward, ms", "forward and backward, peak MiB"), strict=True):
-        for (name, rows), colour in zip(results.items(), plt.get_cmap("tab20").colors, strict=False):
+        for (name, rows), color in zip(results.items(), plt.get_cmap("tab20").colors, strict=False):
             legend = f"{name}: {exponent(rows, key):.2f}"
-            axis.loglog([r["side"] ** 2 for r in rows], [r[key] for r in rows], "o-", ms=3, color=colour, label=legend)
+            axis.loglog([r["side"] ** 2 for r in rows], [r[key] for r in rows], "o-", ms=3, color=color, label=legend)
         axis.set_xlabel("tokens")
         axis.set_ylabel(label)
         axis.legend(fontsize=7, title="exponent", title_fontsize=7, frameon=False)
@@ -125,9 +125,11 @@ def plot(results: dict[str, list[dict]], where: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="NAME", help="only these")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each mixer and side (default 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="where to write, without suffix")
+    parser.add_argument(
+        "--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="NAME", help="default: all"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per mixer and size (default 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="path of the results without suffix")
     parser.add_argument("--one", metavar="NAME", choices=MIXERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -148,7 +150,7 @@ def main() -> None:
     linear = [name for name in results if MIXERS[name][1] in ("N", "N log N")]
     over = {name: round(exponent(results[name], "ms"), 3) for name in linear if exponent(results[name], "ms") >= LIMIT}
     if over:
-        sys.exit(f"called linear, but not under {LIMIT}: {over}")
+        sys.exit(f"linear according to their papers, but their exponents of time are not below {LIMIT}: {over}")
 
 
 if __name__ == "__main__":

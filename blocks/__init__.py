@@ -1,7 +1,7 @@
-"""Parameters and maths: token mixers (one file each), channel mixers, residual branches, embeddings.
+"""The modules that models are built from: token mixers (one file each), channel mixers, residual branches, stems.
 
-Every module maps a feature map to a feature map: `forward(x: [B, C, H, W]) -> [B, C', H', W']`, channels_last memory,
-any H, W >= 1, no other argument. `x.permute(0, 2, 3, 1)` is then a free contiguous view.
+Each module maps a feature map to a feature map, `forward(x: [B, C, H, W]) -> [B, C', H', W']`, for any H, W >= 1.
+Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a contiguous view and copies nothing.
 """
 
 from .aggregated import Aggregated

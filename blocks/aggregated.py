@@ -12,21 +12,22 @@ from .length_scaled_cosine import LogPositionBias, reset_query
 
 @register_notrace_module
 class Aggregated(nn.Module):
-    """Attention to the neighbourhood and to a pooled map under one softmax; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention to a sliding window and to a pooled map with one softmax over both; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    A query's keys are the pixels of the window around it that lie inside the map, and the pixels of
-    x' = norm(adaptive_avg_pool(gelu(sr(x)))). With ^ division by the length per head, n the number of keys,
+    The keys of a query are the pixels of the map in the window around it, and all pixels of the pooled map
+    x' = norm(adaptive_avg_pool(gelu(sr(x)))). With n the number of keys and hat(q) = q / |q|_2 in each head,
 
-        A = softmax(softplus(t) ln(n) (q^ + e) [k^, k'^]^T + [r, bias])
-        y = proj((A_window + q^ w + b) v + A_pooled v')
+        A = softmax(softplus(t) ln(n) (hat(q) + e) [hat(k), hat(k')]^T + [r, bias])
+        y = proj((A_window + hat(q) w + b) v + A_pooled v')
 
-    where k, v and k', v' come from x and x' by the same linear map, e `query_embedding`, t `temperature`,
-    r `relative_pos_bias_local`, w `learnable_tokens` and b `learnable_bias` are learned per head, and `bias` is that of
-    `LogPositionBias` (Shi, arXiv 2311.17132, "aggregated attention").
+    The same linear layer gives k, v from x and k', v' from x'. Learned per head: e `query_embedding`, t `temperature`,
+    r `relative_pos_bias_local`, w `learnable_tokens`, b `learnable_bias`; `bias` is `LogPositionBias` (Shi, arXiv
+    2311.17132, "aggregated attention").
 
-    The pooled map has `H // reduction` rows, at least one, or `pool_size` of them, at most H; columns likewise.
-    `trained_size` is the side of the map that the weights were trained on. With `nominal_size` the bias is computed for
-    a square map of that side and resized, as the released dense-prediction models do in their interpolation mode.
+    The pooled map has `max(1, H // reduction)` rows, or `min(pool_size, H)` if `pool_size` is given; columns likewise.
+    `trained_size` is the side of the map that the weights were trained with. If `nominal_size` is given, the bias is
+    computed for a square map of that side and resized, as in the interpolation mode of the released dense-prediction
+    models.
 
     Raises ValueError if num_heads does not divide dim, window is even, or a size is too small.
     """
@@ -46,7 +47,7 @@ class Aggregated(nn.Module):
         if dim % num_heads:
             raise ValueError(f"Aggregated: dim={dim} must be divisible by num_heads={num_heads}")
         if window < 1 or window % 2 == 0:
-            raise ValueError(f"Aggregated: window={window} must be odd, with the query at its centre")
+            raise ValueError(f"Aggregated: window={window} must be odd, with the query at its center")
         for name, value in {"reduction": reduction, "pool_size": pool_size, "nominal_size": nominal_size}.items():
             if value is not None and value < 1:
                 raise ValueError(f"Aggregated: {name}={value} must be at least 1")
@@ -93,16 +94,16 @@ class Aggregated(nn.Module):
         return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
 
     def _grid(self, size: Grid) -> Grid:
-        """Rows and columns of the pooled map."""
+        """Rows and columns of the pooled map, for a map of `size`."""
         if self.pool_size is not None:
             return min(self.pool_size, size[0]), min(self.pool_size, size[1])
         return max(1, size[0] // self.reduction), max(1, size[1] // self.reduction)
 
     def _pool(self, x: Tensor, grid: Grid) -> Tensor:
         """`[B, H, W, C]` to keys and values of the pooled map, `[B, rows, columns, 2, heads, head_dim]`."""
-        # without a kernel's extent the convolution is a linear map, which is faster on channels_last maps
+        # a 1x1 convolution is a linear layer, which is faster on channels_last maps
         full = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
         pooled = F.adaptive_avg_pool2d(full.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-        # the map of keys and values is shared, that of queries is not needed
+        # of the qkv layer only the part for keys and values
         kv = F.linear(self.norm(pooled), self.qkv.weight[self.dim :], self.qkv.bias[self.dim :])
         return kv.unflatten(-1, (2, self.num_heads, -1))

@@ -11,16 +11,17 @@ from .padding import pad_to_multiple
 
 @register_notrace_module
 class BiLevelRouting(nn.Module):
-    """Attention between each region and the few regions it is routed to; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention of the queries of a region to the keys of a few chosen regions; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    The map is cut into n_win x n_win regions. With region means q_R, k_R of the queries and keys, all heads together,
+    The map is divided into n_win x n_win regions. With q_R and k_R the means of queries and keys over each region, of
+    all heads together,
 
         I = topk(q_R k_R^T)        y = proj(attention(q, k[I], v[I]) + lepe(v))
 
-    where logits are scaled by dim**-0.5 (the full width, not the head width) and `lepe` is a depthwise convolution
-    over the whole map (Zhu et al., arXiv 2303.08810, sec. 3.2, eq. 2-7). The choice I carries no gradient. Maps that
-    n_win does not divide are padded with zeros at the bottom and right before the projection, so that padding acts as
-    ordinary tokens, as in the published dense-prediction models.
+    where logits are scaled by dim**-0.5 (the width of all heads, not of one) and `lepe` is a depthwise convolution over
+    the whole map (Zhu et al., arXiv 2303.08810, sec. 3.2, eq. 2-7). No gradient flows through the choice I. If n_win
+    does not divide H or W, the map is zero-padded at the bottom and right before the linear layer; padding is not
+    masked, as in the published dense-prediction models.
 
     Raises ValueError if num_heads does not divide dim or topk exceeds the n_win**2 regions.
     """
@@ -48,7 +49,10 @@ class BiLevelRouting(nn.Module):
         return self.proj(y[:, :height, :width]).permute(0, 3, 1, 2)
 
     def route(self, x: Tensor) -> Tensor:
-        """The regions each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`, row-major, best first."""
+        """The regions that each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`.
+
+        Regions are numbered row by row; the one with the highest affinity comes first.
+        """
         return self._choose(self._project(x))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -56,10 +60,10 @@ class BiLevelRouting(nn.Module):
 
     def _choose(self, qkv: Tensor) -> Tensor:
         n = self.n_win
-        # half precision would flip choices between regions of nearly equal affinity
+        # in half precision, rounding would change the choice among regions of nearly equal affinity
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         qk = qkv.detach()[..., : 2 * (qkv.shape[-1] // 3)]
-        # one axis at a time: a mean over two axes that are not adjacent is several times slower
+        # one axis after the other: one mean over two axes that are not adjacent is several times slower
         means = qk.unflatten(1, (n, -1)).mean(2, dtype=dtype).unflatten(2, (n, -1)).mean(3)
         q_mean, k_mean = means.flatten(1, 2).chunk(2, -1)
         with without_autocast(qkv):

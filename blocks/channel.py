@@ -1,4 +1,4 @@
-"""Channel attention (DaViT's channel group attention): channels of a head attend to each other."""
+"""Channel attention (DaViT's channel group attention): the channels of a head attend to each other."""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,17 @@ from ..kernels._precision import without_autocast
 
 @register_notrace_module
 class Channel(nn.Module):
-    """Attention between the channels of each head, global over space; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention between the channels of each head; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With q, k, v the thirds of one linear map over the N = H*W positions, each head [N, d],
+    One linear layer gives q, k and v, [N, d] in each head, over the N = H*W positions:
 
         A = softmax(d**-0.5 k^T v)   [d, d], over the channels of v        y = proj(concat over heads of q A^T)
 
-    (Ding et al., arXiv 2204.03645, sec. 3.3, eq. 4, in the roles of the released code). The logits grow with N.
+    (Ding et al., arXiv 2204.03645, sec. 3.3, eq. 4; q, k and v are used as in the released code). The logits are sums
+    over N positions.
 
-    A acts on every position alike, so it merges with the linear maps around it into one matrix [C, C] per image,
-    y = (proj A q)(x). Where N >= 2*C that matrix is built, and neither q nor its mixture ever is.
+    A is the same for all positions, so A and the linear layers before and after it are one [C, C] matrix per image. If
+    N >= 2*C, this matrix is computed first and applied to x, which takes less time and memory than computing q.
 
     Raises ValueError if num_heads does not divide dim.
     """
@@ -56,7 +57,7 @@ class Channel(nn.Module):
         return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
     def _attention(self, kv: Tensor) -> Tensor:
-        """A of each head: `[B, N, 2*C] -> [B, heads, d, d]`, at least float32: its logits are sums over the map."""
+        """A of each head, `[B, N, 2*C] -> [B, heads, d, d]`, in float32 or wider: the logits are sums over the map."""
         kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         exact = torch.promote_types(kv.dtype, torch.float32)
         k, v = kv.to(exact, memory_format=torch.contiguous_format).unbind(0)

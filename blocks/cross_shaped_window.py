@@ -10,18 +10,17 @@ from ..kernels import window_attention
 
 @register_notrace_module
 class CrossShapedWindow(nn.Module):
-    """Half of the heads attend within vertical stripes, half within horizontal; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention within stripes, half of the heads vertical, half horizontal; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With q, k, v the thirds of one linear map, each stripe w of `stripe_width` columns (first half of the channels) or
-    rows (second half) and of the map's full length gives
+    One linear layer gives q, k and v. The first half of the channels is divided into stripes of `stripe_width` columns
+    and full height, the second half into stripes of `stripe_width` rows and full width. In each stripe w
 
         y[w] = softmax(q[w] k[w]^T / sqrt(head_dim)) v[w] + lepe(v[w])        result = proj(y)
 
-    where `lepe`, a 3x3 depthwise convolution per direction, takes each stripe for an image of its own and sees zeros
-    beyond its border (Dong et al., arXiv 2107.00652, sec. 3.2). `stripe_width=None` makes one stripe of
-    the whole map, for all heads. Where `stripe_width` does not divide the map, zero queries, keys and values are added
-    around it, half on each side (the odd one at the end); they are not masked, as in the published dense-prediction
-    models.
+    where `lepe` is a 3x3 depthwise convolution per direction, zero-padded at the border of each stripe (Dong et al.,
+    arXiv 2107.00652, sec. 3.2). With `stripe_width=None` the whole map is one stripe for all heads. If `stripe_width`
+    does not divide the map, q, k and v are zero-padded on both sides (an odd row or column at the end); padding is not
+    masked, as in the published dense-prediction models.
 
     Raises ValueError if num_heads does not divide dim, if it is odd and there are two directions, or if
     stripe_width < 1.

@@ -1,4 +1,4 @@
-"""Deformable token merging (LITv1, LITv2): a patch merge that learns where to look."""
+"""Deformable token merging (LITv1, LITv2): downsampling by a deformable convolution."""
 
 from collections import OrderedDict
 
@@ -11,7 +11,7 @@ from ..kernels._precision import without_autocast
 
 
 class _ZeroConv(nn.Conv2d):
-    """A convolution that starts as zero."""
+    """A convolution with weights and bias initialized to zero."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -21,14 +21,15 @@ class _ZeroConv(nn.Conv2d):
 
 @register_notrace_module
 class DeformableConv(nn.Module):
-    """2x2 convolution of stride 2 whose taps are shifted; `x: [B, in_chs, H, W] -> [B, out_chs, H // 2, W // 2]`.
+    """Deformable 2x2 convolution of stride 2; `x: [B, in_chs, H, W] -> [B, out_chs, H // 2, W // 2]`.
 
         y[p] = bias + sum_k weight[k] x(2 p + k + shift[p, k]),    shift = offset(x)
 
-    over the taps k in {0, 1}^2; x(.) is bilinear and zero outside the map, `offset` an ordinary 2x2 convolution of
-    stride 2 whose channels are (tap row, tap column, vertical or horizontal), zero at first (Dai et al.,
-    arXiv 1703.06211, eq. 2-4; Pan et al., arXiv 2105.14217, sec. 3.3). Sampling and convolution are never in half
-    precision. An odd last row or column is seen by shifted taps only; a side of one pixel is padded with a zero to two.
+    over the kernel positions k in {0, 1}^2. x(.) is sampled bilinearly, zero outside the map. `offset` is an ordinary
+    2x2 convolution of stride 2, initialized to zero, with channels (kernel row, kernel column, vertical or horizontal)
+    (Dai et al., arXiv 1703.06211, eq. 2-4; Pan et al., arXiv 2105.14217, sec. 3.3). Sampling and convolution are
+    computed in float32 or wider. Only shifted positions reach the last row or column of an odd side; a side of one
+    pixel is zero-padded to two.
 
     `weight: [out_chs, 2, 2, in_chs]`.
     """
@@ -43,7 +44,7 @@ class DeformableConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch initialises convolutions."""
+        """The default initialization of torch's convolutions."""
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -69,16 +70,16 @@ def deformable_merge(in_chs: int, out_chs: int) -> nn.Sequential:
 
 
 def _sample(x: Tensor, shift: Tensor) -> Tensor:
-    """The shifted 2x2 patches of `x: [B, H, W, C]`; `shift: [B, h, w, 2, 2, 2]` (y, x last) -> `[B, h, w, 2, 2, C]`."""
+    """Sample the shifted 2x2 patches: `x: [B, H, W, C]`, `shift: [B, h, w, 2, 2, (y, x)] -> [B, h, w, 2, 2, C]`."""
     batch, height, width, chs = x.shape
     h, w = shift.shape[1:3]
     y_pos = shift[..., 0] + torch.arange(2 * h, device=x.device).view(h, 1, 2, 1)
     x_pos = shift[..., 1] + torch.arange(2 * w, device=x.device).view(w, 1, 2)
-    (row, row_weight), (col, col_weight) = _neighbours(y_pos, height), _neighbours(x_pos, width)
+    (row, row_weight), (col, col_weight) = _neighbors(y_pos, height), _neighbors(x_pos, width)
     image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1, 1, 1)
     index = (image * height + row[..., :, None]) * width + col[..., None, :]
     weight = row_weight[..., :, None] * col_weight[..., None, :]
-    # a bag of four weighted rows is one bilinear sample, all channels at once
+    # a bilinear sample is a weighted sum of four pixels: one bag of four rows
     samples = F.embedding_bag(
         index.flatten(-2).flatten(0, -2),
         x.reshape(-1, chs),
@@ -88,8 +89,8 @@ def _sample(x: Tensor, shift: Tensor) -> Tensor:
     return samples.view(batch, h, w, 2, 2, chs)
 
 
-def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The two pixels around each position on an axis, `[..., 2]`, and their linear weights: 0 outside the axis."""
+def _neighbors(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The two pixels next to each position on an axis, `[..., 2]`, and their linear weights, 0 outside the axis."""
     low = position.floor()
     fraction = position - low
     index = torch.stack([low, low + 1], -1).long()

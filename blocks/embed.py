@@ -1,4 +1,4 @@
-"""Stems and merges: strided convolutions between a fine feature map and a coarser one."""
+"""Strided convolution and norm, for stems and for downsampling between stages."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ def conv_norm(
     stride: int,
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> nn.Sequential:
-    """Convolution with bias and padding `kernel // 2`, then `norm`.
+    """Convolution with bias and a padding of `kernel // 2`, then `norm(out_chs)`.
 
     `[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]` for odd kernels. Keys: `conv.*`, `norm.*`.
     """

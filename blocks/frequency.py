@@ -1,4 +1,4 @@
-"""Adaptive frequency filter (AFFNet): the spectrum of a map computes the mask that filters it."""
+"""Adaptive frequency filter (AFFNet): multiplies the spectrum of a map by a mask computed from that spectrum."""
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,19 @@ from ..kernels._precision import without_autocast
 
 @register_notrace_module
 class AdaptiveFrequencyFilter(nn.Module):
-    """Global circular convolution with a kernel made from the input; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Global circular convolution with a kernel computed from the input; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With Z the orthonormal half spectrum of x and complex maps W1, W2 [c, c] in each of G groups of c = C/G channels,
+    With Z = rfft2(x), orthonormal, and complex matrices W1, W2 [c, c] in each of G groups of c = C/G channels,
 
         M = shrink(W2 silu(W1 Z + b1) + b2)        y = irfft2(M * Z)
 
-    at every frequency; silu and shrink(a) = sign(a) * max(|a| - shrinkage, 0) act on real and imaginary part apart
-    (Huang et al., arXiv 2307.14008, sec. 3.2 and 3.3; the activation and the shrinkage are the released code's).
-    `w1, w2: [2, G, c_in, c_out]` and `b1, b2: [2, G, c]` hold real, then imaginary parts.
+    at every frequency; silu and shrink(a) = sign(a) * max(|a| - shrinkage, 0) are applied separately to real and
+    imaginary parts (Huang et al., arXiv 2307.14008, sec. 3.2 and 3.3; activation and shrinkage are those of the
+    released code). `w1, w2: [2, G, c_in, c_out]` and `b1, b2: [2, G, c]` hold the real, then the imaginary parts.
 
-    The transforms run in float32 at least. Columns of M * Z that a real signal would have conjugate symmetric are
-    made so, which is what the CPU's inverse transform does by itself and a GPU's leaves undefined.
+    The transforms are computed in float32 or wider. In the spectrum of a real signal some columns are conjugate
+    symmetric; those of M * Z are made symmetric before the inverse transform, whose result is otherwise undefined on a
+    GPU. The CPU's transform does the same.
 
     Raises ValueError if num_groups does not divide dim or shrinkage is negative.
     """
@@ -54,9 +55,9 @@ class AdaptiveFrequencyFilter(nn.Module):
             return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
 
     def _filter(self, spectrum: Tensor) -> Tensor:
-        """M * Z: `[B, C, H, W//2 + 1] -> [B, C, H, W//2 + 1]`, complex, computed by real products."""
+        """Z to M * Z, complex `[B, C, H, W//2 + 1] -> [B, C, H, W//2 + 1]`, with real matrix products."""
         groups, batch, (rows, columns) = self.num_groups, len(spectrum), spectrum.shape[-2:]
-        # [B, G, c, H, F, 2] -> [G, 2, c, B, H, F]: a complex layer is one product for all images and frequencies
+        # [B, G, c, H, F, 2] -> [G, 2, c, B, H, F]: each complex layer is then one matrix product per group
         parts = torch.view_as_real(spectrum).unflatten(1, (groups, -1)).permute(1, 5, 2, 0, 3, 4)
         z = parts.reshape(groups, 2 * (self.dim // groups), batch * rows * columns)
         hidden = F.silu(torch.baddbmm(*as_real(self.b1.to(z.dtype), self.w1.to(z.dtype)), z))
@@ -70,15 +71,18 @@ class AdaptiveFrequencyFilter(nn.Module):
 
 
 def as_real(bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A complex layer as a real one on stacked parts: `[2, G, c], [2, G, i, o] -> [G, 2*c, 1], [G, 2*o, 2*i]`."""
+    """A complex linear layer as a real one on stacked real and imaginary parts.
+
+    `bias: [2, G, c]`, `weight: [2, G, i, o]` -> `[G, 2*c, 1]`, `[G, 2*o, 2*i]`.
+    """
     real, imag = weight.mT.unbind(0)
     matrix = torch.cat([torch.cat([real, -imag], 2), torch.cat([imag, real], 2)], 1)
     return bias.transpose(0, 1).flatten(1).unsqueeze(2), matrix
 
 
 def symmetric(spectrum: Tensor, width: int) -> Tensor:
-    """Changes the half spectrum `[..., H, width//2 + 1]`, in place, to the nearest one of a real signal."""
-    # the first column, and the last of an even width, are their own mirror images
+    """Change a half spectrum `[..., H, width//2 + 1]` in place to the nearest spectrum of a real signal."""
+    # the columns that are conjugate symmetric: the first, and the last of an even width
     own = spectrum[..., : width // 2 + 1 : max(width // 2, 1)] if width % 2 == 0 else spectrum[..., :1]
     mirrored = own.flip(-2).roll(1, -2).conj()
     own.copy_((own + mirrored) / 2)

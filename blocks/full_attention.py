@@ -10,9 +10,10 @@ from ..kernels._sdpa import fused_attention
 class FullAttention(nn.Module):
     """`proj(softmax(q k^T / sqrt(head_dim)) v + local(x))` over all H*W positions of `x: [B, C, H, W]`.
 
-    q, k, v are the thirds of one linear map, heads contiguous in each (Vaswani et al., arXiv 1706.03762, sec. 3.2).
-    `local` is an optional branch on the mixer's input, added before the projection (BiFormer's stage 4 puts a
-    depthwise convolution there).
+    One linear layer gives q, k and v (Vaswani et al., arXiv 1706.03762, sec. 3.2). `local` is an optional module on the
+    input of the mixer, such as the depthwise convolution in BiFormer's stage 4.
+
+    Raises ValueError if num_heads does not divide dim.
     """
 
     def __init__(self, dim: int, *, num_heads: int, qkv_bias: bool = True, local: nn.Module | None = None):

@@ -1,4 +1,4 @@
-"""Halo attention with its projections (HaloNet)."""
+"""Halo attention (HaloNet)."""
 
 import torch
 from timm.layers import make_divisible, register_notrace_module, trunc_normal_
@@ -8,7 +8,7 @@ from ..kernels import halo_attention
 
 
 class _Projection(nn.Linear):
-    """A linear map without bias that starts as a truncated normal of std in_features**-0.5."""
+    """A linear layer without bias, initialized by a truncated normal distribution of std in_features**-0.5."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -19,20 +19,22 @@ class _Projection(nn.Linear):
 
 @register_notrace_module
 class Halo(nn.Module):
-    """Attention of each b x b block to itself and h pixels around it: `x: [B, dim, H, W] -> [B, out_dim, H, W]`.
+    """Attention of each b x b block to itself and h pixels around it; `x: [B, dim, H, W] -> [B, out_dim, H, W]`.
 
-    For the query at row iy, column ix of its block and the key at row jy, column jx of its window, K = b + 2h wide,
+    For the query at row iy and column ix of its block, and the key at row jy and column jx of the K x K window around
+    the block, K = b + 2h,
 
         logit = head_dim**-0.5 q . k + q . height_rel[jy - iy + K - 1] + q . width_rel[jx - ix + K - 1]
 
-    then softmax over the window, times v; heads share the two tables (Vaswani et al., arXiv 2103.12731, in the
-    reading of timm's layer). There is no output projection. Keys and values outside the map are zeros that stay in
-    the softmax, or with `mask_border` are left out of it. Maps that b does not divide are extended at the bottom and
+    The softmax of the logits over the window is multiplied by v; all heads share the two tables (Vaswani et al., arXiv
+    2103.12731, as implemented in timm). There is no output projection. Keys and values outside the map are zero; they
+    are not masked unless `mask_border` is true. If b does not divide H or W, the map is extended at the bottom and
     right in the same way, and the result is cropped.
 
-    `head_dim` is the width of a query and key head (default: out_dim, rounded to a multiple of 8, over num_heads); a
-    value head has out_dim / num_heads. With `stride=2` the result is `[B, out_dim, ceil(H/2), ceil(W/2)]`: every second
-    pixel asks, and iy, ix count the pixels that ask; where b is odd all ask and the result is average-pooled.
+    b is `block_size`, h `halo_size`. `head_dim` is the width of a query and key head, by default out_dim, rounded to a
+    multiple of 8, over num_heads; a value head has out_dim / num_heads. With `stride=2` only every second row and
+    column has queries, iy and ix count these, and the result is `[B, out_dim, ceil(H/2), ceil(W/2)]`. If b is odd, all
+    pixels have queries and the result is average-pooled instead.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -70,7 +72,7 @@ class Halo(nn.Module):
         window = block_size + 2 * halo_size
         self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
         self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
-        # maps of odd size end in a smaller pool, as a strided convolution would have it
+        # rounds odd sizes up, as a strided convolution does
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if pooled else nn.Identity()
         self.reset_parameters()
 

@@ -1,4 +1,4 @@
-"""HiLo attention (LITv2): some heads attend inside small windows, the others to an average-pooled map."""
+"""HiLo attention (LITv2): some heads attend within small windows, the others to an average-pooled map."""
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,16 @@ from .padding import pad_to_multiple
 
 @register_notrace_module
 class HiLo(nn.Module):
-    """High frequencies from windows, low ones from the pooled map; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Window attention in Hi-Fi heads, attention to a pooled map in Lo-Fi heads; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    Of the n = num_heads heads, each C / n wide, l = int(n * alpha) are Lo-Fi and the other h = n - l are Hi-Fi:
+    Of n = num_heads heads of width C / n, int(n * alpha) are Lo-Fi (`l_*`), the others are Hi-Fi (`h_*`):
 
         y = concat(h_proj(windowed(h_qkv(x))), l_proj(attention(l_q(x), l_kv(pool(x)))))
 
-    `windowed` is attention among the window x window tokens of a window, `pool` the average over the same windows. With
-    window 1 there is nothing to split: every head is Lo-Fi, which is then full attention (Pan, Cai, Zhuang, arXiv
-    2205.13213, sec. 4). Maps that `window` does not divide are padded with zeros at the bottom and right before the
-    projections, so that padding acts as ordinary tokens, as in the published dense-prediction models.
+    `windowed` is attention within windows of window x window tokens, `pool` the average over these windows. With
+    window 1 all heads are Lo-Fi, which then is full attention (Pan, Cai, Zhuang, arXiv 2205.13213, sec. 4). If `window`
+    does not divide H or W, the map is zero-padded at the bottom and right before the linear layers; padding is not
+    masked, as in the published dense-prediction models.
 
     Raises ValueError if num_heads does not divide dim, window is below 1, or alpha is outside [0, 1].
     """
@@ -33,7 +33,7 @@ class HiLo(nn.Module):
         if window < 1:
             raise ValueError(f"HiLo: window={window} must be at least 1 (1: full attention)")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"HiLo: alpha={alpha}, the share of Lo-Fi heads, must lie in 0..1")
+            raise ValueError(f"HiLo: alpha={alpha}, the fraction of Lo-Fi heads, must lie in 0..1")
         self.window, self.head_dim = window, dim // num_heads
         self.low_heads = num_heads if window == 1 else int(num_heads * alpha)
         self.high_heads = num_heads - self.low_heads
@@ -61,7 +61,7 @@ class HiLo(nn.Module):
         return self.h_proj(windowed(qkv, self.window)[:, :height, :width].flatten(3))
 
     def _low(self, x: Tensor, padded: Tensor) -> Tensor:
-        # the padding asks nothing: its outputs would be cropped away
+        # no queries for the padding, whose outputs would be cropped
         q = self.l_q(x).flatten(1, 2).unflatten(-1, (self.low_heads, self.head_dim))
         if self.window > 1:
             padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
@@ -72,7 +72,10 @@ class HiLo(nn.Module):
 
 
 def windowed(qkv: Tensor, window: int) -> Tensor:
-    """Attention within each window x window cell: `[B, H, W, 3, n, d] -> [B, H, W, n, d]`; window divides H and W."""
+    """Attention within windows of window x window tokens: `[B, H, W, 3, n, d] -> [B, H, W, n, d]`.
+
+    `window` must divide H and W.
+    """
     cells = qkv.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, rows, cols, h, w, 3, n, d]
     y = window_attention(cells.flatten(0, 2), windows=((window, window),)).unflatten(0, cells.shape[:3])
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Length-scaled cosine attention with a position bias on log-spaced distances (TransNeXt)."""
+"""Length-scaled cosine attention and its log-spaced continuous position bias (TransNeXt)."""
 
 import math
 
@@ -11,36 +11,40 @@ from ..kernels._precision import unit, without_autocast
 from ..kernels._sdpa import fused_attention
 from ..kernels._tables import BiasTable, Grid, expand, kept
 
-# the hidden layer of the bias is worked through in slices of this many elements: 4 MB of float32 stay in the cache
+# the hidden layer of the position bias is computed in slices of this many elements: 4 MB of float32 fit into the cache
 _SLICE = 1 << 20
 
 
 @kept
 def _distances(queries: int, keys: int, trained_size: int, device: torch.device, dtype: torch.dtype):
-    """Every distance of a query from a key along one axis, as the MLP takes it `[n]`, and indices `[keys, queries]`.
+    """All different distances query - key along one axis, log-scaled `[n]`, and the index of each pair's distance.
 
-    Keys lie at the centres of the bins of an adaptive average pool, so twice a distance is a whole number.
+    The index is `[keys, queries]`. A key lies at the center of its bin of an adaptive average pool from `queries`
+    pixels to `keys` bins. Centers may lie between two pixels, so all positions are doubled to be integers. Example:
+    4 queries and 2 keys have doubled query positions 0, 2, 4, 6 and doubled bin centers 1, 5; the doubled distances
+    are -5, -3, ..., 5, n = 6 values in steps of 2.
     """
     j = torch.arange(keys, device=device)[:, None]
-    centre = j * queries // keys + ((j + 1) * queries + keys - 1) // keys - 1
+    # doubled: first pixel of the bin plus its last pixel
+    center = j * queries // keys + ((j + 1) * queries + keys - 1) // keys - 1
     lowest = -((keys - 1) * queries // keys + queries - 1)
     highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
-    # bins of one size have centres a whole number apart
+    # if all bins have the same size, doubled distances are all even or all odd
     step = 1 if queries % keys else 2
-    index = (2 * torch.arange(queries, device=device) - centre - lowest) // step
+    index = (2 * torch.arange(queries, device=device) - center - lowest) // step
     exact = torch.promote_types(dtype, torch.float32)
     u = torch.arange(lowest, highest + 1, step, device=device).to(exact) * (4 / (trained_size - 1))
     return (u.sign() * (u.abs() + 1).log2() / 3).to(dtype), index
 
 
 class LogPositionBias(nn.Module):
-    """A bias per head for each pair of query and key positions, from their distance (dy, dx) = query - key:
+    """A bias per head for each pair of query and key, computed by an MLP from their distance (dy, dx) = query - key:
 
         bias = fc2(relu(fc1(c(dy), c(dx))))        c(d) = sign(d) log2(1 + 8 |d| / (trained_size - 1)) / 3
 
-    Distances are in pixels of the queries' grid; a coarser grid of keys has them at the centres of the bins that
-    adaptive average pooling makes. `trained_size` is the side of the feature map that the weights were trained on
-    (Shi, arXiv 2311.17132, "log-spaced continuous position bias"; scaled as in the released code).
+    Distances are in pixels of the grid of queries. Keys on a coarser grid lie at the centers of the bins of an adaptive
+    average pooling. `trained_size` is the side of the feature map that the weights were trained with (Shi, arXiv
+    2311.17132, "log-spaced continuous position bias"; scaled as in the released code).
 
     Raises ValueError if trained_size < 2.
     """
@@ -49,7 +53,8 @@ class LogPositionBias(nn.Module):
         super().__init__()
         if trained_size < 2:
             raise ValueError(
-                f"LogPositionBias: trained_size={trained_size} must be at least 2, distances are scaled by it"
+                f"LogPositionBias: trained_size={trained_size} must be at least 2: distances are scaled by "
+                "1 / (trained_size - 1)"
             )
         self.trained_size = trained_size
         self.fc1_weight = nn.Parameter(torch.empty(hidden, 2))
@@ -64,12 +69,11 @@ class LogPositionBias(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, size: Grid, keys: Grid, nominal: tuple[Grid, Grid] | None = None) -> BiasTable:
-        """The bias of queries on the grid `size` and keys on the grid `keys`, as a table and two indices.
+        """The bias for queries on a grid of `size` and keys on a grid of `keys`, as a table and two indices.
 
-        The bias of query (y, x) for key (i, j) is `table[:, rows[i, y], columns[j, x]]`: table `[heads, n, m]`, rows
-        `[keys_y, H]`, columns `[keys_x, W]`.
-
-        With `nominal`, another pair of grids, the bias is computed on those and resized bilinearly.
+        The bias of query (y, x) and key (i, j) is `table[:, rows[i, y], columns[j, x]]`, with table `[heads, n, m]`,
+        rows `[keys_y, H]` and columns `[keys_x, W]`. If another pair of grids `nominal` is given, the bias is computed
+        for these and resized bilinearly.
         """
         if nominal is None or nominal == (size, keys):
             return self._table(size, keys)
@@ -81,21 +85,21 @@ class LogPositionBias(nn.Module):
             _distances(n, k, self.trained_size, weight.device, weight.dtype) for n, k in zip(size, keys, strict=True)
         )
         with without_autocast(weight):
-            # the first layer sees rows and columns apart: a sum of two thin tables
-            above = torch.outer(y, weight[:, 0])
-            left = torch.addcmul(self.fc1_bias, x[:, None], weight[:, 1])
-            slices = above.split(max(1, _SLICE // left.numel()))
-            parts = [self._second((part[:, None] + left).relu_()) for part in slices]
+            # fc1 is linear: its output for (dy, dx) is the sum of a term of dy and a term of dx
+            vertical = torch.outer(y, weight[:, 0])
+            horizontal = torch.addcmul(self.fc1_bias, x[:, None], weight[:, 1])
+            slices = vertical.split(max(1, _SLICE // horizontal.numel()))
+            parts = [self._fc2((part[:, None] + horizontal).relu_()) for part in slices]
         return torch.cat(parts, 1), rows, columns
 
-    def _second(self, hidden: Tensor) -> Tensor:
+    def _fc2(self, hidden: Tensor) -> Tensor:
         """`[n, m, hidden] -> [heads, n, m]`."""
         y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.flatten(0, 1).T)
         return y.unflatten(1, hidden.shape[:2])
 
 
 def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
-    """A dense bias `[heads, keys_y, H, keys_x, W]` on other grids, as a table that has each pair once."""
+    """Resize a dense bias `[heads, keys_y, H, keys_x, W]` to other grids; the table has an entry for each pair."""
     nominal = dense.shape[2::2]
     bias = F.interpolate(dense.permute(0, 2, 4, 1, 3).flatten(1, 2), keys, mode="bilinear")
     bias = F.interpolate(bias.flatten(2).mT.unflatten(2, nominal), size, mode="bilinear")
@@ -106,16 +110,16 @@ def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
 
 @register_notrace_module
 class LengthScaledCosine(nn.Module):
-    """Full attention whose logits are cosines, scaled with the number of keys; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Full attention with cosine logits scaled by the log of the number of keys; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With q, k, v the thirds of one linear map, ^ division by the length per head, N = H*W,
+    One linear layer gives q, k and v. With hat(q) = q / |q|_2 in each head and N = H*W,
 
-        y = proj(softmax((q^ + e) k^^T * softplus(t) * ln(N) + bias) v)
+        y = proj(softmax((hat(q) + e) hat(k)^T * softplus(t) * ln(N) + bias) v)
 
-    where e `query_embedding` and t `temperature` are learned per head and `bias` is that of `LogPositionBias` (Shi,
-    arXiv 2311.17132, "length-scaled cosine attention"). `trained_size` is the side of the map that the weights were
-    trained on. With `nominal_size` the bias is computed for a square map of that side and resized, as the released
-    dense-prediction models do in their interpolation mode.
+    where e `query_embedding` and t `temperature` are learned per head and `bias` is `LogPositionBias` (Shi, arXiv
+    2311.17132, "length-scaled cosine attention"). `trained_size` is the side of the map that the weights were trained
+    with. If `nominal_size` is given, the bias is computed for a square map of that side and resized, as in the
+    interpolation mode of the released dense-prediction models.
 
     Raises ValueError if num_heads does not divide dim, trained_size < 2 or nominal_size < 1.
     """
@@ -147,7 +151,7 @@ class LengthScaledCosine(nn.Module):
 
 
 def reset_query(temperature: Tensor, query_embedding: Tensor) -> None:
-    """The published initialisation: softplus(temperature) = 1/0.24."""
+    """The published initialization: softplus(temperature) = 1/0.24."""
     nn.init.constant_(temperature, math.log(math.exp(1 / 0.24) - 1))
     trunc_normal_(query_embedding, std=0.02)
 

@@ -10,15 +10,15 @@ from .padding import pad_to_multiple
 
 @register_notrace_module
 class Strip(nn.Module):
-    """Attention with few channels in queries and keys, and few keys and values; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention with narrow queries and keys, to a downsampled map; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With x' = norm(depthwise convolution of x, kernel and stride `reduction`), or x itself where `reduction` is 1,
+    With x' = norm(depthwise convolution of x, kernel and stride `reduction`), x' = x if `reduction` is 1,
 
         y = proj(softmax(q(x) k(x')^T / sqrt(qk_dim)) v(x'))
 
     where each head of q and k has `qk_dim` channels, by default one, and each head of v has dim / num_heads (Xu et al.,
-    arXiv 2505.22195, strip self-attention; the width of the strips is our reading of it). Maps that `reduction` does
-    not divide are padded with zeros at the bottom and right before the convolution; padding is not masked.
+    arXiv 2505.22195, strip self-attention; the paper does not state qk_dim). If `reduction` does not divide H or W, the
+    map is zero-padded at the bottom and right before the convolution; padding is not masked.
 
     Raises ValueError if num_heads does not divide dim, or qk_dim is not within 1..dim / num_heads.
     """
@@ -58,7 +58,7 @@ class Strip(nn.Module):
 def strip_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`[B, N, L, d]`, `[B, N, M, d]`, `[B, N, M, D]` -> `[B, N, L, D]` with logits scaled by d**-0.5.
 
-    Fused attention wants one width for all three: zeros beside the strips change no logit.
+    Fused attention needs q, k and v of one width, so q and k are zero-padded to D, which does not change the logits.
     """
     narrow, width = q.shape[-1], v.shape[-1]
     q, k = (F.pad(t, (0, width - narrow)) for t in (q, k))

@@ -1,24 +1,23 @@
-"""Window attention (DaViT's spatial attention, Swin's without shift and bias)."""
+"""Window attention: the spatial attention of DaViT, that of Swin without shift and position bias."""
 
-import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from .padding import pad_to_multiple
 
 
 @register_notrace_module
 class Window(nn.Module):
-    """Attention within the cells of a fixed window size; `x: [B, C, H, W] -> [B, C, H, W]`.
+    """Attention within windows of a fixed size; `x: [B, C, H, W] -> [B, C, H, W]`.
 
-    With q, k, v the thirds of one linear map, heads contiguous in each, every window w gives
+    One linear layer gives q, k and v. In every window w
 
         y[w] = proj(softmax(q[w] k[w]^T / sqrt(head_dim)) v[w])
 
-    (Ding et al., arXiv 2204.03645, sec. 3.2, eq. 3). `window` is one side or (height, width). Maps that it does not
-    divide are padded with zeros at the bottom and right before the projection; padding is not masked: its keys and
-    values are the projection's bias, as in the published models.
+    (Ding et al., arXiv 2204.03645, sec. 3.2, eq. 3). `window` is one side or (height, width). If it does not divide the
+    map, the map is zero-padded at the bottom and right before the linear layer. Padding is not masked: its keys and
+    values are the bias of the linear layer, as in the published models.
 
     Raises ValueError if num_heads does not divide dim or a side of the window is below 1.
     """
@@ -37,12 +36,8 @@ class Window(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (batch, dim, height, width), (win_h, win_w) = x.shape, self.window
         rows, cols = (height + win_h - 1) // win_h, (width + win_w - 1) // win_w
-        bottom, right = rows * win_h - height, cols * win_w - width
-        x = x.permute(0, 2, 3, 1)
-        # a compiler folds an empty padding into the copy below, and one graph then serves all sizes
-        if torch.compiler.is_dynamo_compiling() or bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        # x is cut into windows while it is a third as wide as q, k and v
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), win_h, win_w)
+        # x is divided into windows before the linear layer, since q, k and v are three times as wide
         cells = x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3)
         qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim)).unflatten(-1, (3, self.num_heads, -1))
         y = self.proj(window_attention(qkv, windows=(self.window,)).flatten(3))

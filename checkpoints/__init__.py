@@ -1,6 +1,6 @@
-"""Published weights: what exists (`manifest.toml`), and how a file is fetched, verified, read and written.
+"""Published weights: the list of them (`manifest.toml`), and how their files are downloaded, checked, read and written.
 
-This room knows no model: it deals in urls, hashes and dicts of tensors.
+This package knows no models: it handles urls, hashes and dicts of tensors.
 """
 
 from .manifest import Weight, find_weight, load_manifest

@@ -1,4 +1,4 @@
-"""`python -m tessel.checkpoints`: list, fetch, verify and convert published weights."""
+"""`python -m tessel.checkpoints`: list, download, check and convert published weights."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from .store import fetch_weight, read_state, sha256_of, verify, write_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; an error is one line on stderr."""
+    """Run a command and return its exit status; errors are printed as one line on stderr."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -20,41 +20,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the next fetch resumes a broken download", file=sys.stderr)
+        print("interrupted; `fetch` resumes the download if the server allows it", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tessel.checkpoints", description="Published weights of the zoo.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tessel.checkpoints", description="Published weights of tessel's models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    text = "show the published weights: size, licence, ImageNet-1K top-1, and whether they can be fetched"
+    text = "list the published weights: size, license, ImageNet-1K top-1, and whether they can be downloaded"
     command = commands.add_parser("list", help=text, description=text)
-    command.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="only these, such as 'cswin_*'")
+    command.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="list only matching names, such as 'cswin_*'"
+    )
     command.set_defaults(run=_list)
 
-    text = "download a file into the cache, check it, and print where it is"
+    text = "download a file to the cache, check its sha256, and print its path"
     command = commands.add_parser("fetch", help=text, description=text)
-    command.add_argument("name", metavar="NAME", help="a row of `list`; without its tag the model's first row")
     command.add_argument(
-        "--cache-dir", type=Path, help="default: $TESSEL_HOME/checkpoints, else the checkpoints of torch's hub folder"
+        "name", metavar="NAME", help="a name that `list` prints; without a tag, the model's first weights"
+    )
+    command.add_argument(
+        "--cache-dir", type=Path, help="default: $TESSEL_HOME/checkpoints, else `checkpoints` in torch's hub folder"
     )
     command.set_defaults(run=_fetch)
 
     text = "print a file's sha256 and size, and compare it with the manifest"
     command = commands.add_parser("verify", help=text, description=text)
     command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("--name", metavar="ROW", help="the row it must match; default: whichever row has its sha256")
+    command.add_argument("--name", metavar="NAME", help="compare with these weights; default: search for its sha256")
     command.set_defaults(run=_verify)
 
-    text = "convert a checkpoint between the published layout and ours, into a safetensors file"
+    text = "convert the keys of a checkpoint from published to tessel's or back, and write a safetensors file"
     command = commands.add_parser("convert", help=text, description=text)
     command.add_argument("input", type=Path, metavar="IN", help="safetensors or PyTorch file")
-    command.add_argument("output", type=Path, metavar="OUT", help="ends in .safetensors; never overwritten")
-    command.add_argument("--model", required=True, metavar="NAME", help="registered model, or a row of `list`")
-    command.add_argument("--to", choices=["tessel", "published"], default="tessel", help="default: %(default)s")
-    command.add_argument("--state-key", metavar="KEY", help="entry of IN with the weights; default: that of the row")
+    command.add_argument(
+        "output", type=Path, metavar="OUT", help="must end in .safetensors; an existing file is not overwritten"
+    )
+    command.add_argument("--model", required=True, metavar="NAME", help="a model, or a name that `list` prints")
+    command.add_argument(
+        "--to", choices=["tessel", "published"], default="tessel", help="keys of OUT (default: %(default)s)"
+    )
+    command.add_argument(
+        "--state-key", metavar="KEY", help="entry of IN that holds the weights; default: the manifest's"
+    )
     command.set_defaults(run=_convert)
     return parser
 
@@ -63,7 +75,7 @@ def _list(args: argparse.Namespace) -> None:
     weights = [weight for name, weight in load_manifest().items() if fnmatchcase(name, args.pattern)]
     if not weights:
         raise ValueError(f"no published weights match {args.pattern!r}; without a pattern all are listed")
-    table = [("name", "size", "licence", "published", "reproduced", "available"), *map(_cells, weights)]
+    table = [("name", "size", "license", "published", "reproduced", "available"), *map(_cells, weights)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -73,7 +85,7 @@ def _cells(weight: Weight) -> tuple[str, ...]:
     return (
         weight.name,
         f"{weight.size / 1e6:.1f} MB" if weight.size else "-",
-        weight.licence,
+        weight.license,
         "-" if weight.published_top1 is None else f"{weight.published_top1:.2f}",
         "-" if weight.reproduced_top1 is None else f"{weight.reproduced_top1:.2f}",
         "yes" if weight.url else f"no: {weight.why_no_url}",
@@ -94,12 +106,12 @@ def _report(path: Path, weight: Weight | None) -> None:
     print(f"file    {path}\nsha256  {sha256}\nsize    {path.stat().st_size}")
     if weight is None:
         same = [row.name for row in load_manifest().values() if row.sha256 == sha256]
-        print(f"row     {', '.join(same) or 'none of the manifest has this sha256'}")
+        print(f"weights {', '.join(same) or 'no weights in the manifest have this sha256'}")
     elif weight.sha256:
         verify(path, weight.sha256)
-        print(f"row     {weight.name}")
+        print(f"weights {weight.name}")
     else:
-        print(f"row     {weight.name} has no sha256 yet to compare with")
+        print(f"weights {weight.name}, whose sha256 is not in the manifest yet")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -108,12 +120,12 @@ def _convert(args: argparse.Namespace) -> None:
     if state_key is None:
         state_key = find_weight(args.model).state_key if tag and args.to == "tessel" else ""
     state = read_state(args.input, state_key=state_key)
-    # imported here alone: this room knows no model
+    # the only import of models; the rest of this package does not know them
     zoo = importlib.import_module("tessel.zoo")
     convert = zoo.from_published if args.to == "tessel" else zoo.to_published
     state = convert(model, state)
     write_state(state, args.output)
-    print(f"{args.output}: {len(state)} tensors of {model} in the {args.to} layout")
+    print(f"{args.output}: {len(state)} tensors of {model} with {args.to} keys")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The published weights as data: `manifest.toml`, read and checked."""
+"""Reading and checking of `manifest.toml`, the list of published weights."""
 
 import dataclasses
 import difflib
@@ -24,14 +24,14 @@ _BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One published weight file: a row of `manifest.toml`, which explains the fields."""
+    """A row of `manifest.toml`: one published weight file. The comment at the top of that file explains the fields."""
 
     name: str
     url: str
     why_no_url: str = ""
     sha256: str
     size: int
-    licence: str
+    license: str
     source: str
     published_top1: float | None = None
     reproduced_top1: float | None = None
@@ -56,22 +56,22 @@ class Weight:
 
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Weight]:
-    """The rows of `path`, by default the package's own manifest, by name and in file order.
+    """The rows of the manifest at `path` (default: the package's) by name, in the order of the file.
 
-    Raises ValueError naming the row and the field that is unknown, missing or wrong.
+    Raises ValueError naming the row and the field if one is unknown, missing or wrong.
     """
     return dict(_read(Path(path or MANIFEST)))
 
 
 def find_weight(name: str) -> Weight:
-    """The row called `name`; of a model named without a tag the first row."""
+    """The row `name`; for the name of a model without a tag, its first row. Raises ValueError if there is none."""
     rows = load_manifest()
     for row in rows.values():
         if name in (row.name, row.model):
             return row
     close = difflib.get_close_matches(name, rows, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "`python -m tessel.checkpoints list` shows them"
-    raise ValueError(f"no row {name!r} among the published weights; {hint}")
+    hint = f"did you mean {', '.join(close)}?" if close else "`python -m tessel.checkpoints list` lists them"
+    raise ValueError(f"no published weights are named {name!r}; {hint}")
 
 
 @cache
@@ -104,7 +104,7 @@ def _row(name: str, table: Any, path: Path) -> Weight:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Exact types: TOML tells 1 from 1.0 and from true, and so does the manifest."""
+    """Whether `value` is exactly of type `hint`: the integer 1 is no float, and true is no integer."""
     if get_origin(hint) is tuple:
         return isinstance(value, list) and [type(item) for item in value] == list(get_args(hint))
     if get_origin(hint) is dict:
@@ -123,8 +123,8 @@ def _problem(weight: Weight) -> str | None:
         return "exactly one of the fields 'url' and 'why_no_url' must be filled"
     if weight.sha256 and not re.fullmatch("[0-9a-f]{64}", weight.sha256):
         return f"field 'sha256' = {weight.sha256!r} must be empty or 64 lower-case hex digits"
-    if not weight.licence or not weight.source:
-        return "the fields 'licence' and 'source' must be filled"
+    if not weight.license or not weight.source:
+        return "the fields 'license' and 'source' must be filled"
     for key, (low, high) in _BOUNDS.items():
         value = getattr(weight, key)
         if value is not None and not low <= value <= high:

@@ -1,4 +1,4 @@
-"""Weight files: fetched into a cache, verified by hash, read without running code, written atomically."""
+"""Weight files: download to a cache, check by hash, read without running pickled code, write atomically."""
 
 import argparse
 import hashlib
@@ -6,7 +6,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
@@ -16,23 +15,19 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .manifest import Weight
 
-try:
-    import fcntl
-except ImportError:  # not on windows: two processes that fetch one url at once are not kept apart there
-    fcntl = None
-
 _CHUNK = 1 << 17
 _TIMEOUT = 30.0
 _BY_HAND = "pass it with pretrained_cfg_overlay=dict(file=...)"
-# where trainers put the weights. EMA copies are left out: whether a published number belongs to them is for
-# `state_key` to say (that of BiFormer belongs to `model`, not to `model_ema`).
+# keys under which trainers store the weights. EMA copies are not among them: only the manifest's `state_key` knows
+# whether the published accuracy belongs to the EMA weights (BiFormer's belongs to `model`, not to `model_ema`).
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
-# settings that trainers store beside the weights; the dict of yacs is read as a plain one
+# classes of settings that trainers store beside the weights; yacs' CfgNode is read as an OrderedDict
 _SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 
@@ -45,14 +40,15 @@ def fetch(
     source: str = "",
     progress: bool = True,
 ) -> Path:
-    """The file behind `url`, downloaded on first use; a path or a file:// url is checked and used in place.
+    """Download `url` on first use and return the path; a path or a file:// url is checked and returned.
 
-    It is kept in `cache_dir`, else `$TESSEL_HOME/checkpoints`, else torch's hub folder `/checkpoints`, as `filename`,
-    else under the url's last part with a hash of the url before it. A download that breaks off is resumed by the next
-    call where the server allows; whatever is refused leaves nothing behind. `source` is the page an error points to.
+    The cache folder is `cache_dir`, else `$TESSEL_HOME/checkpoints`, else `checkpoints` in torch's hub folder. The file
+    is stored as `filename`, by default the last part of the url with a hash of the url before it. If several processes
+    fetch the same url, one downloads and the others wait. An interrupted download is resumed by the next call if the
+    server allows it. `source` is the web page that errors refer to.
 
-    Raises ConnectionError where the url cannot be reached, ValueError where the sha256 (64 hex digits) does not match,
-    also of a file already cached, which is then neither used nor removed, and OSError where the disk refuses.
+    Raises ConnectionError if the url cannot be reached, OSError if the file cannot be written, and ValueError if its
+    sha256 (64 hex digits) is another one: the download is then deleted, a file that was there before is kept.
     """
     sha256 = _digest(sha256) if sha256 else ""
     path = _local_path(url)
@@ -74,7 +70,7 @@ def fetch(
 
 
 def fetch_weight(weight: Weight, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """`fetch` for a row of the manifest; ValueError with the reason where it has no url."""
+    """`fetch` the file of a manifest row. Raises ValueError with the reason if the row has no url."""
     if not weight.url:
         reason = f"{weight.why_no_url}; get the file from {weight.source} and {_BY_HAND}"
         raise ValueError(f"{weight.name} cannot be fetched: {reason}")
@@ -82,7 +78,7 @@ def fetch_weight(weight: Weight, *, cache_dir: str | Path | None = None, progres
 
 
 def cached_path(url: str, *, cache_dir: str | Path | None = None) -> Path | None:
-    """Where `fetch` keeps the download of `url`, whether it is there yet or not; None for what is used in place."""
+    """The path to which `fetch` downloads `url`; None for local files, which are not copied."""
     return _cached_path(url, cache_dir, None) if _local_path(url) is None else None
 
 
@@ -93,50 +89,51 @@ def sha256_of(path: str | Path) -> str:
 
 
 def verify(path: str | Path, sha256: str) -> None:
-    """Raise ValueError unless the file has this sha256."""
+    """Raise ValueError if the file has another sha256."""
     expected, found = _digest(sha256), sha256_of(path)
     if found != expected:
-        raise ValueError(f"{path}: refused, its sha256 is {found}, expected {expected}; remove or replace the file")
+        raise ValueError(f"{path}: refused, its sha256 is {found}, expected {expected}; delete or replace the file")
 
 
 def read_state(path: str | Path, *, state_key: str = "") -> dict[str, Tensor]:
-    """The state dict in a safetensors or PyTorch file, on the CPU, without a `module.` common to all keys.
+    """Read the state dict of a safetensors or PyTorch file, on the CPU, without a `module.` common to all keys.
 
-    A PyTorch file holds it under `state_key`, or is the state dict, or holds it under the first it has of `model`,
-    `state_dict`, `model_state` and `model_state_dict`. A safetensors file is flat and has no such key.
-    No code from the file runs: beside tensors and containers only argparse's and yacs' settings are let through.
+    In a PyTorch file the state dict is the entry `state_key`; if that is empty, the first of the entries `model`,
+    `state_dict`, `model_state` and `model_state_dict`; if there is none, the whole file. Safetensors files have no
+    entries, and `state_key` is ignored. PyTorch files are read with `weights_only`: no pickled code runs. Besides
+    tensors and containers they may hold settings of argparse or yacs.
 
-    Raises ValueError naming the file if it is damaged, asks to run code, or holds anything but tensors there.
+    Raises ValueError naming the file if it is damaged, needs code to be loaded, or has values that are not tensors.
     """
     path = Path(path)
     _require_file(path)
     state = _read(path, state_key)
-    if strays := _strays(state):
-        raise ValueError(f"{path}: beside tensors it holds {strays}; state_key must name the entry with the weights")
+    if names := _not_tensors(state):
+        raise ValueError(f"{path}: the entries {names} are not tensors; name the one with the weights by state_key")
     if not state:
-        raise ValueError(f"{path}: holds no tensors")
+        raise ValueError(f"{path}: there are no tensors in it")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): tensor.detach() for key, tensor in state.items()}
 
 
 def write_state(state: Mapping[str, Tensor], path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a safetensors file: complete or not at all.
+    """Write a state dict to a safetensors file, atomically.
 
-    Raises ValueError for another suffix or for anything but tensors, FileExistsError unless `overwrite`, and OSError
-    where the disk refuses.
+    Raises ValueError if the suffix of `path` is not .safetensors or a value is not a tensor, FileExistsError if the
+    file exists and `overwrite` is False, and OSError if it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name must end in .safetensors")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists and is not overwritten; remove it or choose another name")
-    if strays := _strays(state):
-        raise ValueError(f"{path} not written: beside tensors there is {strays}")
-    # safetensors refuses strided and shared memory
+        raise FileExistsError(f"{path} exists and is not overwritten; delete it or choose another name")
+    if names := _not_tensors(state):
+        raise ValueError(f"{path} not written: the entries {names} are not tensors")
+    # safetensors rejects strided tensors and tensors that share memory
     flat = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        # not by save_file, which keeps the file from everybody else
+        # `save_file` would make a file that other users cannot read
         temporary.write_bytes(save(flat, metadata={"format": "pt"}))
         os.replace(temporary, path)
     except OSError as error:
@@ -179,17 +176,17 @@ def _cached_path(url: str, cache_dir: str | Path | None, filename: str | None) -
 
 
 def _download(url: str, target: Path, *, sha256: str, progress: bool) -> bool:
-    """Fill `target`, or return False if another process has done it meanwhile."""
+    """Download `url` to `target`; False if another process did so while this one waited."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    with _alone(part):
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            return False
         keep = False
         try:
-            if target.exists():
-                return False
             _receive(url, part, progress)
             if sha256 and (found := sha256_of(part)) != sha256:
-                raise ValueError(f"{url}: refused, its sha256 is {found}, expected {sha256}; nothing was kept")
+                raise ValueError(f"{url}: refused, its sha256 is {found}, expected {sha256}; the download is deleted")
             os.replace(part, target)
             return True
         except (ConnectionError, KeyboardInterrupt):
@@ -200,34 +197,14 @@ def _download(url: str, target: Path, *, sha256: str, progress: bool) -> bool:
                 part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Hold a lock on `part`: of the ranks of one run the first downloads, the others wait."""
-    if fcntl is None:
-        yield
-        return
-    while True:
-        with part.open("ab") as lock:
-            # some cluster file systems have no locks
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # whoever held the lock before may have renamed or removed the file it is on
-            ours = False
-            with suppress(FileNotFoundError):
-                ours = os.path.samestat(os.fstat(lock.fileno()), part.stat())
-            if ours:
-                yield
-                return
-
-
 def _receive(url: str, part: Path, progress: bool) -> None:
-    """Append to `part` what it lacks of `url`, or start over where the server cannot resume."""
+    """Download the missing part of `url` and append it to `part`; start again if the server cannot resume."""
     from tqdm import tqdm
 
     got = part.stat().st_size if part.exists() else 0
     with _open(url, got) as reply, part.open("ab") as file:
         if reply.headers.get_content_type() == "text/html":
-            raise ConnectionError("it answered with a web page, not a file")
+            raise ConnectionError("the server answered with a web page, not a file")
         resumable = reply.status == HTTPStatus.PARTIAL_CONTENT or reply.headers.get("Accept-Ranges") == "bytes"
         if got and reply.status != HTTPStatus.PARTIAL_CONTENT:
             file.truncate(got := 0)
@@ -239,7 +216,7 @@ def _receive(url: str, part: Path, progress: bool) -> None:
                     bar.update(len(chunk))
                     got += len(chunk)
                 if not got or got < (total or 0):
-                    raise ConnectionError(f"it broke off after {got} of {total or 'unknown'} bytes")
+                    raise ConnectionError(f"the download ended after {got} of {total or 'unknown'} bytes")
             except ConnectionError:
                 if not resumable:
                     file.truncate(0)
@@ -276,14 +253,14 @@ def _read(path: Path, state_key: str) -> Mapping[str, Any]:
             content = load_file(path) if flat else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            # torch's message goes on to explain how to run the code after all
-            raise ValueError(f"{path}: refused, it asks for `{asked[1]}`, which can run code; none was run") from None
+            # without torch's message, which explains how to run the code
+            raise ValueError(f"{path}: refused, loading it would call `{asked[1]}`; no code was run") from None
         raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
     return content if flat else _unwrap(content, state_key, path)
 
 
 def _is_safetensors(path: Path) -> bool:
-    # without the suffix by its start: the length of the header in eight bytes, then the header, which is JSON
+    # files without the suffix are recognized by their start: eight bytes of length, then a JSON header
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
@@ -291,15 +268,15 @@ def _is_safetensors(path: Path) -> bool:
 def _unwrap(content: Any, state_key: str, path: Path) -> Mapping[str, Any]:
     if isinstance(content, Mapping):
         if state_key and state_key not in content:
-            raise ValueError(f"{path}: no entry {state_key!r}; it has {_some(content)}")
+            raise ValueError(f"{path}: no entry {state_key!r}; its entries are {_some(content)}")
         wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), "")
         content = content.get(state_key or wrapper, content)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where a state dict should be")
+        raise ValueError(f"{path}: expected a state dict, found a {type(content).__name__}")
     return content
 
 
-def _strays(state: Mapping[str, Any]) -> str:
+def _not_tensors(state: Mapping[str, Any]) -> str:
     """The names of the entries that are not tensors."""
     return _some(key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor)))
 

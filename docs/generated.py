@@ -1,4 +1,4 @@
-"""What scripts that write tables into pages share; one stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+"""Generates tables in pages; a table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def rewritten(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """`text` with every table made anew."""
+    """Replace every table in `text` by a newly generated one."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{tables[match[2]]()}\n{match[3]}",
@@ -17,9 +17,9 @@ def rewritten(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 def main(description: str | None, pages: Iterable[Path], tables: Mapping[str, Callable[[], str]]) -> int:
-    """Rewrite the pages, or with --check change nothing and return 1 where one is out of date."""
+    """Rewrite the pages; with --check change nothing and return 1 if a page is out of date."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
     options = parser.parse_args()
     stale = []
     for page in pages:

@@ -1,8 +1,8 @@
-"""Write the generated tables of README.md and docs/models.md, or with --check say whether they are current.
+"""Write the generated tables of README.md and docs/models.md; with --check only compare them with the files.
 
     python docs/tables.py [--check]
 
-Rows come from the registry (structure, parameters, multiply-adds counted on the meta device) and from the manifest of
+The data come from the registry (parameters and multiply-adds are counted on the meta device) and from the manifest of
 published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
@@ -25,10 +25,10 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 
 @cache
 def cost(name: str) -> tuple[float, float, int]:
-    """Parameters in millions, multiply-adds in billions, and the input side they are counted at."""
+    """Parameters in millions, multiply-adds in billions, and the side of the input that these are counted at."""
     tag = timm.get_pretrained_cfg(name).tag
     if tag and "." not in name:
-        return cost(f"{name}.{tag}")  # counted once for both names
+        return cost(f"{name}.{tag}")  # so that both names share one entry of the cache
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         size = model.default_cfg["input_size"]
@@ -39,12 +39,12 @@ def cost(name: str) -> tuple[float, float, int]:
 
 
 def families() -> str:
-    """One line a family: its mixer's paper and its models."""
+    """One line per family: its title, models, range of sizes and paper."""
     lines = ["| family | models | parameters | paper |", "|---|---|---|---|"]
     for family in tessel.zoo.list_families():
         module, names = sys.modules[family.build.__module__], [n for n in family.variants if not n.endswith("_atto")]
         sizes = [cost(name)[0] for name in names]
-        paper = family.cfg["paper_ids"].removeprefix("arXiv:")
+        paper = family.pretrained_cfg["paper_ids"].removeprefix("arXiv:")
         title = module.__doc__.strip().splitlines()[0].rstrip(".")
         span = f"{min(sizes):.1f} - {max(sizes):.1f} M"
         listed = ", ".join(f"`{name}`" for name in names)
@@ -53,8 +53,8 @@ def families() -> str:
 
 
 def models() -> str:
-    """One line a published checkpoint, and one a model without any."""
-    head = "| model | parameters (M) | GMACs | input | published top-1 | ours | licence | weights |"
+    """One line per published checkpoint, and one per model that has none."""
+    head = "| model | parameters (M) | GMACs | input | published top-1 | ours | license | weights |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     reported = {name: paper for family in tessel.zoo.list_families() for name, paper in family.reported.items()}
     for name in tessel.zoo.list_models():
@@ -62,7 +62,7 @@ def models() -> str:
         for w in weights:
             top1, ours = (f"{x:.1f}" if x else "" for x in (w.published_top1, w.reproduced_top1))
             source = f"[file]({w.url})" if w.url else f"none: {w.why_no_url}"
-            lines.append(f"{_begin(w.name)} {top1} | {ours} | {w.licence} | {source} |")
+            lines.append(f"{_begin(w.name)} {top1} | {ours} | {w.license} | {source} |")
         if not weights:
             top1 = reported.get(name, (None, None))[1] or ""
             lines.append(f"{_begin(name)} {top1} | | | none: {'a test model' if '_atto' in name else NONE} |")

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, fixed seeds, and the models to hold against the contract."""
+"""Shared by all tests: one thread, fixed seeds, and the parameter `model_name`."""
 
 import pytest
 import torch
@@ -16,6 +16,6 @@ def fixed_seed():
 
 
 def pytest_generate_tests(metafunc):
-    """`model_name`: the smallest model of every family, with all its mechanisms (test_timm.py takes all models)."""
+    """`model_name`: the smallest model of every family, which has all of its mechanisms (test_timm.py tests all)."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", [n for n in tessel.zoo.list_models() if n.endswith("_atto")])

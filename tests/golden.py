@@ -1,7 +1,7 @@
-"""Golden records: what a published model computes, in float64, for weights and an input drawn from names.
+"""Golden records: the outputs and gradients of published models in float64, for generated weights and inputs.
 
-A record (`tests/goldens/*.json.gz`) lists the published checkpoint's keys and shapes, and what the published code
-returned for the weights that `draw` makes of those keys.
+A record (`tests/goldens/*.json.gz`) lists the keys and shapes of the published checkpoint, and what the published code
+returned for the weights that `draw` generates from these keys.
 """
 
 import gzip
@@ -23,13 +23,13 @@ def load(name: str) -> dict[str, Any]:
 
 
 def draw(name: str, shape) -> Tensor:
-    """Standard normal numbers that depend on `name` alone."""
+    """Standard normal numbers with a random seed derived from `name`."""
     numbers = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     return torch.from_numpy(np.asarray(numbers))
 
 
 def published_state(record: dict[str, Any]) -> dict[str, Tensor]:
-    """The record's weights in the published layout, without integer buffers."""
+    """The weights of a record with published keys, without integer buffers."""
     state = {key: _weight(key, shape) for key, shape in record["state"]}
     for key, shape, value in record.get("constants", ()):
         state[key] = torch.full(tuple(shape), float(value), dtype=torch.float64)
@@ -53,7 +53,7 @@ def relative_error(got: Tensor, want) -> float:
 
 
 def errors(record: dict[str, Any], *, logits: Tensor, features: list[Tensor]) -> dict[str, float]:
-    """Relative errors of the logits and of each feature map, pooled to 2 x 2 as the record holds it."""
+    """Relative errors of the logits and of each feature map, pooled to 2 x 2 as in the record."""
     found = {"logits": relative_error(logits, record["logits"])}
     for i, (feature, want) in enumerate(zip(features, record["features"], strict=True)):
         assert list(feature.shape) == want["shape"]
@@ -63,7 +63,7 @@ def errors(record: dict[str, Any], *, logits: Tensor, features: list[Tensor]) ->
 
 
 def gradient_errors(record: dict[str, Any], *, input_grad: Tensor, grads: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors of the norms of the input's and of every parameter's gradient, by published key."""
+    """Relative errors of gradient norms: of the input, and of every parameter by its published key."""
     floor = 1e-6 * record["input_grad_norm"]
     found = {"input": abs(float(input_grad.norm()) / record["input_grad_norm"] - 1)}
     assert set(grads) == set(record["grad_norms"])

@@ -1,4 +1,4 @@
-"""AFFNet for dense prediction: its last stages at a finer stride."""
+"""AFFNet's `output_stride` for dense prediction."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ import tessel.zoo  # noqa: F401  (registers the models)
     [(32, (4, 8, 16, 32), (1, 1, 1, 1)), (16, (4, 8, 16, 16), (1, 1, 1, 1)), (8, (4, 8, 8, 8), (1, 1, 1, 2))],
 )
 def test_output_stride(output_stride, strides, dilations):
-    """A merge takes the dilation in force before its stage: 1, then 2."""
+    """Downsampling layers have the dilation of the stage before them: 1, then 2."""
     model = timm.create_model("affnet_atto", output_stride=output_stride).eval()
     assert tuple(info["reduction"] for info in model.feature_info) == strides
     assert tuple(stage.down.conv_dw.dilation[0] for stage in model.stages) == dilations

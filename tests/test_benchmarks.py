@@ -257,7 +257,7 @@ def test_models_refuses_what_it_does_not_know(script, capsys):
 def test_scaling_dry_run(benchmark, script, monkeypatch, tmp_path):
     scaling = benchmark("scaling")
     monkeypatch.setattr(scaling, "SIDES", (8, 12, 16))
-    monkeypatch.setattr(scaling, "DEFAULT", ("biformer_atto",))
+    monkeypatch.setattr(scaling, "default_models", lambda: ["biformer_atto"])
     small = ("--mixers", "FullAttention", "HiLo", "--seconds", "0", "--out", str(tmp_path / "scaling"))
     script("scaling.py", *small)
     found = json.loads((tmp_path / "scaling.json").read_text())
@@ -282,7 +282,7 @@ def test_scaling_fails_where_linear_is_not(benchmark, script, monkeypatch, tmp_p
     scaling = benchmark("scaling")
     monkeypatch.setattr(scaling, "measure", lambda *_: [{"side": n, "ms": n**3, "mib": 1.0} for n in (8, 16)])
     monkeypatch.setattr(scaling, "family_memory", dict)
-    with pytest.raises(SystemExit, match=r"called linear, but not under 1\.15: \{'Window': 1\.5\}"):
+    with pytest.raises(SystemExit, match=r"exponents of time are not below 1\.15: \{'Window': 1\.5\}"):
         script("scaling.py", "--mixers", "Window", "FullAttention", "--out", str(tmp_path / "scaling"))
 
 

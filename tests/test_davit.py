@@ -1,4 +1,4 @@
-"""DaViT beyond the contract: published modules on padded maps, timm's layout, the head."""
+"""DaViT: its modules on padded maps, checkpoints of timm's models, the head."""
 
 import golden
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 import tessel.zoo
 from tessel.blocks import Channel, conv_norm
 from tessel.zoo._backbone import Backbone
-from tessel.zoo.davit import VARIANTS, DaViT, Head, Merge, norm, pair
+from tessel.zoo.davit import VARIANTS, DaViTConfig, Head, Merge, norm, pair
 
 # ours -> the released code's, inside a module
 PUBLISHED = {
@@ -20,11 +20,11 @@ PUBLISHED = {
 
 
 def spatial(window: int) -> nn.Module:
-    return pair(DaViT((32,), (1,), (4,), window=window), 0, (0.0, 0.0))[0]
+    return pair(DaViTConfig((32,), (1,), (4,), window=window), 0, (0.0, 0.0))[0]
 
 
 def channel() -> nn.Module:
-    return pair(DaViT((32,), (1,), (4,)), 0, (0.0, 0.0))[1]
+    return pair(DaViTConfig((32,), (1,), (4,)), 0, (0.0, 0.0))[1]
 
 
 # what the released code returns: norm, sum, first and last element of the tokens [B, N, C]
@@ -67,13 +67,13 @@ def make(name: str) -> Backbone:
     return model
 
 
-def timms(row: DaViT) -> DaVit:
+def timms(cfg: DaViTConfig) -> DaVit:
     return DaVit(
-        depths=row.depths,
-        embed_dims=row.dims,
-        num_heads=row.num_heads,
-        window_size=row.window,
-        mlp_ratio=row.mlp_ratio,
+        depths=cfg.depths,
+        embed_dims=cfg.dims,
+        num_heads=cfg.num_heads,
+        window_size=cfg.window,
+        mlp_ratio=cfg.mlp_ratio,
     )
 
 

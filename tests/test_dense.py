@@ -1,4 +1,4 @@
-"""The dense backbone: its maps, its norms, its weights."""
+"""`DenseBackbone`: its feature maps, norms and weights."""
 
 import pytest
 import timm
@@ -9,17 +9,28 @@ from timm.models import group_parameters
 from torch import nn
 
 from tessel import zoo
+from tessel.zoo._keymap import KeyRule, Pattern
 from tessel.zoo.dense import DenseBackbone
 
 ATTO = [name for name in zoo.list_models() if name.endswith("_atto")]
-# eps of the norms of each paper's dense backbone, and the published keys of the third one
-NORMS = {
-    "biformer_atto": (1e-6, "extra_norms.2.weight"),
-    "cswin_atto": (1e-5, "norm3.weight"),
-    "litv2_atto": (1e-5, "norm2.weight"),
-    "s2aformer_atto": (1e-6, "norms.2.weight"),
-    "tessel_davit_atto": (1e-5, "norm2.weight"),
-}
+# of each family's dense backbone, by its smallest model
+NORMS = {n: family.dense_norm for family in zoo.list_families() for n in family.variants if n.endswith("_atto")}
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "key"),
+    [
+        ("biformer_atto", 1e-6, "extra_norms.2.weight"),
+        ("cswin_atto", 1e-5, "norm3.weight"),
+        ("litv2_atto", 1e-5, "norm2.weight"),
+        ("s2aformer_atto", 1e-6, "norms.2.weight"),
+        ("tessel_davit_atto", 1e-5, "norm2.weight"),
+    ],
+)
+def test_norms_are_those_of_the_papers(name, eps, key):
+    """eps of the norms, and the published key of the third one."""
+    assert {norm.eps for norm in DenseBackbone(name).norms.values()} == {eps}
+    assert KeyRule(NORMS[name].keys, "norms.{s}.{p}").to_ours(key) == "norms.2.weight"
 
 
 @pytest.mark.parametrize("name", ATTO)
@@ -30,11 +41,11 @@ def test_maps_and_norms(name):
     assert [m.shape[1] for m in maps] == model.channels
     assert model.strides == [4, 8, 16, 32]
     assert all(abs(m.shape[-1] - 131 / s) < 2 for m, s in zip(maps, model.strides, strict=True))
-    assert {norm.eps for norm in model.norms.values()} == ({NORMS[name][0]} if name in NORMS else set())
+    assert len(model.norms) == (4 if NORMS[name] else 0)
     plain = timm.create_model(name, features_only=True)
     plain.load_state_dict({f"model.{key}": tensor for key, tensor in model.body.state_dict().items()})
-    for level, (normed, raw) in enumerate(zip(maps, plain.eval()(x), strict=True)):
-        norm = model.norms[str(level)] if name in NORMS else nn.Identity()
+    for stage, (normed, raw) in enumerate(zip(maps, plain.eval()(x), strict=True)):
+        norm = model.norms[str(stage)] if NORMS[name] else nn.Identity()
         torch.testing.assert_close(normed, norm(raw))
 
 
@@ -42,32 +53,31 @@ def test_maps_and_norms(name):
 @settings(max_examples=4, deadline=None)
 @given(height=st.integers(33, 90), width=st.integers(33, 90))
 def test_any_size(name, height, width):
-    maps = DenseBackbone(name, levels=(1, 3)).eval()(torch.zeros(1, 3, height, width))
+    maps = DenseBackbone(name, out_indices=(1, 3)).eval()(torch.zeros(1, 3, height, width))
     assert len(maps) == 2
     assert all(m.isfinite().all() for m in maps)
 
 
 @pytest.mark.parametrize("name", ATTO)
 def test_every_parameter_is_used(name):
-    model = DenseBackbone(name, levels=(1, 2, 3))
+    model = DenseBackbone(name, out_indices=(1, 2, 3))
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def published_backbone(name: str, prefix: str) -> tuple[dict, dict, dict]:
-    """A segmenter's file for `name` without its decoder, the body it holds, and its norms by our names."""
+    """The state dict of a published segmenter without its decoder; the same backbone and norms with our keys."""
     state = timm.create_model(name).state_dict()
     ours = {key: tensor for key, tensor in state.items() if not key.startswith(("norm.", "head."))}
     marked = {key: tensor if key in ours else torch.full_like(tensor, -7) for key, tensor in state.items()}
     published = {k: t for k, t in zoo.to_published(name, marked).items() if not (t == -7).all()}
     norms = {}
-    if name in NORMS:
-        first, second = NORMS[name][1].split("3" if name == "cswin_atto" else "2")
-        for level, channels in enumerate(DenseBackbone(name).channels):
-            norms[f"{level}.weight"], norms[f"{level}.bias"] = torch.randn(channels), torch.randn(channels)
-            number = level + (name == "cswin_atto")
-            published[f"{first}{number}{second}"] = norms[f"{level}.weight"]
-            published[f"{first}{number}.bias"] = norms[f"{level}.bias"]
+    if NORMS[name]:
+        pattern = Pattern(NORMS[name].keys)
+        for stage, channels in enumerate(DenseBackbone(name).channels):
+            for last in ("weight", "bias"):
+                norms[f"{stage}.{last}"] = torch.randn(channels)
+                published[pattern.fill({"s": str(stage), "p": last})] = norms[f"{stage}.{last}"]
     return {prefix + key: tensor for key, tensor in published.items()}, ours, norms
 
 
@@ -87,25 +97,25 @@ def test_published_segmenter(name, prefix):
 def test_published_segmenter_in_part():
     state, *_ = published_backbone("cswin_atto", "backbone.")
     model = DenseBackbone("cswin_atto")
-    with pytest.raises(ValueError, match=r"norms that the checkpoint lacks: 2\.weight"):
+    with pytest.raises(ValueError, match=r"the checkpoint lacks norms that this backbone has: 2\.weight"):
         model.load_published({key: tensor for key, tensor in state.items() if key != "backbone.norm3.weight"})
     with pytest.raises(ValueError, match="stage1"):
         model.load_published({key: tensor for key, tensor in state.items() if "stage1.0.mlp" not in key})
     with pytest.raises(ValueError, match="backbone.rubbish|rubbish"):
         model.load_published(state | {"backbone.rubbish": torch.zeros(1)})
-    with pytest.raises(ValueError, match="no norm for level 0|has none for: 0"):
+    with pytest.raises(ValueError, match="norms that this backbone lacks: 0"):
         DenseBackbone("cswin_atto", norms=[False, True, True, True]).load_published(state)
 
 
-def test_starts_from_a_classifier():
+def test_loads_a_classifier():
     classifier, model = timm.create_model("litv2_atto", num_classes=10), DenseBackbone("litv2_atto")
-    model.start_from(classifier.state_dict())
+    model.load_classifier(classifier.state_dict())
     assert torch.equal(model.body.stem.conv.weight, classifier.stem.conv.weight)
-    with pytest.raises(ValueError, match="weights are not there"):
-        model.start_from({"head.fc.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="weights are missing"):
+        model.load_classifier({"head.fc.weight": torch.zeros(1)})
     other = classifier.state_dict() | {"stem.conv.weight": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"stem\.conv\.weight is \[3\]"):
-        model.start_from(other)
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight has shape \[3\]"):
+        model.load_classifier(other)
 
 
 @pytest.mark.parametrize("name", ["cswin_atto", "resnet18", "pvt_v2_b0"])
@@ -141,7 +151,7 @@ def test_models_of_timm():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="levels"):
-        DenseBackbone("cswin_atto", levels=(3, 1))
+    with pytest.raises(ValueError, match="out_indices=\\[3, 1\\] must be stages"):
+        DenseBackbone("cswin_atto", out_indices=(3, 1))
     with pytest.raises(ValueError, match="norms"):
         DenseBackbone("cswin_atto", norms=[True])

@@ -125,7 +125,7 @@ def test_backbone_begins_with_a_classifier():
     torch.manual_seed(5)
     source = timm.create_model("biformer_atto")
     body = built("fcos").backbone.body
-    body.start_from(source.state_dict())
+    body.load_classifier(source.state_dict())
     assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in body.body.state_dict().items())
 
 
@@ -135,7 +135,7 @@ def test_backbone_begins_with_a_classifier():
         ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
         ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
         ({"channels": 40}, ATTO, ["task.detect.channels=40", "with fcos"]),
-        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 levels"]),
+        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 entries"]),
         ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
         ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
         ({}, Model(name="biformer_atto", init_from="test_resnet"), ["test_resnet"]),

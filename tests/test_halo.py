@@ -297,7 +297,7 @@ def test_without_classifier_and_pooling_the_last_stage_is_the_output(reset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stages": ("C", "CB", "A", "A")}, "must spell every stage in A"),
+        ({"stages": ("C", "CB", "A", "A")}, "must consist of A"),
         ({"widths": (16, 32, 48)}, "widths=.* must have 4 entries"),
         ({"act": "swoosh"}, "act='swoosh'"),
     ],

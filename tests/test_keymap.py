@@ -1,19 +1,19 @@
-"""The language of key maps: holes, shifts, joins, dropped keys."""
+"""Key mappings: placeholders, offsets, joined tensors, dropped keys."""
 
 import pytest
 import torch
 
-from tessel.zoo._keymap import Edit, KeyMap, MissingKeys, Pattern, Rule, UnknownKeys
+from tessel.zoo._keymap import Edit, KeyMap, KeyRule, MissingKeys, Pattern, UnknownKeys
 
 JOIN = Edit(
     to_ours=lambda q, kv: (torch.cat([q, kv]),),
     to_published=lambda qkv: (qkv[: len(qkv) // 3], qkv[len(qkv) // 3 :]),
 )
 RULES = [
-    Rule("layers.{s}.merge.{p}", "stages.{s+1}.down.{p}"),
-    Rule("layers.{s}.index", None),
-    Rule(("layers.{s}.q.{p}", "layers.{s}.kv.{p}"), "stages.{s}.qkv.{p}", JOIN),
-    Rule("head.{p}", "head.fc.{p}"),
+    KeyRule("layers.{s}.merge.{p}", "stages.{s+1}.down.{p}"),
+    KeyRule("layers.{s}.index", None),
+    KeyRule(("layers.{s}.q.{p}", "layers.{s}.kv.{p}"), "stages.{s}.qkv.{p}", JOIN),
+    KeyRule("head.{p}", "head.fc.{p}"),
 ]
 PUBLISHED = {
     "layers.0.merge.weight": torch.randn(2, 2),
@@ -28,7 +28,7 @@ def key_map(parameters=OURS, buffers=()) -> KeyMap:
     return KeyMap(RULES, name="toy", parameters=parameters, buffers=buffers)
 
 
-def test_shifts_joins_and_back():
+def test_offsets_and_joined_tensors_in_both_directions():
     ours = key_map().from_published({**PUBLISHED, "layers.0.index": torch.zeros(1, dtype=torch.int64)})
     assert set(ours) == set(OURS)
     assert ours["stages.1.qkv.bias"].shape == (6,)
@@ -37,17 +37,17 @@ def test_shifts_joins_and_back():
     assert all(torch.equal(back[k], v) for k, v in PUBLISHED.items())
 
 
-def test_a_shift_has_no_negative_side():
+def test_an_offset_gives_no_negative_number():
     assert Pattern("stages.{s+1}.down.{p}").match("stages.0.down.weight") is None
     assert Pattern("stages.{s+1}.down.{p}").match("stages.4.down.weight") == {"s": "3", "p": "weight"}
 
 
-def test_a_repeated_hole_must_agree():
+def test_a_repeated_placeholder_must_have_one_value():
     pattern = Pattern("layers.{s}.blocks.{s}.{p}")
     assert pattern.match("layers.1.blocks.1.weight") and not pattern.match("layers.1.blocks.2.weight")
 
 
-def test_half_a_join_is_missing():
+def test_a_tensor_to_join_is_missing():
     with pytest.raises(MissingKeys, match=r"layers\.1\.kv\.bias"):
         key_map().from_published({k: v for k, v in PUBLISHED.items() if "kv" not in k})
 
@@ -57,7 +57,7 @@ def test_a_key_the_model_lacks_is_unknown_by_its_published_name():
         key_map().from_published({**PUBLISHED, "layers.7.merge.weight": torch.zeros(1)})
 
 
-def test_buffers_come_all_or_not_at_all():
+def test_buffers_are_all_there_or_all_absent():
     buffers = ("head.fc.mean", "head.fc.var")
     with_buffers = key_map(buffers=buffers)
     assert set(with_buffers.from_published(PUBLISHED)) == set(OURS), "gradients have no buffers"
@@ -65,7 +65,7 @@ def test_buffers_come_all_or_not_at_all():
         with_buffers.from_published({**PUBLISHED, "head.mean": torch.zeros(1)})
 
 
-def test_our_counters_need_no_published_name():
+def test_integer_counters_have_no_published_key():
     ours = key_map().from_published(PUBLISHED)
     counter = {"stem.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
     assert key_map().to_published({**ours, **counter}).keys() == PUBLISHED.keys()

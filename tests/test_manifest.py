@@ -31,7 +31,7 @@ def test_row(weight):
     assert "in1k" in weight.tag or "in22k" in weight.tag
     assert weight.url.startswith("https://") if weight.url else weight.why_no_url
     assert weight.source.startswith("https://")
-    assert weight.licence in {"MIT", "Apache-2.0"}
+    assert weight.license in {"MIT", "Apache-2.0"}
     assert weight.interpolation in {"bicubic", "bilinear"}
     assert weight.crop_mode in {"center", "squash"}
     assert weight.published_top1 is not None or weight.note
@@ -65,7 +65,7 @@ ROW = {
     "url": '"https://example.org/a.pth"',
     "sha256": f'"{DIGEST}"',
     "size": f"{len(PAYLOAD)}",
-    "licence": '"MIT"',
+    "license": '"MIT"',
     "source": '"https://example.org"',
     "published_top1": "81.5",
     "input_size": "[3, 224, 224]",
@@ -99,7 +99,7 @@ def test_load_manifest(tmp_path):
     "changes, words",
     [
         ({"colour": '"red"'}, ["unknown field 'colour'", "crop_pct"]),
-        ({"licence": None}, ["'licence' is missing"]),
+        ({"license": None}, ["'license' is missing"]),
         ({"size": '"12"'}, ["'size' = '12'", "int"]),
         ({"size": "true"}, ["'size' = True", "int"]),
         ({"size": "-1"}, ["'size' = -1"]),
@@ -156,7 +156,7 @@ def test_fetch_weight_without_url_says_why():
 
 
 def run(capsys, *argv: str, fails: bool = False) -> str:
-    """What the command prints; of one that fails, the one line on stderr."""
+    """What the command prints to stdout; if it fails, the single line that it prints to stderr."""
     status = cli.main(argv)
     printed = capsys.readouterr()
     assert status == (1 if fails else 0)
@@ -205,7 +205,7 @@ def test_verify_command(own_manifest, tmp_path, capsys):
         for word in (DIGEST, str(len(PAYLOAD)), "some_tiny.in1k"):
             assert word in printed
     path.write_bytes(PAYLOAD[1:])
-    assert "none of the manifest" in run(capsys, "verify", str(path))
+    assert "no weights in the manifest" in run(capsys, "verify", str(path))
     assert cli.main(["verify", str(path), "--name", "some_tiny"]) == 1
     assert "refused" in capsys.readouterr().err
     assert "nothing.pth" in run(capsys, "verify", str(tmp_path / "nothing.pth"), fails=True)
@@ -214,12 +214,12 @@ def test_verify_command(own_manifest, tmp_path, capsys):
 def test_verify_command_of_a_row_without_hash(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(PAYLOAD)
-    assert "no sha256 yet" in run(capsys, "verify", str(path), "--name", "biformer_small")
+    assert "not in the manifest yet" in run(capsys, "verify", str(path), "--name", "biformer_small")
 
 
 @pytest.fixture
 def zoo(monkeypatch):
-    """Stands in for the zoo: our layout calls `a` what the published one calls `A`."""
+    """A stub of `tessel.zoo` whose published key `A` is our key `a`."""
 
     def renamed(name, state, old, new):
         if name != "cswin_tiny":
@@ -237,7 +237,7 @@ def test_convert_both_ways(zoo, tmp_path, capsys):
     torch.save({"state_dict": {"A": torch.zeros(2)}, "state_dict_ema": {"A": torch.ones(2)}}, start)
     # the manifest knows that the published number of cswin_tiny.in1k belongs to the EMA weights
     printed = run(capsys, "convert", str(start), str(ours), "--model", "cswin_tiny.in1k")
-    assert "1 tensors of cswin_tiny in the tessel layout" in printed
+    assert "1 tensors of cswin_tiny with tessel keys" in printed
     assert {key: tensor.tolist() for key, tensor in read_state(ours).items()} == {"a": [1, 1]}
     run(capsys, "convert", str(ours), str(back), "--model", "cswin_tiny", "--to", "published")
     assert {key: tensor.tolist() for key, tensor in read_state(back).items()} == {"A": [1, 1]}

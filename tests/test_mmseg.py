@@ -140,7 +140,7 @@ def test_starts_from_a_file(registered, kind, tmp_path):
     source = DenseBackbone("litv2_atto")
     for norm in source.norms.values():
         torch.nn.init.normal_(norm.weight)
-    source.start_from(classifier)
+    source.load_classifier(classifier)
     published = zoo.to_published("litv2_atto", classifier)
     body = {k: t for k, t in published.items() if not k.startswith(("norm.", "head."))}
     head = {"decode_head.conv_seg.weight": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""`create_model(..., pretrained=True)` on a published file served from a local URL, and everything it must refuse."""
+"""`create_model(..., pretrained=True)` with a file served from a local URL, and the files that it must reject."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, published):
-    """A folder with the release as its authors wrap it: the weights under `model`, beside other things."""
+    """A folder with a checkpoint like the published one: the weights under `model`, and other entries."""
     root = tmp_path_factory.mktemp("release")
     counters = {k: torch.zeros(s, dtype=torch.int64) for k, s, _ in golden.load(NAME)["index_buffers"]}
     torch.save({"model": {**published, **counters}, "epoch": 299}, root / "model.pth")
@@ -65,7 +65,8 @@ def from_manifest(monkeypatch, server, folder, tmp_path):
 
 
 def left_behind(tmp_path: Path) -> list[Path]:
-    return [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] if (tmp_path / "cache").exists() else []
+    """The files in the cache, without the empty lock files."""
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_download_hash_conversion_strict_load(from_manifest, folder, published, tmp_path):
@@ -89,12 +90,12 @@ def test_adapts_channels_classes_and_features(from_manifest, published):
     torch.testing.assert_close(features.model.stem[0].conv.weight, stem)
 
 
-def test_a_file_by_hand(folder, published):
+def test_a_local_file_loads(folder, published):
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(folder / "model.pth")})
     torch.testing.assert_close(model.stem[0].conv.weight, published["downsample_layers.0.0.weight"])
 
 
-def test_our_own_layout_loads_too(tmp_path):
+def test_a_state_dict_with_our_keys_loads(tmp_path):
     model = timm.create_model(NAME)
     torch.save(model.state_dict(), tmp_path / "ours.pt")
     again = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "ours.pt")})
@@ -110,12 +111,12 @@ def test_hub_export_round_trip(tmp_path):
 
 
 def test_model_without_weights_says_so():
-    with pytest.raises(ValueError, match="biformer_atto.*no published weights.*pretrained=False"):
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_atto.*pretrained=False"):
         timm.create_model("biformer_atto", pretrained=True)
 
 
 def test_row_without_url_says_why():
-    with pytest.raises(ValueError, match=r"biformer_small\.in1k.*no longer answers.*file="):
+    with pytest.raises(RuntimeError, match=r"biformer_small\.in1k.*no longer answers.*file="):
         timm.create_model("biformer_small", pretrained=True)
 
 

@@ -84,7 +84,7 @@ def test_recipe_holds_the_published_figures(name):
     assert f" -m tessel.train ade20k/{name} data.root=ADE20K\n" in text
     assert f"mIoU {miou} % (published" in text and "not run so far" in " ".join(text.replace("\n#", " ").split())
     assert all(f"\n# {key}:" in text for key in ("command", "hardware", "time", "expected", "source"))
-    paper = FAMILIES[recipe.model.name].cfg["paper_ids"].replace("arXiv:", "arXiv ")
+    paper = FAMILIES[recipe.model.name].pretrained_cfg["paper_ids"].replace("arXiv:", "arXiv ")
     assert paper in text and re.search(r"arXiv \d{4}\.\d{5}", text)
 
 

@@ -85,7 +85,7 @@ def test_recipe_holds_the_published_figures(name):
     assert planned.warmup == 500 and planned.micro_batch == 2 and planned.accumulate == 1
     expected = ", ".join(f"{kind} AP {value:.1f}" for kind, value in zip(("box", "mask"), results, strict=False))
     assert f"expected:   {expected} (published); not reached by us: not run so far" in text
-    paper = FAMILIES[model].cfg["paper_ids"].replace("arXiv:", "arXiv ")
+    paper = FAMILIES[model].pretrained_cfg["paper_ids"].replace("arXiv:", "arXiv ")
     assert paper in text and re.search(r"^# source: ", text, re.MULTILINE)
     assert f"coco/{name} data.root=COCO" in text
 

@@ -86,7 +86,7 @@ def test_heads_train_every_weight_and_give_logits_at_any_size(kind, batch):
     head, neck, levels = HEADS[kind]
     aux = {"type": "FCNHead", "channels": 8, "num_convs": 1, "in_index": levels[-1]} if not neck else {}
     model = assembled(head, neck=neck, auxiliary_head=aux)
-    assert model.backbone.levels == levels
+    assert model.backbone.out_indices == levels
     total(model(*batch)).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
     assert {name.partition(".")[0] for name, _ in model.named_parameters()} == {

@@ -1,4 +1,4 @@
-"""timm's own model tests, from its source distribution, on every model of ours: the yardstick of the contract."""
+"""timm's own model tests, from its source distribution, run on all models of this package."""
 
 import os
 import re
@@ -19,7 +19,7 @@ import tessel.zoo
 
 
 def structures(variants: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the variants, each structure once: a fine-tuned model may be built like the one it comes from."""
+    """Names of variants with different configurations; a fine-tuned model may have that of the model it comes from."""
     first = {}
     for name, row in variants.items():
         first.setdefault(row, name)
@@ -36,7 +36,7 @@ ATTO = tuple(name for names in FAMILIES for name in names if name.endswith("_att
 
 @pytest.fixture(scope="session")
 def model_tests() -> Path:
-    """`tests/test_models.py` of the installed timm; skips where its source distribution cannot be had."""
+    """`tests/test_models.py` of the installed timm; skips the test if the source distribution cannot be downloaded."""
     home = Path(tempfile.gettempdir()) / f"timm-{timm.__version__}-tests"
     file = home / f"timm-{timm.__version__}" / "tests" / "test_models.py"
     if not file.exists():
@@ -54,7 +54,7 @@ def model_tests() -> Path:
 
 
 def passed(models: tuple[str, ...], file: Path) -> int:
-    """How many of timm's core tests pass for `models`; fails with their output if one does not."""
+    """Number of timm's core tests that pass for `models`; fails with their output if one fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "timm_yardstick", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--rootdir", str(file.parent), "-c", os.devnull, str(file)]
     here = Path(__file__).parent
@@ -79,5 +79,5 @@ def test_models_pass_timms_tests(models, model_tests):
 @pytest.mark.large
 @pytest.mark.parametrize("model", LARGE)
 def test_large_models_pass_timms_tests(model, model_tests):
-    """They differ from others of their families in width, depth and image size alone."""
+    """Run by hand: these differ from other models of their families only in width, depth and image size."""
     assert passed((model,), model_tests) >= len(CORE_TESTS)

@@ -1,9 +1,12 @@
-"""The contract of every family, on its smallest model: what users of timm and PyTorch may ask of it."""
+"""The behavior that users of timm and PyTorch expect of a model, tested on the smallest model of every family."""
 
 import copy
+import inspect
 import json
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +17,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 import tessel.zoo
+from tessel.checkpoints import load_manifest
 from tessel.zoo._backbone import Backbone, Stage
 
 
@@ -24,7 +28,7 @@ def make(name: str, **kwargs) -> Backbone:
 
 
 def small(name: str, **kwargs) -> nn.Module:
-    """The model with ten classes, so that heads weigh little."""
+    """The model with ten classes, for a small head."""
     return timm.create_model(name, num_classes=10, **kwargs)
 
 
@@ -38,7 +42,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_names_are_not_timms():
+def test_no_name_is_one_of_timms():
     listing = subprocess.run(
         [sys.executable, "-c", "import json, timm; print(json.dumps(timm.list_models()))"],
         capture_output=True, text=True, check=True,
@@ -49,6 +53,52 @@ def test_names_are_not_timms():
 def test_every_family_has_an_atto_row():
     for family in tessel.zoo.list_families():
         assert sum(name.endswith("_atto") for name in family.variants) == 1, family.variants
+
+
+@pytest.mark.parametrize("family", tessel.zoo.list_families(), ids=lambda family: family.model.__name__)
+def test_entry_points_are_attributes_of_their_module(family):
+    module = sys.modules[family.build.__module__]
+    star: dict[str, object] = {}
+    exec(f"from {module.__name__} import *", star)
+    lines = Path(str(module.__file__)).read_text().splitlines()
+    for name, cfg in family.variants.items():
+        entry_point = getattr(module, name)
+        assert star[name] is entry_point is timm.models.model_entrypoint(name)
+        assert (entry_point.__name__, entry_point.__qualname__, entry_point.__module__) == (name, name, module.__name__)
+        assert pickle.loads(pickle.dumps(entry_point)) is entry_point
+        assert list(inspect.signature(entry_point).parameters) == ["pretrained", "kwargs"]
+        assert inspect.getsourcefile(inspect.unwrap(entry_point)) == module.__file__
+        doc = inspect.getdoc(entry_point) or ""
+        assert all(f"{field} = {value!r}" in doc for field, value in vars(cfg).items())
+        size = " x ".join(map(str, timm.get_pretrained_cfg(name).input_size))
+        tags = [weight.tag for weight in load_manifest().values() if weight.model == name]
+        assert f"Input size: {size}" in doc and all(tag in doc for tag in tags)
+        source, number = doc.splitlines()[-1].removeprefix("Source: ").rstrip(".").split(":")
+        assert source == module.__name__.replace(".", "/") + ".py"
+        assert lines[int(number) - 1].strip().startswith(f'"{name}": ')
+
+
+def test_each_family_has_a_class_that_adds_nothing_but_its_name():
+    classes = [family.model for family in tessel.zoo.list_families()]
+    assert len(set(classes)) == len(classes)
+    for cls in classes:
+        assert cls.__bases__ == (Backbone,)
+        assert {name for name in vars(cls) if name not in ("__firstlineno__", "__static_attributes__")} == {
+            "__doc__",
+            "__module__",
+        }
+        assert cls.__doc__ and cls.__module__ == f"tessel.zoo.{Path(inspect.getfile(cls)).stem}"
+
+
+def test_models_are_of_the_class_of_their_family(model_name):
+    model = small(model_name).eval()
+    cls = next(family.model for family in tessel.zoo.list_families() if model_name in family.variants)
+    assert type(model) is cls and repr(model).startswith(f"{cls.__name__}(")
+    assert type(timm.create_model(model_name, features_only=True).model) is cls
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(copy.deepcopy(model)) is cls
+    x = images(64, 64)
+    torch.testing.assert_close(again(x), model(x))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 13), (33, 65), (40, 52), (64, 64)], ids=str)
@@ -93,7 +143,7 @@ def test_constructor_arguments(model_name, pool):
     x = torch.randn(2, 1, 64, 64)
     y = model(x)
     assert y.shape == (2, 7) if pool else y.dim() == 4
-    assert model.num_classes == classes and model.in_chans == 1
+    assert model.num_classes == classes and model.in_chans == 1 and model.drop_rate == 0.1
     assert model.num_features == model.feature_info[-1]["num_chs"]
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape[1] == model.head_hidden_size
 
@@ -101,6 +151,19 @@ def test_constructor_arguments(model_name, pool):
 def test_unknown_arguments_are_named(model_name):
     with pytest.raises(TypeError, match="no_such_argument"):
         timm.create_model(model_name, no_such_argument=1)
+    with pytest.raises(TypeError, match=r"'drop_path_rates' \(did you mean 'drop_path_rate'\?\); .* drop_path_rate, "):
+        timm.create_model(model_name, drop_path_rates=1)
+    for argument in ("norm_layer", "act_layer", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"):
+        with pytest.raises(TypeError, match=f"unknown argument '{argument}'"):
+            timm.create_model(model_name, **{argument: 0.1})
+    if model_name != "transnext_atto":
+        with pytest.raises(TypeError, match="'img_size'; the model takes images of any size without it"):
+            timm.create_model(model_name, img_size=64)
+
+
+def test_torchscript_is_refused(model_name):
+    with pytest.raises(NotImplementedError, match=f"{model_name} cannot be compiled by TorchScript.*torch.export"):
+        timm.create_model(model_name, scriptable=True)
 
 
 def test_unsupported_pooling_is_refused(model_name):
@@ -132,6 +195,19 @@ def test_classifier_is_reset_and_removed(model_name):
     assert model(x).shape == (2, 3)
     model.double().reset_classifier(4)
     assert model(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("pool", [None, "max"])
+def test_a_new_classifier_keeps_all_other_weights(model_name, pool):
+    model = make(model_name, num_classes=10)
+    kept = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("head.fc.")}
+    old = model.head.fc.weight.std().item()
+    model.reset_classifier(200, pool)
+    state = model.state_dict()
+    assert state.keys() - kept.keys() == {"head.fc.weight", "head.fc.bias"}
+    assert all(torch.equal(state[key], tensor) for key, tensor in kept.items())
+    # the new classifier is initialized as the old one was
+    assert state["head.fc.weight"].std().item() == pytest.approx(old, rel=0.2) and not state["head.fc.bias"].any()
 
 
 def test_intermediates(model_name):
@@ -201,11 +277,11 @@ def test_gradient_checkpointing_changes_nothing(model_name):
     plain = gradients(model, x)
     model.load_state_dict(state)
     model.set_grad_checkpointing()
-    assert sum(stage.checkpointing for stage in model.stages) == len(model.stages)
+    assert sum(stage.grad_checkpointing for stage in model.stages) == len(model.stages) and model.grad_checkpointing
     for name, grad in gradients(model, x).items():
         torch.testing.assert_close(grad, plain[name], rtol=1e-9, atol=1e-12, msg=name)
     model.set_grad_checkpointing(False)
-    assert not any(stage.checkpointing for stage in model.stages)
+    assert not any(stage.grad_checkpointing for stage in model.stages) and not model.grad_checkpointing
 
 
 def test_gradient_checkpointing_is_not_nested(model_name, monkeypatch):
@@ -247,7 +323,7 @@ def test_bfloat16_weights(model_name):
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
 
 
-def test_initialisation_is_total(model_name):
+def test_init_weights_sets_every_parameter_and_buffer(model_name):
     model = make(model_name, num_classes=10, device="meta")
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
     model.to_empty(device="cpu")
@@ -257,7 +333,7 @@ def test_initialisation_is_total(model_name):
     torch.manual_seed(0)
     model.init_weights()
     assert all(t.isfinite().all() for t in [*model.parameters(), *model.buffers()])
-    # and it is the initialisation that construction gives: same values where no random number is drawn, same spread
+    # the constructor initializes in the same way: equal constants, and random values of the same standard deviation
     fresh = dict(small(model_name).named_parameters())
     for name, p in model.named_parameters():
         assert p.std(unbiased=False).item() == pytest.approx(fresh[name].std(unbiased=False).item(), rel=0.5, abs=1e-2)
@@ -277,7 +353,7 @@ def test_deep_copies_are_independent(model_name):
     with torch.no_grad():
         next(twin.parameters()).add_(1.0)
     assert not torch.equal(next(twin.parameters()), next(model.parameters()))
-    # tables made under inference mode must not stop a later training step
+    # tables cached in inference mode must not break a later training step
     model.train()(x).sum().backward()
 
 
@@ -331,10 +407,16 @@ def test_exports(model_name):
     assert not any("tessel" in str(node.target) for node in program.graph.nodes), "the graph must not need tessel"
 
 
-def test_stages_own_the_checkpointing(model_name):
+@pytest.mark.filterwarnings("ignore")  # torch's own, about tracing
+def test_traces(model_name):
+    model = small(model_name).eval()
+    x = images(64, 64)
+    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_every_stage_is_a_stage(model_name):
     model = make(model_name)
     assert all(isinstance(stage, Stage) for stage in model.stages)
-    assert type(model) is Backbone, "Backbone is never subclassed"
 
 
 def test_default_cfg_names_layers_that_exist(model_name):

@@ -1,7 +1,7 @@
-"""A pytest plugin that points timm's own model tests at our models: `pytest -p timm_yardstick .../test_models.py`.
+"""A pytest plugin that runs timm's own model tests on our models: `pytest -p timm_yardstick .../test_models.py`.
 
-Each of timm's tests is parametrised by a call of `timm.list_models`, which here lists ours, as many as
-`TESSEL_YARDSTICK` (names separated by commas) allows.
+timm's tests are parametrized by calls of `timm.list_models`, which this plugin replaces: it lists the models named in
+`TESSEL_YARDSTICK`, separated by commas. timm's TorchScript tests are left out, see docs/models.md.
 """
 
 import os
@@ -25,7 +25,7 @@ CORE_TESTS = (
 
 
 def _list_models(*args, include_tags: bool = False, pretrained: bool = False, filter="", **kwargs) -> list[str]:
-    # what needs the network, and what timm lists by name pattern, is not about our models
+    # tests that need the network, and those that timm parametrizes by name patterns, are not for our models
     if pretrained or filter or (args and args[0]):
         return []
     names = os.environ["TESSEL_YARDSTICK"].split(",")

@@ -1,10 +1,11 @@
-"""Structure: backbones registered with timm, and the maps between published checkpoints and ours.
+"""The model families, registered with timm, and the conversion of published checkpoints to our keys and back.
 
-Importing this module registers every family; `timm.create_model("biformer_small")` then builds one.
+Importing this package registers every family; `timm.create_model("biformer_small")` then makes a model.
 """
 
 from . import affnet, biformer, cswin, davit, halonet, litv2, s2aformer, transnext
-from ._registry import from_published, list_families, list_models, to_published
+from ._conversion import from_published, to_published
+from ._family import list_families, list_models
 
 __all__ = [
     "affnet",

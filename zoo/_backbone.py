@@ -1,12 +1,13 @@
-"""The timm contract, once, for every family.
+"""The interface that timm expects of a model, written once for all families.
 
-A family hands over finished modules (`Parts`); `Backbone` adds what timm asks of a model and nothing else. It is never
-subclassed and has no options: what differs between families is composed in the family's file.
+A family builds its modules and returns them as `BackboneParts`; `Backbone` adds timm's methods and attributes. Each
+family has a subclass of `Backbone` that defines a name and a docstring, no behavior: whatever differs between families
+belongs into the modules that the family builds.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from timm.layers import get_device_dtype
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 
 class Stage(nn.Module):
-    """`norm(blocks(down(x)))`: `[B, C_in, H, W] -> [B, dim, H/stride, W/stride]`, rounded as `down` rounds.
+    """`norm(blocks(down(x)))`: `[B, C_in, H, W] -> [B, dim, ~H/stride, ~W/stride]`; `down` decides the rounding.
 
-    Gradient checkpointing acts here, on the blocks, and nowhere else.
+    Gradient checkpointing is applied to the blocks of a stage and nowhere else, so that it is never nested.
     """
 
     def __init__(
@@ -31,64 +32,112 @@ class Stage(nn.Module):
         norm: nn.Module | None = None,
     ):
         super().__init__()
-        self.dim, self.stride, self.checkpointing = dim, stride, False
+        self.dim, self.stride, self.grad_checkpointing = dim, stride, False
         self.down = nn.Identity() if down is None else down
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
-        x = checkpoint_seq(self.blocks, x) if self.checkpointing and self.training else self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
         return self.norm(x)
 
 
-def keep_initialisation(module: nn.Module) -> None:
-    """The default of `Parts.init`: every layer stays as its class initialises it."""
+class Head(Protocol):
+    """A classification head; timm's `ClassifierHead` and `NormMlpClassifierHead` have this interface."""
+
+    @property
+    def fc(self) -> nn.Module:
+        """The classifier, `nn.Identity` where there is none."""
+        ...
+
+    @property
+    def drop(self) -> nn.Dropout:
+        """Dropout before the classifier."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """Width of the input of `fc`."""
+        ...
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace `fc` by a new one (0 classes: by none) and, unless `pool_type` is None, the pooling.
+
+        Layers between pooling and `fc` keep their weights; `reset_other` removes them. `in_features` is the number of
+        input channels, where it changes.
+        """
+        ...
+
+    def __call__(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """`[B, C, H, W]` to logits, or with `pre_logits` to the input of `fc`."""
+        ...
+
+
+def keep_initialization(module: nn.Module) -> None:
+    """The default of `BackboneParts.init`: leaves every layer as its class initializes it."""
 
 
 @dataclass
-class Parts:
-    """What a family hands over.
+class BackboneParts:
+    """The modules of a model and what `Backbone` must know about them; returned by the `build` of a family.
 
-    `head` has `fc`, `num_features`, `reset(num_classes, pool_type, in_features=...)` and `forward(x, pre_logits=...)`,
-    as timm's heads do. `no_decay` names parameters (last part of the key) with two or more dimensions that take no
-    weight decay.
-    `init(module)` is called on every module after its class has initialised it.
+    no_weight_decay: last parts of the names of parameters that have two or more dimensions and take no weight decay.
+    init: called on every module after the initialization of its own class.
     """
 
     stem: nn.Module
     stages: Sequence[Stage]
-    head: Any
+    head: Head
     norm: nn.Module | None = None
     stem_stride: int = 4
-    no_decay: frozenset[str] = field(default_factory=frozenset)
-    init: Callable[[nn.Module], None] = keep_initialisation
+    no_weight_decay: frozenset[str] = field(default_factory=frozenset)
+    init: Callable[[nn.Module], None] = keep_initialization
 
 
 class Backbone(nn.Module):
     """A hierarchical vision backbone: image `[B, in_chans, H, W]` to logits `[B, num_classes]`, any H, W >= 1.
 
-    `feature_info` lists the stages: channels, stride and module path of each.
+    Images of any memory format are converted to channels_last, which the token mixers rely on; feature maps are
+    channels_last too. `feature_info` lists channels, stride and module path of each stage.
     """
 
-    def __init__(self, parts: Parts, *, num_classes: int, in_chans: int):
+    def __init__(self, parts: BackboneParts, *, num_classes: int, in_chans: int):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.stem = parts.stem
         self.stages = nn.Sequential(*parts.stages)
         self.norm = nn.Identity() if parts.norm is None else parts.norm
-        self.head: Any = parts.head
+        self.head = parts.head
         self.num_features = parts.stages[-1].dim
         self.head_hidden_size = self.head.num_features
-        self._no_decay, self._init = parts.no_decay, parts.init
+        self._no_weight_decay, self._init = parts.no_weight_decay, parts.init
         self.feature_info, reduction = [], parts.stem_stride
         for i, stage in enumerate(parts.stages):
             reduction *= stage.stride
             self.feature_info.append({"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{i}"})
         self.apply(self._init)
 
+    @property
+    def drop_rate(self) -> float:
+        """Dropout probability before the classifier."""
+        return self.head.drop.p
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the backward pass recomputes the blocks; `set_grad_checkpointing` changes it."""
+        return any(getattr(stage, "grad_checkpointing", False) for stage in self.stages)
+
     def init_weights(self) -> None:
-        """Fill every parameter and buffer anew, as construction does; for models made on the meta device."""
+        """Initialize all parameters and buffers again, as the constructor does; for models made on the meta device."""
         for module in self.modules():
             # batch norm resets its running statistics in `reset_parameters` too
             reset = getattr(module, "reset_parameters", None)
@@ -97,7 +146,7 @@ class Backbone(nn.Module):
         self.apply(self._init)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image to the last, normalised feature map `[B, num_features, h, w]`."""
+        """Image to the last feature map after the final norm, `[B, num_features, h, w]`."""
         return self.norm(self.stages(self.stem(x.contiguous(memory_format=torch.channels_last))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -116,10 +165,11 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The chosen stages' outputs, each `[B, C, h, w]`, and before them the final map unless `intermediates_only`.
+        """The outputs `[B, C, h, w]` of the chosen stages; unless `intermediates_only`, the final map and these.
 
-        `indices`: an int for the last n stages, a list (negatives allowed), None for all. `norm` applies the final norm
-        to the last stage's output. `stop_early` computes no further than needed; the final map is then un-normalised.
+        indices: an int for the last n stages, a list (negatives allowed), None for all. norm: apply the final norm to
+        the output of the last stage. stop_early: do not run the stages after the last chosen one; the final map is
+        then the output of that stage, without the final norm.
         """
         assert output_fmt == "NCHW", f"output_fmt={output_fmt!r}: feature maps are NCHW only"
         take, last = feature_take_indices(len(self.stages), indices)
@@ -136,7 +186,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen stages do not need; returns their absolute indices."""
+        """Remove the layers that the outputs of the chosen stages do not need; returns the stages' absolute indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -146,19 +196,18 @@ class Backbone(nn.Module):
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
             self.num_classes = 0
-            # `reset_other`: what stands between pooling and classifier goes too
             self.head.reset(0, "", reset_other=True, in_features=self.num_features, **get_device_dtype(self))
             self.head_hidden_size = self.head.num_features
         return take
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            stage.checkpointing = enable
+            stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Parameter groups from input to output, for layer decay: by block, or by stage if `coarse`."""
+        """timm's parameter groups from input to output, for layer decay: one per block, or per stage if `coarse`."""
         blocks = [
             (r"^stages\.(\d+)\.down", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -168,16 +217,21 @@ class Backbone(nn.Module):
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))] if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay beside biases and one-dimensional ones."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in self._no_decay}
+        """Names of parameters that take no weight decay, besides biases and one-dimensional parameters."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in self._no_weight_decay}
 
     def get_classifier(self) -> nn.Module:
-        """The layer that makes logits; identity where there is none."""
+        """The layer that computes the logits; `nn.Identity` where there is none."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0: none), with the pooling kept unless `global_pool` names another."""
+        """Replace the classifier by a new one for `num_classes` (0: by none), and the pooling unless it is None.
+
+        All other weights of the model are kept.
+        """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head.apply(self._init)
+        self.head.reset(
+            num_classes, global_pool, reset_other=False, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.get_classifier().apply(self._init)
         self.head_hidden_size = self.head.num_features

@@ -1,8 +1,8 @@
-"""Key maps: how a published checkpoint's keys and tensors correspond to ours, as data, total in both directions.
+"""Key mappings between a published checkpoint and our state dicts, written as data and applied in both directions.
 
-A rule pairs a published pattern with ours. A hole `{s}` stands for a number, the hole `{p}` for a last name such as
-`weight`; `{s+1}` on our side is the number on theirs plus one. The first rule whose pattern matches a key decides, so
-literal rules stand above general ones.
+A rule pairs a published key pattern with ours. The placeholder `{p}` stands for a last name such as `weight`, any other
+placeholder, as `{s}`, for a number; `{s+1}` is that number plus one. The first rule with a matching pattern applies, so
+more specific rules come first.
 """
 
 import difflib
@@ -15,14 +15,14 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 
-_HOLE = re.compile(r"\{([a-z]+)([+-]\d+)?\}")
+_PLACEHOLDER = re.compile(r"\{([a-z]+)([+-]\d+)?\}")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of tensors on the way: from the published ones to ours, and back. Both map tuples to tuples.
+    """Functions that rearrange tensors, from the published ones to ours and back; both map tensors to a tuple of them.
 
-    It must be a rearrangement (permutation, reshape, concatenation), so that it serves gradients as it serves weights.
+    They may permute, reshape, split and concatenate, so that gradients can be converted like weights.
     """
 
     to_ours: Callable[..., tuple[Tensor, ...]]
@@ -31,43 +31,48 @@ class Edit:
 
 @dataclass(frozen=True)
 class Pattern:
+    """A key with placeholders, such as `layers.{s}.norm.{p}`."""
+
     text: str
 
     @cached_property
-    def _holes(self) -> list[tuple[str, int]]:
-        return [(name, int(shift or 0)) for name, shift in _HOLE.findall(self.text)]
+    def _offsets(self) -> dict[str, int]:
+        return {name: int(offset or 0) for name, offset in _PLACEHOLDER.findall(self.text)}
 
     @cached_property
     def _regex(self) -> re.Pattern:
         parts, end, seen = [], 0, set()
-        for hole in _HOLE.finditer(self.text):
-            name = hole[1]
+        for found in _PLACEHOLDER.finditer(self.text):
+            name = found[1]
             body = r"[A-Za-z_]\w*" if name == "p" else r"\d+"
             parts += [
-                re.escape(self.text[end : hole.start()]),
+                re.escape(self.text[end : found.start()]),
                 f"(?P={name})" if name in seen else f"(?P<{name}>{body})",
             ]
-            end = hole.end()
+            end = found.end()
             seen.add(name)
         return re.compile("".join(parts) + re.escape(self.text[end:]))
 
     def match(self, key: str) -> dict[str, str] | None:
-        """The holes' contents, shifts undone; None where the key is not of this pattern."""
+        """The values of the placeholders, offsets subtracted; None if `key` does not match."""
         found = self._regex.fullmatch(key)
         if found is None:
             return None
-        shifts = dict(self._holes)
-        values = {k: v if k == "p" else str(int(v) - shifts[k]) for k, v in found.groupdict().items()}
+        values = {k: v if k == "p" else str(int(v) - self._offsets[k]) for k, v in found.groupdict().items()}
         return None if any(v.startswith("-") for v in values.values()) else values
 
     def fill(self, values: Mapping[str, str]) -> str:
-        return _HOLE.sub(lambda h: values[h[1]] if h[1] == "p" else str(int(values[h[1]]) + int(h[2] or 0)), self.text)
+        """The key with these values of the placeholders."""
+        return _PLACEHOLDER.sub(
+            lambda found: values[found[1]] if found[1] == "p" else str(int(values[found[1]]) + int(found[2] or 0)),
+            self.text,
+        )
 
 
-class Rule:
-    """One published pattern (or several, in order) for one of ours (or several); `ours=None` drops the key.
+class KeyRule:
+    """Maps published keys of one pattern (or of several, in order) to ours; `ours=None` drops them.
 
-    A dropped key holds nothing that training changed: it is rebuilt by the model and absent from what we publish.
+    Only keys that training does not change may be dropped: the model recomputes them, and `to_published` omits them.
     """
 
     def __init__(self, published: str | Sequence[str], ours: str | Sequence[str] | None, edit: Edit | None = None):
@@ -75,13 +80,18 @@ class Rule:
         self.ours: tuple[Pattern, ...] = () if ours is None else _patterns(ours)
         self.edit = edit
 
+    def to_ours(self, key: str) -> str | None:
+        """Our name of the published `key`, for rules with one pattern on each side; None if `key` does not match."""
+        values = self.published[0].match(key)
+        return None if values is None else self.ours[0].fill(values)
+
 
 class UnknownKeys(ValueError):
-    """Keys that no rule maps, or that the model lacks."""
+    """Keys that no rule maps, or that the model does not have."""
 
 
 class MissingKeys(ValueError):
-    """Keys without which the model would be loaded in part."""
+    """Keys of the model that the checkpoint does not have."""
 
 
 def _patterns(texts: str | Sequence[str]) -> tuple[Pattern, ...]:
@@ -91,40 +101,40 @@ def _patterns(texts: str | Sequence[str]) -> tuple[Pattern, ...]:
 class KeyMap:
     """The rules of one model, applied in either direction to a dict of weights or of gradients.
 
-    `parameters` and `buffers` are our model's keys; integer buffers (counters, index tables) carry no weights and are
-    dropped on the way, as are keys whose rule says so.
+    `parameters` and `buffers` are the keys of our model. Integer buffers (counters, index tables) are not converted:
+    they hold no weights.
     """
 
-    def __init__(self, rules: Iterable[Rule], *, name: str, parameters: Iterable[str], buffers: Iterable[str] = ()):
+    def __init__(self, rules: Iterable[KeyRule], *, name: str, parameters: Iterable[str], buffers: Iterable[str] = ()):
         self.rules, self.name = tuple(rules), name
         self.parameters, self.buffers = frozenset(parameters), frozenset(buffers)
 
     def knows(self, state: State) -> bool:
-        """Whether every key of `state` is of this published layout."""
+        """Whether a rule matches every key of `state`, a published state dict."""
         return all(self._find(key, to_ours=True)[0] for key in state)
 
     def from_published(self, state: State, *, optional: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-        """Ours from published. `optional` names keys of ours that may be absent (a classifier).
+        """Published state dict to ours. `optional`: those of our keys that may be missing, as a classifier.
 
         Raises UnknownKeys or MissingKeys, naming published keys.
         """
         result = self._convert(state, to_ours=True)
-        extra = [key for key in result if key not in self.parameters | self.buffers]
-        self._refuse(UnknownKeys, [self._published_name(key) for key in extra], "published keys it has no place for")
+        unknown = [key for key in result if key not in self.parameters | self.buffers]
+        self._refuse(UnknownKeys, [self._published_name(key) for key in unknown], "published keys the model lacks")
         missing = self._missing(result) - optional
-        self._refuse(MissingKeys, [self._published_name(key) for key in missing], "published keys that are not there")
+        self._refuse(MissingKeys, [self._published_name(key) for key in missing], "published keys are missing")
         return result
 
     def to_published(self, state: State) -> dict[str, Tensor]:
-        """Published from ours. Raises UnknownKeys or MissingKeys, naming our keys."""
-        extra = [k for k, t in state.items() if k not in self.parameters | self.buffers and t.is_floating_point()]
-        self._refuse(UnknownKeys, extra, "keys that are not the model's")
-        self._refuse(MissingKeys, self._missing(state), "keys that are not there")
+        """Our state dict to the published layout. Raises UnknownKeys or MissingKeys, naming our keys."""
+        unknown = [k for k, t in state.items() if k not in self.parameters | self.buffers and t.is_floating_point()]
+        self._refuse(UnknownKeys, unknown, "keys the model lacks")
+        self._refuse(MissingKeys, self._missing(state), "keys are missing")
         return self._convert(state, to_ours=False)
 
     def _missing(self, state: Iterable[str]) -> frozenset[str]:
         missing = (self.parameters | self.buffers) - set(state)
-        # gradients come without any buffer; weights come with all of them
+        # a dict of gradients has no buffers, a state dict has all of them
         return missing - self.buffers if self.buffers <= missing else missing
 
     def _convert(self, state: State, *, to_ours: bool) -> dict[str, Tensor]:
@@ -136,7 +146,7 @@ class KeyMap:
                 continue
             rule, values = self._find(key, to_ours=to_ours)
             if rule is None:
-                # a counter of ours (batch norm) needs no published name
+                # integer counters of batch norm have no published name
                 if to_ours or tensor.is_floating_point():
                     unknown.append(key)
                 continue
@@ -145,15 +155,16 @@ class KeyMap:
             done.update(names)
             if not targets or not tensor.is_floating_point():
                 continue
-            self._refuse(MissingKeys, [n for n in names if n not in state], f"keys that belong to {key!r}")
+            missing = [n for n in names if n not in state]
+            self._refuse(MissingKeys, missing, f"keys needed together with {key!r} are missing")
             tensors = tuple(state[name] for name in names)
             if rule.edit is not None:
                 tensors = (rule.edit.to_ours if to_ours else rule.edit.to_published)(*tensors)
             result.update(zip((pattern.fill(values) for pattern in targets), tensors, strict=True))
-        self._refuse(UnknownKeys, unknown, "keys that no rule of its key map knows")
+        self._refuse(UnknownKeys, unknown, "keys that no rule of the key mapping matches")
         return result
 
-    def _find(self, key: str, *, to_ours: bool) -> tuple[Rule | None, dict[str, str]]:
+    def _find(self, key: str, *, to_ours: bool) -> tuple[KeyRule | None, dict[str, str]]:
         for rule in self.rules:
             for pattern in rule.published if to_ours else rule.ours:
                 values = pattern.match(key)
@@ -171,6 +182,6 @@ class KeyMap:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of `words`, or nothing."""
+    """The hint ` (did you mean 'x'?)` with the closest of `words`, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,9 +1,9 @@
 """AFFNet: Adaptive Frequency Filters As Efficient Global Token Mixers.
 
-Huang, Zhang, Lan, Zha, Lu, Guo, ICCV 2023, arXiv 2307.14008: sec. 3.2 and 3.3 (the filter), 3.4 (architecture) and the
-released code github.com/microsoft/TokenMixers (MIT, derived from Apple's CVNets), whose keys and weights these models
-share. Activations, norms and the order inside a block follow the released code and configuration of AFFNet-ET; the
-paper's figures draw neither the inner shortcuts nor the last norm.
+Huang, Zhang, Lan, Zha, Lu, Guo, ICCV 2023, arXiv 2307.14008: sec. 3.2 and 3.3 (the filter), 3.4 (architecture).
+Released code: github.com/microsoft/TokenMixers (MIT, derived from Apple's CVNets); its checkpoints load. Activations,
+norms and the order of layers in a block follow that code with the configuration of AFFNet-ET; the paper's figures show
+neither the shortcuts inside a block nor its last norm.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,24 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 
 from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
-from ._backbone import Parts, Stage
+from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, conv_norm_act
-from ._keymap import Rule
-from ._registry import Family, register
+from ._family import Family
+from ._keymap import KeyRule
+from ._registry import register
+
+__all__ = ["AFFNet", "AFFNetConfig"]
 
 
 @dataclass(frozen=True)
-class AFFNet:
-    """Columns of the released model table.
+class AFFNetConfig:
+    """Columns of the table of models in the released code.
 
-    `stem` holds the widths of the first convolution and of the inverted residual behind it, `dims` those of the four
-    stages. `depths` counts the inverted residuals of the first stage, then the inner blocks of the others. `expansion`
-    is that of the inverted residuals, `mlp_ratio` that of the channel mixers; the head's width is `head_ratio` times
-    the last stage's, at most `max_head_width`. An `output_stride` of 16 or 8 keeps the last one or two stages at that
-    stride, for dense prediction.
+    stem: widths of the first convolution and of the inverted residual after it; dims: widths of the four stages.
+    depths: number of inverted residuals in stage 1, of inner blocks in the other stages.
+    expansion: of the inverted residuals; mlp_ratio: of the channel mixers.
+    head_ratio: width of the head over that of the last stage; max_head_width: its upper bound.
+    output_stride: 16 or 8 instead of 32 removes the stride of the last one or two stages, for dense prediction.
     """
 
     stem: tuple[int, int]
@@ -49,21 +52,25 @@ class AFFNet:
             raise ValueError(f"AFFNet: dims={self.dims} and depths={self.depths} must have four positive entries each")
 
 
+class AFFNet(Backbone):
+    """Inverted residuals, and adaptive frequency filters in stages 2-4."""
+
+
 VARIANTS = {
-    "affnet_atto": AFFNet((8, 16), (24, 32, 48, 64), expansion=2.0, depths=(2, 1, 2, 1)),
-    "affnet_extra_tiny": AFFNet((16, 32), (48, 64, 104, 144), expansion=2.0),
-    "affnet_tiny": AFFNet((16, 32), (48, 96, 160, 192)),
-    "affnet_base": AFFNet((16, 32), (64, 128, 256, 320)),
+    "affnet_atto": AFFNetConfig((8, 16), (24, 32, 48, 64), expansion=2.0, depths=(2, 1, 2, 1)),
+    "affnet_extra_tiny": AFFNetConfig((16, 32), (48, 64, 104, 144), expansion=2.0),
+    "affnet_tiny": AFFNetConfig((16, 32), (48, 96, 160, 192)),
+    "affnet_base": AFFNetConfig((16, 32), (64, 128, 256, 320)),
 }
 
 
 def inverted_residual(in_chs: int, out_chs: int, *, expansion: float, **options) -> InvertedResidual:
-    """MobileNetV2's block; its shortcut is there where shapes allow it."""
+    """MobileNetV2's inverted residual; it has a shortcut if input and output have one shape."""
     return InvertedResidual(in_chs, out_chs, exp_ratio=expansion, act_layer=nn.SiLU, **options)
 
 
 class Fusion(nn.Module):
-    """`fusion([x, proj(norm(blocks(x)))])` on a feature map `[B, C, H, W]`: convolutions of 1x1, two maps into one."""
+    """`fusion(concat(x, proj(norm(blocks(x)))))`: `[B, C, H, W] -> [B, C, H, W]`; both convolutions are 1x1."""
 
     def __init__(self, dim: int, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -76,52 +83,52 @@ class Fusion(nn.Module):
         return self.fusion(torch.cat([x, self.proj(self.norm(self.blocks(x)))], 1))
 
 
-def inner_block(row: AFFNet, dim: int, *, drop_path: float) -> Residual:
-    """Channel mixer, then token mixer, each with its own shortcut behind its norm, and one shortcut around both."""
+def inner_block(cfg: AFFNetConfig, dim: int, *, drop_path: float) -> Residual:
+    """`x + token_mixer(norm2(mlp(norm1(x))))`; each of both mixers also has a shortcut from its normalized input."""
     branch = block(
         norm1=GroupNorm1(dim),
-        mlp=inverted_residual(dim, dim, expansion=row.mlp_ratio),
+        mlp=inverted_residual(dim, dim, expansion=cfg.mlp_ratio),
         norm2=GroupNorm1(dim),
-        mixer=Residual(AdaptiveFrequencyFilter(dim, num_groups=row.num_groups)),
+        mixer=Residual(AdaptiveFrequencyFilter(dim, num_groups=cfg.num_groups)),
     )
     return Residual(branch, drop_path=drop_path)
 
 
 def build(
-    row: AFFNet, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    # the first of stage 1's inverted residuals is its merge
-    rates = drop_path_rates(drop_path_rate, (row.depths[0] - 1, *row.depths[1:]))
-    stages, in_chs, stride, dilation = [], row.stem[1], 2, 1
-    for i, dim in enumerate(row.dims):
-        step = 2 if stride < row.output_stride else 1
-        down = inverted_residual(in_chs, dim, expansion=row.expansion, stride=step, dilation=dilation)
+    cfg: AFFNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    # the first inverted residual of stage 1 is its downsampling
+    rates = drop_path_rates(drop_path_rate, (cfg.depths[0] - 1, *cfg.depths[1:]))
+    stages, in_chs, stride, dilation = [], cfg.stem[1], 2, 1
+    for i, dim in enumerate(cfg.dims):
+        step = 2 if stride < cfg.output_stride else 1
+        down = inverted_residual(in_chs, dim, expansion=cfg.expansion, stride=step, dilation=dilation)
         if i == 0:
-            blocks = [inverted_residual(dim, dim, expansion=row.expansion, drop_path_rate=rate) for rate in rates[i]]
+            blocks = [inverted_residual(dim, dim, expansion=cfg.expansion, drop_path_rate=rate) for rate in rates[i]]
         else:
-            blocks = [Fusion(dim, [inner_block(row, dim, drop_path=rate) for rate in rates[i]])]
+            blocks = [Fusion(dim, [inner_block(cfg, dim, drop_path=rate) for rate in rates[i]])]
         stages.append(Stage(blocks, dim=dim, stride=step, down=down))
-        # a stride that was left out dilates the merges after it
+        # for each omitted stride the later downsampling convolutions are dilated
         in_chs, stride, dilation = dim, stride * step, dilation * 2 // step
-    width = min(row.head_ratio * in_chs, row.max_head_width)
+    width = min(cfg.head_ratio * in_chs, cfg.max_head_width)
     if num_classes or global_pool:
         head = FinalConvHead(in_chs, width, num_classes, act="silu", pool_type=global_pool, drop_rate=drop_rate)
     else:
         head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-    return Parts(
+    return BackboneParts(
         stem=block(
-            conv=conv_norm_act(in_chans, row.stem[0], kernel=3, stride=2, act="silu"),
-            block=inverted_residual(row.stem[0], row.stem[1], expansion=row.expansion),
+            conv=conv_norm_act(in_chans, cfg.stem[0], kernel=3, stride=2, act="silu"),
+            block=inverted_residual(cfg.stem[0], cfg.stem[1], expansion=cfg.expansion),
         ),
         stages=stages,
         head=head,
         stem_stride=2,
-        init=initialise,
+        init=initialize,
     )
 
 
-def initialise(module: nn.Module) -> None:
-    # other convolutions are initialised so by their own class
+def initialize(module: nn.Module) -> None:
+    # other convolutions are initialized so by their own class
     if isinstance(module, InvertedResidual):
         for conv in ("conv_pw", "conv_dw", "conv_pwl"):
             nn.init.kaiming_normal_(module.get_parameter(f"{conv}.weight"), mode="fan_out", nonlinearity="relu")
@@ -130,11 +137,14 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def conv_norm_rules(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(theirs + "block.conv.{p}", ours + "conv.{p}"), Rule(theirs + "block.norm.{p}", ours + "norm.{p}")]
+def conv_norm_rules(published: str, ours: str) -> list[KeyRule]:
+    return [
+        KeyRule(published + "block.conv.{p}", ours + "conv.{p}"),
+        KeyRule(published + "block.norm.{p}", ours + "norm.{p}"),
+    ]
 
 
-def inverted_residual_rules(theirs: str, ours: str) -> list[Rule]:
+def inverted_residual_rules(published: str, ours: str) -> list[KeyRule]:
     rules = []
     for layer, conv, norm in (
         ("exp_1x1", "conv_pw", "bn1"),
@@ -142,42 +152,43 @@ def inverted_residual_rules(theirs: str, ours: str) -> list[Rule]:
         ("red_1x1", "conv_pwl", "bn3"),
     ):
         rules += [
-            Rule(f"{theirs}block.{layer}.block.conv.{{p}}", f"{ours}{conv}.{{p}}"),
-            Rule(f"{theirs}block.{layer}.block.norm.{{p}}", f"{ours}{norm}.{{p}}"),
+            KeyRule(f"{published}block.{layer}.block.conv.{{p}}", f"{ours}{conv}.{{p}}"),
+            KeyRule(f"{published}block.{layer}.block.norm.{{p}}", f"{ours}{norm}.{{p}}"),
         ]
     return rules
 
 
-def keys(row: AFFNet) -> Sequence[Rule]:
-    theirs, ours = "layer_{s+2}.1.", "stages.{s}.blocks.0."
-    inner, our_inner = theirs + "global_rep.{b}.", ours + "blocks.{b}.fn."
+def key_mapping(cfg: AFFNetConfig) -> Sequence[KeyRule]:
+    published, ours = "layer_{s+2}.1.", "stages.{s}.blocks.0."
+    inner, our_inner = published + "global_rep.{b}.", ours + "blocks.{b}.fn."
     return [
         *conv_norm_rules("conv_1.", "stem.conv."),
         *inverted_residual_rules("layer_1.0.", "stem.block."),
         *inverted_residual_rules("layer_{s+2}.0.", "stages.{s}.down."),
         *inverted_residual_rules("layer_2.{b+1}.", "stages.0.blocks.{b}."),
         *inverted_residual_rules(inner + "mlp.", our_inner + "mlp."),
-        Rule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
-        Rule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
-        Rule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
-        # the last norm of a block is numbered after its inner blocks
+        KeyRule(inner + "norm1.{p}", our_inner + "norm1.{p}"),
+        KeyRule(inner + "norm2.{p}", our_inner + "norm2.{p}"),
+        KeyRule(inner + "filter.{p}", our_inner + "mixer.fn.{p}"),
+        # the norm of a stage is numbered after its inner blocks
         *(
-            Rule(f"layer_{s + 2}.1.global_rep.{row.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
-            for s in range(1, len(row.dims))
+            KeyRule(f"layer_{s + 2}.1.global_rep.{cfg.depths[s]}.{{p}}", f"stages.{s}.blocks.0.norm.{{p}}")
+            for s in range(1, len(cfg.dims))
         ),
-        *conv_norm_rules(theirs + "conv_proj.", ours + "proj."),
-        *conv_norm_rules(theirs + "fusion.", ours + "fusion."),
+        *conv_norm_rules(published + "conv_proj.", ours + "proj."),
+        *conv_norm_rules(published + "fusion.", ours + "fusion."),
         *conv_norm_rules("conv_1x1_exp.", "head.final_conv."),
-        Rule("classifier.fc.{p}", "head.fc.{p}"),
+        KeyRule("classifier.fc.{p}", "head.fc.{p}"),
     ]
 
 
 register(
     Family(
+        AFFNet,
         VARIANTS,
         build,
-        keys,
-        cfg={
+        key_mapping,
+        pretrained_cfg={
             "first_conv": "stem.conv.conv",
             "crop_pct": 0.8888,
             "interpolation": "bilinear",

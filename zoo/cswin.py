@@ -1,14 +1,17 @@
 """CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows.
 
-Dong, Bao, Chen, Zhang, Yu, Yuan, Chen, Guo, CVPR 2022, arXiv 2107.00652: sec. 3 (3.2: cross-shaped windows, LePE) and
-the released code github.com/microsoft/CSWin-Transformer (MIT), whose keys and weights these models share. The head
-counts are those of the code and the released weights, which differ from the paper's for the base model.
+Dong, Bao, Chen, Zhang, Yu, Yuan, Chen, Guo, CVPR 2022, arXiv 2107.00652: sec. 3 (3.2: cross-shaped windows, LePE).
+Released code: github.com/microsoft/CSWin-Transformer (MIT); its checkpoints load. Numbers of heads are those of the
+code and the released weights, which differ from the paper's for the base model.
 
-Deviations: the released classifiers refuse maps that the stripes do not divide; here they are padded by the rule of
-the released dense-prediction models. Stages 1-3 have two directions of stripes at every size, also where one stripe
-covers the map (the released classifiers then build other parameters, into which no released weights fit). The large
-models double their width at every stage, as the released classifiers do and the dense-prediction code does not. The
-norms that dense prediction puts on each output belong to what it adds. Images with a side below 3 pixels are padded.
+Deviations from the released code:
+- Its classifiers fail if the stripes do not divide the feature map; here maps are padded, as in its dense-prediction
+  models.
+- Stages 1-3 have stripes in two directions for every image size. The released classifiers have only one, with other
+  parameters, if a stripe covers the whole map; no released weights fit these.
+- The large models double their width at each stage, as the released classifiers do but not the dense-prediction code.
+- The norms of the dense-prediction models are in `zoo.dense.DenseBackbone`.
+- Images with a side of less than 3 pixels are padded.
 """
 
 from collections.abc import Sequence
@@ -20,14 +23,17 @@ from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, tr
 from torch import Tensor, nn
 
 from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
-from ._backbone import Parts, Stage
-from ._keymap import Rule
-from ._registry import DenseNorm, Family, register
+from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
+from ._keymap import KeyRule
+from ._registry import register
+
+__all__ = ["CSWin", "CSWinConfig"]
 
 
 @dataclass(frozen=True)
-class CSWin:
-    """Columns of the paper's architecture table; `stripe_widths` of stages 1-3, stage 4 attends to all."""
+class CSWinConfig:
+    """Columns of the paper's architecture table; `stripe_widths` are of stages 1-3, stage 4 has full attention."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -36,14 +42,18 @@ class CSWin:
     mlp_ratio: float = 4.0
 
 
+class CSWin(Backbone):
+    """Cross-shaped window attention in stages 1-3 and full attention in stage 4."""
+
+
 VARIANTS = {
-    "cswin_atto": CSWin((16, 32, 64, 96), (1, 1, 2, 1), (2, 4, 8, 6), stripe_widths=(1, 2, 4), mlp_ratio=3.0),
-    "cswin_tiny": CSWin((64, 128, 256, 512), (1, 2, 21, 1), (2, 4, 8, 16)),
-    "cswin_small": CSWin((64, 128, 256, 512), (2, 4, 32, 2), (2, 4, 8, 16)),
-    "cswin_base": CSWin((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32)),
-    "cswin_base_384": CSWin((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32), stripe_widths=(1, 2, 12)),
-    "cswin_large": CSWin((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24)),
-    "cswin_large_384": CSWin((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24), stripe_widths=(1, 2, 12)),
+    "cswin_atto": CSWinConfig((16, 32, 64, 96), (1, 1, 2, 1), (2, 4, 8, 6), stripe_widths=(1, 2, 4), mlp_ratio=3.0),
+    "cswin_tiny": CSWinConfig((64, 128, 256, 512), (1, 2, 21, 1), (2, 4, 8, 16)),
+    "cswin_small": CSWinConfig((64, 128, 256, 512), (2, 4, 32, 2), (2, 4, 8, 16)),
+    "cswin_base": CSWinConfig((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32)),
+    "cswin_base_384": CSWinConfig((96, 192, 384, 768), (2, 4, 32, 2), (4, 8, 16, 32), stripe_widths=(1, 2, 12)),
+    "cswin_large": CSWinConfig((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24)),
+    "cswin_large_384": CSWinConfig((144, 288, 576, 1152), (2, 4, 32, 2), (6, 12, 24, 24), stripe_widths=(1, 2, 12)),
 }
 
 norm = partial(LayerNorm2d, eps=1e-5)
@@ -51,7 +61,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 
 @register_notrace_module
 class StemConv(nn.Conv2d):
-    """7x7 convolution, stride 4, padding 2: side `n` to `(n - 3) // 4 + 1`; sides below 3 pixels are padded to 3."""
+    """7x7 convolution, stride 4, padding 2: a side of n pixels becomes (n - 3) // 4 + 1; n < 3 is padded to 3."""
 
     def __init__(self, in_chs: int, out_chs: int):
         super().__init__(in_chs, out_chs, 7, stride=4, padding=2)
@@ -64,65 +74,66 @@ class StemConv(nn.Conv2d):
 
 
 def build(
-    row: CSWin, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, row.depths)
-    widths = (*row.stripe_widths, None)
+    cfg: CSWinConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
+    widths = (*cfg.stripe_widths, None)
     stages = []
-    for i, dim in enumerate(row.dims):
+    for i, dim in enumerate(cfg.dims):
         blocks = [
             block(
                 mixer=Residual(
-                    CrossShapedWindow(dim, num_heads=row.num_heads[i], stripe_width=widths[i]),
+                    CrossShapedWindow(dim, num_heads=cfg.num_heads[i], stripe_width=widths[i]),
                     norm=norm(dim),
                     drop_path=rate,
                 ),
-                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+                mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
         ]
-        down = conv_norm(row.dims[i - 1], dim, kernel=3, stride=2, norm=norm) if i else None
+        down = conv_norm(cfg.dims[i - 1], dim, kernel=3, stride=2, norm=norm) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
-    return Parts(
-        stem=block(conv=StemConv(in_chans, row.dims[0]), norm=norm(row.dims[0])),
+    return BackboneParts(
+        stem=block(conv=StemConv(in_chans, cfg.dims[0]), norm=norm(cfg.dims[0])),
         stages=stages,
-        norm=norm(row.dims[-1]),
-        head=ClassifierHead(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
-        init=initialise,
+        norm=norm(cfg.dims[-1]),
+        head=ClassifierHead(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        init=initialize,
     )
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def keys(row: CSWin) -> Sequence[Rule]:
-    theirs, ours = "stage{s+1}.{b}.", "stages.{s}.blocks.{b}."
+def key_mapping(cfg: CSWinConfig) -> Sequence[KeyRule]:
+    published, ours = "stage{s+1}.{b}.", "stages.{s}.blocks.{b}."
     return [
-        Rule("stage1_conv_embed.0.{p}", "stem.conv.{p}"),
-        Rule("stage1_conv_embed.2.{p}", "stem.norm.{p}"),
-        Rule("merge{s}.conv.{p}", "stages.{s}.down.conv.{p}"),
-        Rule("merge{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
-        Rule(theirs + "norm1.{p}", ours + "mixer.norm.{p}"),
-        Rule(theirs + "qkv.{p}", ours + "mixer.fn.qkv.{p}"),
-        Rule(theirs + "attns.{h}.get_v.{p}", ours + "mixer.fn.lepe.{h}.{p}"),
-        Rule(theirs + "proj.{p}", ours + "mixer.fn.proj.{p}"),
-        Rule(theirs + "norm2.{p}", ours + "mlp.norm.{p}"),
-        Rule(theirs + "mlp.fc{n}.{p}", ours + "mlp.fn.fc{n}.{p}"),
-        Rule("norm.{p}", "norm.{p}"),
-        Rule("head.{p}", "head.fc.{p}"),
+        KeyRule("stage1_conv_embed.0.{p}", "stem.conv.{p}"),
+        KeyRule("stage1_conv_embed.2.{p}", "stem.norm.{p}"),
+        KeyRule("merge{s}.conv.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("merge{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        KeyRule(published + "norm1.{p}", ours + "mixer.norm.{p}"),
+        KeyRule(published + "qkv.{p}", ours + "mixer.fn.qkv.{p}"),
+        KeyRule(published + "attns.{h}.get_v.{p}", ours + "mixer.fn.lepe.{h}.{p}"),
+        KeyRule(published + "proj.{p}", ours + "mixer.fn.proj.{p}"),
+        KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
+        KeyRule(published + "mlp.fc{n}.{p}", ours + "mlp.fn.fc{n}.{p}"),
+        KeyRule("norm.{p}", "norm.{p}"),
+        KeyRule("head.{p}", "head.fc.{p}"),
     ]
 
 
 register(
     Family(
+        CSWin,
         VARIANTS,
         build,
-        keys,
-        cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2107.00652", "crop_pct": 0.9},
-        dense=DenseNorm(norm, "norm{s+1}.{p}"),
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2107.00652", "crop_pct": 0.9},
+        dense_norm=DenseNorm(norm, "norm{s+1}.{p}"),
     ),
     __name__,
 )

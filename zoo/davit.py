@@ -1,31 +1,38 @@
 """DaViT: Dual Attention Vision Transformers.
 
 Ding, Xiao, Codella, Luo, Wang, Yuan, ECCV 2022, arXiv 2204.03645: sec. 3.2 (spatial window attention), 3.3 (channel
-group attention), 3.4 and table 1 (architectures), and the released code github.com/dingmyu/davit (MIT), whose keys and
-weights these models share. Checkpoints in timm's layout (its `davit_*`) load as well.
+group attention), 3.4 and table 1 (architectures). Released code: github.com/dingmyu/davit (MIT); its checkpoints load,
+and those of timm's `davit_*` too.
 
-Deviation: a head that neither pools nor classifies holds no norm, so that a feature extractor has no idle parameter.
+Deviation: a head without pooling and classifier has no norm, so that feature extractors have no unused parameters.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, SelectAdaptivePool2d, register_notrace_module, trunc_normal_
+from timm.layers import (
+    LayerNorm2d,
+    SelectAdaptivePool2d,
+    register_notrace_module,
+    trunc_normal_,
+)
 from torch import Tensor, nn
 
 from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm, drop_path_rates
-from ._backbone import Parts, Stage
-from ._keymap import Rule
-from ._registry import DenseNorm, Family, register
+from ..blocks.padding import pad_to_multiple
+from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
+from ._keymap import KeyRule
+from ._registry import register
+
+__all__ = ["DaViT", "DaViTConfig"]
 
 
 @dataclass(frozen=True)
-class DaViT:
-    """Columns of the paper's architecture table; `depths` count pairs of a spatial and a channel block."""
+class DaViTConfig:
+    """Columns of table 1 of the paper; `depths` are numbers of pairs of a spatial and a channel block."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -34,12 +41,16 @@ class DaViT:
     mlp_ratio: float = 4.0
 
 
+class DaViT(Backbone):
+    """Alternating blocks of window attention and channel attention."""
+
+
 VARIANTS = {
-    "tessel_davit_atto": DaViT((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), window=4),
-    "tessel_davit_tiny": DaViT((96, 192, 384, 768), (1, 1, 3, 1), (3, 6, 12, 24)),
-    "tessel_davit_small": DaViT((96, 192, 384, 768), (1, 1, 9, 1), (3, 6, 12, 24)),
-    "tessel_davit_base": DaViT((128, 256, 512, 1024), (1, 1, 9, 1), (4, 8, 16, 32)),
-    "tessel_davit_large": DaViT((192, 384, 768, 1536), (1, 1, 9, 1), (6, 12, 24, 48), window=12),
+    "tessel_davit_atto": DaViTConfig((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), window=4),
+    "tessel_davit_tiny": DaViTConfig((96, 192, 384, 768), (1, 1, 3, 1), (3, 6, 12, 24)),
+    "tessel_davit_small": DaViTConfig((96, 192, 384, 768), (1, 1, 9, 1), (3, 6, 12, 24)),
+    "tessel_davit_base": DaViTConfig((128, 256, 512, 1024), (1, 1, 9, 1), (4, 8, 16, 32)),
+    "tessel_davit_large": DaViTConfig((192, 384, 768, 1536), (1, 1, 9, 1), (6, 12, 24, 48), window=12),
 }
 
 norm = partial(LayerNorm2d, eps=1e-5)
@@ -49,7 +60,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 class Merge(nn.Module):
     """LayerNorm, then a 2x2 convolution of stride 2: `[B, in_chs, H, W] -> [B, out_chs, ceil(H / 2), ceil(W / 2)]`.
 
-    Odd sides get a row or column of zeros after the norm.
+    Odd sides are padded with a row or column of zeros between the two.
     """
 
     def __init__(self, in_chs: int, out_chs: int):
@@ -58,37 +69,44 @@ class Merge(nn.Module):
         self.conv = nn.Conv2d(in_chs, out_chs, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        bottom, right = x.shape[2] % 2, x.shape[3] % 2
-        # compiled, one graph serves even and odd sizes
-        if torch.compiler.is_dynamo_compiling() or bottom or right:
-            x = F.pad(x, (0, right, 0, bottom))
-        return self.conv(x)
+        x = pad_to_multiple(self.norm(x).permute(0, 2, 3, 1), 2, 2)
+        return self.conv(x.permute(0, 3, 1, 2))
 
 
 class Head(nn.Module):
-    """`fc(drop(norm(pool(x))))`: `[B, C, H, W]` to `[B, num_classes]`, or a map of them where nothing is pooled.
+    """`fc(drop(norm(pool(x))))`: `[B, C, H, W]` to `[B, num_classes]`, without pooling to `[B, num_classes, H, W]`.
 
-    Where pooling concatenates two vectors, each is normalised by itself. Without pooling and classifier the head is
-    empty; its norm starts anew when either comes back, as it does at another width.
+    If the pooling concatenates two vectors (catavgmax), each is normalized separately. Without pooling and classifier
+    the head has no norm; a new norm is made when it has one of them again, or another width.
     """
 
     def __init__(self, dim: int, num_classes: int, *, pool_type: str, drop_rate: float):
         super().__init__()
         self.dim, self.norm = dim, nn.Identity()
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type, in_features=dim)
+        self.reset(num_classes, pool_type)
 
-    def reset(self, num_classes: int, pool_type: str | None = None, *, in_features: int, **factory: Any) -> None:
-        """A new classifier of `num_classes` (0: none); `pool_type` None keeps the pooling; `factory`: device, dtype."""
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `zoo._backbone.Head.reset` says."""
+        dim = self.dim if in_features is None else in_features
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         if not num_classes and self.global_pool.is_identity():
             self.norm = nn.Identity()
-        elif isinstance(self.norm, nn.Identity) or in_features != self.dim:
-            self.norm = nn.LayerNorm(in_features, eps=1e-5, **factory)
-        self.dim, self.num_features = in_features, in_features * self.global_pool.feat_mult()
-        self.fc = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        elif reset_other or isinstance(self.norm, nn.Identity) or dim != self.dim:
+            self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
+        self.dim, self.num_features = dim, dim * self.global_pool.feat_mult()
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -97,11 +115,11 @@ class Head(nn.Module):
         return (x if pre_logits else self.fc(x)).movedim(-1, 1)
 
 
-def pair(row: DaViT, stage: int, rates: Sequence[float]) -> nn.Sequential:
-    """A spatial block, then a channel block: attention and MLP, each after a depthwise convolution of its own."""
-    dim, num_heads = row.dims[stage], row.num_heads[stage]
+def pair(cfg: DaViTConfig, stage: int, rates: Sequence[float]) -> nn.Sequential:
+    """A spatial block, then a channel block; both have depthwise convolutions before the attention and the MLP."""
+    dim, num_heads = cfg.dims[stage], cfg.num_heads[stage]
     mixers = {
-        "spatial": Window(dim, num_heads=num_heads, window=row.window),
+        "spatial": Window(dim, num_heads=num_heads, window=cfg.window),
         "channel": Channel(dim, num_heads=num_heads),
     }
     return block(
@@ -110,7 +128,7 @@ def pair(row: DaViT, stage: int, rates: Sequence[float]) -> nn.Sequential:
                 cpe1=Residual(nn.Conv2d(dim, dim, 3, padding=1, groups=dim)),
                 mixer=Residual(mixer, norm=norm(dim), drop_path=rate),
                 cpe2=Residual(nn.Conv2d(dim, dim, 3, padding=1, groups=dim)),
-                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+                mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for (name, mixer), rate in zip(mixers.items(), rates, strict=True)
         }
@@ -118,33 +136,33 @@ def pair(row: DaViT, stage: int, rates: Sequence[float]) -> nn.Sequential:
 
 
 def build(
-    row: DaViT, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, [2 * depth for depth in row.depths])
+    cfg: DaViTConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = drop_path_rates(drop_path_rate, [2 * depth for depth in cfg.depths])
     stages = []
-    for i, dim in enumerate(row.dims):
-        pairs = [pair(row, i, rates[i][2 * p : 2 * p + 2]) for p in range(row.depths[i])]
-        down = Merge(row.dims[i - 1], dim) if i else None
+    for i, dim in enumerate(cfg.dims):
+        pairs = [pair(cfg, i, rates[i][2 * p : 2 * p + 2]) for p in range(cfg.depths[i])]
+        down = Merge(cfg.dims[i - 1], dim) if i else None
         stages.append(Stage(pairs, dim=dim, stride=2 if i else 1, down=down))
-    return Parts(
-        # the convolution's own padding supplies the zeros that the released code adds to sides 4 does not divide
-        stem=conv_norm(in_chans, row.dims[0], kernel=7, stride=4, norm=norm),
+    return BackboneParts(
+        # the released code pads sides to multiples of 4; the padding of the convolution has the same effect
+        stem=conv_norm(in_chans, cfg.dims[0], kernel=7, stride=4, norm=norm),
         stages=stages,
-        head=Head(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
-        init=initialise,
+        head=Head(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        init=initialize,
     )
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def block_keys(theirs: str, cpe1: str, cpe2: str) -> list[Rule]:
-    """Rules of the blocks of the pair `theirs`, whose spatial block is number 0 and whose channel block is 1."""
+def block_keys(published: str, cpe1: str, cpe2: str) -> list[KeyRule]:
+    """Rules of the blocks of the pair `published`; its spatial block has the number 0, its channel block 1."""
     return [
-        Rule(f"{theirs}.{number}.{their_part}.{{p}}", f"stages.{{s}}.blocks.{{b}}.{name}.{our_part}.{{p}}")
+        KeyRule(f"{published}.{number}.{their_part}.{{p}}", f"stages.{{s}}.blocks.{{b}}.{name}.{our_part}.{{p}}")
         for number, name in enumerate(("spatial", "channel"))
         for their_part, our_part in (
             (cpe1, "cpe1.fn"),
@@ -159,41 +177,42 @@ def block_keys(theirs: str, cpe1: str, cpe2: str) -> list[Rule]:
     ]
 
 
-def keys(row: DaViT) -> Sequence[Rule]:
+def key_mapping(cfg: DaViTConfig) -> Sequence[KeyRule]:
     return [
-        Rule("patch_embeds.0.proj.{p}", "stem.conv.{p}"),
-        Rule("patch_embeds.0.norm.{p}", "stem.norm.{p}"),
-        Rule("patch_embeds.{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
-        Rule("patch_embeds.{s}.proj.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("patch_embeds.0.proj.{p}", "stem.conv.{p}"),
+        KeyRule("patch_embeds.0.norm.{p}", "stem.norm.{p}"),
+        KeyRule("patch_embeds.{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        KeyRule("patch_embeds.{s}.proj.{p}", "stages.{s}.down.conv.{p}"),
         *block_keys("main_blocks.{s}.{b}", "cpe.0.proj", "cpe.1.proj"),
-        Rule("norms.{p}", "head.norm.{p}"),
-        Rule("head.{p}", "head.fc.{p}"),
+        KeyRule("norms.{p}", "head.norm.{p}"),
+        KeyRule("head.{p}", "head.fc.{p}"),
     ]
 
 
-def timm_keys(row: DaViT) -> Sequence[Rule]:
-    """The layout of timm's own `davit_*`."""
+def timm_key_mapping(cfg: DaViTConfig) -> Sequence[KeyRule]:
+    """Rules for the state dicts of timm's `davit_*`."""
     return [
-        Rule("stem.conv.{p}", "stem.conv.{p}"),
-        Rule("stem.norm.{p}", "stem.norm.{p}"),
-        Rule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
-        Rule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("stem.conv.{p}", "stem.conv.{p}"),
+        KeyRule("stem.norm.{p}", "stem.norm.{p}"),
+        KeyRule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
+        KeyRule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
         *block_keys("stages.{s}.blocks.{b}", "cpe1.proj", "cpe2.proj"),
-        Rule("head.norm.{p}", "head.norm.{p}"),
-        Rule("head.fc.{p}", "head.fc.{p}"),
+        KeyRule("head.norm.{p}", "head.norm.{p}"),
+        KeyRule("head.fc.{p}", "head.fc.{p}"),
     ]
 
 
 register(
     Family(
+        DaViT,
         VARIANTS,
         build,
-        keys,
-        cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2204.03645", "crop_pct": 0.9},
-        # the released configuration; no result belongs to it
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2204.03645", "crop_pct": 0.9},
+        # the image size of the released configuration, for which no result is reported
         reported={"tessel_davit_large": (384, None)},
-        layouts=(timm_keys,),
-        dense=DenseNorm(norm, "norm{s}.{p}"),
+        other_key_mappings=(timm_key_mapping,),
+        dense_norm=DenseNorm(norm, "norm{s}.{p}"),
     ),
     __name__,
 )

@@ -1,12 +1,11 @@
 """HaloNet: Scaling Local Self-Attention for Parameter Efficient Visual Backbones.
 
 Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, CVPR 2021, arXiv 2103.12731: halo attention and the
-table of variants H0 to H7. There is no released code; the reference is timm's reading (Apache-2.0), whose keys and
-weights these models share: its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here under the same
-names behind `tessel_`.
+table of variants H0 to H7. No code was released; the reference is timm's implementation (Apache-2.0), whose checkpoints
+load. Its halonet_h1, halonet26t, halonet50ts and sehalonet33ts are registered here as `tessel_halonet_h1` and so on.
 
-Deviations: timm refuses maps that the block size does not divide; here they are padded inside the attention. Heads and
-activation of H0 and H2 to H7 follow timm's H1 (8 in every stage, ReLU).
+Deviations: timm's models fail if the block size does not divide a feature map; here the attention pads it. The paper
+does not give heads and activation of all variants: H0 and H2 to H7 have those of timm's H1 (8 heads, ReLU).
 """
 
 from collections.abc import Sequence
@@ -16,21 +15,25 @@ from timm.layers import ClassifierHead, DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 
 from ..blocks import Halo, block, drop_path_rates
-from ._backbone import Parts, Stage
+from ._backbone import Backbone, BackboneParts, Stage
 from ._convolution import FinalConvHead, activation, conv_norm_act
-from ._keymap import Edit, Rule
-from ._registry import Family, register
+from ._family import Family
+from ._keymap import Edit, KeyRule
+from ._registry import register
+
+__all__ = ["HaloNet", "HaloNetConfig"]
 
 
 @dataclass(frozen=True)
-class HaloNet:
-    """Columns of the paper's table of variants; tuples over `stages` and `widths` have one entry a stage.
+class HaloNetConfig:
+    """Columns of the paper's table of variants; `stages`, `rb`, `widths` and `num_heads` have one entry per stage.
 
-    `stages` spells each stage's blocks: A for attention, C for a 3x3 convolution in its place. With base width w, the
-    attention asks with width w, its values have width `rv` * w and the block ends in `rb` * w channels; `df` is the
-    width of a final 1x1 convolution (0: none). `stem` lists the widths of its convolutions, `stem_pool` says whether
-    max pooling follows them; `se` adds squeeze-and-excitation to C blocks; `mask_border` keeps positions outside the
-    map out of the attention, where the published models count them as zero keys and values.
+    stages: the blocks of each stage, A for attention, C for a 3x3 convolution in its place.
+    widths: base width w. Queries have width w, values `rv` * w, the output of a block `rb` * w.
+    df: width of the last 1x1 convolution, 0 for none.
+    stem: widths of the convolutions of the stem; stem_pool: whether max pooling follows them.
+    se: squeeze-and-excitation in C blocks.
+    mask_border: mask positions outside the feature map; in the published models they are keys and values of zero.
     """
 
     stages: tuple[str, ...]
@@ -51,14 +54,18 @@ class HaloNet:
     def __post_init__(self):
         for stage in self.stages:
             if not stage or set(stage) - set("AC"):
-                raise ValueError(f"HaloNet: stages={self.stages} must spell every stage in A (attention) and C (conv)")
+                raise ValueError(f"HaloNet: stages={self.stages} must consist of A (attention) and C (convolution)")
         for column in ("rb", "widths", "num_heads"):
             if len(getattr(self, column)) != len(self.stages):
                 raise ValueError(f"HaloNet: {column}={getattr(self, column)} must have {len(self.stages)} entries")
 
 
+class HaloNet(Backbone):
+    """A ResNet with halo attention in place of some or all 3x3 convolutions."""
+
+
 VARIANTS = {
-    "tessel_halonet_atto": HaloNet(
+    "tessel_halonet_atto": HaloNetConfig(
         ("C", "CA", "AA", "A"),
         block_size=4,
         halo_size=1,
@@ -72,18 +79,20 @@ VARIANTS = {
         act="silu",
         se=True,
     ),
-    "tessel_halonet_h0": HaloNet(("AAA", "AAA", "A" * 7, "AAA"), rb=(0.5,) * 4),
-    "tessel_halonet_h1": HaloNet(("AAA", "AAA", "A" * 10, "AAA")),
-    "tessel_halonet_h2": HaloNet(("AAA", "AAA", "A" * 11, "AAA"), rb=(1.25,) * 4),
-    "tessel_halonet_h3": HaloNet(("AAA", "AAA", "A" * 12, "AAA"), block_size=10, rb=(1.5,) * 4, df=1024),
-    "tessel_halonet_h4": HaloNet(("AAA", "AAA", "A" * 12, "AAA"), block_size=12, halo_size=2, rb=(3.0,) * 4, df=1280),
-    "tessel_halonet_h5": HaloNet(("AAA", "AAA", "A" * 23, "AAA"), 14, 2, rv=2.5, rb=(2.0,) * 4, df=1536),
-    "tessel_halonet_h6": HaloNet(("AAA", "AAA", "A" * 24, "AAA"), 8, 4, rv=3.0, rb=(2.75,) * 4, df=1536),
-    "tessel_halonet_h7": HaloNet(("AAA", "AAA", "A" * 26, "AAA"), 10, 3, rv=4.0, rb=(3.5,) * 4, df=2048),
-    "tessel_halonet26t": HaloNet(
+    "tessel_halonet_h0": HaloNetConfig(("AAA", "AAA", "A" * 7, "AAA"), rb=(0.5,) * 4),
+    "tessel_halonet_h1": HaloNetConfig(("AAA", "AAA", "A" * 10, "AAA")),
+    "tessel_halonet_h2": HaloNetConfig(("AAA", "AAA", "A" * 11, "AAA"), rb=(1.25,) * 4),
+    "tessel_halonet_h3": HaloNetConfig(("AAA", "AAA", "A" * 12, "AAA"), block_size=10, rb=(1.5,) * 4, df=1024),
+    "tessel_halonet_h4": HaloNetConfig(
+        ("AAA", "AAA", "A" * 12, "AAA"), block_size=12, halo_size=2, rb=(3.0,) * 4, df=1280
+    ),
+    "tessel_halonet_h5": HaloNetConfig(("AAA", "AAA", "A" * 23, "AAA"), 14, 2, rv=2.5, rb=(2.0,) * 4, df=1536),
+    "tessel_halonet_h6": HaloNetConfig(("AAA", "AAA", "A" * 24, "AAA"), 8, 4, rv=3.0, rb=(2.75,) * 4, df=1536),
+    "tessel_halonet_h7": HaloNetConfig(("AAA", "AAA", "A" * 26, "AAA"), 10, 3, rv=4.0, rb=(3.5,) * 4, df=2048),
+    "tessel_halonet26t": HaloNetConfig(
         ("CC", "CC", "CA", "AA"), halo_size=2, rb=(4.0,) * 4, stem=(24, 32, 64), stem_kernel=3
     ),
-    "tessel_halonet50ts": HaloNet(
+    "tessel_halonet50ts": HaloNetConfig(
         ("CCC", "CCCA", "CACACA", "CAC"),
         rb=(4.0,) * 4,
         num_heads=(8, 4, 8, 8),
@@ -91,7 +100,7 @@ VARIANTS = {
         stem_kernel=3,
         act="silu",
     ),
-    "tessel_sehalonet33ts": HaloNet(
+    "tessel_sehalonet33ts": HaloNetConfig(
         ("CC", "CCA", "CCA", "AA"),
         rb=(4.0, 4.0, 4.0, 3.0),
         df=1280,
@@ -117,111 +126,112 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.branch(x))
-        # nothing else holds the branch's result, and a new map of this size costs more than the sum
+        # in place: autograd does not need the branch's result, and allocating a new map costs more than the sum
         y += self.shortcut(x)
         return self.act(y)
 
 
-def stem(row: HaloNet, in_chans: int) -> nn.Sequential:
-    """Convolutions, the first of stride 2, then max pooling or another stride: a quarter of the image."""
+def stem(cfg: HaloNetConfig, in_chans: int) -> nn.Sequential:
+    """`[B, in_chans, H, W] -> [B, C, ~H/4, ~W/4]`: convolutions, two of them strided, or one and then max pooling."""
     layers = block()
-    last = len(row.stem) - 1
-    for i, (in_chs, width) in enumerate(zip((in_chans, *row.stem), row.stem, strict=False)):
-        stride = 2 if i == 0 or (i == last and not row.stem_pool) else 1
-        conv = conv_norm_act(in_chs, width, kernel=row.stem_kernel, stride=stride, act=row.act)
+    last = len(cfg.stem) - 1
+    for i, (in_chs, width) in enumerate(zip((in_chans, *cfg.stem), cfg.stem, strict=False)):
+        stride = 2 if i == 0 or (i == last and not cfg.stem_pool) else 1
+        conv = conv_norm_act(in_chs, width, kernel=cfg.stem_kernel, stride=stride, act=cfg.act)
         layers.add_module(f"conv{i + 1}", conv)
-    if row.stem_pool:
+    if cfg.stem_pool:
         layers.add_module("pool", nn.MaxPool2d(3, 2, 1))
     return layers
 
 
-def bottleneck(row: HaloNet, stage: int, kind: str, *, in_chs: int, stride: int, drop_path: float) -> Bottleneck:
-    width, heads = row.widths[stage], row.num_heads[stage]
-    out_chs = make_divisible(width * row.rb[stage])
-    parts: dict[str, nn.Module] = {"reduce": conv_norm_act(in_chs, width, act=row.act)}
+def bottleneck(cfg: HaloNetConfig, stage: int, kind: str, *, in_chs: int, stride: int, drop_path: float) -> Bottleneck:
+    width, heads = cfg.widths[stage], cfg.num_heads[stage]
+    out_chs = make_divisible(width * cfg.rb[stage])
+    parts: dict[str, nn.Module] = {"reduce": conv_norm_act(in_chs, width, act=cfg.act)}
     if kind == "A":
-        mixed = int(width * row.rv)
+        mixed = int(width * cfg.rv)
         parts["mixer"] = Halo(
             width,
             num_heads=heads,
             out_dim=mixed,
             head_dim=width // heads,
-            block_size=row.block_size,
-            halo_size=row.halo_size,
+            block_size=cfg.block_size,
+            halo_size=cfg.halo_size,
             stride=stride,
-            mask_border=row.mask_border,
+            mask_border=cfg.mask_border,
         )
-        parts["norm"], parts["act"] = nn.BatchNorm2d(mixed), activation(row.act)
+        parts["norm"], parts["act"] = nn.BatchNorm2d(mixed), activation(cfg.act)
     else:
         mixed = width
-        parts["conv"] = conv_norm_act(width, width, kernel=3, stride=stride, act=row.act)
-        if row.se:
+        parts["conv"] = conv_norm_act(width, width, kernel=3, stride=stride, act=cfg.act)
+        if cfg.se:
             parts["se"] = SEModule(width)
     branch = block(**parts, expand=conv_norm_act(mixed, out_chs))
-    return Bottleneck(branch, in_chs=in_chs, out_chs=out_chs, stride=stride, act=row.act, drop_path=drop_path)
+    return Bottleneck(branch, in_chs=in_chs, out_chs=out_chs, stride=stride, act=cfg.act, drop_path=drop_path)
 
 
 def build(
-    row: HaloNet, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, [len(kinds) for kinds in row.stages])
-    stages, in_chs = [], row.stem[-1]
-    for i, kinds in enumerate(row.stages):
+    cfg: HaloNetConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = drop_path_rates(drop_path_rate, [len(kinds) for kinds in cfg.stages])
+    stages, in_chs = [], cfg.stem[-1]
+    for i, kinds in enumerate(cfg.stages):
         blocks = []
         for j, (kind, rate) in enumerate(zip(kinds, rates[i], strict=True)):
             stride = 2 if i and not j else 1
-            blocks.append(bottleneck(row, i, kind, in_chs=in_chs, stride=stride, drop_path=rate))
-            in_chs = make_divisible(row.widths[i] * row.rb[i])
+            blocks.append(bottleneck(cfg, i, kind, in_chs=in_chs, stride=stride, drop_path=rate))
+            in_chs = make_divisible(cfg.widths[i] * cfg.rb[i])
         stages.append(Stage(blocks, dim=in_chs, stride=2 if i else 1))
-    if row.df and (num_classes or global_pool):
-        head = FinalConvHead(in_chs, row.df, num_classes, act=row.act, pool_type=global_pool, drop_rate=drop_rate)
+    if cfg.df and (num_classes or global_pool):
+        head = FinalConvHead(in_chs, cfg.df, num_classes, act=cfg.act, pool_type=global_pool, drop_rate=drop_rate)
     else:
         head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-    return Parts(stem=stem(row, in_chans), stages=stages, head=head, init=initialise)
+    return BackboneParts(stem=stem(cfg, in_chans), stages=stages, head=head, init=initialize)
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, Bottleneck):
-        # a block starts as its shortcut
+        # at the start a block returns its shortcut
         nn.init.zeros_(module.branch.get_parameter("expand.norm.weight"))
     elif isinstance(module, SEModule):
         for conv in (module.fc1, module.fc2):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
-    elif isinstance(module, ClassifierHead) and isinstance(module.fc, nn.Linear):
-        nn.init.normal_(module.fc.weight, std=0.01)
-        nn.init.zeros_(module.fc.bias)
+    elif isinstance(module, nn.Linear) and module.bias is not None:
+        # the classifier: the projections of the attention have no bias
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
 
 
-# 1x1 convolutions there, linear maps here
+# weights of published 1x1 convolutions <-> our linear layers
 as_linear = Edit(lambda w: (w.flatten(1),), lambda w: (w[:, :, None, None],))
 
 
-def conv_norm_rules(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(theirs + "conv.{p}", ours + "conv.{p}"), Rule(theirs + "bn.{p}", ours + "norm.{p}")]
+def conv_norm_rules(published: str, ours: str) -> list[KeyRule]:
+    return [KeyRule(published + "conv.{p}", ours + "conv.{p}"), KeyRule(published + "bn.{p}", ours + "norm.{p}")]
 
 
-def keys(row: HaloNet) -> Sequence[Rule]:
-    theirs, ours = "stages.{s}.{b}.", "stages.{s}.blocks.{b}."
+def key_mapping(cfg: HaloNetConfig) -> Sequence[KeyRule]:
+    published, ours = "stages.{s}.{b}.", "stages.{s}.blocks.{b}."
     return [
         *conv_norm_rules("stem.conv{i}.", "stem.conv{i}."),
-        *conv_norm_rules(theirs + "conv1_1x1.", ours + "branch.reduce."),
-        *conv_norm_rules(theirs + "conv2_kxk.", ours + "branch.conv."),
-        Rule(theirs + "attn.fc1.{p}", ours + "branch.se.fc1.{p}"),
-        Rule(theirs + "attn.fc2.{p}", ours + "branch.se.fc2.{p}"),
-        Rule(theirs + "self_attn.q.weight", ours + "branch.mixer.q.weight", as_linear),
-        Rule(theirs + "self_attn.kv.weight", ours + "branch.mixer.kv.weight", as_linear),
-        Rule(theirs + "self_attn.pos_embed.{p}", ours + "branch.mixer.{p}"),
-        Rule(theirs + "post_attn.{p}", ours + "branch.norm.{p}"),
-        *conv_norm_rules(theirs + "conv3_1x1.", ours + "branch.expand."),
-        *conv_norm_rules(theirs + "shortcut.", ours + "shortcut."),
+        *conv_norm_rules(published + "conv1_1x1.", ours + "branch.reduce."),
+        *conv_norm_rules(published + "conv2_kxk.", ours + "branch.conv."),
+        KeyRule(published + "attn.fc1.{p}", ours + "branch.se.fc1.{p}"),
+        KeyRule(published + "attn.fc2.{p}", ours + "branch.se.fc2.{p}"),
+        KeyRule(published + "self_attn.q.weight", ours + "branch.mixer.q.weight", as_linear),
+        KeyRule(published + "self_attn.kv.weight", ours + "branch.mixer.kv.weight", as_linear),
+        KeyRule(published + "self_attn.pos_embed.{p}", ours + "branch.mixer.{p}"),
+        KeyRule(published + "post_attn.{p}", ours + "branch.norm.{p}"),
+        *conv_norm_rules(published + "conv3_1x1.", ours + "branch.expand."),
+        *conv_norm_rules(published + "shortcut.", ours + "shortcut."),
         *conv_norm_rules("final_conv.", "head.final_conv."),
-        Rule("head.fc.{p}", "head.fc.{p}"),
+        KeyRule("head.fc.{p}", "head.fc.{p}"),
     ]
 
 
-# image side and top-1, as the paper reports them
+# image side and ImageNet-1K top-1 as reported in the paper
 REPORTED = {
     "tessel_halonet_h0": (256, 77.9),
     "tessel_halonet_h1": (256, 79.9),
@@ -235,10 +245,11 @@ REPORTED = {
 
 register(
     Family(
+        HaloNet,
         VARIANTS,
         build,
-        keys,
-        cfg={"first_conv": "stem.conv1.conv", "crop_pct": 0.94, "paper_ids": "arXiv:2103.12731"},
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.conv1.conv", "crop_pct": 0.94, "paper_ids": "arXiv:2103.12731"},
         reported=REPORTED,
     ),
     __name__,

@@ -1,12 +1,12 @@
 """S2AFormer: Strip Self-Attention for Efficient Vision Transformer.
 
-Xu, Huang, Jia, Li, Gao, Qi, IEEE TIP 2025, arXiv 2505.22195. No code or weights were released. Published are the order
-of a block (convolution, strip attention, local interaction, MLP, each as a residual), a stem of three convolutions, and
-the size, cost and accuracy of five models.
+Xu, Huang, Jia, Li, Gao, Qi, IEEE TIP 2025, arXiv 2505.22195. No code or weights were released. The paper gives the
+order of a block (convolution, strip attention, local interaction, MLP, each with a shortcut), a stem of three
+convolutions, and parameters, multiply-adds and accuracy of five models.
 
-Deviations: dims, depths, heads, the width of the strips, the local interaction module (that of XCiT) and the head are
-our choice, the same rules for all five, within 1.5 % of every published size and cost. Accuracies the paper reports
-belong to the paper's models.
+Not in the paper, chosen here: dims, depths, heads, the width of the strips, the local interaction module (XCiT's) and
+the head. The same rules for all five models give parameters and multiply-adds within 1.5 % of the published ones. The
+accuracies are those of the paper's models, not of these.
 """
 
 import math
@@ -18,14 +18,17 @@ from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from torch import nn
 
 from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
-from ._backbone import Parts, Stage
-from ._keymap import Edit, Rule
-from ._registry import DenseNorm, Family, register
+from ._backbone import Backbone, BackboneParts, Stage
+from ._family import DenseNorm, Family
+from ._keymap import Edit, KeyRule
+from ._registry import register
+
+__all__ = ["S2AFormer", "S2AFormerConfig"]
 
 
 @dataclass(frozen=True)
-class S2AFormer:
-    """Columns of our table of variants; `qk_dim` is the width of a query and key head, `head_width` of the last MLP."""
+class S2AFormerConfig:
+    """One entry per stage in tuples. qk_dim: width of a query and key head; head_width: of the head's hidden layer."""
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -36,13 +39,17 @@ class S2AFormer:
     head_width: int = 1280
 
 
+class S2AFormer(Backbone):
+    """Strip self-attention, depthwise convolutions and MLPs."""
+
+
 VARIANTS = {
-    "s2aformer_atto": S2AFormer((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), head_width=128),
-    "s2aformer_mini": S2AFormer((32, 64, 160, 320), (1, 2, 2, 2), (1, 2, 5, 10)),
-    "s2aformer_tiny": S2AFormer((32, 64, 160, 320), (3, 3, 5, 2), (1, 2, 5, 10)),
-    "s2aformer_xsmall": S2AFormer((32, 64, 160, 320), (3, 4, 7, 2), (1, 2, 5, 10)),
-    "s2aformer_small": S2AFormer((32, 64, 192, 384), (3, 3, 13, 2), (1, 2, 6, 12)),
-    "s2aformer_medium": S2AFormer((64, 128, 256, 512), (4, 4, 19, 3), (2, 4, 8, 16)),
+    "s2aformer_atto": S2AFormerConfig((16, 32, 48, 64), (1, 1, 2, 1), (1, 2, 3, 4), head_width=128),
+    "s2aformer_mini": S2AFormerConfig((32, 64, 160, 320), (1, 2, 2, 2), (1, 2, 5, 10)),
+    "s2aformer_tiny": S2AFormerConfig((32, 64, 160, 320), (3, 3, 5, 2), (1, 2, 5, 10)),
+    "s2aformer_xsmall": S2AFormerConfig((32, 64, 160, 320), (3, 4, 7, 2), (1, 2, 5, 10)),
+    "s2aformer_small": S2AFormerConfig((32, 64, 192, 384), (3, 3, 13, 2), (1, 2, 6, 12)),
+    "s2aformer_medium": S2AFormerConfig((64, 128, 256, 512), (4, 4, 19, 3), (2, 4, 8, 16)),
 }
 
 norm = partial(LayerNorm2d, eps=1e-6)
@@ -57,7 +64,7 @@ def local_interaction(dim: int) -> nn.Sequential:
 
 
 def stem(in_chans: int, width: int) -> nn.Sequential:
-    """Three 3x3 convolutions, the first of stride 2."""
+    """`[B, in_chans, H, W] -> [B, width, ~H/2, ~W/2]`: three 3x3 convolutions, the first of stride 2."""
     layers = [
         block(
             conv=nn.Conv2d(width if i else in_chans, width, 3, 1 if i else 2, 1, bias=False),
@@ -70,20 +77,20 @@ def stem(in_chans: int, width: int) -> nn.Sequential:
 
 
 def build(
-    row: S2AFormer, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, row.depths)
-    stages, previous = [], row.dims[0] // 2
-    for i, dim in enumerate(row.dims):
-        heads, reduction = row.num_heads[i], row.reductions[i]
+    cfg: S2AFormerConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
+    stages, previous = [], cfg.dims[0] // 2
+    for i, dim in enumerate(cfg.dims):
+        heads, reduction = cfg.num_heads[i], cfg.reductions[i]
         blocks = [
             block(
                 conv=Residual(depthwise(dim)),
                 mixer=Residual(
-                    Strip(dim, num_heads=heads, reduction=reduction, qk_dim=row.qk_dim), norm=norm(dim), drop_path=rate
+                    Strip(dim, num_heads=heads, reduction=reduction, qk_dim=cfg.qk_dim), norm=norm(dim), drop_path=rate
                 ),
                 local=Residual(local_interaction(dim), norm=norm(dim), drop_path=rate),
-                mlp=Residual(Mlp(dim, ratio=row.mlp_ratio), norm=norm(dim), drop_path=rate),
+                mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
         ]
@@ -91,15 +98,17 @@ def build(
         stages.append(Stage(blocks, dim=dim, stride=2, down=down))
         previous = dim
     head = NormMlpClassifierHead(
-        row.dims[-1], num_classes, row.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
+        cfg.dims[-1], num_classes, cfg.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
     )
     if not num_classes and not global_pool:
-        # a head that passes the map on has nothing to normalise or to widen
+        # without classifier and pooling the head returns the feature map as it is: remove its norm and its MLP
         head.reset(0, "", reset_other=True)
-    return Parts(stem=stem(in_chans, row.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialise)
+    return BackboneParts(
+        stem=stem(in_chans, cfg.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialize
+    )
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -109,39 +118,39 @@ def initialise(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Strip):
-        # logits are products of few channels: they start at order one, or attention would stay an average
+        # with few channels per head, small weights would give logits near zero and uniform attention
         for weight in (module.get_parameter("q.weight"), module.get_parameter("k.weight")):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
 
-# 1x1 convolutions there, linear maps here
+# weights of 1x1 convolutions <-> our linear layers
 AS_LINEAR = Edit(
     lambda t: (t.flatten(1) if t.dim() == 4 else t,), lambda t: (t[:, :, None, None] if t.dim() == 2 else t,)
 )
 
 
-def keys(row: S2AFormer) -> Sequence[Rule]:
-    """The layout of 1x1 convolutions, as such a model is usually written."""
-    theirs, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
+def key_mapping(cfg: S2AFormerConfig) -> Sequence[KeyRule]:
+    """No keys are published: these are the usual ones of an implementation with 1x1 convolutions."""
+    published, ours = "stages.{s}.blocks.{b}.", "stages.{s}.blocks.{b}."
     linear = {f"attn.{name}": f"mixer.fn.{name}" for name in ("q", "k", "v", "proj")}
     linear |= {f"mlp.{name}": f"mlp.fn.{name}" for name in ("fc1", "fc2")}
     plain = {"dwconv": "conv.fn", "norm1": "mixer.norm", "norm2": "local.norm", "norm3": "mlp.norm"}
     plain |= {"attn.reduce.conv": "mixer.fn.reduce.conv", "attn.reduce.bn": "mixer.fn.reduce.norm"}
     plain |= {"lim.conv1": "local.fn.conv1", "lim.bn": "local.fn.norm", "lim.conv2": "local.fn.conv2"}
     return [
-        Rule("stem.{i}.conv.{p}", "stem.{i}.conv.{p}"),
-        Rule("stem.{i}.bn.{p}", "stem.{i}.norm.{p}"),
-        Rule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
-        Rule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
-        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}", AS_LINEAR) for a, b in linear.items()),
-        *(Rule(f"{theirs}{a}.{{p}}", f"{ours}{b}.{{p}}") for a, b in plain.items()),
-        Rule("head.norm.{p}", "head.norm.{p}"),
-        Rule("head.pre_logits.fc.{p}", "head.pre_logits.fc.{p}"),
-        Rule("head.fc.{p}", "head.fc.{p}"),
+        KeyRule("stem.{i}.conv.{p}", "stem.{i}.conv.{p}"),
+        KeyRule("stem.{i}.bn.{p}", "stem.{i}.norm.{p}"),
+        KeyRule("stages.{s}.downsample.conv.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("stages.{s}.downsample.norm.{p}", "stages.{s}.down.norm.{p}"),
+        *(KeyRule(f"{published}{a}.{{p}}", f"{ours}{b}.{{p}}", AS_LINEAR) for a, b in linear.items()),
+        *(KeyRule(f"{published}{a}.{{p}}", f"{ours}{b}.{{p}}") for a, b in plain.items()),
+        KeyRule("head.norm.{p}", "head.norm.{p}"),
+        KeyRule("head.pre_logits.fc.{p}", "head.pre_logits.fc.{p}"),
+        KeyRule("head.fc.{p}", "head.fc.{p}"),
     ]
 
 
-# image side and top-1, as the paper reports them
+# image side and ImageNet-1K top-1 as reported in the paper
 REPORTED = {
     "s2aformer_mini": (224, 75.1),
     "s2aformer_tiny": (224, 77.7),
@@ -152,12 +161,13 @@ REPORTED = {
 
 register(
     Family(
+        S2AFormer,
         VARIANTS,
         build,
-        keys,
-        cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.0.conv", "crop_pct": 0.9, "paper_ids": "arXiv:2505.22195"},
         reported=REPORTED,
-        dense=DenseNorm(norm, "norms.{s}.{p}"),
+        dense_norm=DenseNorm(norm, "norms.{s}.{p}"),
     ),
     __name__,
 )

@@ -1,16 +1,13 @@
 """TransNeXt: Robust Foveal Visual Perception for Vision Transformers.
 
-Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (aggregated attention, length-scaled cosine attention, convolutional GLU) and
-the released code github.com/DaiShiResearch/TransNeXt (Apache-2.0), whose keys and weights these models share.
+Shi, CVPR 2024, arXiv 2311.17132: sec. 3 (aggregated attention, length-scaled cosine attention, convolutional GLU).
+Released code: github.com/DaiShiResearch/TransNeXt (Apache-2.0); its checkpoints load.
 
-One model serves what the released code has twice. As in its dense-prediction models, position biases, length scales
-and pooled grids follow the size of the map. `pretrain_size` is the image size that distances are measured by: a
-property of the weights, 224 for the models fine-tuned at 384 too. `img_size` is None for the released extrapolation
-mode; a number selects the interpolation mode: biases are computed for images of that size and resized to others.
-`fixed_pool_size` is the released linear inference mode (7 for the weights trained at 224).
+The released code has separate models for classification and dense prediction. The models here work for both: position
+biases, length scales and pooled grids are computed for the size of the feature map.
 
-Deviations: by the released rule a pooled grid may be empty (sides under 29 pixels); here it has at least one
-pixel, and at most as many as the map where `fixed_pool_size` asks for more.
+Deviation: in the released code a pooled grid may be empty (sides under 29 pixels). Here it has at least one pixel, and
+with `fixed_pool_size` at most as many as the map.
 """
 
 import math
@@ -24,14 +21,26 @@ from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
-from ._backbone import Parts, Stage
-from ._keymap import Edit, Rule
-from ._registry import Family, register
+from ._backbone import Backbone, BackboneParts, Stage
+from ._family import Family
+from ._keymap import Edit, KeyRule
+from ._registry import register
+
+__all__ = ["TransNeXt", "TransNeXtConfig"]
 
 
 @dataclass(frozen=True)
-class TransNeXt:
-    """Columns of the paper's architecture table; where `reductions` is None the stage attends to all."""
+class TransNeXtConfig:
+    """Columns of the paper's architecture table.
+
+    reductions: of the pooled map in each stage; None for full attention.
+    window: side of the sliding window.
+    pretrain_size: image size by which distances in the position bias are scaled; it belongs to the weights and is 224
+        also for those fine-tuned at 384.
+    img_size: None for the released extrapolation mode, which computes the position bias for every map size. A number
+        selects the interpolation mode: the bias is computed for images of this size and resized.
+    fixed_pool_size: side of the pooled map, for the released linear inference mode (7 for weights trained at 224).
+    """
 
     dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -44,14 +53,18 @@ class TransNeXt:
     fixed_pool_size: int | None = None
 
 
-MICRO = TransNeXt((48, 96, 192, 384), (2, 2, 15, 2), (2, 4, 8, 16))
-SMALL = TransNeXt((72, 144, 288, 576), (5, 5, 22, 5), (3, 6, 12, 24))
-BASE = TransNeXt((96, 192, 384, 768), (5, 5, 23, 5), (4, 8, 16, 32))
+class TransNeXt(Backbone):
+    """Aggregated attention in stages 1-3, length-scaled cosine attention in stage 4, and convolutional GLUs."""
+
+
+MICRO = TransNeXtConfig((48, 96, 192, 384), (2, 2, 15, 2), (2, 4, 8, 16))
+SMALL = TransNeXtConfig((72, 144, 288, 576), (5, 5, 22, 5), (3, 6, 12, 24))
+BASE = TransNeXtConfig((96, 192, 384, 768), (5, 5, 23, 5), (4, 8, 16, 32))
 
 VARIANTS = {
-    "transnext_atto": TransNeXt((24, 24, 48, 96), (1, 1, 2, 1), (1, 1, 2, 4)),
+    "transnext_atto": TransNeXtConfig((24, 24, 48, 96), (1, 1, 2, 1), (1, 1, 2, 4)),
     "transnext_micro": MICRO,
-    "transnext_tiny": TransNeXt((72, 144, 288, 576), (2, 2, 15, 2), (3, 6, 12, 24)),
+    "transnext_tiny": TransNeXtConfig((72, 144, 288, 576), (2, 2, 15, 2), (3, 6, 12, 24)),
     "transnext_small": SMALL,
     "transnext_base": BASE,
     "transnext_small_384": SMALL,
@@ -64,15 +77,15 @@ embed_norm = partial(LayerNorm2d, eps=1e-5)
 
 
 class ConvGlu(nn.Module):
-    """`fc2(gelu(dwconv(gate(x))) * value(x))` on a feature map `[B, C, H, W]`, `dwconv` 3x3.
+    """`fc2(gelu(dwconv(gate(x))) * value(x))`: `[B, C, H, W] -> [B, C, H, W]`, with a 3x3 depthwise convolution.
 
-    The hidden width is int(2/3 * ratio * C).
+    The hidden width is int(2/3 * ratio * C) (sec. 3, "convolutional GLU").
     """
 
     def __init__(self, dim: int, *, ratio: float):
         super().__init__()
         hidden = int(2 * (dim * ratio) / 3)
-        # two maps of one input: halves of one map would reach the convolution as a strided view, and be copied
+        # two layers instead of one that is split: the convolution would copy the strided half
         self.gate = nn.Linear(dim, hidden)
         self.value = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -84,15 +97,17 @@ class ConvGlu(nn.Module):
         return self.fc2(gate * self.value(x)).permute(0, 3, 1, 2)
 
 
-def mixer(row: TransNeXt, stage: int) -> nn.Module:
+def mixer(cfg: TransNeXtConfig, stage: int) -> nn.Module:
     stride = 4 * 2**stage
-    if row.pretrain_size < 64:
-        raise ValueError(f"TransNeXt: pretrain_size={row.pretrain_size} must be at least 64, two pixels of stage 4")
-    if row.img_size is not None and row.img_size < 1:
-        raise ValueError(f"TransNeXt: img_size={row.img_size} must be at least 1, or None")
-    nominal = None if row.img_size is None else max(1, row.img_size // stride)
-    dim, heads, trained = row.dims[stage], row.num_heads[stage], row.pretrain_size // stride
-    reduction = row.reductions[stage]
+    if cfg.pretrain_size < 64:
+        raise ValueError(
+            f"TransNeXt: pretrain_size={cfg.pretrain_size} must be at least 64, so that stage 4 has two pixels"
+        )
+    if cfg.img_size is not None and cfg.img_size < 1:
+        raise ValueError(f"TransNeXt: img_size={cfg.img_size} must be at least 1, or None")
+    nominal = None if cfg.img_size is None else max(1, cfg.img_size // stride)
+    dim, heads, trained = cfg.dims[stage], cfg.num_heads[stage], cfg.pretrain_size // stride
+    reduction = cfg.reductions[stage]
     if reduction is None:
         return LengthScaledCosine(dim, num_heads=heads, trained_size=trained, nominal_size=nominal)
     return Aggregated(
@@ -100,38 +115,40 @@ def mixer(row: TransNeXt, stage: int) -> nn.Module:
         num_heads=heads,
         reduction=reduction,
         trained_size=trained,
-        window=row.window,
-        pool_size=row.fixed_pool_size,
+        window=cfg.window,
+        pool_size=cfg.fixed_pool_size,
         nominal_size=nominal,
     )
 
 
 def build(
-    row: TransNeXt, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
-) -> Parts:
-    rates = drop_path_rates(drop_path_rate, row.depths)
+    cfg: TransNeXtConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+) -> BackboneParts:
+    rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
-    for i, dim in enumerate(row.dims):
+    for i, dim in enumerate(cfg.dims):
         blocks = [
             block(
-                mixer=Residual(mixer(row, i), norm=norm(dim), drop_path=rate),
-                mlp=Residual(ConvGlu(dim, ratio=row.mlp_ratios[i]), norm=norm(dim), drop_path=rate),
+                mixer=Residual(mixer(cfg, i), norm=norm(dim), drop_path=rate),
+                mlp=Residual(ConvGlu(dim, ratio=cfg.mlp_ratios[i]), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
         ]
-        down = conv_norm(row.dims[i - 1], dim, kernel=3, stride=2, norm=embed_norm) if i else None
+        down = conv_norm(cfg.dims[i - 1], dim, kernel=3, stride=2, norm=embed_norm) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down, norm=norm(dim)))
-    return Parts(
-        stem=conv_norm(in_chans, row.dims[0], kernel=7, stride=4, norm=embed_norm),
+    return BackboneParts(
+        stem=conv_norm(in_chans, cfg.dims[0], kernel=7, stride=4, norm=embed_norm),
         stages=stages,
-        head=ClassifierHead(row.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
-        # the tables' weights are those of the position bias
-        no_decay=frozenset({"temperature", "query_embedding", "relative_pos_bias_local", "fc1_weight", "fc2_weight"}),
-        init=initialise,
+        head=ClassifierHead(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+        # fc1_weight and fc2_weight are those of the position bias
+        no_weight_decay=frozenset(
+            {"temperature", "query_embedding", "relative_pos_bias_local", "fc1_weight", "fc2_weight"}
+        ),
+        init=initialize,
     )
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -142,38 +159,44 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# queries, then keys and values: one map of three
+# published layers of queries and of keys and values <-> our qkv layer
 PACK = Edit(lambda q, kv: (torch.cat([q, kv]),), lambda qkv: qkv.tensor_split([len(qkv) // 3]))
 HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))
 
 
-def keys(row: TransNeXt) -> Sequence[Rule]:
-    theirs, ours = "block{s+1}.{b}.", "stages.{s}.blocks.{b}."
-    plain = [i for i, reduction in enumerate(row.reductions) if reduction is None]
+def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
+    published, ours = "block{s+1}.{b}.", "stages.{s}.blocks.{b}."
+    plain = [i for i, reduction in enumerate(cfg.reductions) if reduction is None]
     return [
-        # one map in the stages of full attention, two in the others
-        *(Rule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
-        Rule([theirs + "attn.q.{p}", theirs + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK),
-        Rule("patch_embed1.proj.{p}", "stem.conv.{p}"),
-        Rule("patch_embed1.norm.{p}", "stem.norm.{p}"),
-        Rule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),
-        Rule("patch_embed{s+1}.norm.{p}", "stages.{s}.down.norm.{p}"),
-        Rule("norm{s+1}.{p}", "stages.{s}.norm.{p}"),
-        Rule(theirs + "norm1.{p}", ours + "mixer.norm.{p}"),
-        Rule(theirs + "attn.cpb_fc1.{p}", ours + "mixer.fn.position.fc1_{p}"),
-        Rule(theirs + "attn.cpb_fc2.{p}", ours + "mixer.fn.position.fc2_{p}"),
-        *(Rule(f"{theirs}attn.{part}.{{p}}", f"{ours}mixer.fn.{part}.{{p}}") for part in ("sr", "norm", "proj")),
-        # what the published mixer holds itself: temperature, query_embedding and the local tables
-        Rule(theirs + "attn.{p}", ours + "mixer.fn.{p}"),
-        Rule(theirs + "norm2.{p}", ours + "mlp.norm.{p}"),
-        Rule(theirs + "mlp.fc1.{p}", [ours + "mlp.fn.gate.{p}", ours + "mlp.fn.value.{p}"], HALVES),
-        Rule(theirs + "mlp.dwconv.dwconv.{p}", ours + "mlp.fn.dwconv.{p}"),
-        Rule(theirs + "mlp.fc2.{p}", ours + "mlp.fn.fc2.{p}"),
-        Rule("head.{p}", "head.fc.{p}"),
+        # the published stages of full attention have one qkv layer, the others two layers
+        *(KeyRule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
+        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK),
+        KeyRule("patch_embed1.proj.{p}", "stem.conv.{p}"),
+        KeyRule("patch_embed1.norm.{p}", "stem.norm.{p}"),
+        KeyRule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),
+        KeyRule("patch_embed{s+1}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        KeyRule("norm{s+1}.{p}", "stages.{s}.norm.{p}"),
+        KeyRule(published + "norm1.{p}", ours + "mixer.norm.{p}"),
+        KeyRule(published + "attn.cpb_fc1.{p}", ours + "mixer.fn.position.fc1_{p}"),
+        KeyRule(published + "attn.cpb_fc2.{p}", ours + "mixer.fn.position.fc2_{p}"),
+        *(KeyRule(f"{published}attn.{part}.{{p}}", f"{ours}mixer.fn.{part}.{{p}}") for part in ("sr", "norm", "proj")),
+        # parameters of the mixer itself: temperature, query_embedding and the tables of the window
+        KeyRule(published + "attn.{p}", ours + "mixer.fn.{p}"),
+        KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
+        KeyRule(published + "mlp.fc1.{p}", [ours + "mlp.fn.gate.{p}", ours + "mlp.fn.value.{p}"], HALVES),
+        KeyRule(published + "mlp.dwconv.dwconv.{p}", ours + "mlp.fn.dwconv.{p}"),
+        KeyRule(published + "mlp.fc2.{p}", ours + "mlp.fn.fc2.{p}"),
+        KeyRule("head.{p}", "head.fc.{p}"),
     ]
 
 
 register(
-    Family(VARIANTS, build, keys, cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2311.17132"}),
+    Family(
+        TransNeXt,
+        VARIANTS,
+        build,
+        key_mapping,
+        pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2311.17132"},
+    ),
     __name__,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checkpoints import fetch, read_state
 from ...zoo import from_published
-from ...zoo._registry import is_ours
+from ...zoo._family import is_ours
 from ...zoo.dense import PREFIXES, BatchNorms, DenseBackbone
 from ..errors import UserError
 from .compat import allow_history_buffers, install_mmcv_stub, patch_runner
@@ -53,7 +53,7 @@ class TesselBackbone(DenseBackbone):
         norms, batch_norm: as in `DenseBackbone`. with_cp: recompute activations in the backward. Raises UserError for
         another init_cfg.
         """
-        super().__init__(name, levels=out_indices, norms=norms, batch_norm=batch_norm, **options)
+        super().__init__(name, out_indices=out_indices, norms=norms, batch_norm=batch_norm, **options)
         if init_cfg is not None:
             if (
                 checkpoint is not None
@@ -90,9 +90,9 @@ class TesselBackbone(DenseBackbone):
             self.load_published(state)
         elif is_ours(self.name) and self.body.state_dict().keys() - state.keys():
             counters = {k: t for k, t in self.body.state_dict().items() if not t.is_floating_point()}
-            self.start_from(counters | from_published(self.name, state, **self.options))
+            self.load_classifier(counters | from_published(self.name, state, **self.options))
         else:
-            self.start_from(state)
+            self.load_classifier(state)
 
 
 def _translate(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

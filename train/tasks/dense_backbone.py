@@ -23,7 +23,7 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
         return DenseBackbone(
             model.name,
             pretrained=model.pretrained,
-            levels=levels,
+            out_indices=levels,
             norms=dense.norms,
             batch_norm=dense.batch_norm,
             **options,
@@ -62,6 +62,6 @@ def load_initial_backbone(backbone: DenseBackbone, model: Model, size: int) -> N
         source = create_model(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
         state = source.state_dict()
     try:
-        backbone.start_from(state)
+        backbone.load_classifier(state)
     except ValueError as error:
         raise weights_mismatch(model, error) from error

@@ -17,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from .... import zoo as zoo  # registers the models with timm
-from ....zoo.dense import DenseBackbone, below
+from ....zoo.dense import DenseBackbone, prefix_patterns
 from ...errors import UserError
 from ...recipe.schema import Dense, Model
 from ..dense_backbone import build_backbone, load_initial_backbone
@@ -65,7 +65,9 @@ class _OnBackbone(nn.Module):
         return found if self.training else [{**one, "labels": one["labels"] - first} for one in found]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {key: below(spec, BODY) for key, spec in self.backbone.body.group_matcher(coarse=coarse).items()}
+        return {
+            key: prefix_patterns(spec, BODY) for key, spec in self.backbone.body.group_matcher(coarse=coarse).items()
+        }
 
     def no_weight_decay(self) -> set[str]:
         return {BODY + name for name in self.backbone.body.no_weight_decay()}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....checkpoints import read_state
-from ....zoo.dense import DenseBackbone, below
+from ....zoo.dense import DenseBackbone, prefix_patterns
 from ...errors import UserError
 from ...recipe.schema import Dense, Model, Recipe
 from ..dense_backbone import build_backbone, check_backbone, load_initial_backbone
@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
     def maps(self, images: Tensor) -> list[Tensor | None]:
         """What the heads see, numbered as mmsegmentation does: a stage without a reader is None."""
         maps: list[Tensor | None] = [None] * 4
-        for level, found in zip(self.backbone.levels, self.backbone(images), strict=True):
+        for level, found in zip(self.backbone.out_indices, self.backbone(images), strict=True):
             maps[level] = found
         return list(self.neck(maps)) if hasattr(self, "neck") else maps
 
@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups of the backbone under the names they have here; all else counts as the last layer."""
         groups = self.backbone.group_matcher(coarse=coarse)
-        return {key: below(spec, "backbone.") for key, spec in groups.items()}
+        return {key: prefix_patterns(spec, "backbone.") for key, spec in groups.items()}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay beside biases and one-dimensional ones."""
@@ -125,15 +125,19 @@ def assemble(
 def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[FeatureSpec | None]:
     """What is known of the maps of the four stages; of `size`, also that the backbone takes it, and how maps lie."""
     maps: list[FeatureSpec | None] = [None] * 4
-    for level, width, stride in zip(backbone.levels, backbone.channels, backbone.strides, strict=True):
+    for level, width, stride in zip(backbone.out_indices, backbone.channels, backbone.strides, strict=True):
         maps[level] = FeatureSpec(width, stride)
     if size is not None:
         remedy = (
             f"if it has a size of its own, give it model.kwargs.strict_img_size=false or model.kwargs.img_size={size}, "
             "or data.size that size; else take another model"
         )
-        for level, found in zip(backbone.levels, check_backbone(backbone, model, (size, size), remedy), strict=True):
-            maps[level] = FeatureSpec(found.shape[1], backbone.strides[backbone.levels.index(level)], layout(found))
+        for level, found in zip(
+            backbone.out_indices, check_backbone(backbone, model, (size, size), remedy), strict=True
+        ):
+            maps[level] = FeatureSpec(
+                found.shape[1], backbone.strides[backbone.out_indices.index(level)], layout(found)
+            )
     return maps
 
 

@@ -1,0 +1,93 @@
+"""Conversion of state dicts between published keys and ours."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ._family import configuration, families, make_model
+from ._keymap import KeyMap, KeyRule, MissingKeys, UnknownKeys
+from ._pretrained import check_shapes
+
+
+def from_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Convert a published state dict of the model `name` (or a dict of its gradients) to our keys.
+
+    `options` are the arguments of `timm.create_model` that the model is made with. Integer buffers are dropped. Raises
+    ValueError naming every unknown or missing key.
+    """
+    name, cfg = configuration(name, options)
+    return _matching_key_map(name, cfg, state).from_published(state)
+
+
+def to_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """The inverse of `from_published`: convert our state dict or gradients to the published keys."""
+    name, cfg = configuration(name, options)
+    return _key_maps(name, cfg)[0].to_published(state)
+
+
+def from_published_dense(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Convert the backbone of a published segmenter or detector to our keys, its norms to `norms.STAGE.*`.
+
+    `state` may lack the classifier and the final norm; they are dropped. Raises ValueError naming every unknown or
+    missing key.
+    """
+    name, cfg = configuration(name, options)
+    key_map, dense = _key_maps(name, cfg)[0], families[name].dense_norm
+    rule = KeyRule(dense.keys, "norms.{s}.{p}") if dense else None
+    body, norms = {}, {}
+    for key, tensor in state.items():
+        norm_key = rule.to_ours(key) if rule else None
+        if norm_key is None:
+            body[key] = tensor
+        else:
+            norms[norm_key] = tensor
+    dropped = frozenset(key for key in key_map.parameters | key_map.buffers if key.startswith(("norm.", "head.")))
+    converted = key_map.from_published(body, optional=dropped)
+    return {key: tensor for key, tensor in converted.items() if key not in dropped} | norms
+
+
+def _matching_key_map(name: str, cfg: Any, state: Mapping[str, Tensor]) -> KeyMap:
+    """The first key map of `name` that knows every key of `state`; that of the published layout if none does."""
+    maps = _key_maps(name, cfg)
+    return next((key_map for key_map in maps if key_map.knows(state)), maps[0])
+
+
+@cache
+def _key_maps(name: str, cfg: Any) -> tuple[KeyMap, ...]:
+    """The key maps of `name`: that of the published layout, then those of other layouts."""
+    family = families[name]
+    model = make_model(family, cfg, device="meta")
+    parameters = {key for key, _ in model.named_parameters()}
+    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
+    return tuple(
+        KeyMap(rules(cfg), name=name, parameters=parameters, buffers=floating - parameters)
+        for rules in (family.key_mapping, *family.other_key_mappings)
+    )
+
+
+def checkpoint_filter(name: str, cfg: Any, state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """timm's checkpoint filter: convert a checkpoint of `name` to our keys, and check it.
+
+    The checkpoint may have published keys, those of another known layout, or ours, with or without the classifier.
+    """
+    classifier = frozenset({"head.fc.weight", "head.fc.bias"})
+    published = _key_maps(name, cfg)[0]
+    expected = published.parameters | published.buffers
+    # decided by the majority: both layouts may share a few keys, such as those of the final norm
+    if 2 * sum(key in expected for key in state) < len(state):
+        state = _matching_key_map(name, cfg, state).from_published(state, optional=classifier)
+    state = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
+    if unknown := sorted(set(state) - expected):
+        raise UnknownKeys(f"{name}: the checkpoint has {len(unknown)} keys the model lacks: {', '.join(unknown[:5])}")
+    needed = expected & set(model.state_dict()) - (frozenset() if _needs_classifier(model) else classifier)
+    if missing := sorted(needed - set(state)):
+        raise MissingKeys(f"{name}: the checkpoint lacks {len(missing)} keys: {', '.join(missing[:5])}")
+    check_shapes(name, state, model)
+    return state
+
+
+def _needs_classifier(model: Any) -> bool:
+    """Whether the model has as many classes as the checkpoint: otherwise timm makes a new classifier."""
+    return model.num_classes == model.pretrained_cfg["num_classes"]
