@@ -204,11 +204,12 @@ def _save_for_backward(ctx, inputs, output):
     # not the output: it contains the filters' part, which does not belong to the softmax
     ctx.save_for_backward(*inputs, lse)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
 
 
 def _backward(ctx, do, _):
-    return *_backward_op(*ctx.saved_tensors, do), None, None
+    gradients = (None,) * 8 if do is None else _backward_op(*ctx.saved_tensors, do)
+    return *gradients, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)

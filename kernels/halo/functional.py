@@ -168,11 +168,12 @@ def _save_for_backward(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(q, kv, rel, out, lse)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
 
 
 def _backward(ctx, do, _):
-    return *_backward_op(*ctx.saved_tensors, do, *ctx.sizes), None, None, None, None
+    gradients = (None, None, None) if do is None else _backward_op(*ctx.saved_tensors, do, *ctx.sizes)
+    return *gradients, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)

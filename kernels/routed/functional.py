@@ -131,11 +131,12 @@ def _save_for_backward(ctx, inputs, output):
     # only the Triton kernels need the output again
     ctx.save_for_backward(qkv, index, out if ctx.triton else lse, lse)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
 
 
 def _backward(ctx, do, _):
-    return _backward_op(*ctx.saved_tensors, do, ctx.grid, ctx.scale, ctx.triton), None, None, None, None
+    dqkv = None if do is None else _backward_op(*ctx.saved_tensors, do, ctx.grid, ctx.scale, ctx.triton)
+    return dqkv, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)

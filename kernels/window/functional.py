@@ -165,11 +165,13 @@ def _save_for_backward(ctx, inputs, output):
     _, lse = output
     ctx.save_for_backward(qkv, lse, *lepe)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
 
 
 def _backward(ctx, do, _):
     qkv, lse, *lepe = ctx.saved_tensors
+    if do is None:
+        return None, [None] * len(lepe), None, None
     dqkv, dlepe = _backward_op(qkv, lepe, lse, do, ctx.sides, ctx.scale)
     return dqkv, dlepe, None, None
 

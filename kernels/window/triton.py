@@ -173,7 +173,7 @@ def _forward_kernel(
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     size, dim = (height, width, win_h, win_w), heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_M, PACKED)
-    slot_m, _, mask_m, offs_m, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, PACKED)
+    slot_m, valid_m, mask_m, offs_m, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, PACKED)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
     qkv_ptr += pixel_0 * 3 * dim + channel_0
     q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
@@ -258,7 +258,7 @@ def _query_backward_kernel(
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     size, pixels, dim = (height, width, win_h, win_w), win_h * win_w, heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_M, False)
-    slot_m, _, mask_m, offs_m, _ = _tile(window, start, left, size, BLOCK_M, VERTICAL, False)
+    slot_m, valid_m, mask_m, offs_m, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, False)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
     offs_lse = (pixel_0 + offs_m) * heads + first_head + head
     qkv_ptr += pixel_0 * 3 * dim + channel_0
@@ -295,7 +295,7 @@ def _key_backward_kernel(
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     size, pixels, dim = (height, width, win_h, win_w), win_h * win_w, heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_N, False)
-    _, valid_n, mask_n, offs_n, coords = _tile(window, start, left, size, BLOCK_N, VERTICAL, False)
+    slot_n, valid_n, mask_n, offs_n, coords = _tile(window, start, left, size, BLOCK_N, VERTICAL, False)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
     qkv_ptr += pixel_0 * 3 * dim + channel_0
     dqkv_ptr += pixel_0 * 3 * dim + channel_0
