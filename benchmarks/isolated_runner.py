@@ -1,6 +1,6 @@
-"""Work that may take its process along: a child does it job by job, and its parent goes on where it died.
+"""Run jobs in a child process, so that a crash loses one job; a new child continues with the rest.
 
-The child prints records, lines of JSON after a mark: `{"start": job}`, `{"done": job}`, and between them what it found.
+The child prints records: lines of JSON after a marker. `{"start": job}` and `{"done": job}` frame the results of a job.
 """
 
 import json
@@ -13,37 +13,42 @@ from collections.abc import Callable
 
 Job = tuple[str, str]  # operator, case
 
-_MARK = "@"
+_MARKER = "@"
 
 
 def emit(**record) -> None:
-    print(_MARK + json.dumps(record), flush=True)
+    """Print a record, in the child."""
+    print(_MARKER + json.dumps(record), flush=True)
 
 
-def supervise(
-    command: list[str], jobs: list[Job], *, environment: dict[str, str], until: float, grace: float, take: Callable
+def run_isolated(
+    command: list[str], jobs: list[Job], *, environment: dict[str, str], until: float, grace: float, on_record: Callable
 ) -> dict[Job, str]:
-    """Run `command job job ...` and `take` its records; the jobs that were not done, and why.
+    """Run `command job job ...`, call `on_record` for each record, return the jobs that were not done and why.
 
-    A job that takes the child down is left out and the others go on in a new one. No job starts after `until`, a moment
-    of time.time(), and a child is killed `grace` seconds later. Exits with the child's last words if it cannot start.
+    A job that crashes the child is skipped, and a new child runs the others. No job starts after `until` (a value of
+    time.time()), and a running child is killed `grace` seconds later. Exits with the child's last error output if it
+    cannot start.
     """
     left, lost = list(jobs), {}
     while left and time.time() < until:
-        current, words = _follow([*command, *map("/".join, left)], left, environment, until + grace, take)
-        if current is None and words and time.time() < until:
-            sys.exit(f"{' '.join(command)} did not start: {words}")
+        current, output = _follow([*command, *map("/".join, left)], left, environment, until + grace, on_record)
+        if current is None and output and time.time() < until:
+            sys.exit(f"{' '.join(command)} did not start: {output}")
         if current not in left:
-            break  # it was through with its jobs, whatever it died of later
-        lost[current] = f"its process died: {words}" if time.time() < until else "no time was left"
+            break  # the child had finished its jobs, even if it failed afterwards
+        lost[current] = f"its process died: {output}" if time.time() < until else "no time was left"
         left.remove(current)
     return lost | dict.fromkeys(left, "no time was left")
 
 
 def _follow(
-    command: list[str], left: list[Job], environment: dict[str, str], until: float, take: Callable
+    command: list[str], left: list[Job], environment: dict[str, str], until: float, on_record: Callable
 ) -> tuple[Job | None, str]:
-    """Run one child, striking off what it has done; the job it came to last, and what it wrote if it failed."""
+    """Run one child and remove the jobs it finishes from `left`.
+
+    Returns the last job it started and, if it failed, the end of its error output.
+    """
     current = None
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child:
@@ -51,17 +56,17 @@ def _follow(
             timer.start()
             try:
                 for line in child.stdout or ():
-                    if line.startswith(_MARK):
-                        record = json.loads(line.removeprefix(_MARK))
+                    if line.startswith(_MARKER):
+                        record = json.loads(line.removeprefix(_MARKER))
                         if "start" in record:
                             current = tuple(record["start"])
                         elif "done" in record:
                             left.remove(tuple(record["done"]))
-                        take(record)
+                        on_record(record)
                 failed = child.wait() != 0
             finally:
                 timer.cancel()
                 child.kill()
         errors.seek(0)
-        words = " / ".join(errors.read().strip().splitlines()[-3:])[-600:]
-    return current, (words or "no word of why") if failed else ""
+        output = " / ".join(errors.read().strip().splitlines()[-3:])[-600:]
+    return current, (output or "no error output") if failed else ""

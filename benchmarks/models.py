@@ -19,13 +19,13 @@ from pathlib import Path
 import matplotlib
 import timm
 import torch
-from measuring import check, facts, in_own_process, peak_of, ratio, side_by_side
+from measurement import check, facts, in_own_process, peak_of, ratio, side_by_side
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import tessel.zoo  # noqa: F401  (registers the models)
-from tessel.kernels import _launch
+from tessel.kernels import dispatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT = (
@@ -113,7 +113,7 @@ class Setting:
 
         def run() -> None:
             # no environment variable: kernels on and off must meet within one process
-            _launch._default_backend = self.kernels
+            dispatch.default_backend = self.kernels
             call()
 
         run()
