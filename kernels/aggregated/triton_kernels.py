@@ -38,9 +38,9 @@ _SIZES = [
 
 @triton.jit
 def _locate_program(heads, blocks):
-    """Return (outer index as int64, block, head)."""
+    """Return (outer index, block, head); the index and the head as int64, because they multiply whole maps."""
     outer, block, head = split_program_id(heads, blocks)
-    return outer.to(tl.int64), block, head
+    return outer.to(tl.int64), block, head.to(tl.int64)
 
 
 @triton.jit

@@ -67,21 +67,22 @@ def _forward_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     image, region, block, head = _locate_program(heads, blocks, regions)
-    pixels, dim = region_h * region_w, heads * D
+    pixels = region_h * region_w
+    dim, qkv_stride = heads * D, 3 * heads * D
     pixel_0 = image * height * width
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = item < pixels
     offs_m = _offsets(region, item, region_h, region_w, cols, width)
-    qkv_ptr += pixel_0 * 3 * dim + head * D
+    qkv_ptr += pixel_0 * qkv_stride + head * D
     index_ptr += (image * regions + region) * TOPK
-    q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+    q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
     m_i = tl.full([BLOCK_M], -float("inf"), ACC)
     l_i = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, PAD_D], ACC)
     for start_n in tl.range(0, pixels * TOPK, BLOCK_N):
         offs_n, mask_n = _listed_pixels(index_ptr, start_n, pixels * TOPK, region_h, region_w, cols, width, BLOCK_N)
-        k = load_rows(qkv_ptr + dim, offs_n, mask_n, 3 * dim, D, PAD_D)
-        v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, D, PAD_D)
+        k = load_rows(qkv_ptr + dim, offs_n, mask_n, qkv_stride, D, PAD_D)
+        v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, D, PAD_D)
         s = tl.where(mask_n[None, :], dot(q, tl.trans(k), INTERPRET) * scale_log2, -float("inf"))
         m_i, l_i, acc = online_softmax_step(m_i, l_i, acc, s, v, INTERPRET)
     store_rows(o_ptr + head * D, pixel_0 + offs_m, mask_m, dim, acc / l_i[:, None], D, PAD_D)
@@ -120,27 +121,28 @@ def _query_backward_kernel(
     """Gradient of q: a program owns BLOCK_M queries and loops over the keys of their routed regions."""
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     image, region, block, head = _locate_program(heads, blocks, regions)
-    pixels, dim = region_h * region_w, heads * D
+    pixels = region_h * region_w
+    dim, qkv_stride = heads * D, 3 * heads * D
     pixel_0 = image * height * width
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = item < pixels
     offs_m = _offsets(region, item, region_h, region_w, cols, width)
-    qkv_ptr += pixel_0 * 3 * dim + head * D
+    qkv_ptr += pixel_0 * qkv_stride + head * D
     index_ptr += (image * regions + region) * TOPK
-    q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+    q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
     do = load_rows(do_ptr + pixel_0 * dim + head * D, offs_m, mask_m, dim, D, PAD_D)
     lse = tl.load(lse_ptr + (pixel_0 + offs_m) * heads + head, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + (pixel_0 + offs_m) * heads + head, mask=mask_m, other=0.0)
     dq = tl.zeros([BLOCK_M, PAD_D], ACC)
     for start_n in tl.range(0, pixels * TOPK, BLOCK_N):
         offs_n, mask_n = _listed_pixels(index_ptr, start_n, pixels * TOPK, region_h, region_w, cols, width, BLOCK_N)
-        k = load_rows(qkv_ptr + dim, offs_n, mask_n, 3 * dim, D, PAD_D)
-        v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, D, PAD_D)
+        k = load_rows(qkv_ptr + dim, offs_n, mask_n, qkv_stride, D, PAD_D)
+        v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, D, PAD_D)
         p = tl.exp2(dot(q, tl.trans(k), INTERPRET) * scale_log2 - lse[:, None])
         p = tl.where(mask_n[None, :], p, 0.0)
         ds = p * (dot(do, tl.trans(v), INTERPRET) - delta[:, None])
         dq += dot(ds.to(k.dtype), k, INTERPRET)
-    store_rows(dqkv_ptr + pixel_0 * 3 * dim + head * D, offs_m, mask_m, 3 * dim, dq * scale, D, PAD_D)
+    store_rows(dqkv_ptr + pixel_0 * qkv_stride + head * D, offs_m, mask_m, qkv_stride, dq * scale, D, PAD_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -152,30 +154,31 @@ def _key_backward_kernel(
     """Gradients of k and v: a program owns BLOCK_N keys and loops over the queries of the inverse list."""
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
     image, region, block, head = _locate_program(heads, blocks, regions)
-    pixels, dim = region_h * region_w, heads * D
+    pixels = region_h * region_w
+    dim, qkv_stride = heads * D, 3 * heads * D
     pixel_0 = image * height * width
     item = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = item < pixels
     offs_n = _offsets(region, item, region_h, region_w, cols, width)
-    qkv_ptr += pixel_0 * 3 * dim + head * D
+    qkv_ptr += pixel_0 * qkv_stride + head * D
     do_ptr += pixel_0 * dim + head * D
     list_ptr += (image * regions + region) * regions
-    k = load_rows(qkv_ptr + dim, offs_n, mask_n, 3 * dim, D, PAD_D)
-    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, D, PAD_D)
+    k = load_rows(qkv_ptr + dim, offs_n, mask_n, qkv_stride, D, PAD_D)
+    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, D, PAD_D)
     dk = tl.zeros([BLOCK_N, PAD_D], ACC)
     dv = tl.zeros([BLOCK_N, PAD_D], ACC)
     queries = tl.load(count_ptr + image * regions + region) * pixels
     for start_m in tl.range(0, queries, BLOCK_M):
         offs_m, mask_m = _listed_pixels(list_ptr, start_m, queries, region_h, region_w, cols, width, BLOCK_M)
-        q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+        q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
         do = load_rows(do_ptr, offs_m, mask_m, dim, D, PAD_D)
         lse = tl.load(lse_ptr + (pixel_0 + offs_m) * heads + head, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + (pixel_0 + offs_m) * heads + head, mask=mask_m, other=0.0)
         p = tl.exp2(dot(k, tl.trans(q), INTERPRET) * scale_log2 - lse[None, :])
         dk, dv = dkdv_step(dk, dv, p, q, v, do, delta, INTERPRET)
-    dqkv_ptr += pixel_0 * 3 * dim + head * D
-    store_rows(dqkv_ptr + dim, offs_n, mask_n, 3 * dim, dk * scale, D, PAD_D)
-    store_rows(dqkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, dv, D, PAD_D)
+    dqkv_ptr += pixel_0 * qkv_stride + head * D
+    store_rows(dqkv_ptr + dim, offs_n, mask_n, qkv_stride, dk * scale, D, PAD_D)
+    store_rows(dqkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, dv, D, PAD_D)
 
 
 def _kernel_specs(region_pixels: int, head_dim: int, topk: int) -> dict[str, KernelSpec]:

@@ -115,14 +115,15 @@ def _softmax_mask_transposed(slot_m, slot_n, valid_n, PACKED: tl.constexpr):
 
 @triton.jit
 def _key_block(
-    q, qkv_ptr, window, start, left, slot_m, size, dim, scale_log2,
+    q, qkv_ptr, window, start, left, slot_m, size, heads, scale_log2,
     D: tl.constexpr, PAD_D: tl.constexpr, BLOCK_N: tl.constexpr, VERTICAL: tl.constexpr, PACKED: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Load BLOCK_N keys and values from pixel `start` on; return k, v and the base-2 logits of the queries q."""
     slot_n, valid_n, mask_n, offs_n, _ = _tile(window, start, left, size, BLOCK_N, VERTICAL, PACKED)
-    k = load_rows(qkv_ptr + dim, offs_n, mask_n, 3 * dim, D, PAD_D)
-    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, D, PAD_D)
+    dim, qkv_stride = heads * D, 3 * heads * D
+    k = load_rows(qkv_ptr + dim, offs_n, mask_n, qkv_stride, D, PAD_D)
+    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, D, PAD_D)
     attends = _softmax_mask(slot_m, slot_n, valid_n, PACKED)
     return k, v, tl.where(attends, dot(q, tl.trans(k), INTERPRET) * scale_log2, -float("inf"))
 
@@ -171,18 +172,19 @@ def _forward_kernel(
     PACKED: tl.constexpr, ONE_TILE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
-    size, dim = (height, width, win_h, win_w), heads * D
+    size = (height, width, win_h, win_w)
+    dim, qkv_stride = heads * D, 3 * heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_M, PACKED)
     slot_m, valid_m, mask_m, offs_m, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, PACKED)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
-    qkv_ptr += pixel_0 * 3 * dim + channel_0
-    q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+    qkv_ptr += pixel_0 * qkv_stride + channel_0
+    q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
     m_i = tl.full([BLOCK_M], -float("inf"), ACC)
     l_i = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, PAD_D], ACC)
     for start_n in tl.range(0, BLOCK_N if ONE_TILE else win_h * win_w, BLOCK_N):
         _, v, s = _key_block(
-            q, qkv_ptr, window, start_n, left, slot_m, size, dim, scale_log2,
+            q, qkv_ptr, window, start_n, left, slot_m, size, heads, scale_log2,
             D, PAD_D, BLOCK_N, VERTICAL, PACKED, INTERPRET,
         )  # fmt: skip
         m_i, l_i, acc = online_softmax_step(m_i, l_i, acc, s, v, INTERPRET)
@@ -191,7 +193,7 @@ def _forward_kernel(
         offs_d = tl.arange(0, PAD_D)
         acc += tl.load(bias_ptr + head * D + offs_d, mask=offs_d < D, other=0.0).to(ACC)[None, :]
         v_ptr, weight_ptr = qkv_ptr + 2 * dim, weight_ptr + head * D * 9
-        acc = _add_lepe(acc, v_ptr, weight_ptr, offs_m, mask_m, coords, width, 3 * dim, D, PAD_D, TAPS_Y, TAPS_X)
+        acc = _add_lepe(acc, v_ptr, weight_ptr, offs_m, mask_m, coords, width, qkv_stride, D, PAD_D, TAPS_Y, TAPS_X)
     store_rows(o_ptr + pixel_0 * dim + channel_0, offs_m, mask_m, dim, acc, D, PAD_D)
     if not ONE_TILE:
         tl.store(lse_ptr + (pixel_0 + offs_m) * heads + first_head + head, m_i + tl.log2(l_i), mask=mask_m)
@@ -205,16 +207,17 @@ def _one_tile_backward_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Whole backward of windows of one tile. The softmax is recomputed from qkv alone; the tile is queries and keys."""
-    size, dim = (height, width, win_h, win_w), heads * D
+    size = (height, width, win_h, win_w)
+    dim, qkv_stride = heads * D, 3 * heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_M, PACKED)
     slot, valid, mask, offs, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, PACKED)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
-    qkv_ptr += pixel_0 * 3 * dim + channel_0
-    dqkv_ptr += pixel_0 * 3 * dim + channel_0
+    qkv_ptr += pixel_0 * qkv_stride + channel_0
+    dqkv_ptr += pixel_0 * qkv_stride + channel_0
     do_ptr += pixel_0 * dim + channel_0
-    q = load_rows(qkv_ptr, offs, mask, 3 * dim, D, PAD_D)
-    k = load_rows(qkv_ptr + dim, offs, mask, 3 * dim, D, PAD_D)
-    v = load_rows(qkv_ptr + 2 * dim, offs, mask, 3 * dim, D, PAD_D)
+    q = load_rows(qkv_ptr, offs, mask, qkv_stride, D, PAD_D)
+    k = load_rows(qkv_ptr + dim, offs, mask, qkv_stride, D, PAD_D)
+    v = load_rows(qkv_ptr + 2 * dim, offs, mask, qkv_stride, D, PAD_D)
     do = load_rows(do_ptr, offs, mask, dim, D, PAD_D)
     attends = _softmax_mask(slot, slot, valid, PACKED)
     s = tl.where(attends, dot(q, tl.trans(k), INTERPRET) * scale_log2, -float("inf"))
@@ -225,7 +228,7 @@ def _one_tile_backward_kernel(
     dp = dot(do, tl.trans(v), INTERPRET)
     delta = tl.sum(p * dp, 1)
     dq = dot((p * (dp - delta[:, None])).to(k.dtype), k, INTERPRET)
-    store_rows(dqkv_ptr, offs, mask, 3 * dim, dq * scale, D, PAD_D)
+    store_rows(dqkv_ptr, offs, mask, qkv_stride, dq * scale, D, PAD_D)
     # P^T and dS^T are products of their own: on Hopper a transposed product may be silently wrong
     lse = m_i + tl.log2(l_i)
     attends = _softmax_mask_transposed(slot, slot, valid, PACKED)
@@ -233,14 +236,14 @@ def _one_tile_backward_kernel(
     p = tl.exp2(s - lse[None, :])
     ds = p * (dot(v, tl.trans(do), INTERPRET) - delta[None, :])
     dk = dot(ds.to(q.dtype), q, INTERPRET)
-    store_rows(dqkv_ptr + dim, offs, mask, 3 * dim, dk * scale, D, PAD_D)
+    store_rows(dqkv_ptr + dim, offs, mask, qkv_stride, dk * scale, D, PAD_D)
     dv = dot(p.to(do.dtype), do, INTERPRET)
     if TAPS_Y > 0:
         weight_ptr += head * D * 9
         dv = _add_lepe_backward(
             dv, v, do_ptr, weight_ptr, partial_ptr, offs, mask, coords, width, dim, D, PAD_D, TAPS_Y, TAPS_X
         )
-    store_rows(dqkv_ptr + 2 * dim, offs, mask, 3 * dim, dv, D, PAD_D)
+    store_rows(dqkv_ptr + 2 * dim, offs, mask, qkv_stride, dv, D, PAD_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -256,19 +259,20 @@ def _query_backward_kernel(
     2e-2 in bfloat16, against 6e-3 here).
     """
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
-    size, pixels, dim = (height, width, win_h, win_w), win_h * win_w, heads * D
+    size, pixels = (height, width, win_h, win_w), win_h * win_w
+    dim, qkv_stride = heads * D, 3 * heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_M, False)
     slot_m, valid_m, mask_m, offs_m, coords = _tile(window, start, left, size, BLOCK_M, VERTICAL, False)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
     offs_lse = (pixel_0 + offs_m) * heads + first_head + head
-    qkv_ptr += pixel_0 * 3 * dim + channel_0
-    q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+    qkv_ptr += pixel_0 * qkv_stride + channel_0
+    q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
     do = load_rows(do_ptr + pixel_0 * dim + channel_0, offs_m, mask_m, dim, D, PAD_D)
     lse = tl.load(lse_ptr + offs_lse, mask=mask_m, other=float("inf"))
     delta = tl.zeros([BLOCK_M], ACC)
     for start_n in tl.range(0, pixels, BLOCK_N):
         _, v, s = _key_block(
-            q, qkv_ptr, window, start_n, left, slot_m, size, dim, scale_log2,
+            q, qkv_ptr, window, start_n, left, slot_m, size, heads, scale_log2,
             D, PAD_D, BLOCK_N, VERTICAL, False, INTERPRET,
         )  # fmt: skip
         delta += tl.sum(tl.exp2(s - lse[:, None]) * dot(do, tl.trans(v), INTERPRET), 1)
@@ -276,12 +280,12 @@ def _query_backward_kernel(
     dq = tl.zeros([BLOCK_M, PAD_D], ACC)
     for start_n in tl.range(0, pixels, BLOCK_N):
         k, v, s = _key_block(
-            q, qkv_ptr, window, start_n, left, slot_m, size, dim, scale_log2,
+            q, qkv_ptr, window, start_n, left, slot_m, size, heads, scale_log2,
             D, PAD_D, BLOCK_N, VERTICAL, False, INTERPRET,
         )  # fmt: skip
         ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), INTERPRET) - delta[:, None])
         dq += dot(ds.to(k.dtype), k, INTERPRET)
-    store_rows(dqkv_ptr + pixel_0 * 3 * dim + channel_0, offs_m, mask_m, 3 * dim, dq * scale, D, PAD_D)
+    store_rows(dqkv_ptr + pixel_0 * qkv_stride + channel_0, offs_m, mask_m, qkv_stride, dq * scale, D, PAD_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -293,20 +297,21 @@ def _key_backward_kernel(
 ):  # fmt: skip
     """Gradients of k and v: a program owns BLOCK_N keys and loops over the queries of their window."""
     ACC: tl.constexpr = acc_dtype_of(qkv_ptr.dtype.element_ty)
-    size, pixels, dim = (height, width, win_h, win_w), win_h * win_w, heads * D
+    size, pixels = (height, width, win_h, win_w), win_h * win_w
+    dim, qkv_stride = heads * D, 3 * heads * D
     image, window, start, left, head = _locate_program(windows, size, group_heads, BLOCK_N, False)
     slot_n, valid_n, mask_n, offs_n, coords = _tile(window, start, left, size, BLOCK_N, VERTICAL, False)
     pixel_0, channel_0 = image * height * width, (first_head + head) * D
-    qkv_ptr += pixel_0 * 3 * dim + channel_0
-    dqkv_ptr += pixel_0 * 3 * dim + channel_0
+    qkv_ptr += pixel_0 * qkv_stride + channel_0
+    dqkv_ptr += pixel_0 * qkv_stride + channel_0
     do_ptr += pixel_0 * dim + channel_0
-    k = load_rows(qkv_ptr + dim, offs_n, mask_n, 3 * dim, D, PAD_D)
-    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, D, PAD_D)
+    k = load_rows(qkv_ptr + dim, offs_n, mask_n, qkv_stride, D, PAD_D)
+    v = load_rows(qkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, D, PAD_D)
     dk = tl.zeros([BLOCK_N, PAD_D], ACC)
     dv = tl.zeros([BLOCK_N, PAD_D], ACC)
     for start_m in tl.range(0, pixels, BLOCK_M):
         _, _, mask_m, offs_m, _ = _tile(window, start_m, left, size, BLOCK_M, VERTICAL, False)
-        q = load_rows(qkv_ptr, offs_m, mask_m, 3 * dim, D, PAD_D)
+        q = load_rows(qkv_ptr, offs_m, mask_m, qkv_stride, D, PAD_D)
         do = load_rows(do_ptr, offs_m, mask_m, dim, D, PAD_D)
         offs_lse = (pixel_0 + offs_m) * heads + first_head + head
         lse = tl.load(lse_ptr + offs_lse, mask=mask_m, other=float("inf"))
@@ -314,13 +319,13 @@ def _key_backward_kernel(
         s = tl.where(valid_n[:, None], dot(k, tl.trans(q), INTERPRET) * scale_log2, -float("inf"))
         p = tl.exp2(s - lse[None, :])
         dk, dv = dkdv_step(dk, dv, p, q, v, do, delta, INTERPRET)
-    store_rows(dqkv_ptr + dim, offs_n, mask_n, 3 * dim, dk * scale, D, PAD_D)
+    store_rows(dqkv_ptr + dim, offs_n, mask_n, qkv_stride, dk * scale, D, PAD_D)
     if TAPS_Y > 0:
         weight_ptr += head * D * 9
         dv = _add_lepe_backward(
             dv, v, do_ptr, weight_ptr, partial_ptr, offs_n, mask_n, coords, width, dim, D, PAD_D, TAPS_Y, TAPS_X
         )
-    store_rows(dqkv_ptr + 2 * dim, offs_n, mask_n, 3 * dim, dv, D, PAD_D)
+    store_rows(dqkv_ptr + 2 * dim, offs_n, mask_n, qkv_stride, dv, D, PAD_D)
 
 
 def _kernel_specs(window: tuple[int, int], head_dim: int, lepe: bool) -> dict[str, KernelSpec]:
