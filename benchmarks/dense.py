@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from measuring import check, facts, in_own_process, ratio, side_by_side
+from measurement import check, facts, in_own_process, ratio, side_by_side
 from models import default_models
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

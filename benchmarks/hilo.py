@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from measuring import facts, ratio, side_by_side
+from measurement import facts, ratio, side_by_side
 from timm.models.pvt_v2 import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import matplotlib
 import timm
 import torch
-from measuring import check, facts, in_own_process, peak_of, ratio, side_by_side
+from measurement import check, facts, in_own_process, peak_of, ratio, side_by_side
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import tessel.zoo
-from tessel.kernels import _launch
+from tessel.kernels import dispatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # well-known models of timm; each model is compared with those nearest to it in parameters
@@ -113,7 +113,7 @@ class Setting:
 
         def run() -> None:
             # set before each call, since runs with and without kernels alternate in one process
-            _launch._default_backend = self.kernels
+            dispatch.default_backend = self.kernels
             call()
 
         run()

@@ -1,11 +1,11 @@
-"""Peak memory of bi-level routing at 512 x 512: ours beside a plain expand-and-gather, in one run.
+"""Peak memory of bi-level routing at 512 x 512: tessel and a plain expand-and-gather, in one run.
 
     python benchmarks/routing_memory.py [--size 512] [--batch 1]
 
-For each of the three routed stages of `biformer_base`, with the 8 x 8 regions the paper uses at this size, forward and
-backward run in a process of their own for either form; what is reported is the peak of the resident set above its level
-before the forward. The published code gathers from keys and values expanded to every query region, so that its backward
-holds n_regions copies of them; `tessel.kernels.routed` recomputes gathered keys and values group by group.
+Forward and backward of the three routed stages of `biformer_base` run in processes of their own, with the 8 x 8 regions
+that the paper uses at this size. The figure is the peak of the resident set above its level before the forward. The
+published code gathers from keys and values that are expanded to every query region, so its backward holds n_regions
+copies of them. `tessel.kernels.routed` recomputes gathered keys and values group by group.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from measuring import facts, in_own_process, peak_of
+from measurement import facts, in_own_process, peak_of
 from torch import Tensor
 
 from tessel.blocks import BiLevelRouting
@@ -28,10 +28,10 @@ REGIONS_PER_SIDE = 8
 
 
 def expand_and_gather(qkv: Tensor, index: Tensor, *, grid: tuple[int, int], scale: float) -> Tensor:
-    """Routed attention as a direct transcription of the paper: keys and values expanded, gathered, attended to."""
-    from tessel.kernels.routed import _from_regions, _to_regions
+    """Routed attention as the paper writes it: expand keys and values, gather, attend."""
+    from tessel.kernels.routed.regions import merge_regions, split_regions
 
-    q, k, v = _to_regions(qkv, grid).unbind(3)  # [B, R, heads, r, head_dim]
+    q, k, v = (split_regions(x, grid) for x in qkv.unbind(3))  # [B, R, heads, r, head_dim]
     batch, regions, heads, pixels, width = q.shape
 
     def gathered(t: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ def expand_and_gather(qkv: Tensor, index: Tensor, *, grid: tuple[int, int], scal
         return expanded.gather(2, where).transpose(2, 3).flatten(3, 4)
 
     weights = ((q * scale) @ gathered(k).mT).softmax(-1)
-    return _from_regions(weights @ gathered(v), grid, (qkv.shape[1], qkv.shape[2]))
+    return merge_regions(weights @ gathered(v), grid, (qkv.shape[1], qkv.shape[2]))
 
 
 def measure(form: str, stage: str, size: int, batch: int) -> None:
-    """Print the peak in MiB of one form in one stage."""
+    """Print the peak in MiB of one implementation in one stage."""
     stride, dim, heads, topk = STAGES[stage]
     if form == "expand and gather":
         sys.modules["tessel.blocks.bi_level_routing"].__dict__["routed_attention"] = expand_and_gather

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from measuring import facts, in_own_process, peak_of
+from measurement import facts, in_own_process, peak_of
 from models import default_models
 from torch import nn
 from tqdm import tqdm

@@ -121,7 +121,7 @@ class Bare:
 
 
 def overhead(args: argparse.Namespace, world) -> dict:
-    from measuring import ratio, side_by_side
+    from measurement import ratio, side_by_side
 
     block = 2 if args.dry_run else args.block
     with tempfile.TemporaryDirectory() as out:
@@ -151,7 +151,7 @@ def overhead(args: argparse.Namespace, world) -> dict:
 
 
 def saving(args: argparse.Namespace, world) -> dict:
-    from measuring import ratio, side_by_side
+    from measurement import ratio, side_by_side
 
     every = 2 if args.dry_run else args.every
     found = {"every_steps": every}
@@ -173,7 +173,7 @@ def saving(args: argparse.Namespace, world) -> dict:
 
 def memory(args: argparse.Namespace) -> None:
     """Print the resident set over the steps of a whole run, as JSON."""
-    from measuring import resident
+    from measurement import resident
 
     from tessel.train import engine, trainer
 
@@ -231,7 +231,7 @@ def startup(args: argparse.Namespace) -> None:
 
 def alone(part: str, args: argparse.Namespace) -> dict:
     """A part in a process of its own."""
-    from measuring import RETURNING
+    from measurement import RETURNING
 
     values = ("device", "model", "size", "batch", "workers", "threads")
     options = [word for name in values for word in (f"--{name}", str(getattr(args, name)))]
@@ -276,7 +276,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.part == "memory":
         return memory(args)
-    from measuring import facts
+    from measurement import facts
 
     from tessel.train.distributed.world import init_distributed
 

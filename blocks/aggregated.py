@@ -6,7 +6,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import aggregated_attention
-from ..kernels._tables import Grid
+from ..kernels.tables import Grid
 from .length_scaled_cosine import LogPositionBias, reset_query
 
 

@@ -5,7 +5,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
-from ..kernels._precision import without_autocast
+from ..kernels.precision import without_autocast
 from .padding import pad_to_multiple
 
 

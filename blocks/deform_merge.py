@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels._precision import without_autocast
+from ..kernels.precision import without_autocast
 
 
 class _ZeroConv(nn.Conv2d):

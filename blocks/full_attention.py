@@ -3,7 +3,7 @@
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels._sdpa import fused_attention
+from ..kernels.sdpa import fused_attention
 
 
 @register_notrace_module

@@ -6,7 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
-from ..kernels._sdpa import fused_attention
+from ..kernels.sdpa import fused_attention
 from .padding import pad_to_multiple
 
 

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels._precision import unit, without_autocast
-from ..kernels._sdpa import fused_attention
-from ..kernels._tables import BiasTable, Grid, expand, kept
+from ..kernels.precision import l2_normalize as unit
+from ..kernels.precision import without_autocast
+from ..kernels.sdpa import fused_attention
+from ..kernels.tables import BiasTable, Grid
+from ..kernels.tables import cache_tensors as kept
+from ..kernels.tables import expand_bias as expand
 
 # the hidden layer of the position bias is computed in slices of this many elements: 4 MB of float32 fit into the cache
 _SLICE = 1 << 20

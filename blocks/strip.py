@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels._sdpa import fused_attention
+from ..kernels.sdpa import fused_attention
 from .padding import pad_to_multiple
 
 

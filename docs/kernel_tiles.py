@@ -1,4 +1,4 @@
-"""Draw docs/kernel_tiles.svg: which pixels and which scores one program of the window operator owns.
+"""Draw docs/kernel_tiles.svg: the pixels and scores that one program of window attention owns.
 
 python docs/kernel_tiles.py
 """
@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 PICTURE = Path(__file__).resolve().parent / "kernel_tiles.svg"
-# readable on white and on black: the page behind the picture shows through
+# readable on white and on black, because the background is transparent
 INK, OWN, IDLE, GRID = "#7d8590", "#3b82d6", "#d6813b", "#7d859066"
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, alpha: float = 0.55) -> None:
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, alpha=alpha, linewidth=0))
+def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, alpha: float = 0.55) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, alpha=alpha, linewidth=0))
 
 
 def lines(axes: Axes, at: list[float], side: float) -> None:
@@ -37,7 +37,7 @@ def frame(axes: Axes, side: float, title: str, note: str) -> None:
 
 
 def draw_map(axes: Axes) -> None:
-    """A 14x14 map in two windows of 14x7, numbered as a tile takes the pixels."""
+    """A 14x14 map in two windows of 14x7, with the pixels numbered in the order of the tile."""
     box(axes, 0, 0, 7, 14, OWN, 0.3)
     lines(axes, list(range(1, 14)), 14)
     axes.plot([7, 7], [0, 14], color=INK, linewidth=1.6)
@@ -57,7 +57,7 @@ def draw_one_tile(axes: Axes) -> None:
     box(axes, 0, 0, 98, 98, OWN)
     box(axes, 98, 0, 30, 128, IDLE, 0.35)
     box(axes, 0, 98, 98, 30, IDLE, 0.35)
-    frame(axes, 128, "scores, one tile", "a tile of 128: keys beyond the 98\nget -inf, rows beyond are not stored")
+    frame(axes, 128, "scores, one tile", "a tile of 128: keys from 98 on\nare -inf, rows from 98 on are not stored")
 
 
 def draw_packed(axes: Axes) -> None:
@@ -65,11 +65,16 @@ def draw_packed(axes: Axes) -> None:
     for n in range(16):
         box(axes, 4 * n, 4 * n, 4, 4, OWN, 0.8)
     lines(axes, [4.0 * n for n in range(1, 16)], 64)
-    frame(axes, 64, "scores, packed", "windows of 2 x 2: sixteen in a tile of 64,\neach sees only its own four keys")
+    frame(
+        axes,
+        64,
+        "scores, packed",
+        "windows of 2 x 2: sixteen in a tile of 64,\na query attends to the four keys of its window",
+    )
 
 
 def draw_loop(axes: Axes) -> None:
-    """288 queries in tiles of 64 that walk over 288 keys in steps of 64."""
+    """288 queries in tiles of 64, each of which loops over 288 keys in steps of 64."""
     box(axes, 0, 64, 288, 64, OWN, 0.3)
     box(axes, 288, 64, 32, 64, IDLE, 0.35)
     lines(axes, [64.0, 128.0, 192.0, 256.0], 320)
@@ -82,7 +87,7 @@ def draw_loop(axes: Axes) -> None:
         axes,
         320,
         "scores, a loop",
-        "windows of 24 x 12: five programs of 64 queries,\neach walks over the 288 keys by 64",
+        "windows of 24 x 12: five programs of 64 queries,\neach loops over the 288 keys by 64",
     )
 
 

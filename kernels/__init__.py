@@ -1,9 +1,14 @@
-"""Tensors in, tensors out: one operator a file, its plain-PyTorch reference beside its Triton kernel.
+"""Attention operators: tensors in, tensors out. Each has a definition in plain PyTorch and Triton kernels.
 
-Each operator file has four public names: the operator, `<operator>_reference` (the definition, readable PyTorch),
-`<operator>_unsupported` (why the Triton kernel cannot serve these tensors, as a list of reasons) and `CASES`
-(shapes for tests and benchmarks). Every operator takes `backend="auto" | "triton" | "reference"`; the environment
-variable `TESSEL_KERNELS` sets the default.
+One package per operator:
+
+    functional.py   the public function, its checks, CASES (shapes for tests and benchmarks), the torch operators
+    reference.py    the definition: readable PyTorch, runs on any device
+    triton.py       the Triton kernels and their launches
+
+and four public names: the operator, `<operator>_reference`, `<operator>_unsupported` (the reasons why the Triton
+kernels cannot run on these tensors) and `CASES`. Every operator takes `backend="auto" | "triton" | "reference"`; the
+environment variable `TESSEL_KERNELS` sets the default. docs/kernels.md explains the kernels.
 """
 
 from .aggregated import aggregated_attention, aggregated_attention_reference, aggregated_attention_unsupported

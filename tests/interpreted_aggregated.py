@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from interpreter import TOLERANCE, error, poisoned_memory  # noqa: F401  (a fixture)
+from interpreter import TOLERANCE, error, opcheck_pair, poisoned_memory  # noqa: F401  (a fixture)
 
 from tessel.blocks.length_scaled_cosine import LogPositionBias
-from tessel.kernels import aggregated_attention, aggregated_attention_reference, aggregated_triton
-from tessel.kernels.aggregated import Operands
+from tessel.kernels import aggregated_attention, aggregated_attention_reference
+from tessel.kernels.aggregated import triton as launches
+from tessel.kernels.aggregated.operands import Operands
 
 AGGREGATED = {  # (B, (H, W), (rows, columns), N, D, nominal)
     "even map": (1, (6, 6), (3, 3), 1, 24, None),
@@ -38,7 +39,7 @@ def inputs(case, dtype=torch.float64):
         (heads, 1, 9),
     )
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    tensors[4] *= head_dim**-0.5  # as long as the normalised query that it is added to
+    tensors[4] *= head_dim**-0.5  # about the length of the normalized query that it is added to
     return [x.to(dtype).requires_grad_() for x in tensors], (rows, columns)
 
 
@@ -61,7 +62,7 @@ def errors(case, dtype):
 
 def parts(grads):
     qkv, pooled, table, temperature, embedding, *window = grads
-    # together, for the temperature's is one number, a sum over all pixels that may cancel
+    # Both in one comparison: the gradient of the temperature is a single sum over all pixels, which may cancel
     query = torch.cat((temperature, embedding), 2)
     named = {"table": table, "query": query} | dict(zip(PARAMETERS[2:], window, strict=True))
     maps = {"qkv"[i]: qkv[:, :, :, i] for i in range(3)} | {f"pooled {'kv'[i]}": pooled[:, :, :, i] for i in range(2)}
@@ -83,7 +84,7 @@ def test_low_precision(name, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gradient_of_the_temperature(dtype):
-    """By itself, where it does not cancel: y is weighted with its own change with the temperature."""
+    """On its own, with weights that prevent cancellation: the derivative of y with respect to the temperature."""
     tensors, indices = inputs(TINY, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     hotter, colder = ([x + step if i == 3 else x for i, x in enumerate(exact)] for step in (1e-3, -1e-3))
@@ -103,12 +104,12 @@ def value_and_grads(op, tensors, indices, **options):
     return y, *torch.autograd.grad(y.sin().sum(), tensors)
 
 
-def test_partial_sums_and_buffers_change_nothing(monkeypatch):
+def test_split_sums_and_small_buffers_give_the_same_gradients(monkeypatch):
     tensors, indices = inputs((3, (5, 7), (3, 2), 1, 8, None))
     want = value_and_grads(aggregated_attention_reference, tensors, indices)
     for programs, memory in ((4, 1), (1, 2000)):
-        monkeypatch.setattr(aggregated_triton, "_PROGRAMS", programs)
-        monkeypatch.setattr(aggregated_triton, "_PAIR_BYTES", memory)
+        monkeypatch.setattr(launches, "PROGRAMS", programs)
+        monkeypatch.setattr(launches, "PAIR_BYTES", memory)
         got = value_and_grads(aggregated_attention, tensors, indices, backend="triton")
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
@@ -145,16 +146,15 @@ def operands() -> Operands:
     (qkv, pooled, table, *_), (rows, columns) = inputs(TINY)
     q, k, v = qkv.detach().unbind(3)
     pooled_key, pooled_value = pooled.detach().flatten(1, 2).unbind(2)
-    extra, local_bias = torch.randn(heads, 9, batch, *size).double(), torch.randn(heads, 9).double()
-    return Operands(q, k, v, extra, pooled_key, pooled_value, local_bias, table.detach(), rows, columns)
+    filters, local_bias = torch.randn(heads, 9, batch, *size).double(), torch.randn(heads, 9).double()
+    floating = (q, k, v, filters, pooled_key, pooled_value, local_bias, table.detach())
+    return Operands(*(x.clone().requires_grad_() for x in floating), rows, columns)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck():
-    arguments = operands()
-    torch.library.opcheck(torch.ops.tessel.aggregated_attention, tuple(arguments))
-    out, lse = torch.ops.tessel.aggregated_attention(*arguments)
-    arguments = (*arguments, lse, torch.randn_like(out))
-    torch.library.opcheck(torch.ops.tessel.aggregated_attention_backward, arguments)
+    inputs = operands()
+    opcheck_pair("aggregated_attention", inputs, lambda out, lse: (*inputs, lse, torch.randn_like(out)))
 
 
 def test_compiles_with_dynamic_sizes():
@@ -171,7 +171,7 @@ def test_no_double_backward():
     tensors, indices = inputs(TINY)
     y = call(aggregated_attention, tensors, indices, backend="triton")
     (grad,) = torch.autograd.grad(y.square().sum(), tensors[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 

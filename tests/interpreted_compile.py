@@ -1,4 +1,7 @@
-"""Operators on their Triton kernels under torch.compile, torch.export and autocast; run by test_kernels.py."""
+"""Triton kernels in the CPU interpreter under torch.compile, torch.export, autocast and partly frozen inputs.
+
+Run by test_kernels.py.
+"""
 
 import interpreted_aggregated
 import interpreted_halo
@@ -13,7 +16,7 @@ from tessel.kernels import aggregated_attention, halo_attention, routed_attentio
 
 
 class Operator(nn.Module):
-    """A call of one operator that is traced as a model's would be."""
+    """A module that calls one operator, for tracing."""
 
     def __init__(self, name):
         super().__init__()
@@ -62,7 +65,7 @@ def test_inductor_compiles_one_graph(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_as_one_node_with_dynamic_sizes(name):
     inputs, operator = [x.detach() for x in arguments(name, batch=2)], Operator(name)
-    # the tables of aggregated attention belong to one size of the map
+    # the bias table of aggregated attention is made for one size of the map
     free = {0: Dim.AUTO} if name == "aggregated" else {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
     maps = {"window": 1, "halo": 2, "routed": 1, "aggregated": 2}[name]
     shapes = [free] * maps + [None] * (len(inputs) - maps)
@@ -70,7 +73,7 @@ def test_exports_as_one_node_with_dynamic_sizes(name):
         shapes[1] = {0: Dim.AUTO}
     dynamic = {"x": shapes[0], "others": tuple(shapes[1:])}
     program = torch.export.export(operator, tuple(inputs), dynamic_shapes=dynamic)
-    # a region without autocast is a graph of its own
+    # a region without autocast is exported as a subgraph
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     assert sum(target.startswith("tessel.") for target in targets) == 1
@@ -88,3 +91,18 @@ def test_autocast(name):
     expected = Operator(name)(*exact)
     assert y.dtype == torch.bfloat16
     assert (y.double() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_one_input_alone(name, compiled):
+    """All other inputs are frozen; the gradient must equal that with all inputs trainable."""
+    inputs, operator = arguments(name), Operator(name)
+    trainable = [i for i, x in enumerate(inputs) if x.requires_grad]
+    _, want = value_and_grads(operator, inputs)
+    call = torch.compile(operator, fullgraph=True, backend="aot_eager") if compiled else operator
+    for i in (trainable[0], trainable[-1]):
+        alone = [x.detach().requires_grad_() if n == i else x.detach() for n, x in enumerate(inputs)]
+        _, (got,) = value_and_grads(call, alone)
+        torch.testing.assert_close(got, want[trainable.index(i)])
+    torch._dynamo.reset()

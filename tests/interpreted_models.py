@@ -1,4 +1,4 @@
-"""Whole models on the Triton kernels, in the interpreter, and in plain PyTorch; run by test_kernels.py."""
+"""Whole models: Triton kernels in the CPU interpreter against plain PyTorch; run by test_kernels.py."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from interpreter import poisoned_memory  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tessel.zoo  # noqa: F401  (registers the models)
-from tessel.kernels import _launch
+from tessel.kernels import dispatch
 
 # the smallest model of each family that has an operator, and its operator
 MODELS = {
@@ -21,7 +21,7 @@ MODELS = {
 
 
 class Calls(TorchDispatchMode):
-    """Names of our library ops that were called."""
+    """Records the names of this package's torch operators that are called."""
 
     def __init__(self):
         super().__init__()
@@ -41,16 +41,16 @@ def logits_and_gradients(model, x) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "operator"), MODELS.items(), ids=MODELS)
 def test_models_agree_on_both_paths(name, operator, monkeypatch):
-    # eval: maps of one pixel have no statistics of their own
+    # eval mode, because batch norm cannot normalize maps of one pixel
     model = timm.create_model(name, num_classes=3, drop_path_rate=0.0).double().eval()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    monkeypatch.setattr(_launch, "_default_backend", "reference")
+    monkeypatch.setattr(dispatch, "default_backend", "reference")
     want = logits_and_gradients(model, x)
-    monkeypatch.setattr(_launch, "_default_backend", "triton")
+    monkeypatch.setattr(dispatch, "default_backend", "triton")
     with Calls() as calls:
         got = logits_and_gradients(model, x)
     assert calls.names == {f"{operator}_attention", f"{operator}_attention_backward"}
-    # beside the largest gradient: some are zero but for rounding, as that of a bias common to all keys
+    # Tolerance relative to the largest gradient: some are zero except for rounding (a bias common to all keys)
     largest = max(gradient.abs().max().item() for gradient in want.values())
     for parameter, value in want.items():
         torch.testing.assert_close(

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from interpreter import TOLERANCE, error, poisoned_memory  # noqa: F401  (a fixture)
+from interpreter import TOLERANCE, error, opcheck_pair, poisoned_memory  # noqa: F401  (a fixture)
 
 from tessel.kernels import routed_attention, routed_attention_reference
 
 ROUTED = {  # (B, (H, W), grid, heads, head_dim, topk)
     "regions of one tile": (1, (16, 16), (2, 2), 2, 32, 1),
     "uneven regions, width 24": (1, (12, 8), (3, 2), 1, 24, 2),
-    "tiny regions, many partners": (1, (6, 6), (3, 3), 1, 8, 9),
+    "tiny regions, many routed regions": (1, (6, 6), (3, 3), 1, 8, 9),
     "partial tiles, two images": (2, (18, 10), (2, 1), 1, 16, 2),
     "single pixels": (1, (2, 3), (2, 3), 1, 64, 4),
 }
@@ -58,10 +58,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, (qkv,), fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck():
     qkv, index, options = routed_case(TINY, torch.float64, "at random")
-    qkv, grid, scale = qkv.detach(), list(options["grid"]), options["scale"]
-    torch.library.opcheck(torch.ops.tessel.routed_attention, (qkv, index, grid, scale, True))
-    out, lse = torch.ops.tessel.routed_attention(qkv, index, grid, scale, True)
-    arguments = (qkv, index, out, lse, torch.randn_like(out), grid, scale, True)
-    torch.library.opcheck(torch.ops.tessel.routed_attention_backward, arguments)
+    settings = (list(options["grid"]), options["scale"], True)
+    opcheck_pair(
+        "routed_attention",
+        (qkv, index, *settings),
+        lambda out, lse: (qkv, index, out, lse, torch.randn_like(out), *settings),
+    )

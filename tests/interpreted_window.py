@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import TOLERANCE, error, poisoned_memory  # noqa: F401  (a fixture)
+from interpreter import TOLERANCE, error, opcheck_pair, poisoned_memory  # noqa: F401  (a fixture)
 
 from tessel.kernels import window_attention, window_attention_reference
 
@@ -59,7 +59,7 @@ def check(case, dtype, **options):
     assert y.dtype == dtype
     found = {"y": error(y, expected)}
     for part, name in enumerate("qkv"):
-        # one pixel on its own: the gradients of q and k are zero but for rounding
+        # windows of a single pixel: the gradients of q and k are zero except for rounding
         want = wanted[0][:, :, :, part]
         got = grads[0][:, :, :, part]
         found[name] = error(got, want) if want.norm() > 1e-9 else got.double().norm().item() / wanted[0].norm().item()
@@ -85,7 +85,7 @@ def test_scale():
 
 @pytest.mark.parametrize("case", [LINES, LOOP], ids=["one tile", "loop"])
 def test_large_logits(case):
-    """Weights that are all on one key, in either direction, and a large gradient common to all keys."""
+    """Logits of both signs so large that the softmax picks one key, and a large gradient common to all keys."""
     tensors = [x.detach() for x in inputs(case, torch.bfloat16)]
     tensors[0][:, :, :, :2] *= 8
     tensors[0][:, :, :, 2] += 16
@@ -146,14 +146,16 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(call, inputs(case, torch.float64), fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
 def test_opcheck(case):
-    qkv, *lepe = (x.detach() for x in inputs(case, torch.float64))
+    qkv, *lepe = inputs(case, torch.float64)
     sides, scale = [side for window in case[4] for side in window], 0.3
-    out, lse = torch.ops.tessel.window_attention(qkv, lepe, sides, scale)
-    torch.library.opcheck(torch.ops.tessel.window_attention, (qkv, lepe, sides, scale))
-    arguments = (qkv, lepe, lse, torch.randn_like(out), sides, scale)
-    torch.library.opcheck(torch.ops.tessel.window_attention_backward, arguments)
+    opcheck_pair(
+        "window_attention",
+        (qkv, lepe, sides, scale),
+        lambda out, lse: (qkv, lepe, lse, torch.randn_like(out), sides, scale),
+    )
 
 
 def test_compiles_with_dynamic_sizes():
@@ -168,3 +170,11 @@ def test_compiles_with_dynamic_sizes():
         got, want = (torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (compiled, call))
         torch.testing.assert_close(got, want)
     torch._dynamo.reset()
+
+
+def test_no_double_backward():
+    tensors = inputs(TINY["one tile"], torch.float64)
+    y = attend(window_attention, TINY["one tile"], tensors, backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()

@@ -89,7 +89,7 @@ def test_groups_of_rows_change_nothing(monkeypatch):
         return [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])]
 
     whole = run()
-    monkeypatch.setattr("tessel.kernels.aggregated._GROUP", 2 * 12 * 7 * 2)  # two rows
+    monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 12 * 7 * 2)  # two rows
     for got, want in zip(run(), whole, strict=True):
         torch.testing.assert_close(got, want)
 

@@ -1,4 +1,4 @@
-"""Aggregated attention on the CPU: what torch asks of an operator, and errors. Its mathematics: test_aggregated.py."""
+"""Aggregated attention on the CPU: reasons, autocast, errors, FLOP count. test_aggregated.py tests the mathematics."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tessel.blocks.length_scaled_cosine import LogPositionBias
 from tessel.kernels import aggregated_attention, aggregated_attention_unsupported
-from tessel.kernels.aggregated import CASES, Operands
+from tessel.kernels.aggregated import CASES
+from tessel.kernels.aggregated.operands import Operands
 
 
 def inputs(batch=2, size=(5, 6), grid=(2, 3), heads=2, head_dim=8, window=3, dtype=torch.float32):
@@ -30,7 +31,7 @@ def inputs(batch=2, size=(5, 6), grid=(2, 3), heads=2, head_dim=8, window=3, dty
 def test_reasons():
     arguments = inputs(head_dim=72, window=5)
     reasons = aggregated_attention_unsupported(arguments["qkv"], arguments["pooled"].double(), window=5)
-    assert len(reasons) == 5, "device, dtype, head width, window and the type of the pooled map"
+    assert len(reasons) == 5, "device, dtype, head dim, window and dtype of the pooled map"
     with pytest.raises(RuntimeError, match="cpu.*float32.*head_dim=72 is above 64.*window=5"):
         aggregated_attention(**arguments, backend="triton")
 
@@ -63,7 +64,7 @@ def test_bad_shapes_are_named(name, change, message):
 @settings(deadline=None, max_examples=50)
 @given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)), data=st.data())
 def test_indices_ascend_in_equal_steps(size, data):
-    """What the kernels ask of a table."""
+    """The kernels rely on this property of the bias tables."""
     grid, *nominal = (tuple(data.draw(st.integers(1, n)) for n in size) for _ in range(3))
     nominal = (nominal[0], tuple(map(min, zip(*nominal, strict=True))))
     position = LogPositionBias(1, trained_size=5, hidden=1)

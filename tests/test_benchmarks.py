@@ -1,4 +1,4 @@
-"""The kernel benchmark without a GPU: its dry run from end to end, and what it does where something is wrong."""
+"""The benchmark scripts without a GPU: dry runs from end to end, and their behavior on errors."""
 
 import contextlib
 import importlib
@@ -30,21 +30,21 @@ def test_dry_run(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "# Kernels against their baselines" in run.stdout
+    assert "# Kernels and their baselines" in run.stdout
     found = json.loads((tmp_path / "kernels_dry_run.json").read_text())
     assert found["dry_run"] and {"device", "torch", "triton", "commit"} <= found["facts"].keys()
-    assert all(gate["passed"] for gate in found["gates"]), [gate["reasons"] for gate in found["gates"]]
-    assert {(gate["operator"], gate["dtype"]) for gate in found["gates"]} == {
+    assert all(check["passed"] for check in found["checks"]), [check["reasons"] for check in found["checks"]]
+    assert {(check["operator"], check["dtype"]) for check in found["checks"]} == {
         (operator, dtype)
         for operator in ("routed", "window", "halo", "aggregated")
         for dtype in ("float64", "float32", "bfloat16")
     }
     assert not any(key.endswith(("_us", "_percent", "_mib")) for row in found["rows"] for key in row)
-    ran = {(row["operator"], row["contender"], row["direction"]) for row in found["rows"] if "reason" not in row}
+    ran = {(row["operator"], row["implementation"], row["direction"]) for row in found["rows"] if "reason" not in row}
     assert ran >= {
-        (operator, contender, direction)
+        (operator, implementation, direction)
         for operator in ("routed", "window", "halo", "aggregated")
-        for contender in ("triton", "eager", "compiled")
+        for implementation in ("triton", "eager", "compiled")
         for direction in ("forward", "forward+backward")
     }
     assert ("routed", "masked SDPA", "forward+backward") in ran
@@ -83,7 +83,7 @@ def test_needs_a_gpu_or_says_so(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--operator", "halo", "--case", "h1"])
     with pytest.raises(SystemExit):
         benchmark("kernels").parse()
-    assert "--case h1 is no case of halo" in capsys.readouterr().err
+    assert "--case h1 is not a case of halo" in capsys.readouterr().err
 
 
 def passing(y):
@@ -98,32 +98,33 @@ FAILING = {
 
 
 @pytest.mark.parametrize("change", [passing, *FAILING.values()], ids=["right", *FAILING])
-def test_gate(benchmark, monkeypatch, change):
-    gate, contenders = benchmark("gate"), benchmark("contenders")
+def test_correctness_check(benchmark, monkeypatch, change):
+    correctness, problems = benchmark("correctness"), benchmark("problems")
 
-    class Kind(contenders.Routed):
+    class Kind(problems.Routed):
         def triton(self, *tensors):
             return change(self.eager(*tensors))
 
-    monkeypatch.setitem(gate.INTERPRETED, torch.bfloat16, 2e-2 if change is FAILING["never the same"] else 5e-3)
+    limit = 2e-2 if change is FAILING["never the same"] else 5e-3
+    monkeypatch.setitem(correctness.MAX_ERROR_INTERPRETED, torch.bfloat16, limit)
     dtype = torch.float64 if change is FAILING["not a number"] else torch.bfloat16
-    record = gate.gate(Kind, (2, (4, 4), (2, 2), 1, 8, 2), dtype, "cpu")
+    record = correctness.check_correctness(Kind, (2, (4, 4), (2, 2), 1, 8, 2), dtype, "cpu")
     assert record["passed"] is (change is passing)
 
 
-def test_gate_survives_a_kernel_that_does_not_run(benchmark):
-    contenders = benchmark("contenders")
+def test_correctness_check_of_a_kernel_that_does_not_run(benchmark):
+    problems = benchmark("problems")
 
-    class Kind(contenders.Routed):
+    class Kind(problems.Routed):
         def triton(self, *tensors):
             raise RuntimeError("invalid argument\nwith a second line")
 
-    record = benchmark("gate").gate(Kind, (1, (4, 4), (2, 2), 1, 8, 2), torch.float64, "cpu")
+    record = benchmark("correctness").check_correctness(Kind, (1, (4, 4), (2, 2), 1, 8, 2), torch.float64, "cpu")
     assert not record["passed"] and record["reasons"] == ["RuntimeError: invalid argument"]
 
 
-def test_limits_of_the_gate(benchmark):
-    limit = benchmark("gate").limit
+def test_error_limits(benchmark):
+    limit = benchmark("correctness").error_limit
     assert limit(4e-3, torch.bfloat16, "cuda") == pytest.approx(6e-3)
     assert limit(9e-3, torch.bfloat16, "cuda") == 1e-2, "the cap"
     assert limit(1e-5, torch.bfloat16, "cuda") == pytest.approx(1.5 * 2**-8), "one rounding of an operand"
@@ -133,7 +134,7 @@ def test_limits_of_the_gate(benchmark):
 CHILD = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from supervised import emit
+from isolated_runner import emit
 for job in sys.argv[1:]:
     emit(start=job.split("/"))
     if job == "op/dies":
@@ -145,62 +146,62 @@ for job in sys.argv[1:]:
 """
 
 
-def supervised(benchmark, names, *, seconds):
-    taken = []
-    lost = benchmark("supervised").supervise(
+def run_isolated(benchmark, names, *, seconds):
+    records = []
+    lost = benchmark("isolated_runner").run_isolated(
         [sys.executable, "-c", CHILD.format(folder=str(BENCHMARKS))],
         [("op", name) for name in names],
         environment=dict(os.environ),
         until=time.time() + seconds,
         grace=0,
-        take=lambda record: taken.append(record["row"]) if "row" in record else None,
+        on_record=lambda record: records.append(record["row"]) if "row" in record else None,
     )
-    return taken, lost
+    return records, lost
 
 
-def test_goes_on_after_a_job_that_dies(benchmark):
-    taken, lost = supervised(benchmark, ["first", "dies", "last"], seconds=60)
-    assert taken == ["op/first", "op/last"]
+def test_continues_after_a_job_that_crashes(benchmark):
+    records, lost = run_isolated(benchmark, ["first", "dies", "last"], seconds=60)
+    assert records == ["op/first", "op/last"]
     assert lost == {("op", "dies"): "its process died: illegal memory access"}
 
 
 def test_ends_on_time(benchmark):
-    taken, lost = supervised(benchmark, ["first", "hangs", "last"], seconds=4)
-    assert taken == ["op/first"]
+    records, lost = run_isolated(benchmark, ["first", "hangs", "last"], seconds=4)
+    assert records == ["op/first"]
     assert lost == {("op", "hangs"): "no time was left", ("op", "last"): "no time was left"}
 
 
-def test_does_not_start(benchmark):
+def test_child_that_does_not_start(benchmark):
     with pytest.raises(SystemExit, match="did not start.*No module named 'nothing'"):
-        benchmark("supervised").supervise(
+        benchmark("isolated_runner").run_isolated(
             [sys.executable, "-c", "import nothing"],
             [("op", "a")],
             environment=dict(os.environ),
             until=time.time() + 60,
             grace=0,
-            take=print,
+            on_record=print,
         )
 
 
 def rows(case, **medians):
     at = {"operator": "halo", "case": case, "direction": "forward+backward", "floor_us": 10.0}
-    return [{**at, "contender": name, "median_us": median} for name, median in medians.items()]
+    return [{**at, "implementation": name, "median_us": median} for name, median in medians.items()]
 
 
-def test_verdicts(benchmark):
-    verdicts = benchmark("verdicts")
-    goal = verdicts.Goal("halo", "-256$", "forward+backward", "eager", 3.0)
+def test_report(benchmark):
+    report = benchmark("report")
+    goal = report.Goal("halo", "-256$", "forward+backward", "eager", 3.0)
     fast, slow = rows("a-256", triton=20.0, eager=80.0), rows("b-256", triton=20.0, eager=40.0, FlexAttention=15.0)
     unknown = [
         {k: v for k, v in row.items() if k != "median_us"} | {"reason": "died"} for row in rows("c-256", triton=1.0)
     ]
-    assert "met (worst 4.00x at a-256; 1 of 1 cases)" in verdicts.verdict(goal, verdicts.Times(fast))
-    assert "not met (worst 2.00x at b-256; 2 of 2 cases)" in verdicts.verdict(goal, verdicts.Times(fast + slow))
-    assert "met where measured (worst 4.00x at a-256; 1 of 2" in verdicts.verdict(goal, verdicts.Times(fast + unknown))
-    assert verdicts.verdict(goal, verdicts.Times([])).endswith("not measured")
+    assert "met (worst 4.00x at a-256; 1 of 1 cases)" in report.goal_status(goal, report.Times(fast))
+    assert "not met (worst 2.00x at b-256; 2 of 2 cases)" in report.goal_status(goal, report.Times(fast + slow))
+    assert "met where measured (worst 4.00x at a-256; 1 of 2" in report.goal_status(goal, report.Times(fast + unknown))
+    assert report.goal_status(goal, report.Times([])).endswith("not measured")
     bytes_goal = goal._replace(against="floor", factor=1.7)
-    assert "not met (worst 2.00x at a-256" in verdicts.verdict(bytes_goal, verdicts.Times(fast))
-    assert verdicts.losses(verdicts.Times(fast + slow + unknown)) == [
+    assert "not met (worst 2.00x at a-256" in report.goal_status(bytes_goal, report.Times(fast))
+    assert report.lost_cases(report.Times(fast + slow + unknown)) == [
         "halo, b-256, forward+backward: FlexAttention takes 15.0 us, ours 20.0 us"
     ]
 
@@ -246,7 +247,7 @@ def test_models_dry_run(script, tmp_path):
 
 def test_models_refuses_what_it_does_not_know(script, capsys):
     for arguments, message in {
-        ("--models", "biformer_huge"): "biformer_huge is no registered model",
+        ("--models", "biformer_huge"): "biformer_huge is not a registered model",
         ("--batch", "1;2"): "--batch 1;2 must be whole numbers with commas",
     }.items():
         with pytest.raises(SystemExit):
@@ -324,7 +325,7 @@ def test_dense_dry_run(script, tmp_path):
 
 
 def test_peak_is_the_highest_level_within_the_run(benchmark, monkeypatch):
-    measuring = benchmark("measuring")
+    measurement = benchmark("measurement")
     level, seen = 40, threading.Event()
 
     def resident() -> int:
@@ -338,18 +339,18 @@ def test_peak_is_the_highest_level_within_the_run(benchmark, monkeypatch):
         assert seen.wait(60)
         level = 50
 
-    monkeypatch.setattr(measuring, "resident", resident)
-    assert measuring.peak_of(run) == 60
+    monkeypatch.setattr(measurement, "resident", resident)
+    assert measurement.peak_of(run) == 60
 
 
-def test_measuring(benchmark, tmp_path):
-    measuring = benchmark("measuring")
-    assert measuring.ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 40.0]}, "a", "b") == 3
+def test_measurement(benchmark, tmp_path):
+    measurement = benchmark("measurement")
+    assert measurement.ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 40.0]}, "a", "b") == 3
     calls = []
-    times = measuring.side_by_side({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, least=2)
+    times = measurement.side_by_side({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, least=2)
     assert calls == list("ababab") and [len(seconds) for seconds in times.values()] == [2, 2]
     (tmp_path / "good.py").write_text("import os, sys; print(sys.argv[1], os.environ['MALLOC_TRIM_THRESHOLD_'])")
-    assert measuring.in_own_process(str(tmp_path / "good.py"), "x") == "x 65536\n"
+    assert measurement.in_own_process(str(tmp_path / "good.py"), "x") == "x 65536\n"
     (tmp_path / "bad.py").write_text("raise ValueError('out of paper')")
     with pytest.raises(SystemExit, match="(?s)bad.py failed.*out of paper"):
-        measuring.in_own_process(str(tmp_path / "bad.py"))
+        measurement.in_own_process(str(tmp_path / "bad.py"))

@@ -178,7 +178,7 @@ def test_groups_of_windows_change_nothing(monkeypatch, masked):
     x = torch.randn(2, 8, 5, 9, dtype=torch.float64)
     want = mixer(x)
     # three of the thirty windows at a time
-    monkeypatch.setattr(halo, "_GROUP_BYTES", 3 * 2 * 4 * 16 * 8)
+    monkeypatch.setattr(halo.reference, "CHUNK_BYTES", 3 * 2 * 4 * 16 * 8)
     with torch.no_grad():
         assert_same(mixer(x), want)
 

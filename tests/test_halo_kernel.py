@@ -1,4 +1,4 @@
-"""Halo attention where Triton does not run: the choice of a backend, the checks, what torch asks of the operators."""
+"""Halo attention on the CPU: choice of a backend, reasons, errors, autocast, FLOP count."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_reasons():
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_bad_shapes_are_named(change, message):
     change = {name: torch.zeros(value) if isinstance(value, tuple) else value for name, value in change.items()}
     arguments = dict(zip(("q", "kv", "height_rel", "width_rel"), halo_inputs(), strict=True)) | SIZES | change
     with pytest.raises(ValueError, match=message):

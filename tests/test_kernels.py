@@ -1,4 +1,4 @@
-"""What holds for every operator: four public names, the choice of a backend, Triton kernels in their own processes."""
+"""Rules for every operator: public names and choice of a backend. Runs the Triton tests in separate processes."""
 
 import importlib
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import tessel.kernels
-from tessel.kernels._launch import choose_backend
+from tessel.kernels import dispatch
+from tessel.kernels.dispatch import choose_backend
 
 HERE = Path(__file__).parent
-OPERATORS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py") if not p.stem.endswith("_triton"))
+OPERATORS = sorted(p.parent.name for p in (HERE.parent / "kernels").glob("*/functional.py"))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -25,7 +26,7 @@ def test_four_public_names(name):
 
 
 def test_choice_of_a_backend():
-    assert choose_backend("op", "auto", []) == "auto", "auto takes only kernels verified on a GPU"
+    assert choose_backend("op", "auto", []) == "auto", "auto takes only kernels that were measured on a GPU"
     assert choose_backend("op", "triton", []) == "triton"
     assert choose_backend("op", "reference", ["no GPU"]) == "reference"
     with pytest.raises(ValueError, match="op.*'cuda'.*auto, triton, reference"):
@@ -34,8 +35,21 @@ def test_choice_of_a_backend():
         choose_backend("op", "triton", ["no GPU", "float64"])
 
 
+def test_auto_takes_kernels_that_are_enabled(monkeypatch):
+    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", frozenset({"op"}))
+    assert choose_backend("op", "auto", []) == "triton"
+    assert choose_backend("op", "auto", ["no GPU"]) == "auto"
+    assert choose_backend("other", "auto", []) == "auto"
+
+
+def test_default_backend(monkeypatch):
+    monkeypatch.setattr(dispatch, "default_backend", "reference")
+    assert choose_backend("op", None, []) == "reference"
+    assert choose_backend("op", "triton", []) == "triton"
+
+
 def in_its_own_process(*command: str, interpret: bool) -> str:
-    """Triton decides at import whether it interprets."""
+    """Run Python in a new process, because Triton decides at import whether it interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE, env=environment)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]

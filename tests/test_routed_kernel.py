@@ -1,12 +1,14 @@
-"""Routed attention on the CPU: the grouped form against the definition, and what torch asks of an operator."""
+"""Routed attention on the CPU: the grouped form against the definition, opcheck, compile, autocast, FLOP count."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import opcheck_pair
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessel.kernels import routed, routed_attention, routed_attention_reference, routed_attention_unsupported
+from tessel.kernels import routed_attention, routed_attention_reference, routed_attention_unsupported
+from tessel.kernels.routed import grouped
 
 
 def routed_inputs(batch=2, size=(8, 6), grid=(4, 3), heads=2, head_dim=8, topk=3, dtype=torch.float64):
@@ -36,19 +38,19 @@ def test_grouped_equals_the_definition(region, grid, heads, group_bytes, data):
     size = (region[0] * grid[0], region[1] * grid[1])
     inputs = routed_inputs(size=size, grid=grid, heads=heads, topk=topk)
     expected = value_and_grad(routed_attention_reference, *inputs)
-    before, routed._GROUP_BYTES = routed._GROUP_BYTES, group_bytes
+    before, grouped.GROUP_BYTES = grouped.GROUP_BYTES, group_bytes
     try:
         torch.testing.assert_close(value_and_grad(routed_attention, *inputs), expected, rtol=1e-11, atol=1e-11)
     finally:
-        routed._GROUP_BYTES = before
+        grouped.GROUP_BYTES = before
 
 
-def test_regions_nobody_or_everybody_selects():
+def test_regions_selected_by_none_or_by_all():
     qkv, index, options = routed_inputs(topk=1)
     index = torch.zeros_like(index)
     value, grad = value_and_grad(routed_attention, qkv, index, options)
     torch.testing.assert_close((value, grad), value_and_grad(routed_attention_reference, qkv, index, options))
-    assert grad[:, 2:, :, 1:].abs().max() == 0, "keys and values that nobody attends to"
+    assert grad[:, 2:, :, 1:].abs().max() == 0, "keys and values that no query attends to"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,14 +74,25 @@ def test_expanded_and_strided_gradients():
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck():
     qkv, index, options = routed_inputs()
-    grid, scale = list(options["grid"]), options["scale"]
-    qkv = qkv.detach()
-    torch.library.opcheck(torch.ops.tessel.routed_attention, (qkv, index, grid, scale, False))
-    out, lse = torch.ops.tessel.routed_attention(qkv, index, grid, scale, False)
-    arguments = (qkv, index, lse, lse, torch.randn_like(out), grid, scale, False)
-    torch.library.opcheck(torch.ops.tessel.routed_attention_backward, arguments)
+    settings = (list(options["grid"]), options["scale"], False)
+    opcheck_pair(
+        "routed_attention",
+        (qkv, index, *settings),
+        lambda out, lse: (qkv, index, lse, lse, torch.randn_like(out), *settings),
+    )
+
+
+def test_operator_called_directly_has_a_gradient():
+    qkv, index, options = routed_inputs()
+    out, lse = torch.ops.tessel.routed_attention(qkv, index, options["grid"], options["scale"], False)
+    assert not lse.requires_grad
+    got, want = (
+        torch.autograd.grad(y.square().sum(), qkv)[0] for y in (out, routed_attention_reference(qkv, index, **options))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
 def test_gradcheck():
@@ -91,7 +104,7 @@ def test_no_double_backward():
     qkv, index, options = routed_inputs()
     y = routed_attention(qkv, index, **options)
     (grad,) = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 
@@ -115,7 +128,7 @@ def test_flops_are_counted():
     qkv, index, options = routed_inputs()
     with FlopCounterMode(display=False) as counter:
         routed_attention(qkv, index, **options).sum().backward()
-    products = 2 * 2 * 48 * 2 * 8 * (3 * 4)  # two flops, batch, pixels, heads, width, keys of one query
+    products = 2 * 2 * 48 * 2 * 8 * (3 * 4)  # 2 FLOPs, batch, pixels, heads, head dim, keys per query
     assert counter.get_total_flops() == (2 + 5) * products
 
 
@@ -143,6 +156,6 @@ def test_bad_shapes_are_named(change, message):
 def test_every_reason_is_named():
     qkv, index, options = routed_inputs(head_dim=12)
     reasons = routed_attention_unsupported(qkv, index, grid=options["grid"])
-    assert len(reasons) == 3, "device, dtype and head width"
+    assert len(reasons) == 3, "device, dtype and head dim"
     with pytest.raises(RuntimeError, match="cpu.*float64.*head_dim=12"):
         routed_attention(qkv, index, **options, backend="triton")

@@ -1,15 +1,15 @@
-"""Fused attention in parts: what a GPU could not launch at once."""
+"""`fused_attention` splits batches that exceed the limit of one launch."""
 
 import pytest
 import torch
 
 from tessel.blocks import CrossShapedWindow, FullAttention, Halo, HiLo, Strip, Window
-from tessel.kernels import _sdpa
+from tessel.kernels import sdpa
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The batch of every launch, with room for five."""
+    """Set the limit to five batch entries; record the batch size of every launch."""
     batches = []
     launch = torch.nn.functional.scaled_dot_product_attention
 
@@ -17,18 +17,18 @@ def launched(monkeypatch):
         batches.append(q.shape[0])
         return launch(q, *args, **kwargs)
 
-    monkeypatch.setattr(_sdpa.F, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(_sdpa, "_MOST_ENTRIES", 5)
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(sdpa, "MAX_BATCH", 5)
     return batches
 
 
-@pytest.mark.parametrize("biased", ["nothing", "each entry", "all entries alike"])
-def test_parts_equal_the_whole(biased, launched):
+@pytest.mark.parametrize("biased", ["no bias", "one bias per entry", "one bias for all"])
+def test_split_batch_gives_the_same_result(biased, launched):
     q, k, v = (torch.randn(12, 2, n, 8, dtype=torch.float64) for n in (3, 4, 4))
-    entries = {"nothing": 0, "each entry": 12, "all entries alike": 1}[biased]
+    entries = {"no bias": 0, "one bias per entry": 12, "one bias for all": 1}[biased]
     bias = torch.randn(entries, 2, 3, 4, dtype=torch.float64) if entries else None
     logits = 0.3 * q @ k.mT if bias is None else 0.3 * q @ k.mT + bias
-    y = _sdpa.fused_attention(q, k, v, bias, scale=0.3)
+    y = sdpa.fused_attention(q, k, v, bias, scale=0.3)
     torch.testing.assert_close(y, logits.softmax(-1) @ v, rtol=1e-12, atol=1e-12)
     assert launched == [5, 5, 2]
 
@@ -45,6 +45,6 @@ def test_parts_equal_the_whole(biased, launched):
     ],
     ids=lambda mixer: type(mixer).__name__,
 )
-def test_every_mixer_goes_in_parts(mixer, launched):
+def test_every_mixer_splits_its_batch(mixer, launched):
     mixer(torch.randn(7, 16, 8, 8))
     assert max(launched) == 5

@@ -1,4 +1,4 @@
-"""Window attention on the CPU: the definition against a loop over pixels, the choice of a backend, bad shapes."""
+"""Window attention on the CPU: the definition against a loop over pixels, reasons, errors, autocast, FLOP count."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def window_inputs(batch=1, size=(4, 6), heads=2, head_dim=8, windows=((4, 2), (2
 
 
 def by_loops(qkv, windows, lepe, scale):
-    """Window by window and tap by tap, with zeros wherever a position lies outside the map or its window."""
+    """Window by window and tap by tap, with zeros at positions outside the map or the window."""
     batch, height, width, _, heads, head_dim = qkv.shape
     out = torch.zeros(batch, height, width, heads, head_dim, dtype=qkv.dtype)
     for n in range(heads):
@@ -30,7 +30,11 @@ def by_loops(qkv, windows, lepe, scale):
                 inside = [0 <= r < height and 0 <= c < width for r, c in pixels]
                 zero = torch.zeros(batch, 3, head_dim, dtype=qkv.dtype)
                 q, k, v = torch.stack(
-                    [qkv[:, r, c, :, n] if seen else zero for (r, c), seen in zip(pixels, inside, strict=True)], 1
+                    [
+                        qkv[:, r, c, :, n] if is_inside else zero
+                        for (r, c), is_inside in zip(pixels, inside, strict=True)
+                    ],
+                    1,
                 ).unbind(2)
                 y = (scale * q @ k.mT).softmax(-1) @ v
                 values = dict(zip(pixels, v.unbind(1), strict=True))
@@ -41,8 +45,8 @@ def by_loops(qkv, windows, lepe, scale):
                     if lepe is not None:
                         weight, bias = (t[channels] for t in lepe[group])
                         taps = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (r + dr, c + dc) in values]
-                        near = [weight[:, 0, dr + 1, dc + 1] * values[r + dr, c + dc] for dr, dc in taps]
-                        out[:, r, c, n] += bias + torch.stack(near).sum(0)
+                        local = [weight[:, 0, dr + 1, dc + 1] * values[r + dr, c + dc] for dr, dc in taps]
+                        out[:, r, c, n] += bias + torch.stack(local).sum(0)
     return out
 
 
@@ -58,7 +62,7 @@ def test_reference_equals_the_loop(batch, size, windows, lepe):
     torch.testing.assert_close(y, by_loops(qkv, **options, scale=0.7), rtol=1e-12, atol=1e-12)
 
 
-def test_scale_defaults_to_the_head_width():
+def test_scale_defaults_to_the_head_dim():
     qkv, options = window_inputs()
     torch.testing.assert_close(window_attention(qkv, **options), window_attention(qkv, **options, scale=8**-0.5))
 
@@ -81,7 +85,7 @@ def test_flops_are_counted():
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         arguments = [t.to("meta") for pair in options["lepe"] for t in pair], [4, 2, 2, 6], 1.0
         out, lse = torch.ops.tessel.window_attention(qkv.to("meta"), *arguments)
-        assert lse.numel() == 0, "windows of one tile need no statistic"
+        assert lse.numel() == 0, "windows of one tile save no lse"
         forward = counter.get_total_flops()
         grads, lepe = torch.ops.tessel.window_attention_backward(qkv.to("meta"), arguments[0], lse, out, *arguments[1:])
     assert forward == 2 * product + taps
@@ -113,9 +117,9 @@ def test_reasons_against_the_kernels():
     qkv, options = window_inputs(head_dim=12, windows=((65, 64), (2, 2)))
     options["lepe"] = [(weight.float(), bias.float()) for weight, bias in options["lepe"]]
     reasons = window_attention_unsupported(qkv, **options)
-    assert len(reasons) == 5, "device, dtype, head width, window and the type of lepe"
+    assert len(reasons) == 5, "device, dtype, head dim, window and dtype of lepe"
     with pytest.raises(RuntimeError, match="cpu.*float64.*head_dim=12.*65x64.*float32"):
         window_attention(qkv, **options, backend="triton")
     with torch.device("meta"):
         large = torch.empty(1, 4096, 4096, 3, 4, 32, dtype=torch.bfloat16)
-    assert any("elements an image" in reason for reason in window_attention_unsupported(large, windows=((1, 1),)))
+    assert any("elements per image" in reason for reason in window_attention_unsupported(large, windows=((1, 1),)))

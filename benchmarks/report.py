@@ -1,4 +1,4 @@
-"""What the rows of benchmarks/kernels.py amount to: a table for each operator, where a baseline wins, the goals."""
+"""Markdown report of benchmarks/kernels.py: goals, cases where a baseline wins, one table per operator."""
 
 import re
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ OURS, EAGER, COMPILED, REPLAY = "triton", "eager", "compiled", "triton, CUDA gra
 
 
 class Goal(NamedTuple):
-    """Ours against a contender, or against the floor, over the cases of an operator whose names match."""
+    """A speed-up of our kernels that all cases of an operator whose names match must reach."""
 
     operator: str
-    cases: str
+    cases: str  # regular expression
     direction: str
-    against: str
+    against: str  # a baseline, or "floor" for the lower bound of the time
     factor: float
 
     def text(self) -> str:
@@ -34,33 +34,34 @@ GOALS = (
 
 
 class Times:
-    """Rows by what they measured."""
+    """Rows of a benchmark, indexed by (operator, case, direction, implementation)."""
 
     def __init__(self, rows: Iterable[dict]):
-        self.rows = {(r["operator"], r["case"], r["direction"], r["contender"]): r for r in rows}
+        self.rows = {(r["operator"], r["case"], r["direction"], r["implementation"]): r for r in rows}
         self.measured = list(dict.fromkeys(key[:3] for key in self.rows))
 
-    def median(self, at: tuple[str, str, str], contender: str) -> float | None:
-        return self.rows.get((*at, contender), {}).get("median_us")
+    def median(self, at: tuple[str, str, str], implementation: str) -> float | None:
+        return self.rows.get((*at, implementation), {}).get("median_us")
 
     def best_baseline(self, at: tuple[str, str, str]) -> tuple[str, float] | None:
-        """The fastest contender that is not ours, and its time."""
+        """Return the fastest implementation that is not ours, and its time in microseconds."""
         names = [key[3] for key in self.rows if key[:3] == at and key[3] not in (OURS, REPLAY)]
         times = [(name, t) for name in names if (t := self.median(at, name)) is not None]
         return min(times, key=lambda pair: pair[1]) if times else None
 
-    def against(self, at: tuple[str, str, str], contender: str) -> float | None:
-        """How many times faster ours is than the contender; of the floor, how many times slower."""
+    def ratio(self, at: tuple[str, str, str], baseline: str) -> float | None:
+        """Return how many times faster ours is than the baseline; for "floor", how many times slower than the floor."""
         ours = self.rows.get((*at, OURS), {})
         if ours.get("median_us") is None:
             return None
-        if contender == "floor":
+        if baseline == "floor":
             return ours["median_us"] / ours["floor_us"]
-        theirs = self.median(at, contender)
+        theirs = self.median(at, baseline)
         return None if theirs is None else theirs / ours["median_us"]
 
 
-def losses(times: Times) -> list[str]:
+def lost_cases(times: Times) -> list[str]:
+    """Describe the cases in which a baseline is faster than ours."""
     found = []
     for at in times.measured:
         ours, best = times.median(at, OURS), times.best_baseline(at)
@@ -69,10 +70,10 @@ def losses(times: Times) -> list[str]:
     return found
 
 
-def verdict(goal: Goal, times: Times) -> str:
-    """Met, not met or not measured; a goal is met only where every case that was tried has a figure."""
+def goal_status(goal: Goal, times: Times) -> str:
+    """Return the goal with "met", "met where measured" (some cases have no time), "not met" or "not measured"."""
     at = [k for k in times.measured if k[0] == goal.operator and k[2] == goal.direction and re.search(goal.cases, k[1])]
-    ratios = {k[1]: times.against(k, goal.against) for k in at}
+    ratios = {k[1]: times.ratio(k, goal.against) for k in at}
     known = {case: ratio for case, ratio in ratios.items() if ratio is not None}
     if not known:
         return f"{goal.text()}: not measured"
@@ -108,57 +109,57 @@ def table(times: Times, operator: str) -> list[str]:
                     _number(times.median(at, REPLAY), ".1f"),
                     _number(ours.get("host_us"), ".0f"),
                     _number(ours.get("peak_mib"), ".0f"),
-                    _number(times.against(at, EAGER), ".2f"),
-                    _number(times.against(at, COMPILED), ".2f"),
+                    _number(times.ratio(at, EAGER), ".2f"),
+                    _number(times.ratio(at, COMPILED), ".2f"),
                     best[0] if best else "",
-                    _number(times.against(at, best[0]) if best else None, ".2f"),
+                    _number(times.ratio(at, best[0]) if best else None, ".2f"),
                 )
             )
         )
     return lines
 
 
-def _listed(title: str, entries: list[str], none: str) -> list[str]:
+def _section(title: str, entries: list[str], none: str) -> list[str]:
     return [f"## {title}", "", *([f"- {entry}" for entry in entries] or [none]), ""]
 
 
-def gate_lines(gates: list[dict]) -> list[str]:
-    """The failed ones in full; of the others the largest error of each operator and type."""
+def check_lines(checks: list[dict]) -> list[str]:
+    """Describe every failed correctness check, and the largest error of each operator and dtype among the others."""
     lines = [
-        f"{g['operator']}, {g['case']}, {g['dtype']}: failed: {'; '.join(g['reasons'])}"
-        for g in gates
-        if not g["passed"]
+        f"{c['operator']}, {c['case']}, {c['dtype']}: failed: {'; '.join(c['reasons'])}"
+        for c in checks
+        if not c["passed"]
     ]
-    passed = [g for g in gates if g["passed"]]
-    for operator, dtype in dict.fromkeys((g["operator"], g["dtype"]) for g in passed):
+    passed = [c for c in checks if c["passed"]]
+    for operator, dtype in dict.fromkeys((c["operator"], c["dtype"]) for c in passed):
         errors = [
             (error, name, eager)
-            for g in passed
-            if (g["operator"], g["dtype"]) == (operator, dtype)
-            for name, (error, eager) in g["errors"].items()
+            for c in passed
+            if (c["operator"], c["dtype"]) == (operator, dtype)
+            for name, (error, eager) in c["errors"].items()
         ]
-        count = sum((g["operator"], g["dtype"]) == (operator, dtype) for g in passed)
+        count = sum((c["operator"], c["dtype"]) == (operator, dtype) for c in passed)
         worst, name, eager = max(errors)
         lines.append(f"{operator}, {dtype}: {count} passed; largest error {worst:.1e} ({name}; eager {eager:.1e})")
     return lines
 
 
 def report(results: dict) -> str:
-    """The whole page."""
+    """Return the whole report."""
     times = Times(results["rows"])
     facts = ", ".join(f"{key} {value}" for key, value in results["facts"].items())
-    lines = ["# Kernels against their baselines", "", facts, ""]
+    lines = ["# Kernels and their baselines", "", facts, ""]
     if results["dry_run"]:
-        lines += ["A dry run: stand-ins in the interpreter, nothing was timed.", ""]
-    lines += _listed("Goals", [verdict(goal, times) for goal in GOALS], "")
-    lines += _listed("Where a baseline wins", losses(times), "Nowhere among what was measured.")
-    lines += _listed("Gates", gate_lines(results["gates"]), "None was reached.")
+        lines += ["A dry run: small cases in the interpreter; nothing was timed.", ""]
+    lines += _section("Goals", [goal_status(goal, times) for goal in GOALS], "")
+    lines += _section("Cases where a baseline wins", lost_cases(times), "None among the measured cases.")
+    lines += _section("Correctness checks", check_lines(results["checks"]), "None was run.")
     for operator in dict.fromkeys(at[0] for at in times.measured):
         lines += [f"## {operator}", "", *table(times, operator), ""]
     missing = [
-        f"{r['operator']}, {r['case']}, {r['direction']}, {r['contender']}: {r['reason']}"
+        f"{r['operator']}, {r['case']}, {r['direction']}, {r['implementation']}: {r['reason']}"
         for r in results["rows"]
         if "reason" in r
     ]
-    lines += _listed("Not measured", missing, "Every contender ran.")
+    lines += _section("Not measured", missing, "Every implementation ran.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: times side by side, peak memory, and where a figure was measured."""
+"""Shared by the scripts of this folder: side-by-side timing, peak memory, and the facts of a measurement."""
 
 import argparse
 import os
@@ -15,12 +15,12 @@ import timm
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# freed memory goes back to the system at once, so that the resident set is what is in use
+# return freed memory to the system at once, so that the resident set equals the memory in use
 RETURNING = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def facts(device: str = "cpu") -> dict[str, str | int]:
-    """Device, versions and commit of a measurement, for its JSON."""
+    """Return device, versions and commit, to be saved with a measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
@@ -34,10 +34,10 @@ def facts(device: str = "cpu") -> dict[str, str | int]:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a sentence where a model or the device that `args` names is not there."""
+    """Exit with a message if `args` names an unknown model or a device that is missing."""
     for name in [*args.models, *(args.peers or [])]:
         if not timm.is_model(name):
-            parser.error(f"{name} is no registered model; see timm.list_models() and tessel.zoo.list_models()")
+            parser.error(f"{name} is not a registered model; see timm.list_models() and tessel.zoo.list_models()")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU")
 
@@ -51,9 +51,9 @@ def cpu_name() -> str:
 def side_by_side(
     runs: dict[str, Callable], *, seconds: float, device: str = "cpu", least: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each run, in turns: what disturbs the machine then disturbs all alike.
+    """Time the runs in turns, so that other load on the machine affects all of them; return the seconds of each call.
 
-    At least `least` rounds after one that is not counted, and as many as fit into `seconds` for each run.
+    After one round that is not counted there are at least `least` rounds, and as many as fit into `seconds` per run.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     first = sum(_timed(run, device) for run in runs.values())
@@ -75,17 +75,17 @@ def _timed(run: Callable, device: str) -> float:
 
 
 def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
-    """How many times faster `name` was than `to`: the median over the rounds of the quotient within a round."""
+    """Return how many times faster `name` was than `to`: the median of the quotients of the rounds."""
     return statistics.median(b / a for a, b in zip(times[name], times[to], strict=True))
 
 
 def resident() -> int:
-    """Resident set of this process in bytes."""
+    """Return the resident set of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_of(run: Callable) -> int:
-    """Highest resident set during `run()`, sampled every millisecond, above the level before it, in bytes."""
+    """Return the increase of the resident set during `run()`, at its highest, in bytes. Sampled every millisecond."""
     before, highest, done = resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def peak_of(run: Callable) -> int:
 
 
 def in_own_process(script: str, *arguments: str) -> str:
-    """What `script` prints, from a process whose memory is its own; its error output if it fails."""
+    """Run `script` in a new process and return its output; exit with its error output if it fails."""
     command = [sys.executable, script, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=RETURNING)
     if run.returncode:

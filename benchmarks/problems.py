@@ -1,10 +1,11 @@
-"""The operators as benchmarks see them: inputs of a case, what else computes the same, and the least it can cost.
+"""Benchmark problems: for each operator the inputs of a case, the baselines that compute the same, and lower bounds.
 
-A baseline is the strongest form we know, not the nearest: masks that depend on shapes alone, and the block mask of the
-routing, are made before the clock starts. For windows and halo the eager reference *is* PyTorch's fused attention on a
-map cut into windows, so that there is no further contender of that kind.
+Each baseline is the fastest form we know. Masks that depend only on shapes, and the block mask of the routing, are
+built outside the timed call. For windows and halo the eager reference already is PyTorch's fused attention on
+partitioned windows, so there is no separate SDPA baseline.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,15 +16,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tessel.kernels import aggregated, halo, routed, window
+from tessel.kernels.halo.reference import split_blocks
+from tessel.kernels.halo.relative import reachable_logits
+from tessel.kernels.routed.regions import merge_regions, split_regions
 
 Run = Callable[..., Tensor]
 
-_MOST_MASK = 4 << 30  # bytes of a mask of all pairs
-_FLEX_TOKENS = 4096  # of the sequences into which windows are packed for FlexAttention
+MAX_MASK_BYTES = 4 << 30  # of the boolean mask of all pairs
+FLEX_SEQUENCE = 4096  # target length of the sequences into which windows are packed for FlexAttention
 
 
 class Cost(NamedTuple):
-    """What one pass takes at least: bytes to and from memory, operations of matrix products, exponentials."""
+    """The least that one pass needs: bytes read and written, FLOPs of matrix products, exponentials."""
 
     bytes: int
     flop: int
@@ -31,10 +35,10 @@ class Cost(NamedTuple):
 
 
 class Problem:
-    """Inputs of one case of an operator, all of which take gradients, and the ways to compute it.
+    """Inputs of one case of an operator (all with gradients) and the implementations that are compared.
 
-    `case` is a value of the operator's `CASES`. Subclasses say how the operator is called (`apply`), how many queries
-    there are over all heads and images, how many keys each sees, how wide they are, and what the baselines are.
+    `case` is a value of the operator's `CASES`. Subclasses define how the operator is called (`apply`), the number of
+    queries over all heads and images, the number of keys per query, their dims, and the baselines.
     """
 
     op: Run
@@ -42,7 +46,7 @@ class Problem:
     tensors: list[Tensor]
     queries: int
     keys: int
-    widths: tuple[int, int]  # of keys, of values
+    dims: tuple[int, int]  # of keys, of values
 
     def __init__(self, case: tuple, dtype: torch.dtype, device: str):
         raise NotImplementedError
@@ -61,24 +65,27 @@ class Problem:
         return self.apply(type(self).op_reference, tensors)
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
-        """Contenders besides ours, eager and compiled. Making one raises NotImplementedError where it cannot serve."""
+        """Name -> function that builds a baseline beside eager and compiled PyTorch.
+
+        The function raises NotImplementedError if the baseline cannot compute this case.
+        """
         return {}
 
     def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The gradients of `tensors` by name, each large enough for its norm to mean something."""
-        return _third(grads[0])
+        """Name the gradients of `tensors`. Gradients that may cancel to nearly zero are joined with others."""
+        return _split_qkv(grads[0])
 
     def in_float64(self) -> list[Tensor]:
         return [x.detach().double().requires_grad_() for x in self.tensors]
 
     def costs(self) -> tuple[Cost, Cost]:
-        """Of a forward pass and of a backward pass.
+        """Lower bounds of the forward pass and of the backward pass.
 
-        Forward reads each input once and writes the result; backward reads the inputs and the result's gradient and
-        writes the inputs' gradients. Forward has two products of queries and keys, backward five, and both need the
-        weights.
+        Forward reads each input once and writes the output. Backward reads the inputs and the gradient of the output
+        and writes the gradients of the inputs. Forward has two products of queries and keys, backward five, and both
+        need the softmax weights.
         """
-        key_dim, value_dim = self.widths
+        key_dim, value_dim = self.dims
         inputs = sum(x.numel() * x.element_size() for x in self.tensors)
         out = self.queries * value_dim * self.tensors[0].element_size()
         pairs = self.queries * self.keys
@@ -88,7 +95,7 @@ class Problem:
         )
 
 
-def _third(dqkv: Tensor) -> dict[str, Tensor]:
+def _split_qkv(dqkv: Tensor) -> dict[str, Tensor]:
     return dict(zip("qkv", dqkv.unbind(3), strict=True))
 
 
@@ -104,7 +111,7 @@ class Routed(Problem):
         regions = self.grid[0] * self.grid[1]
         self.tensors = [_leaf(batch, height, width, 3, heads, head_dim, dtype=dtype, device=device)]
         self.index = torch.rand(batch, regions, regions, device=device).topk(topk).indices
-        self.size, self.scale, self.widths = (height, width), head_dim**-0.5, (head_dim, head_dim)
+        self.size, self.scale, self.dims = (height, width), head_dim**-0.5, (head_dim, head_dim)
         self.region = height * width // regions
         self.queries, self.keys = batch * height * width * heads, topk * self.region
 
@@ -114,23 +121,23 @@ class Routed(Problem):
     def baselines(self) -> dict[str, Callable[[], Run]]:
         return {"masked SDPA": self._masked, "FlexAttention": self._flex}
 
-    def _chosen(self) -> Tensor:
-        """Which region was routed to which, `[B, R, R]`."""
+    def _routing_mask(self) -> Tensor:
+        """Boolean mask of query regions and their routed regions, `[B, R, R]`."""
         batch, regions, _ = self.index.shape
         none = torch.zeros(batch, regions, regions, dtype=torch.bool, device=self.device)
         return none.scatter(2, self.index, True)
 
     def _masked(self) -> Run:
         pixels = self.size[0] * self.size[1]
-        if (needed := self.index.shape[0] * pixels**2) > _MOST_MASK:
-            raise NotImplementedError(f"the mask of all pairs has {needed >> 30} GiB")
+        if (needed := self.index.shape[0] * pixels**2) > MAX_MASK_BYTES:
+            raise NotImplementedError(f"the mask of all pairs takes {needed >> 30} GiB")
         ids = torch.arange(self.index.shape[1], device=self.device).view(1, *self.grid, 1, 1)
         region = ids.expand(1, *self.grid, *(n // g for n, g in zip(self.size, self.grid, strict=True)))
         region = region.transpose(2, 3).flatten()
 
         def run(qkv: Tensor) -> Tensor:
             q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-            mask = self._chosen()[:, region][:, :, region][:, None]
+            mask = self._routing_mask()[:, region][:, :, region][:, None]
             y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
             return y.transpose(1, 2).unflatten(1, self.size)
 
@@ -138,26 +145,26 @@ class Routed(Problem):
 
     def _flex(self) -> Run:
         if self.region % 64:
-            raise NotImplementedError(f"regions of {self.region} pixels are no blocks of FlexAttention")
+            raise NotImplementedError(f"regions of {self.region} pixels are too small for blocks of FlexAttention")
         batch, regions, topk = self.index.shape
-        # every chosen block is whole: its pairs are not tested one by one
+        # all blocks are full blocks, so mask_mod is not evaluated per pair
         count = torch.full((batch, 1, regions), topk, dtype=torch.int32, device=self.device)
         blocks = F.pad(self.index.int(), (0, regions - topk))[:, None]
-        chosen = self._chosen()
+        routed_pairs = self._routing_mask()
         mask = BlockMask.from_kv_blocks(
             torch.zeros_like(count),
             torch.zeros_like(blocks),
             count,
             blocks,
             BLOCK_SIZE=self.region,
-            mask_mod=lambda image, head, query, key: chosen[image, query // self.region, key // self.region],
+            mask_mod=lambda image, head, query, key: routed_pairs[image, query // self.region, key // self.region],
         )
 
         def run(qkv: Tensor) -> Tensor:
-            parts = routed._to_regions(qkv, self.grid).unbind(3)  # each [B, R, N, r, D]
-            q, k, v = (x.transpose(1, 2).flatten(2, 3) for x in parts)
+            regions_BRNrD = (split_regions(x, self.grid) for x in qkv.unbind(3))
+            q, k, v = (x.transpose(1, 2).flatten(2, 3) for x in regions_BRNrD)
             y: Any = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
-            return routed._from_regions(y.unflatten(2, (regions, -1)).transpose(1, 2), self.grid, self.size)
+            return merge_regions(y.unflatten(2, (regions, -1)).transpose(1, 2), self.grid, self.size)
 
         return compiled(run, self.device)
 
@@ -172,7 +179,7 @@ class Window(Problem):
         for _ in range(len(self.windows) * self.lepe):
             self.tensors.append(_leaf(channels, 1, 3, 3, dtype=dtype, device=device, std=1 / 3))
             self.tensors.append(_leaf(channels, dtype=dtype, device=device))
-        self.widths = (head_dim, head_dim)
+        self.dims = (head_dim, head_dim)
         self.queries = batch * height * width * heads
         self.keys = sum(h * w for h, w in self.windows) // len(self.windows)
 
@@ -182,19 +189,19 @@ class Window(Problem):
 
     def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         names = [f"{name} {g}" for g in range(len(self.windows)) for name in ("weight", "bias")]
-        return _third(grads[0]) | dict(zip(names, grads[1:], strict=False))
+        return _split_qkv(grads[0]) | dict(zip(names, grads[1:], strict=False))
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
         return {"FlexAttention": self._flex}
 
     def _flex(self) -> Run:
-        """The reference with its windows packed into longer sequences, whose mask is block-diagonal."""
+        """The reference, with its windows packed into longer sequences with a block-diagonal mask."""
         batch, height, width = self.tensors[0].shape[:3]
         masks: dict[int, tuple[int, BlockMask]] = {}
         for h, w in self.windows:
             tokens, count = h * w, batch * -(-height // h) * -(-width // w)
-            pack = max(n for n in range(1, max(1, _FLEX_TOKENS // tokens) + 1) if count % n == 0)
-            masks[tokens] = pack, block_mask(_same(tokens), pack * tokens, pack * tokens, self.device)
+            pack = max(n for n in range(1, max(1, FLEX_SEQUENCE // tokens) + 1) if count % n == 0)
+            masks[tokens] = pack, block_mask(_same_window(tokens), pack * tokens, pack * tokens, self.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
             tokens = q.shape[2]
@@ -206,13 +213,13 @@ class Window(Problem):
         body = compiled(self.eager, self.device)
 
         def run(*tensors: Tensor) -> Tensor:
-            with mock.patch.object(window, "fused_attention", attend):
+            with mock.patch.object(window.reference, "fused_attention", attend):
                 return body(*tensors)
 
         return run
 
 
-def _same(tokens: int) -> Callable:
+def _same_window(tokens: int) -> Callable:
     return lambda batch, head, query, key: query // tokens == key // tokens
 
 
@@ -221,40 +228,40 @@ class Halo(Problem):
 
     def __init__(self, case: tuple, dtype: torch.dtype, device: str):
         batch, (height, width), heads, head_dim, value_dim, block_size, halo_size, stride = case
-        asking = (batch, -(-height // stride), -(-width // stride), heads)
+        query_shape = (batch, -(-height // stride), -(-width // stride), heads)
         window_side = block_size + 2 * halo_size
         options = {"dtype": dtype, "device": device}
         tables = [_leaf(2 * window_side - 1, head_dim, std=head_dim**-0.5, **options) for _ in "hw"]
         self.tensors = [
-            _leaf(*asking, head_dim, **options),
+            _leaf(*query_shape, head_dim, **options),
             _leaf(batch, height, width, heads, head_dim + value_dim, **options),
             *tables,
         ]
         self.options = {"block_size": block_size, "halo_size": halo_size, "stride": stride}
-        self.widths = (head_dim, value_dim)
-        self.queries, self.keys = asking[0] * asking[1] * asking[2] * heads, window_side**2
+        self.dims = (head_dim, value_dim)
+        self.queries, self.keys = math.prod(query_shape), window_side**2
 
     def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
         return op(*tensors, **self.options, **options)
 
     def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         dq, dkv, *tables = grads
-        dk, dv = dkv.split(self.widths, -1)
+        dk, dv = dkv.split(self.dims, -1)
         return {"q": dq, "k": dk, "v": dv, "tables": torch.cat(tables)}
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
         return {"FlexAttention": self._flex}
 
     def _flex(self) -> Run:
-        """Queries and keys block by block, a mask for the reach of a block, the relative logits by score_mod."""
+        """Queries and keys in block order, a block mask for each block's window, relative logits by score_mod."""
         block, reach, stride = self.options.values()
         side, window_side = block // stride, block + 2 * reach
         if reach > block:
-            raise NotImplementedError(f"halo_size={reach} beyond block_size={block} needs more than one ring of blocks")
+            raise NotImplementedError(f"halo_size={reach} above block_size={block} needs more than one ring of blocks")
         batch, height, width = self.tensors[1].shape[:3]
         rows, cols = -(-height // block), -(-width // block)
 
-        def distance(query, key):
+        def place_in_window(query, key):
             """Row and column of a key in the window of the query's block."""
             of_query, of_key = query // side**2, key // block**2
             y = (of_key // (cols + 2) - 1 - of_query // cols) * block + key % block**2 // block + reach
@@ -262,26 +269,26 @@ class Halo(Problem):
             return y, x
 
         def within(image, head, query, key):
-            y, x = distance(query, key)
+            y, x = place_in_window(query, key)
             return (y >= 0) & (y < window_side) & (x >= 0) & (x < window_side)
 
         mask = block_mask(within, rows * cols * side**2, (rows + 2) * (cols + 2) * block**2, self.device)
 
         def run(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
             def sequences(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
-                tokens = halo._blocks(x, side, rows, cols).unflatten(0, (batch, -1)).flatten(1, 3)
+                tokens = split_blocks(x, side, rows, cols).unflatten(0, (batch, -1)).flatten(1, 3)
                 return tokens.transpose(1, 2)
 
-            rel = halo._reachable_logits(q, height_rel, width_rel, side)
-            above, aside = (sequences(x, side, rows, cols) for x in rel.unbind(-2))
+            rel = reachable_logits(q, height_rel, width_rel, side)
+            rel_rows, rel_cols = (sequences(x, side, rows, cols) for x in rel.unbind(-2))
             ringed = F.pad(kv, (0, 0, 0, 0, block, 0, block, 0))
-            k, v = sequences(ringed, block, rows + 2, cols + 2).split(self.widths, -1)
+            k, v = sequences(ringed, block, rows + 2, cols + 2).split(self.dims, -1)
 
             def add_relative(score, image, head, query, key):
-                y, x = distance(query, key)
+                y, x = place_in_window(query, key)
                 y = (y - query % side**2 // side + side - 1).clamp(0, window_side + side - 2)
                 x = (x - query % side + side - 1).clamp(0, window_side + side - 2)
-                return score + above[image, head, query, y] + aside[image, head, query, x]
+                return score + rel_rows[image, head, query, y] + rel_cols[image, head, query, x]
 
             y: Any = flex_attention(sequences(q, side, rows, cols), k, v, score_mod=add_relative, block_mask=mask)
             y = y.transpose(1, 2).unflatten(1, (rows, cols, side, side)).transpose(2, 3)
@@ -309,7 +316,7 @@ class Aggregated(Problem):
             _leaf(heads, head_dim, 9, **exact),
             _leaf(heads, 1, 9, **exact),
         ]
-        self.widths = (head_dim, head_dim)
+        self.dims = (head_dim, head_dim)
         self.queries, self.keys = batch * size[0] * size[1] * heads, 9 + grid[0] * grid[1]
 
     def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
@@ -319,22 +326,22 @@ class Aggregated(Problem):
 
     def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         dqkv, dpooled, table, temperature, embedding, *window = grads
-        # together, for the temperature's is one number, a sum over all pixels that may cancel
+        # joined, because the gradient of the temperature is a single sum over all pixels, which may cancel
         named = {"table": table, "query": torch.cat((temperature, embedding), 2)}
         pooled = dict(zip(("pooled k", "pooled v"), dpooled.unbind(3), strict=True))
-        return _third(dqkv) | pooled | named | dict(zip(self.names[2:], window, strict=True))
+        return _split_qkv(dqkv) | pooled | named | dict(zip(self.names[2:], window, strict=True))
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
         return {"FlexAttention": self._flex}
 
     def _flex(self) -> Run:
-        raise NotImplementedError("filters add to the weights after the softmax")
+        raise NotImplementedError("the filters are added to the weights after the softmax")
 
 
 def _distances(queries: int, keys: int) -> Tensor:
-    """`[keys, queries]`: the distances of queries from the centres of pooled keys along an axis, counted from 0."""
+    """`[keys, queries]`: index of the distance of each query from the center of each pooled key along an axis."""
     key = torch.arange(keys)[:, None]
-    # twice a distance is a whole number; where bins are of one size, so are the steps between distances
+    # Twice a distance is an integer. If all bins have one size, distances differ by whole pixels: halve the index.
     twice = 2 * torch.arange(queries) - key * queries // keys - ((key + 1) * queries + keys - 1) // keys
     index = twice if queries % keys else twice.div(2, rounding_mode="floor")
     return index - index.min()
@@ -342,14 +349,14 @@ def _distances(queries: int, keys: int) -> Tensor:
 
 PROBLEMS: dict[str, type] = {"routed": Routed, "window": Window, "halo": Halo, "aggregated": Aggregated}
 
-# cases of the gate alone: more programs in one launch than a grid's second axis could hold
+# cases of the correctness check alone: more programs in one launch than the second axis of a grid can hold
 MANY_PROGRAMS = {
     "routed": (1024, (14, 14), (7, 7), 2, 16, 1),
     "window": (66000, (6, 6), 1, 16, ((6, 6),), False),
     "halo": (8200, (4, 4), 8, 8, 8, 4, 1, 1),
     "aggregated": (2800, (6, 6), (2, 2), 12, 8),
 }
-# stand-ins of a few programs for a machine without a GPU
+# small cases for the dry run on a machine without a GPU
 DRY_CASES = {
     "routed": {"two-regions": (1, (4, 8), (1, 2), 1, 16, 1)},
     "window": {
@@ -362,7 +369,7 @@ DRY_CASES = {
 
 
 def cases(operator: str, *, dry: bool) -> dict[str, tuple]:
-    """The cases of an operator, those of 224 and 256 pixels first: they must not be what time runs short for."""
+    """Return the cases of an operator, those of 224 and 256 pixels first, because the time may run out for the last."""
     if dry:
         return DRY_CASES[operator]
     found = {"routed": routed, "window": window, "halo": halo, "aggregated": aggregated}[operator].CASES
@@ -374,7 +381,7 @@ def block_mask(mask: Callable, queries: int, keys: int, device: str) -> BlockMas
 
 
 def compiled(run: Run, device: str) -> Run:
-    """`run` as the compiler makes it; without a GPU only traced, for there is nothing to be timed."""
+    """Compile `run`; without a GPU return it unchanged, because nothing is timed."""
     if device != "cuda":
         return run
     return torch.compile(run, dynamic=False, fullgraph=True)

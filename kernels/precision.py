@@ -1,0 +1,32 @@
+"""Rules for reduced precision: when to follow autocast, when to leave it, and which dtype to accumulate in."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def cast_to_autocast(x: Tensor) -> Tensor:
+    """Cast `x` to the autocast dtype of its device if autocast is on. float64 tensors are returned as they are."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context that turns autocast off for the device of `x` (a no-op on devices without autocast: meta)."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype for sums and statistics over `x`: its own, but at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def l2_normalize(x: Tensor, *, dim: int) -> Tensor:
+    """Return `x / max(|x|, 1e-12)` along `dim`, in `acc_dtype(x)`; the shape stays."""
+    x = x.to(acc_dtype(x))
+    # F.normalize is slow if dim is not the last one. The clamp also stops the gradient of a zero vector.
+    return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()

@@ -1,0 +1,6 @@
+"""Window attention (CSWin, DaViT, LITv2): every pixel attends to the pixels of its window."""
+
+from .functional import CASES, window_attention, window_attention_unsupported
+from .reference import window_attention_reference
+
+__all__ = ["CASES", "window_attention", "window_attention_reference", "window_attention_unsupported"]

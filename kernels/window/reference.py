@@ -1,0 +1,110 @@
+"""Window attention in plain PyTorch: the definition that the Triton kernels are tested against.
+
+Shapes: B images, H x W pixels, N heads of width D in G equal groups, C' = N / G * D channels per group, windows of
+h x w pixels. Suffixes in this file: q_BHWC is [B, H, W, C'] and q_UhwC is [U, h, w, C'] with U windows of all images.
+
+For pixel p of window u and each head,
+
+    y[p] = sum_j softmax_j(scale * q[p] . k[j]) v[j]  +  bias + sum_t weight[t] v[p + t]        j over the pixels of u
+
+The second part is optional (LePE): a depthwise 3x3 convolution whose taps t see zeros outside the window. If a window
+does not divide H or W, the map is zero-padded on both sides (an odd row or column goes to the end). Padding is not
+masked: its q = k = v = 0 stay in the softmax (CSWin, arXiv 2107.00652, sec. 3.2, as its dense-prediction models do it).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..sdpa import fused_attention
+
+# weight `[C', 1, 3, 3]` and bias `[C']` of the LePE convolution of each group of heads
+Lepe = Sequence[tuple[Tensor, Tensor]]
+
+
+def window_attention_reference(
+    qkv: Tensor, *, windows: Sequence[tuple[int, int]], lepe: Lepe | None = None, scale: float | None = None
+) -> Tensor:
+    """Partition the map into windows, then ordinary attention and convolution; arguments as in `window_attention`."""
+    groups, head_dim = len(windows), qkv.shape[-1]
+    # a single split for all groups: its backward then writes the packed gradient once
+    chunks = qkv.flatten(3).chunk(3 * groups, -1)
+    outputs = []
+    for g, window in enumerate(windows):
+        q, k, v = chunks[g::groups]
+        taps = None if lepe is None else lepe[g]
+        outputs.append(_group_attention(q, k, v, window, taps, head_dim=head_dim, scale=scale))
+    y = outputs[0] if groups == 1 else torch.cat(outputs, -1)
+    return y.unflatten(-1, qkv.shape[4:])
+
+
+def _group_attention(
+    q_BHWC: Tensor,
+    k_BHWC: Tensor,
+    v_BHWC: Tensor,
+    window: tuple[int, int],
+    lepe: tuple[Tensor, Tensor] | None,
+    *,
+    head_dim: int,
+    scale: float | None,
+) -> Tensor:
+    """One group of heads: `[B, H, W, C']`."""
+    height, width = q_BHWC.shape[1:3]
+    if not (height <= window[0] and width > window[1]):
+        return _attend(q_BHWC, k_BHWC, v_BHWC, window, lepe, head_dim=head_dim, scale=scale)
+    # Windows that span the height: transpose the map. Windows of whole rows need no copy, and convolutions are faster
+    # along long rows.
+    q, k, v = (x.transpose(1, 2) for x in (q_BHWC, k_BHWC, v_BHWC))
+    transposed = None if lepe is None else (lepe[0].mT, lepe[1])
+    return _attend(q, k, v, window[::-1], transposed, head_dim=head_dim, scale=scale).transpose(1, 2)
+
+
+def _attend(
+    q_BHWC: Tensor,
+    k_BHWC: Tensor,
+    v_BHWC: Tensor,
+    window: tuple[int, int],
+    lepe: tuple[Tensor, Tensor] | None,
+    *,
+    head_dim: int,
+    scale: float | None,
+) -> Tensor:
+    (_, height, width, dim), (win_h, win_w) = q_BHWC.shape, window
+    rows, cols = -(-height // win_h), -(-width // win_w)
+    pad_h, pad_w = rows * win_h - height, cols * win_w - width
+    top, left = pad_h // 2, pad_w // 2
+    if pad_h or pad_w:
+        padding = (0, 0, left, pad_w - left, top, pad_h - top)
+        q_BHWC, k_BHWC, v_BHWC = (F.pad(x, padding) for x in (q_BHWC, k_BHWC, v_BHWC))
+    if lepe is not None:
+        # the convolution needs a contiguous input
+        v_BHWC = v_BHWC.contiguous()
+    q_UhwC, k_UhwC, v_UhwC = (_partition(x, win_h, win_w) for x in (q_BHWC, k_BHWC, v_BHWC))
+    heads = (dim // head_dim, head_dim)
+    q, k, v = (x.flatten(1, 2).unflatten(-1, heads).transpose(1, 2) for x in (q_UhwC, k_UhwC, v_UhwC))
+    y_UhwC = fused_attention(q, k, v, scale=scale).transpose(1, 2).reshape(v_UhwC.shape)
+    if lepe is not None:
+        y_UhwC = y_UhwC + _depthwise_conv(v_UhwC, *lepe, windows_per_image=rows * cols)
+    y = y_UhwC.view(-1, rows, cols, win_h, win_w, dim).transpose(2, 3)
+    y = y.reshape(-1, rows * win_h, cols * win_w, dim)
+    return y[:, top : top + height, left : left + width] if pad_h or pad_w else y
+
+
+def _partition(x_BHWC: Tensor, win_h: int, win_w: int) -> Tensor:
+    """`[B, H, W, C'] -> [U, h, w, C']`. The window must divide H and W."""
+    x = x_BHWC.unflatten(2, (-1, win_w)).unflatten(1, (-1, win_h)).transpose(2, 3)
+    return x.flatten(0, 2)
+
+
+def _depthwise_conv(v_UhwC: Tensor, weight: Tensor, bias: Tensor, *, windows_per_image: int) -> Tensor:
+    """Depthwise 3x3 convolution of each window with zero padding, `[U, h, w, C']`."""
+    _, win_h, win_w, dim = v_UhwC.shape
+    if win_h == 1:
+        # Only the middle row of the kernel meets the window. The windows of an image can then be rows of one map.
+        v = v_UhwC.view(-1, windows_per_image, win_w, dim)
+        y = F.conv2d(v.permute(0, 3, 1, 2), weight[:, :, 1:2], bias, padding=(0, 1), groups=dim)
+    else:
+        y = F.conv2d(v_UhwC.permute(0, 3, 1, 2), weight, bias, padding=1, groups=dim)
+    return y.permute(0, 2, 3, 1).reshape(v_UhwC.shape)
