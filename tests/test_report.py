@@ -4,6 +4,9 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
+from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -11,19 +14,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+import trainer
 import yaml
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from tessel.blocks import BiLevelRouting
 from tessel.train.data.sources.digits import digits
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
+from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.schema import Data
 from tessel.train.report import __main__ as report
-from tessel.train.report import attention_maps, classify, curves
+from tessel.train.report import attention_maps, classify, curves, dense
 from tessel.train.report.page import STYLE, duration
-from tessel.train.report.runs import read_run
+from tessel.train.report.runs import RunRecord, read_run
+from tessel.train.tasks.build import build_task
 from tessel.train.tasks.export import export
 
 SECTIONS = {
@@ -328,6 +336,48 @@ def test_several_runs_are_compared(finished, tmp_path):
     loss, accuracy = curves.draw_learning(runs).axes
     assert len([line for line in loss.lines if len(line.get_xdata())]) == 4
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
+
+
+@pytest.mark.parametrize("count", [1, curves.FEW_POINTS + 1])
+def test_few_points_have_markers(run, count):
+    """A line through a single point is invisible."""
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    lines = (json.dumps(line | {"step": step}) + "\n" for step in range(count))
+    (run / "metrics.jsonl").write_text("".join(lines))
+    record = read_run(run)
+    for axes in (curves.draw_learning([record]).axes[0], *curves.draw_optimization([record]).axes):
+        assert (axes.lines[0].get_marker() == "None") == (count > 1)
+
+
+def run_code(html, folder, monkeypatch):
+    """Execute the code block with an image in the working directory."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "image.jpg")
+    monkeypatch.chdir(folder)
+    exec(unescape(html.removeprefix("<pre>").removesuffix("</pre>")), {})
+
+
+def test_the_code_classifies_an_image(finished, tmp_path, monkeypatch, capsys):
+    run_code(classify.usage(read_run(finished))[1], tmp_path, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(re.fullmatch(r"\d+\.\d% \d", line) for line in lines)
+
+
+@pytest.mark.parametrize("kind", trainer.SCENES)
+def test_the_code_of_dense_tasks_runs(kind, tmp_path, monkeypatch):
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", **trainer.SCENES[kind]))
+    task = build_task(recipe, World())
+    model = task.build_model()
+    task.export(model, tmp_path / "export", model.state_dict())
+    record = RunRecord(tmp_path, recipe, [], [], {"step": 1}, None, None)
+    run_code(dense.usage(record)[1], tmp_path, monkeypatch)
+
+
+def test_the_command_in_a_new_process(run):
+    """Everything the report needs is imported by itself, such as the models of the zoo."""
+    command = [sys.executable, "-m", "tessel.train.report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Left out" not in (run / "report/index.html").read_text()
 
 
 def overwrite(file, change):

@@ -97,7 +97,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = transform(Image.open("image.jpg").convert("RGB"))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(1)[0]
-for probability, label in sorted(zip(probabilities.tolist(), model.pretrained_cfg["label_names"]), reverse=True)[:5]:
+labels = model.pretrained_cfg["label_names"]
+for probability, label in sorted(zip(probabilities.tolist(), labels), reverse=True)[:5]:
     print(f"{{probability:.1%}} {{label}}")
 """
 

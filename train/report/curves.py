@@ -47,6 +47,7 @@ def draw_learning(runs: Sequence[RunRecord]) -> Figure:
     loss.set(title="Loss", xlabel="step", yscale="log")
     loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     loss.minorticks_off()
+    loss.set_xlim(left=0)
     accuracy.set(title="Held-out images", xlabel="step", ylabel=f"{metric.name}, %")
     trained, evaluated = ("C0", "C1") if len(runs) == 1 else ("0.5", "0.5")
     loss.plot([], [], color=trained, linewidth=1.1, label="training")
@@ -63,7 +64,7 @@ def draw_optimization(runs: Sequence[RunRecord]) -> Figure:
         for i, run in enumerate(runs):
             plot(axes, *series(run.train, key), color=f"C{i}", linewidth=1.3)
         axes.set(title=title, xlabel="step")
-        axes.set_ylim(bottom=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
         axes.yaxis.set_major_formatter("{x:g}")
     return name_runs(figure, runs)
 

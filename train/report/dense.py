@@ -116,10 +116,10 @@ def draw_classes(by_class: Mapping[str, Mapping[str, float]], shown: Sequence[st
 def draw_pictures(pictures: Sequence[Image.Image]) -> Figure:
     """The pictures in a grid of `COLUMNS` columns, scaled to one width."""
     rows = [pictures[at : at + COLUMNS] for at in range(0, len(pictures), COLUMNS)]
-    gap = 0.04
+    gap = 0.04  # in widths of a column
     heights = [max(image.height / image.width for image in row) for row in rows]
     total = sum(heights) + gap * len(rows)
-    figure = Figure(figsize=(WIDTH, WIDTH / COLUMNS * total))
+    figure = Figure(figsize=(WIDTH, WIDTH / (COLUMNS - gap) * total))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     top = 0.0
