@@ -75,7 +75,7 @@ class TrainerLoop:
             self.engine.step()
 
     def saving(self, count: int) -> float:
-        """Save, train `count` steps, wait until the checkpoint is written; return the fraction of the time without steps."""
+        """Save and train `count` steps, then wait for the checkpoint; the fraction of the time without steps."""
         start = time.perf_counter()
         self.engine.save()
         first = time.perf_counter()
