@@ -78,10 +78,10 @@ class TesselBackbone(DenseBackbone):
             state = read_state(fetch(file))
         # a detector of this trainer holds the backbone inside its feature pyramid
         prefix = "backbone.body." if any(key.startswith("backbone.fpn.") for key in state) else "backbone."
-        ours = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-        if any(key.startswith("body.") for key in ours):
+        own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        if any(key.startswith("body.") for key in own):
             try:
-                self.load_state_dict(ours)
+                self.load_state_dict(own)
             except RuntimeError as error:
                 raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
         elif any(key.startswith(PREFIXES) for key in state):

@@ -62,9 +62,10 @@ def report_one(run: RunRecord, folder: Path) -> str:
         last = run.train[-1]
         tiles.append((duration(run.training_seconds), "training time"))
         tiles.append((f"{last['step']:,}", f"steps of {recipe.data.batch:,} images, {last['epoch']:.1f} epochs"))
+    origin = getattr(recipe.data, "root", None) or recipe.data.source  # embedded data has no root
     facts = {
         "Model": recipe.model.name,
-        "Data": f"{recipe.data.root or recipe.data.source}, {recipe.data.size} × {recipe.data.size} pixels",
+        "Data": f"{origin}, {recipe.data.size} × {recipe.data.size} pixels",
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
         "Reported with": f"tessel {version('tessel')}, torch {torch.__version__}, timm {timm.__version__}",

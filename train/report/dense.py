@@ -61,7 +61,8 @@ def predictions(run: RunRecord, folder: Path) -> tuple[str, str]:
     return text, html
 
 
-SEGMENT_USAGE = """\
+USAGE = {  # by task.kind
+    "segment": """\
 import torch
 from PIL import Image
 from torchvision.transforms.functional import normalize, pil_to_tensor
@@ -74,8 +75,8 @@ with torch.inference_mode():
     logits = model(normalize(image, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])[None])
 mask = logits[0].argmax(0)  # [H, W], indices into model.classes
 print([model.classes[index] for index in mask.unique()])
-"""
-DETECT_USAGE = """\
+""",
+    "detect": """\
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
@@ -88,13 +89,13 @@ with torch.inference_mode():
     (found,) = model([image])
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
     print(f"{{model.classes[label]}} {{score:.2f}} at {{box.tolist()}}")  # left, top, right, bottom in pixels
-"""
+""",
+}
 
 
 def usage(run: RunRecord) -> tuple[str, str]:
     """Code that loads the exported model and runs it on an image file."""
-    template = SEGMENT_USAGE if run.recipe.task.kind == "segment" else DETECT_USAGE
-    return "In Python:", code(template.format(export=str(run.export)))
+    return "In Python:", code(USAGE[run.recipe.task.kind].format(export=str(run.export)))
 
 
 def draw_classes(by_class: Mapping[str, Mapping[str, float]], shown: Sequence[str]) -> Figure:
