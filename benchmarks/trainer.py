@@ -1,13 +1,14 @@
-"""What the trainer costs beside a bare loop: time a step, memory over many steps, start-up, and saving meanwhile.
+"""Cost of the trainer: time per step compared with a plain loop, memory over many steps, start-up time, and saving.
 
-    python benchmarks/trainer.py                      on the CPU, a few minutes; --dry-run: seconds, figures of no worth
+    python benchmarks/trainer.py                      on the CPU, a few minutes; --dry-run takes seconds, to see it run
     python benchmarks/trainer.py --device cuda --model biformer_tiny --size 224 --batch 128 --workers 8
 
-overhead   our loop over forty lines of plain PyTorch with the same model, loader, precision and optimizer, in turns
-memory     growth of the resident set from step 200 to 2,000 of a tiny model, with logging, evaluation, checkpoints
+overhead   time per step of the trainer compared with a loop of forty lines of PyTorch that has the same model, loader,
+           precision and optimizer; the two alternate
+memory     growth of the resident set from step 200 to step 2,000 of a tiny model, with logging, evaluation, checkpoints
 startup    seconds from the start of the process to the end of the first step, median of several processes
-saving     steps with a checkpoint among them over steps without, in turns: written beside the training, and within it;
-           and the share of that time in which the loop stands still, the rest being what the writing takes from it
+saving     time of some steps with a checkpoint among them compared with as many steps without, for saving in the
+           background and in the foreground; the two alternate. "stall" is the part of the time in which no step runs
 
 Goals: at most 3 % overhead, 1 % growth, 5 % for saving in the background. Results: results/trainer_DEVICE.json.
 """
@@ -31,8 +32,8 @@ GOALS = {
 }
 
 
-def make(args: argparse.Namespace, out: str, **sections: dict):
-    """The recipe of a run on the digits, as long as it is let."""
+def make_digits_recipe(args: argparse.Namespace, out: str, **sections: dict):
+    """The recipe of a run on the digits, too long to reach its end; `sections` override its keys."""
     from tessel.train.recipe.load import make_recipe
 
     recipe = {
@@ -48,8 +49,8 @@ def make(args: argparse.Namespace, out: str, **sections: dict):
     return make_recipe(recipe, [], source="benchmark")
 
 
-class Ours:
-    """The trainer's own loop, some steps at a time."""
+class TrainerLoop:
+    """The loop of the trainer, a given number of steps at a time. Repeats what `Engine.train` does before its loop."""
 
     def __init__(self, recipe, world):
         from tessel.train.data.batch_stream import BatchStream
@@ -74,14 +75,14 @@ class Ours:
             self.engine.step()
 
     def saving(self, count: int) -> float:
-        """Save, go on for `count` steps, and be done with both; the share of the time without a step."""
+        """Save and train `count` steps, then wait for the checkpoint; the fraction of the time without steps."""
         start = time.perf_counter()
         self.engine.save()
-        going = time.perf_counter()
+        first = time.perf_counter()
         self.steps(count)
-        gone = time.perf_counter()
+        last = time.perf_counter()
         self.engine.checkpoints.wait()
-        return 1 - (gone - going) / (time.perf_counter() - start)
+        return 1 - (last - first) / (time.perf_counter() - start)
 
     def close(self) -> None:
         self.engine.batches.close()
@@ -89,21 +90,21 @@ class Ours:
         self.engine.loggers.close()
 
 
-class Bare:
-    """The loop one would write oneself."""
+class PlainLoop:
+    """A plain PyTorch loop with the model, data and optimizer of a `TrainerLoop`."""
 
-    def __init__(self, ours: Ours):
+    def __init__(self, trainer: TrainerLoop):
         import timm.optim
         import torch
 
-        recipe, self.device = ours.engine.recipe, ours.engine.world.device
-        self.model = ours.task.build_model().to(self.device)
+        recipe, self.device = trainer.engine.recipe, trainer.engine.world.device
+        self.model = trainer.task.build_model().to(self.device)
         self.optimizer = timm.optim.create_optimizer_v2(
             self.model, recipe.optim.name, recipe.optim.lr, recipe.optim.weight_decay
         )
         self.criterion = torch.nn.CrossEntropyLoss()
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.parallel.precision == "bf16")
-        self.batches = ours.task.train_batches(ours.plan, 0)
+        self.batches = trainer.task.train_batches(trainer.plan, 0)
 
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -121,63 +122,67 @@ class Bare:
 
 
 def overhead(args: argparse.Namespace, world) -> dict:
+    """Time per step of the trainer and of the plain loop."""
     from measurement import ratio, side_by_side
 
     block = 2 if args.dry_run else args.block
     with tempfile.TemporaryDirectory() as out:
-        ours = Ours(make(args, out), world)
-        bare = Bare(ours)
-        clocks: dict[str, list[float]] = {"ours": [], "bare": []}
+        trainer = TrainerLoop(make_digits_recipe(args, out), world)
+        plain = PlainLoop(trainer)
+        cpu_seconds: dict[str, list[float]] = {"trainer": [], "plain": []}
 
-        def clocked(name: str, loop: Ours | Bare) -> None:
+        def timed(name: str, loop: TrainerLoop | PlainLoop) -> None:
             start = time.process_time()
             loop.steps(block)
-            clocks[name].append(time.process_time() - start)
+            cpu_seconds[name].append(time.process_time() - start)
 
-        runs = {"ours": lambda: clocked("ours", ours), "bare": lambda: clocked("bare", bare)}
+        runs = {"trainer": lambda: timed("trainer", trainer), "plain": lambda: timed("plain", plain)}
         times = side_by_side(runs, seconds=args.seconds, device=args.device)
-        ours.close()
-        bare.close()
+        trainer.close()
+        plain.close()
     milliseconds = {name: round(1e3 * statistics.median(found) / block, 3) for name, found in times.items()}
     return {
-        "ours_ms_a_step": milliseconds["ours"],
-        "bare_ms_a_step": milliseconds["bare"],
-        "overhead_percent": round(100 * (ratio(times, "bare", "ours") - 1), 2),
-        # of the processor's time, which other processes on the machine do not lengthen
-        "overhead_cpu_time_percent": round(100 * (ratio(clocks, "bare", "ours") - 1), 2),
-        "rounds": len(times["ours"]),
+        "ours_ms_a_step": milliseconds["trainer"],
+        "bare_ms_a_step": milliseconds["plain"],
+        "overhead_percent": round(100 * (ratio(times, "plain", "trainer") - 1), 2),
+        # CPU time, which other processes on the machine do not lengthen
+        "overhead_cpu_time_percent": round(100 * (ratio(cpu_seconds, "plain", "trainer") - 1), 2),
+        "rounds": len(times["trainer"]),
         "steps_a_round": block,
     }
 
 
 def saving(args: argparse.Namespace, world) -> dict:
+    """Cost of a checkpoint, written in the background and in the foreground."""
     from measurement import ratio, side_by_side
 
     every = 2 if args.dry_run else args.every
     found = {"every_steps": every}
-    for way in ("background", "foreground"):
+    for mode in ("background", "foreground"):
         with tempfile.TemporaryDirectory() as out:
-            ours = Ours(make(args, out, ckpt={"background": way == "background"}), world)
-            still: list[float] = []
+            recipe = make_digits_recipe(args, out, ckpt={"background": mode == "background"})
+            trainer = TrainerLoop(recipe, world)
+            stalls: list[float] = []
             runs = {
-                "none": lambda ours=ours: ours.steps(every),
-                way: lambda ours=ours, still=still: still.append(ours.saving(every)),
+                "none": lambda trainer=trainer: trainer.steps(every),
+                mode: lambda trainer=trainer, stalls=stalls: stalls.append(trainer.saving(every)),
             }
             times = side_by_side(runs, seconds=args.seconds, device=args.device)
-            ours.close()
-        found[f"{way}_saving_percent"] = round(100 * (ratio(times, "none", way) - 1), 2)
-        found[f"{way}_stall_percent"] = round(100 * statistics.median(still), 2)
+            trainer.close()
+        found[f"{mode}_saving_percent"] = round(100 * (ratio(times, "none", mode) - 1), 2)
+        found[f"{mode}_stall_percent"] = round(100 * statistics.median(stalls), 2)
         found["rounds"] = len(times["none"])
     return found
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Print the resident set over the steps of a whole run, as JSON."""
+    """Print the resident set at several steps of a whole run, as JSON."""
     from measurement import resident
 
     from tessel.train import engine, trainer
 
-    step, sizes, first, last = engine.Engine.step, {}, *((4, 12) if args.dry_run else (200, 2000))
+    step, sizes = engine.Engine.step, {}
+    first, last = (4, 12) if args.dry_run else (200, 2000)
 
     def hooked(self):
         done = self.progress.step
@@ -189,7 +194,9 @@ def memory(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         every = {"every": last // 4}
         tiny = {"model": {"name": "test_resnet"}, "data": {"batch": 8, "size": 32}}
-        recipe = make(args, out, **tiny, sched={"steps": last}, eval=every, ckpt=every, log={"progress": "lines"})
+        recipe = make_digits_recipe(
+            args, out, **tiny, sched={"steps": last}, eval=every, ckpt=every, log={"progress": "lines"}
+        )
         stdout, sys.stdout = sys.stdout, sys.stderr
         try:
             trainer.train(recipe)
@@ -202,7 +209,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def startup(args: argparse.Namespace) -> None:
-    """Print the seconds of each part of a start, as JSON."""
+    """Print the seconds that each part of a start takes, as JSON."""
     import torch
 
     from tessel.train.distributed.world import init_distributed
@@ -212,7 +219,7 @@ def startup(args: argparse.Namespace) -> None:
 
     marks = {"imports": time.time()}
     torch.set_num_threads(args.threads)
-    recipe = make(args, "nowhere")
+    recipe = make_digits_recipe(args, "nowhere")
     with init_distributed(recipe.run) as world:
         task = task_spec(recipe).build(recipe, world)
         marks["data"] = time.time()
@@ -229,8 +236,8 @@ def startup(args: argparse.Namespace) -> None:
     print(json.dumps(parts | {"total": round(marks["first_step"] - args.since, 3)}))
 
 
-def alone(part: str, args: argparse.Namespace) -> dict:
-    """A part in a process of its own."""
+def in_new_process(part: str, args: argparse.Namespace) -> dict:
+    """Measure a part in a new process."""
     from measurement import RETURNING
 
     values = ("device", "model", "size", "batch", "workers", "threads")
@@ -250,20 +257,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each of two contenders (default 60)")
-    parser.add_argument("--block", type=int, default=10, help="steps in a turn of the overhead's (default 10)")
-    parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint (default 50)")
-    parser.add_argument("--starts", type=int, default=3, help="processes started (default 3)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each of two alternatives (default 60)")
+    parser.add_argument("--block", type=int, default=10, help="steps per round of the overhead (default 10)")
+    parser.add_argument("--every", type=int, default=50, help="steps per checkpoint (default 50)")
+    parser.add_argument("--starts", type=int, default=3, help="processes to start for startup (default 3)")
     parts = "overhead,saving,memory,startup"
-    parser.add_argument("--parts", default=parts, help=f"which of them to measure (default {parts})")
-    parser.add_argument("--dry-run", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--parts", default=parts, help=f"what to measure (default {parts})")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps of each part, to see that it runs")
     parser.add_argument("--out", type=Path, help="the JSON (default benchmarks/results/trainer_DEVICE.json)")
     parser.add_argument("--part", choices=["memory", "startup"], help=argparse.SUPPRESS)
     parser.add_argument("--since", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.starts, args.seconds = (1, 0.0) if args.dry_run else (args.starts, args.seconds)
     if args.dry_run and not (args.out or args.part):
-        parser.error("--dry-run writes figures of no worth: say where with --out")
+        parser.error("--dry-run writes meaningless numbers: give a file for them with --out")
     return args
 
 
@@ -283,30 +290,30 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in ("model", "size", "batch", "workers")}
     out = args.out or RESULTS / f"trainer_{args.device}.json"
     found = {"dry_run": args.dry_run, **facts(args.device), "cores": os.cpu_count(), **settings, "load_average": {}}
-    with init_distributed(make(args, "nowhere").run) as world:
+    with init_distributed(make_digits_recipe(args, "nowhere").run) as world:
         parts = {
             "overhead": lambda: overhead(args, world),
             "saving": lambda: saving(args, world),
-            "memory": lambda: alone("memory", args),
-            "startup_seconds": lambda: started(args),
+            "memory": lambda: in_new_process("memory", args),
+            "startup_seconds": lambda: median_startup(args),
         }
         for name in (name for name in parts if name.startswith(tuple(args.parts.split(",")))):
             found[name] = parts[name]()
             found["load_average"][name] = round(os.getloadavg()[0], 2)
-            out.write_text(json.dumps(found, indent=1) + "\n")  # at once: the whole takes minutes
+            out.write_text(json.dumps(found, indent=1) + "\n")  # after each part: all of them take minutes
             print(f"{name}: {found[name]}", flush=True)
-    figures = found.get("overhead", {}) | found.get("saving", {}) | found.get("memory", {})
-    goals = {name: goal for name, goal in GOALS.items() if name in figures}
-    found["goals"] = {name: {"at_most": goal, "met": figures[name] <= goal} for name, goal in goals.items()}
+    metrics = found.get("overhead", {}) | found.get("saving", {}) | found.get("memory", {})
+    goals = {name: goal for name, goal in GOALS.items() if name in metrics}
+    found["goals"] = {name: {"at_most": goal, "met": metrics[name] <= goal} for name, goal in goals.items()}
     out.write_text(json.dumps(found, indent=1) + "\n")
     for name, goal in goals.items():
-        print(f"{name:28}{figures[name]:8.2f}  (at most {goal:g}: {'met' if figures[name] <= goal else 'not met'})")
+        print(f"{name:28}{metrics[name]:8.2f}  (at most {goal:g}: {'met' if metrics[name] <= goal else 'not met'})")
     print(f"load average {found['load_average']} on {os.cpu_count()} cores; written to {out}")
 
 
-def started(args: argparse.Namespace) -> dict:
-    """The median of several starts."""
-    starts = [alone("startup", args) for _ in range(args.starts)]
+def median_startup(args: argparse.Namespace) -> dict:
+    """The median over several starts, part by part."""
+    starts = [in_new_process("startup", args) for _ in range(args.starts)]
     return {name: statistics.median(start[name] for start in starts) for name in starts[0]}
 
 

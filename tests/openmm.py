@@ -1,4 +1,4 @@
-"""A folder that looks like ADE20K, and a small config for MMEngine's Runner, for the tests."""
+"""A folder with the layout of ADE20K and a small config for MMEngine's Runner, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ def draw_ade(root: Path, *, train: int = 6, val: int = 3, side: int = 64) -> Pat
         for index in range(count):
             scene = scenes[index]
             scene.image.save(root / "images" / folder / f"{index}.jpg")
-            of_instance = np.concatenate([[0], scene.labels + 1]).astype(np.uint8)
-            Image.fromarray(of_instance[scene.instances]).save(root / "annotations" / folder / f"{index}.png")
+            class_of_instance = np.concatenate([[0], scene.labels + 1]).astype(np.uint8)
+            Image.fromarray(class_of_instance[scene.instances]).save(root / "annotations" / folder / f"{index}.png")
     return root
 
 
 def config(root: Path, work: Path, **changed: Any) -> dict[str, Any]:
-    """Six iterations of two images: a tiny backbone, FPN's head and an auxiliary one, a checkpoint every third."""
+    """Six iterations of two images with a tiny backbone, a SegFormer head, an auxiliary head and two checkpoints."""
     norm, channels = {"type": "BN"}, DenseBackbone("cswin_atto").channels
     load = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "reduce_zero_label": True}]
 

@@ -1,4 +1,4 @@
-"""Our backbones under MMEngine's own Runner."""
+"""`TesselBackbone` under MMEngine's own Runner."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from tessel import zoo
 from tessel.train.errors import UserError
 from tessel.zoo.dense import DenseBackbone
 
-# what packages that are no longer released warn of is nothing we can mend
+# OpenMMLab's packages are no longer maintained and emit warnings that cannot be fixed here
 pytestmark = pytest.mark.filterwarnings("ignore")
 mmengine = pytest.importorskip("mmengine")
 
@@ -45,7 +45,7 @@ def runner(*args, **changed):
 
 
 def scalars(work: Path) -> list[dict]:
-    """What the Runner logged, in order, without the clock."""
+    """The lines that the Runner logged, in order, without times and memory."""
     files = sorted(work.glob("*/vis_data/scalars.json"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [{k: v for k, v in line.items() if "time" not in k and k != "memory"} for line in lines]
@@ -91,7 +91,7 @@ def test_checkpoint_that_runs_code_is_refused(registered, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_loads_stay_as_strict_as_they_are(registered, tmp_path):
+def test_other_calls_of_torch_load_stay_strict(registered, tmp_path):
     from mmengine.logging import HistoryBuffer
     from mmengine.runner.checkpoint import _load_checkpoint
 
@@ -101,14 +101,14 @@ def test_other_loads_stay_as_strict_as_they_are(registered, tmp_path):
     before = set(torch.serialization.get_safe_globals())
     with torch.serialization.safe_globals([np.dtype]):
         _load_checkpoint(str(file))
-        assert np.dtype in torch.serialization.get_safe_globals(), "the user's own exceptions stay"
+        assert np.dtype in torch.serialization.get_safe_globals(), "what the user had allowed stays allowed"
     assert _load_checkpoint(str(file))["history"].mean() == 2
     with pytest.raises(Exception, match="(?i)weights_only|HistoryBuffer"):
         torch.load(file)
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_mending_twice_changes_nothing(registered):
+def test_patching_twice_changes_nothing(registered):
     from mmengine.dist import utils
     from mmengine.model import MMDistributedDataParallel
 
@@ -120,7 +120,7 @@ def test_mending_twice_changes_nothing(registered):
 
 
 def test_other_packages_resolve_the_name(registered):
-    """mmdetection's registry is a child of mmengine's root, as this one."""
+    """This registry is a child of mmengine's root registry, as mmdetection's is."""
     from mmengine.registry import MODELS, Registry
 
     detection = Registry("model", parent=MODELS, scope="mmdet_like")
@@ -132,10 +132,8 @@ def test_other_packages_resolve_the_name(registered):
     assert [len(m.shape) for m in backbone(torch.zeros(1, 3, 64, 64))] == [4, 4, 4]
 
 
-@pytest.mark.parametrize(
-    "kind", ["ours", "ours in a segmenter", "ours in a detector", "published", "published segmenter"]
-)
-def test_starts_from_a_file(registered, kind, tmp_path):
+@pytest.mark.parametrize("kind", ["own", "own in a segmenter", "own in a detector", "published", "published segmenter"])
+def test_loads_initial_weights_from_a_file(registered, kind, tmp_path):
     classifier = timm.create_model("litv2_atto").state_dict()
     source = DenseBackbone("litv2_atto")
     for norm in source.norms.values():
@@ -148,9 +146,9 @@ def test_starts_from_a_file(registered, kind, tmp_path):
     pyramid = {"backbone.fpn.inner_blocks.0.0.weight": torch.zeros(1)}
     detector = {f"backbone.body.{k}": t for k, t in source.state_dict().items()} | pyramid
     state = {
-        "ours": classifier,
-        "ours in a segmenter": {f"backbone.{k}": t for k, t in source.state_dict().items()} | head,
-        "ours in a detector": detector,
+        "own": classifier,
+        "own in a segmenter": {f"backbone.{k}": t for k, t in source.state_dict().items()} | head,
+        "own in a detector": detector,
         "published": published,
         "published segmenter": {f"backbone.{k}": t for k, t in (body | norms).items()} | head,
     }[kind]
@@ -170,7 +168,7 @@ def test_starts_from_a_file(registered, kind, tmp_path):
             ).init_weights()
 
 
-def test_published_segmenter_loads_into_the_model_around(registered):
+def test_published_segmenter_loads_into_the_surrounding_model(registered):
     source = DenseBackbone("cswin_atto")
     for norm in source.norms.values():
         torch.nn.init.normal_(norm.weight)
@@ -198,7 +196,7 @@ def test_published_segmenter_loads_into_the_model_around(registered):
         {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth"}, "checkpoint": "b.pth"},
     ],
 )
-def test_other_initialisations_are_refused(registered, how):
+def test_other_init_cfgs_are_rejected(registered, how):
     with pytest.raises(UserError, match="init_cfg=.*checkpoint=FILE"):
         registered.TesselBackbone("cswin_atto", **how)
 
@@ -226,7 +224,7 @@ def snippets() -> list[str]:
 
 
 def run_snippet(ade: Path, work: Path, *launch: str, more: tuple[str, ...] = ()) -> list[dict]:
-    """Train by the page's config and mmsegmentation's own script, made small; what it logged."""
+    """Train a small version of the page's config with mmsegmentation's script; return the lines it logged."""
     work.mkdir(exist_ok=True)
     (work / "config.py").write_text(snippets()[0])
     small = {
@@ -263,7 +261,7 @@ def run_snippet(ade: Path, work: Path, *launch: str, more: tuple[str, ...] = ())
     return scalars(work)
 
 
-def test_config_of_the_page(registered, ade, tmp_path):
+def test_config_in_the_docs(registered, ade, tmp_path):
     rows = run_snippet(ade, tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
@@ -288,7 +286,7 @@ def test_two_processes(registered, ade, tmp_path):
     assert not any(key.startswith("module.") for key in state["state_dict"])
 
 
-def test_detector_config_of_the_page(registered):
+def test_detector_config_in_the_docs(registered):
     from mmengine.registry import MODELS, Registry
 
     scope: dict = {}

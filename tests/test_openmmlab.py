@@ -1,4 +1,4 @@
-"""mmsegmentation on current torch: its heads work, what is missing says so."""
+"""mmsegmentation on current torch: its heads work, and a missing operator or package is named."""
 
 import sys
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from tessel.train.errors import UserError
-from tessel.train.openmmlab import compat as openmmlab
+from tessel.train.openmmlab import compat
 
 
 @pytest.mark.parametrize("name", ["UPerHead", "SegformerHead", "FPNHead", "FCNHead"])
 def test_heads_of_mmsegmentation(name):
     options = {"feature_strides": [4, 8]} if name == "FPNHead" else {}
-    one = name == "FCNHead"
-    head = openmmlab.build(
+    single_input = name == "FCNHead"
+    head = compat.build(
         {
             "type": name,
-            "in_channels": 4 if one else [4, 8],
-            "in_index": 0 if one else [0, 1],
+            "in_channels": 4 if single_input else [4, 8],
+            "in_index": 0 if single_input else [0, 1],
             "channels": 8,
             "num_classes": 3,
             "norm_cfg": {"type": "BN"},
@@ -28,14 +28,14 @@ def test_heads_of_mmsegmentation(name):
 
 
 def test_missing_operator_is_named():
-    openmmlab.mmseg_modules()
+    compat.mmseg_modules()
     from mmcv.ops import nms
 
-    with pytest.raises(UserError, match="operator nms is not there.*UPerHead"):
+    with pytest.raises(UserError, match="operator nms is not available.*UPerHead"):
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmseg.models", None)
     with pytest.raises(UserError, match="tessel\\[dense\\]"):
-        openmmlab.mmseg_modules()
+        compat.mmseg_modules()

@@ -1,4 +1,4 @@
-"""Processes find those of their own start, whatever an earlier start left in the store."""
+"""The processes of one start agree on a key prefix, whatever an earlier start left in the store."""
 
 import threading
 import time
@@ -12,21 +12,21 @@ from tessel.train.distributed import rendezvous
 SOON = timedelta(seconds=20)
 
 
-def start(store: dist.Store, delays: list[float]) -> list[str | None]:
-    """The names that ranks 0, 1, ... agree on, each of which comes after its delay; None: it never does."""
-    names: list[str | None] = [None] * len(delays)
+def agree(store: dist.Store, delays: list[float]) -> list[str | None]:
+    """The prefix of each rank; rank i arrives after `delays[i]` seconds. None if it got none."""
+    prefixes: list[str | None] = [None] * len(delays)
 
-    def one(rank: int) -> None:
+    def run(rank: int) -> None:
         time.sleep(delays[rank])
-        meet = rendezvous.receive_prefix if rank else rendezvous.publish_prefix
-        names[rank] = meet(store.clone(), rank, len(delays), SOON)
+        exchange = rendezvous.receive_prefix if rank else rendezvous.publish_prefix
+        prefixes[rank] = exchange(store.clone(), rank, len(delays), SOON)
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(delays))]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(delays))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return names
+    return prefixes
 
 
 @pytest.fixture
@@ -35,20 +35,20 @@ def store():
 
 
 @pytest.mark.parametrize("delays", [[0, 0.2, 0], [0.2, 0, 0], [0, 0, 0.3]])
-def test_each_start_has_a_name_of_its_own(store, delays):
-    first, second = start(store, delays), start(store, delays[::-1])
+def test_each_start_has_its_own_prefix(store, delays):
+    first, second = agree(store, delays), agree(store, delays[::-1])
     assert len(set(first)) == len(set(second)) == 1
     assert first[0] and second[0] and first[0] != second[0]
 
 
-def test_what_a_dead_process_left_is_not_taken(store):
-    """A rank 1 that came and died has been told a name already."""
-    store.set("arrived/1", "of the dead")
-    names = start(store, [0, 0.3])
-    assert names[0] == names[1] != "of the dead"
+def test_keys_of_a_killed_process_are_not_used(store):
+    """A killed rank 1 has left its token, which rank 0 answers before the new rank 1 arrives."""
+    store.set("arrived/1", "old-token")
+    prefixes = agree(store, [0, 0.3])
+    assert prefixes[0] == prefixes[1]
 
 
-def test_waiting_ends(store):
+def test_waiting_times_out(store):
     with pytest.raises(RuntimeError, match=r"timed out waiting for the processes \[1\]"):
         rendezvous.publish_prefix(store, 0, 2, timedelta(seconds=0.1))
     with pytest.raises(dist.DistError):

@@ -1,9 +1,12 @@
-"""The report: what it shows, what it leaves out and says so, and the pictures of attention in it."""
+"""The report: its sections, what it leaves out and why, its charts and attention maps."""
 
 import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
+from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -11,20 +14,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+import trainer
 import yaml
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from tessel.blocks import BiLevelRouting
 from tessel.train.data.sources.digits import load_digits
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.registry import task_spec
 from tessel.train.recipe.schema import Data
 from tessel.train.report import __main__ as report
-from tessel.train.report import attention_maps as explain
-from tessel.train.report import classify, curves
+from tessel.train.report import attention_maps, classify, curves
 from tessel.train.report.page import STYLE, duration
-from tessel.train.report.runs import read_run
+from tessel.train.report.runs import RunRecord, read_run
 from tessel.train.tasks.export import export_classifier
 
 SECTIONS = {
@@ -32,6 +39,7 @@ SECTIONS = {
     "Confusion": ["confusion"],
     "Hardest images": ["hardest"],
     "What the mixers attended to": ["attention"],
+    "Use this model": [],
 }
 PICTURES = sum(SECTIONS.values(), [])
 STEPS, EVERY, STEP_SECONDS = 20, 5, 0.25
@@ -59,19 +67,19 @@ def page(finished):
 
 @pytest.fixture
 def run(finished, page, tmp_path):
-    """A run to spoil, with its report."""
+    """A copy of the run and its report, to be damaged."""
     return shutil.copytree(finished, tmp_path / "demo")
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leave the drawing out where the words are what matters."""
-    for room in (classify, curves):
-        monkeypatch.setattr(room, "picture", lambda folder, name, words, draw: f"<i>{name}</i>")
+    """Skip the drawing in tests of the text."""
+    for module in (classify, curves):
+        monkeypatch.setattr(module, "picture", lambda folder, name, alt, draw: f"<i>{name}</i>")
 
 
 def make_run(path, *, wrong):
-    """wrong: positions in the data set that are taken for the next class."""
+    """wrong: indices of the images that are classified as the next class."""
     path.mkdir()
     recipe = {
         "run": {"name": path.name, "out": str(path.parent), "seed": 3},
@@ -82,10 +90,10 @@ def make_run(path, *, wrong):
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     lines = []
     for step in range(EVERY, STEPS + 1, EVERY):
-        figures = {"step": step, "epoch": step / 22, "loss": 3 / step, "time": 1.8e9 + step}
+        common = {"step": step, "epoch": step / 22, "loss": 3 / step, "time": 1.8e9 + step}
         speed = {"images_per_second": 256.0, "data_wait": 0.03, "step_seconds": STEP_SECONDS}
-        lines += [{"kind": "train", "lr": 1e-3, "grad_norm": 1.5, **speed, **figures}]
-        lines += [{"kind": "eval", "top1": 80.0 + step / 2, "top5": 99.0, "count": 360, **figures}]
+        lines += [{"kind": "train", "lr": 1e-3, "grad_norm": 1.5, **speed, **common}]
+        lines += [{"kind": "eval", "top1": 80.0 + step / 2, "top5": 99.0, "count": 360, **common}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_predictions(path, wrong)
     model = timm.create_model("biformer_atto", num_classes=10)
@@ -109,7 +117,7 @@ def save_predictions(path, wrong):
 
 
 class Page(HTMLParser):
-    """A page that is known to be well formed: its texts by element, its sections, its pictures."""
+    """The parsed page: texts by element, text by section, links. Asserts that all elements are closed."""
 
     VOID = {"meta", "img", "source"}
 
@@ -135,22 +143,24 @@ class Page(HTMLParser):
             self.sections[self.texts["h2"][-1]] = data
 
 
-def test_the_page_is_whole(page):
+def test_the_page_has_all_sections(page):
     assert page.source.startswith("<!DOCTYPE html>")
     assert page.texts["h2"] == list(SECTIONS)
     assert not [text for text in page.sections.values() if "Left out" in text]
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_the_page_is_self_contained(page):
     assert len(page.links) == 2 * len(PICTURES), "one picture for light screens and one for dark"
     for link in page.links:
         head, _, data = link.partition(",")
         assert head == "data:image/png;base64"
         assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
-    assert not re.search("https?:|//|url\\(|@import", re.sub('data:image/png;base64,[^"]*', "", page.source))
+    assert not re.search("https?:|//|url\\(|@import", re.sub('data:image/png;base64,[^"]*', "", page.source)), (
+        page.source[:200]
+    )
 
 
-def test_the_pictures_lie_beside_the_page(page, finished):
+def test_the_pictures_are_beside_the_page(page, finished):
     names = sorted(path.name for path in (finished / "report").iterdir())
     assert names == sorted([f"{name}{ending}.png" for name in PICTURES for ending in ("", "-dark")] + ["index.html"])
     for light in PICTURES:
@@ -159,7 +169,7 @@ def test_the_pictures_lie_beside_the_page(page, finished):
         assert [base64.b64encode(file).decode() in page.source for file in files] == [True, True]
 
 
-def test_the_header_tells_the_run(page):
+def test_the_header_describes_the_run(page):
     parameters = sum(p.numel() for p in timm.create_model("biformer_atto", num_classes=10).parameters())
     assert page.texts["b"] == ["99.2 %", f"{parameters / 1e6:.2f} M", "5 s", "20"]
     assert page.texts["span"][0] == "top-1 on 360 held-out images, ± 0.5"
@@ -171,13 +181,13 @@ def test_the_header_tells_the_run(page):
     assert facts["Command"].startswith("python -m tessel.train ") and facts["Command"].endswith("run.name=demo-again")
 
 
-def test_the_sections_tell_what_was_found(page):
+def test_the_sections_have_their_texts(page):
     assert "Waiting for data took 3% of the time" in page.sections["Training"]
-    assert page.sections["Confusion"].startswith("3 of 360 held-out images are taken for another class.")
+    assert page.sections["Confusion"].startswith("3 of 360 held-out images are misclassified.")
     assert page.sections["Hardest images"].startswith("First the mistakes, as true → predicted class; then")
 
 
-def test_the_command_says_where_and_what_next(run, undrawn, capsys):
+def test_the_command_prints_the_page_and_the_next_steps(run, undrawn, capsys):
     assert report.main([str(run)]) == 0
     said = capsys.readouterr().out
     assert f"report: {run}/report/index.html" in said
@@ -191,7 +201,7 @@ def test_the_command_says_where_and_what_next(run, undrawn, capsys):
     [
         ("metrics.jsonl", {"Training"}, "no training step is logged yet"),
         ("evaluation", {"Confusion", "Hardest images"}, "python -m tessel.train.evaluate"),
-        ("DONE", {"What the mixers attended to"}, "not finished"),
+        ("DONE", {"What the mixers attended to", "Use this model"}, "not finished"),
         ("export", {"What the mixers attended to"}, "export"),
         ("export/model.safetensors", {"What the mixers attended to"}, "export"),
     ],
@@ -209,41 +219,41 @@ def test_missing_pieces_are_left_out_with_a_sentence(run, undrawn, missing, sile
 
 
 def change(file, **keys):
-    """Change keys of a JSON file."""
+    """Set keys of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_an_evaluation_on_other_data_is_not_the_runs(run, undrawn):
+def test_an_evaluation_with_overrides_is_not_reported(run, undrawn):
     change(run / "evaluation/evaluation.json", overrides=["data.size=96"], step=10)
     assert report.main([str(run)]) == 0
     page = Page(run / "report/index.html")
     assert page.texts["b"][0] == "88.0 %" and page.texts["span"][0].startswith("top-1 on 360 held-out images, ± 1.7")
     assert "step 10" not in page.texts["span"][0]
     for title in ("Confusion", "Hardest images"):
-        assert page.sections[title].startswith("Left out: the evaluation is with data.size=96; python -m tessel.train.")
+        assert page.sections[title].startswith("Left out: the evaluation was made with data.size=96; python -m")
     (run / "DONE").unlink()
     assert read_run(run).result == read_run(run).evals[-1]
 
 
-def test_an_evaluation_of_another_step_tells_of_which(run, finished, undrawn, tmp_path):
+def test_an_evaluation_of_another_step_names_the_step(run, finished, undrawn, tmp_path):
     change(run / "evaluation/evaluation.json", overrides=[], step=10)
     assert report.main([str(run)]) == 0
     page = Page(run / "report/index.html")
     assert (page.texts["b"][0], page.texts["span"][0]) == ("99.2 %", "top-1 on 360 held-out images, ± 0.5, at step 10")
-    assert page.sections["Confusion"].startswith("3 of 360 held-out images are taken for another class, at step 10.")
+    assert page.sections["Confusion"].startswith("3 of 360 held-out images are misclassified, at step 10.")
     assert report.main([str(run), str(finished), "--out", str(tmp_path / "both")]) == 0
     assert {"99.2 %, at step 10", "99.2 %"} <= set(Page(tmp_path / "both/index.html").texts["td"])
 
 
 @pytest.mark.parametrize("content", ["{}", "{", "[]", ""])
-def test_an_export_that_is_damaged_is_left_out(run, undrawn, content):
+def test_a_damaged_export_is_left_out(run, undrawn, content):
     (run / "export/config.json").write_text(content)
     assert report.main([str(run)]) == 0
     assert "export cannot be read" in Page(run / "report/index.html").sections["What the mixers attended to"]
 
 
 @pytest.mark.parametrize("name", ["target", "prediction", "probability"])
-def test_predictions_that_lack_an_array_are_left_out(run, undrawn, name):
+def test_predictions_without_an_array_are_left_out(run, undrawn, name):
     file = run / "evaluation/predictions.npz"
     arrays = dict(np.load(file))
     del arrays[name]
@@ -254,7 +264,7 @@ def test_predictions_that_lack_an_array_are_left_out(run, undrawn, name):
         assert f"{file} lacks {name}; python -m tessel.train.evaluate" in page.sections[title]
 
 
-def test_a_run_that_has_just_begun(run):
+def test_a_run_that_has_just_started(run):
     for name in ("metrics.jsonl", "DONE"):
         (run / name).unlink()
     for name in ("evaluation", "export"):
@@ -264,13 +274,13 @@ def test_a_run_that_has_just_begun(run):
     assert set(page.sections) == set(SECTIONS) and "b" not in page.texts and not page.links
 
 
-def test_half_a_line_at_the_end_is_passed_over(run):
+def test_an_incomplete_last_line_is_skipped(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     assert len(read_run(run).train) == STEPS // EVERY
 
 
-def test_an_evaluation_of_other_images_shows_none_of_them(run, undrawn):
+def test_an_evaluation_of_other_data_shows_no_images(run, undrawn):
     file = run / "evaluation/predictions.npz"
     arrays = dict(np.load(file))
     np.savez(file, **{name: array[:100] for name, array in arrays.items()})
@@ -283,34 +293,34 @@ def test_no_mistakes(run, undrawn):
     save_predictions(run, wrong=[])
     assert report.main([str(run)]) == 0
     page = Page(run / "report/index.html")
-    assert page.sections["Confusion"] == "0 of 360 held-out images are taken for another class."
+    assert page.sections["Confusion"] == "0 of 360 held-out images are misclassified."
     assert page.sections["Hardest images"].startswith("There are no mistakes;")
 
 
 def test_more_mistakes_than_there_is_room_for(run, undrawn):
     save_predictions(run, wrong=list(range(0, 360, 9)))
     assert report.main([str(run)]) == 0
-    words = Page(run / "report/index.html").sections["Hardest images"]
-    assert words.startswith("The worst 24 of 40 mistakes, as true → predicted class.") and "right answers" not in words
+    text = Page(run / "report/index.html").sections["Hardest images"]
+    assert text.startswith("The worst 24 of 40 mistakes, as true → predicted class.") and "correct images" not in text
 
 
 def test_the_hardest_images_come_in_order(run, monkeypatch):
     save_predictions(run, wrong=[7, 200])
     drawn = []
-    monkeypatch.setattr(classify, "picture", lambda folder, name, words, draw: drawn.append(draw) or "")
+    monkeypatch.setattr(classify, "picture", lambda folder, name, alt, draw: drawn.append(draw) or "")
     monkeypatch.setattr(classify, "draw_hardest", drawn.append)
     classify.hardest(read_run(run), run)
     drawn[0]()
     data, cards = load_digits("val"), drawn[1]
-    assert [(true, taken) for _, true, taken, _ in cards[:2]] == [
+    assert [(true, predicted) for _, true, predicted, _ in cards[:2]] == [
         (str(data.targets[i]), str((data.targets[i] + 1) % 10)) for i in (7, 200)
     ]
-    # the fixture makes right answers less certain the later they stand in the data set
+    # in the fixture the probability of the correct class falls with the index
     assert [image.tobytes() for image, *_ in cards[2:]] == [data[i][0].tobytes() for i in range(359, 337, -1)]
     assert cards[2][3] == pytest.approx(0.82 - 0.359)
 
 
-def test_several_runs_are_laid_over_each_other(finished, tmp_path):
+def test_several_runs_are_compared(finished, tmp_path):
     other = shutil.copytree(finished, tmp_path / "<other> & more")
     (other / "metrics.jsonl").unlink()
     out = tmp_path / "compared"
@@ -328,12 +338,54 @@ def test_several_runs_are_laid_over_each_other(finished, tmp_path):
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
 
 
+@pytest.mark.parametrize("count", [1, curves.FEW_POINTS + 1])
+def test_few_points_have_markers(run, count):
+    """A line through a single point is invisible."""
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    lines = (json.dumps(line | {"step": step}) + "\n" for step in range(count))
+    (run / "metrics.jsonl").write_text("".join(lines))
+    record = read_run(run)
+    for axes in (curves.draw_learning([record]).axes[0], *curves.draw_optimization([record]).axes):
+        assert (axes.lines[0].get_marker() == "None") == (count > 1)
+
+
+def run_code(html, folder, monkeypatch):
+    """Execute the code block with an image in the working directory."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "image.jpg")
+    monkeypatch.chdir(folder)
+    exec(unescape(html.removeprefix("<pre>").removesuffix("</pre>")), {})
+
+
+def test_the_code_classifies_an_image(finished, tmp_path, monkeypatch, capsys):
+    run_code(report.usage(read_run(finished))[1], tmp_path, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(re.fullmatch(r"\d+\.\d% \d", line) for line in lines)
+
+
+@pytest.mark.parametrize("kind", trainer.SCENES)
+def test_the_code_of_dense_tasks_runs(kind, tmp_path, monkeypatch):
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", **trainer.SCENES[kind]))
+    task = task_spec(recipe).build(recipe, World())
+    model = task.build_model()
+    task.export(model, tmp_path / "export", model.state_dict())
+    record = RunRecord(tmp_path, recipe, [], [], {"step": 1}, None, None)
+    run_code(report.usage(record)[1], tmp_path, monkeypatch)
+
+
+def test_the_command_in_a_new_process(run):
+    """Everything the report needs is imported by itself, such as the models of the zoo."""
+    command = [sys.executable, "-m", "tessel.train.report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Left out" not in (run / "report/index.html").read_text()
+
+
 def overwrite(file, change):
     file.write_bytes(change(file.read_bytes()))
 
 
 def flipped(data):
-    """With a bit flipped amid the compressed arrays."""
+    """With one bit flipped in the middle."""
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
 
 
@@ -349,15 +401,15 @@ def flipped(data):
         ),
         (lambda run: (run / "evaluation/predictions.npz").write_text("nonsense"), "cannot be read"),
         (lambda run: (run / "evaluation/predictions.npz").write_text(""), "evaluation cannot be read"),
-        (lambda run: overwrite(run / "evaluation/predictions.npz", lambda data: data[:2000]), "makes it anew"),
-        (lambda run: overwrite(run / "evaluation/predictions.npz", flipped), "makes it anew"),
+        (lambda run: overwrite(run / "evaluation/predictions.npz", lambda data: data[:2000]), "writes it again"),
+        (lambda run: overwrite(run / "evaluation/predictions.npz", flipped), "writes it again"),
         (lambda run: (run / "evaluation/evaluation.json").write_text('{"step": 1}'), "it lacks count, top1"),
         (lambda run: (run / "DONE").write_text(""), "DONE cannot be read"),
         (lambda run: (run / "DONE").write_text("[]"), "DONE cannot be read"),
         (lambda run: (run / "report").rename(run / "old") and (run / "report").touch(), "cannot be written"),
     ],
 )
-def test_mistakes_are_answered_with_one_line(run, spoil, message, capsys):
+def test_errors_are_one_line(run, spoil, message, capsys):
     spoil(run)
     assert report.main([str(run)]) == 1
     said = capsys.readouterr()
@@ -365,12 +417,12 @@ def test_mistakes_are_answered_with_one_line(run, spoil, message, capsys):
     assert str(run) in said.err and message in said.err
 
 
-def test_several_runs_need_a_place(finished, capsys):
+def test_several_runs_need_a_folder(finished, capsys):
     assert report.main([str(finished), str(finished)]) == 1
     assert "--out DIR" in capsys.readouterr().err
 
 
-def test_a_failure_leaves_the_old_report_as_it_was(run, monkeypatch, capsys):
+def test_a_failure_keeps_the_old_report(run, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
 
     def full_disk(figure, path, **settings):
@@ -394,23 +446,23 @@ def test_durations(seconds, text):
 def test_confusion_matrices_of_every_size(size, written):
     matrix, recall = classify.draw_confusion(5 * np.eye(size, dtype=int), ["a rather long name"] * size).axes
     assert [text.get_text() for text in matrix.texts] == ["5"] * written
-    assert len(matrix.get_xticklabels()) == (size if size <= classify.NAMED else 0)
+    assert len(matrix.get_xticklabels()) == (size if size <= classify.MAX_NAMED else 0)
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), 100)
 
 
-def test_confusion_with_a_class_without_images_and_one_always_wrong():
+def test_confusion_with_an_empty_class_and_one_always_wrong():
     matrix, recall = classify.draw_confusion(np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")).axes
     cells = {text.get_position(): text.get_text() for text in matrix.texts}
     assert cells == {(0, 0): "4", (0, 2): "1", (1, 2): "3"}
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), [100, np.nan, 0])
-    assert recall.get_xlim()[0] < 0
+    assert recall.get_xlim()[0] < 0, "the marker at 0 % is inside"
 
 
 @pytest.mark.parametrize("map_size", [(8, 8), (7, 9), (1, 5), (13, 30)])
 @pytest.mark.parametrize("n_win", [1, 2, 7])
 def test_regions_tile_the_image(map_size, n_win):
     stride, image = 4, (4 * map_size[0] - 1, 4 * map_size[1] - 3)
-    boxes = explain.region_boxes(n_win, map_size, stride, image)
+    boxes = attention_maps.region_boxes(n_win, map_size, stride, image)
     covered = np.zeros(image, dtype=int)
     for left, top, right, bottom in boxes:
         covered[top:bottom, left:right] += 1
@@ -419,7 +471,7 @@ def test_regions_tile_the_image(map_size, n_win):
 
 
 def test_a_region_spans_its_cells():
-    assert explain.region_boxes(2, (4, 5), 8, (32, 40)) == [
+    assert attention_maps.region_boxes(2, (4, 5), 8, (32, 40)) == [
         (0, 0, 24, 16),
         (24, 0, 40, 16),
         (0, 16, 24, 32),
@@ -430,12 +482,12 @@ def test_a_region_spans_its_cells():
 def test_focus_is_on_the_subject_and_on_the_background():
     picture = torch.zeros(40, 60, 3)
     picture[20:30, 5:20] = 1
-    assert explain.focus_pixels(picture) == ((25, 7), (5, 7))
-    assert explain.focus_pixels(1 - picture) == ((25, 7), (5, 7)), "dark on light as well"
+    assert attention_maps.focus_pixels(picture) == ((25, 7), (5, 7))
+    assert attention_maps.focus_pixels(1 - picture) == ((25, 7), (5, 7)), "dark on light as well"
 
 
-class StandIn(nn.Module):
-    """Doubles its input; routes every region to the next two."""
+class DummyMixer(nn.Module):
+    """A mixer that doubles its input and routes every region to the next two."""
 
     n_win, topk = 3, 2
 
@@ -447,60 +499,60 @@ class StandIn(nn.Module):
         return ((regions[:, None] + torch.arange(1, 3)) % self.n_win**2).expand(len(x), -1, -1)
 
 
-class Toy(nn.Module):
-    """Two stages: two stand-ins at stride 2, none at stride 4."""
+class TwoStages(nn.Module):
+    """Two stages: two dummy mixers at stride 2, none at stride 4."""
 
     feature_info = [{"module": "stages.0", "reduction": 2}, {"module": "stages.1", "reduction": 4}]
 
     def __init__(self):
         super().__init__()
         pool = nn.AvgPool2d(2, ceil_mode=True)
-        self.stages = nn.Sequential(nn.Sequential(pool, StandIn(), StandIn()), nn.Sequential(pool))
+        self.stages = nn.Sequential(nn.Sequential(pool, DummyMixer(), DummyMixer()), nn.Sequential(pool))
 
     def forward(self, x):
         return self.stages(x)
 
 
 @pytest.fixture
-def install_mmcv_stub(monkeypatch):
-    monkeypatch.setitem(explain.EXPLAINERS, StandIn, explain.draw_routing)
-    return Toy()
+def model_with_mixers(monkeypatch):
+    monkeypatch.setitem(attention_maps.ATTENTION_DRAWERS, DummyMixer, attention_maps.draw_routing)
+    return TwoStages()
 
 
-def test_the_last_mixer_of_a_stage_is_captured_with_its_input(install_mmcv_stub):
+def test_the_last_mixer_of_a_stage_is_captured_with_its_input(model_with_mixers):
     images = torch.rand(2, 3, 18, 18)
-    (seen,) = explain.capture(install_mmcv_stub, images)
-    assert (seen.stage, seen.stride) == (1, 2)
-    assert seen.mixer is install_mmcv_stub.stages[0][2]
-    torch.testing.assert_close(seen.x, 2 * nn.functional.avg_pool2d(images, 2))
-    assert not seen.mixer._forward_pre_hooks
+    (captured,) = attention_maps.capture(model_with_mixers, images)
+    assert (captured.stage, captured.stride) == (1, 2)
+    assert captured.mixer is model_with_mixers.stages[0][2]
+    torch.testing.assert_close(captured.x, 2 * nn.functional.avg_pool2d(images, 2))
+    assert not captured.mixer._forward_pre_hooks
 
 
-def test_a_model_without_such_mixers_has_nothing_to_explain():
-    assert explain.capture(Toy(), torch.rand(1, 3, 8, 8)) == []
-    assert explain.capture(nn.Identity(), torch.rand(1, 3, 8, 8)) == []
+def test_models_without_drawable_mixers_are_not_captured():
+    assert attention_maps.capture(TwoStages(), torch.rand(1, 3, 8, 8)) == []
+    assert attention_maps.capture(nn.Identity(), torch.rand(1, 3, 8, 8)) == []
 
 
-def test_a_model_without_such_mixers_is_refused():
+def test_a_model_without_drawable_mixers_is_an_error():
     model = timm.create_model("test_efficientnet", num_classes=10).eval()
-    with pytest.raises(UserError, match="no mixer that can be explained"):
-        explain.explain(model, load_digits("val"), Data(source="digits", size=32))
+    with pytest.raises(UserError, match="no token mixer whose attention can be drawn"):
+        attention_maps.capture_examples(model, load_digits("val"), Data(source="digits", size=32))
 
 
-def rectangles(axes, colour):
-    """(left, top, width, height) of what is filled with or outlined in `colour`."""
+def rectangles(axes, color):
+    """(left, top, width, height) of the rectangles filled with or outlined in `color`."""
     return sorted(
         patch.get_bbox().bounds
         for patch in axes.patches
-        if to_hex(patch.get_facecolor() if patch.get_fill() else patch.get_edgecolor()) == to_hex(colour)
+        if to_hex(patch.get_facecolor() if patch.get_fill() else patch.get_edgecolor()) == to_hex(color)
     )
 
 
-def test_routing_is_drawn_where_it_goes(install_mmcv_stub):
+def test_routed_regions_are_drawn(model_with_mixers):
     picture = torch.zeros(18, 18, 3)
     picture[7:11, 13:17] = 1
-    captures = explain.capture(install_mmcv_stub, torch.rand(1, 3, 18, 18))
-    figure = explain.attention_figure([picture], captures)
+    captures = attention_maps.capture(model_with_mixers, torch.rand(1, 3, 18, 18))
+    figure = attention_maps.attention_figure([picture], captures)
     subject = next(axes for axes in figure.axes if axes.patches)
     assert rectangles(subject, "C1") == [(12, 6, 6, 6)]
     assert rectangles(subject, "C0") == [(0, 12, 6, 6), (6, 12, 6, 6)]
@@ -508,26 +560,26 @@ def test_routing_is_drawn_where_it_goes(install_mmcv_stub):
 
 
 def test_pixels_beyond_the_map_belong_to_the_last_region():
-    seen = explain.Capture(1, 4, StandIn(), torch.zeros(1, 3, 4, 4))
+    captured = attention_maps.CapturedMixer(1, 4, DummyMixer(), torch.zeros(1, 3, 4, 4))
     axes = Figure().subplots()
-    explain.draw_routing(axes, torch.zeros(19, 19, 3), seen, 0, (18, 18))
+    attention_maps.draw_routing(axes, torch.zeros(19, 19, 3), captured, 0, (18, 18))
     assert rectangles(axes, "C1") == [(8, 8, 8, 8)]
 
 
 @pytest.mark.parametrize("size", [64, 50])
-def test_a_real_model_shows_what_its_mixers_chose(size):
+def test_routed_regions_of_a_real_model(size):
     model = timm.create_model("biformer_atto", num_classes=10).eval()
     images = torch.rand(2, 3, size, size)
-    captures = explain.capture(model, images)
-    assert [(seen.stage, seen.stride, type(seen.mixer)) for seen in captures] == [
+    captures = attention_maps.capture(model, images)
+    assert [(captured.stage, captured.stride, type(captured.mixer)) for captured in captures] == [
         (stage, stride, BiLevelRouting) for stage, stride in ((1, 4), (2, 8), (3, 16))
     ]
-    for seen in captures:
-        mixer = seen.mixer
+    for captured in captures:
+        mixer = captured.mixer
         axes = SimpleNamespace(patches=[], add_patch=lambda patch, into=(drawn := []): into.append(patch))
-        explain.draw_routing(axes, images[1].permute(1, 2, 0), seen, 1, (0, 0))
-        boxes = explain.region_boxes(mixer.n_win, tuple(seen.x.shape[2:]), seen.stride, (size, size))
-        chosen = {boxes[i] for i in mixer.route(seen.x)[1, 0].tolist()}
+        attention_maps.draw_routing(axes, images[1].permute(1, 2, 0), captured, 1, (0, 0))
+        boxes = attention_maps.region_boxes(mixer.n_win, tuple(captured.x.shape[2:]), captured.stride, (size, size))
+        chosen = {boxes[i] for i in mixer.route(captured.x)[1, 0].tolist()}
         axes.patches = drawn
         shaded = {(x, y, x + w, y + h) for x, y, w, h in rectangles(axes, "C0")}
         assert shaded == chosen

@@ -1,5 +1,6 @@
-"""Who hangs is not waited for without end: one message with what to do, and the last checkpoint is good."""
+"""A process or loader worker that hangs ends the run: one message with the remedy, and the last checkpoint is good."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ TINY = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"sour
 
 
 class Slow:
-    """Images of which number `hung` never comes."""
+    """A dataset whose sample number `hung` never returns."""
 
     def __init__(self, hung):
         self.hung = hung
@@ -36,7 +37,7 @@ def messages(text):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_stopped_process_is_told_by_the_one_left(tmp_path, rank):
+def test_stopped_process_is_reported_by_the_other(tmp_path, rank):
     """One of two processes is stopped in step 2; it holds the lock of the run until it is killed."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
     options = [recipe, "ckpt.every=1", f"ckpt.background={str(rank == 1).lower()}", "guard.timeout=5"]
@@ -44,27 +45,29 @@ def test_stopped_process_is_told_by_the_one_left(tmp_path, rank):
     codes = [1, 1]
     codes[rank] = -signal.SIGKILL
     assert trainer.exit_codes(done) == [codes], done.stdout + done.stderr
-    told = messages(done.stderr)
-    assert len(told) == 1 and "has not answered for 10 s" in told[0] and "guard.timeout" in told[0], done.stderr
-    assert "the same command goes on" in told[0] and "Traceback" not in done.stderr
+    printed = messages(done.stderr)
+    assert len(printed) == 1 and "has not answered for 10 s" in printed[0] and "guard.timeout" in printed[0], (
+        done.stderr
+    )
+    assert "the same command goes on" in printed[0] and "Traceback" not in done.stderr
     kept = sorted((tmp_path / "runs/tiny/checkpoints").glob("step-*"))
-    # in the background, that of step 2 was still being written
+    # with background saving, the checkpoint of step 2 was still being written
     assert kept[-1].name == f"step-0000000{2 - rank}" and not any(map(find_damage, kept))
 
 
-def test_missing_process_is_not_waited_for(monkeypatch, tmp_path, capsys):
-    """Of two processes only the first has started."""
+def test_waiting_for_a_missing_process_times_out(monkeypatch, tmp_path, capsys):
+    """Only the first of two processes has started."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert trainer.train(recipe, "guard.timeout=0.5") == 1
-    (told,) = messages(capsys.readouterr().err)
-    assert "another process of this run has not answered for 1 s" in told and not dist.is_initialized()
+    (message,) = messages(capsys.readouterr().err)
+    assert "another process of this run has not answered for 1 s" in message and not dist.is_initialized()
 
 
-def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
-    """Its processes are gone at the end, and the run goes on with others."""
+def test_hung_loader_worker_is_reported(tmp_path, monkeypatch, capsys):
+    """The same command then continues the run."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
     image, parent, victims = SeededDataset.__getitem__, os.getpid(), []
 
@@ -83,14 +86,14 @@ def test_hung_loader_process_is_told(tmp_path, monkeypatch, capsys):
         patch.setattr(SeededDataset, "__getitem__", hooked)
         patch.setattr(tasks.DatasetTask, "train_batches", choose)
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=2", "guard.timeout=5") == 1
-    (told,) = messages(capsys.readouterr().err)
-    assert "no batch came within 5 s" in told and "data.root" in told and "guard.timeout" in told
+    (message,) = messages(capsys.readouterr().err)
+    assert "no batch came within 5 s" in message and "data.root" in message and "guard.timeout" in message
     assert find_damage(tmp_path / "runs/tiny/checkpoints/step-00000003") is None
     assert trainer.train(recipe, "ckpt.every=9") == 0
     assert "at step 3 (exact)" in capsys.readouterr().out
 
 
-def test_close_ends_processes_that_hang():
+def test_close_ends_hung_workers():
     loader = Loader(
         SeededDataset(Slow(2), lambda image, target: (image, target), 0),
         [[(0, 1)], [(0, 2)]],
@@ -100,7 +103,8 @@ def test_close_ends_processes_that_hang():
         timeout=3,
     )
     assert next(loader)[0].item() == 1
-    workers = loader.batches._workers
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGSTOP)
     with pytest.raises(UserError, match="no batch came within 3 s"):
         next(loader)
@@ -117,7 +121,7 @@ def test_close_ends_processes_that_hang():
         ("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1", "is gone"),
     ],
 )
-def test_what_torch_says_is_told_in_words(text, fragment):
+def test_errors_of_torch_are_translated(text, fragment):
     found = translate_error(RuntimeError(text), timedelta(seconds=8))
     assert isinstance(found, LocalRankError) and fragment in str(found)
     assert translate_error(RuntimeError("shape mismatch"), timedelta(seconds=8)) is None

@@ -1,4 +1,4 @@
-"""What the log tells of the loss."""
+"""The losses in the log: means over updates, micro-batches and processes."""
 
 import torch
 import trainer
@@ -13,7 +13,7 @@ def scalars(**values):
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-def test_a_line_tells_the_mean_of_its_updates():
+def test_a_log_line_has_the_mean_of_its_updates():
     losses = LossMeter(World())
     assert losses.totals() == losses.means() == {}
     losses.add(scalars(loss=1.0, loss_box=0.25))
@@ -23,7 +23,7 @@ def test_a_line_tells_the_mean_of_its_updates():
     assert losses.totals() == {} and losses.updates == 0
 
 
-def test_sums_go_on_where_they_were():
+def test_restored_sums_continue():
     losses, resumed = LossMeter(World()), LossMeter(World())
     losses.add(scalars(loss=1.0))
     resumed.restore(losses.totals(), losses.updates)
@@ -31,7 +31,7 @@ def test_sums_go_on_where_they_were():
     assert resumed.means() == {"loss": 1.5}
 
 
-def test_what_was_not_logged_yet_goes_on_with_its_own_recipe_alone(tmp_path):
+def test_unlogged_losses_are_resumed_only_with_the_same_recipe(tmp_path):
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"})
     with trainer.before_step(3):
         assert trainer.train(recipe, "log.every=5") == 0
@@ -42,7 +42,7 @@ def test_what_was_not_logged_yet_goes_on_with_its_own_recipe_alone(tmp_path):
 
 
 def test_micro_batches_are_averaged(tmp_path):
-    """The loss of an update is that of its whole batch, and so is its gradient."""
+    """Loss and gradient of two micro-batches are those of the batch they form together."""
     path = trainer.write_recipe(
         tmp_path / "tiny.yaml", model={"name": "test_convnext", "drop_path_rate": None}, data={"source": "digits"}
     )

@@ -1,4 +1,4 @@
-"""The optimizer's parts: groups, schedule, clipping, and the guard against what is not finite."""
+"""Parameter groups, learning-rate schedule, gradient clipping, and the guard against non-finite gradients."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from tessel.train.recipe.schema import Optim
 def test_guard_skips_then_stops():
     good, bad, loss = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)
     guard = NonFiniteGuard(2, torch.amp.GradScaler("cpu", enabled=False))
-    admitted = [guard.should_apply(step, norm, loss) for step, norm in enumerate([good, bad, bad, good, bad, bad])]
-    assert admitted == [True, False, False, True, False, False]
+    applied = [guard.should_apply(step, norm, loss) for step, norm in enumerate([good, bad, bad, good, bad, bad])]
+    assert applied == [True, False, False, True, False, False]
     with pytest.raises(NonFiniteError, match="gradient norm nan at step 6"):
         guard.should_apply(6, bad, loss)
 
@@ -45,7 +45,7 @@ def test_schedule_is_a_function_of_the_step(tmp_path):
         ("rsqrt", 7, 4, None, None),
     ],
 )
-def test_decay_that_does_not_fit_is_refused_by_key(tmp_path, name, steps, warmup, decay, fragment):
+def test_decay_that_does_not_fit_is_rejected_by_key(tmp_path, name, steps, warmup, decay, fragment):
     sched = {"name": name, "steps": steps, "warmup": warmup} | ({"decay_steps": decay} if decay else {})
     loaded = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": "unread"}, sched=sched))
     plan = Plan(steps=steps, warmup=warmup, epoch_steps=5, micro_batch=4, accumulate=1, lr=1e-2, lr_text="")

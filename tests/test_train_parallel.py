@@ -1,4 +1,4 @@
-"""Replicas and shards: one result, whichever way the weights are spread over however many processes."""
+"""DDP, FSDP and HSDP give the result of one process, and their checkpoints can be exchanged."""
 
 import shutil
 from typing import Any
@@ -18,10 +18,10 @@ from tessel.train.optim.gradients import clip_units
 from tessel.train.recipe.schema import Ema, Parallel
 from tessel.train.run import checkpoint
 
-# no batch statistics, so that any number of processes learns the same
+# a model without batch statistics, so that the number of processes does not change the result
 SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]
-WAYS = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"], "hsdp": ["parallel.strategy=hsdp", "parallel.shard=1"]}
-JUDGED = ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)]
+STRATEGIES = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"], "hsdp": ["parallel.strategy=hsdp", "parallel.shard=1"]}
+TESTED = ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)]
 
 
 def assert_same_curve(one, other, tolerance=1e-5):
@@ -34,21 +34,21 @@ def assert_same_curve(one, other, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, request):
-    """Directory of the runs `one` (alone) and `ddp`, `fsdp`, `hsdp` (two processes), of six steps each."""
+    """Directory of the runs `one` (one process) and `ddp`, `fsdp`, `hsdp` (two processes), of four steps each."""
     root = tmp_path_factory.mktemp("parallel")
     data = {"root": str(trainer.draw_folder(root / "images")), "micro_batch": 2}
     recipe = trainer.write_recipe(root / "tiny.yaml", data=data)
     assert trainer.train(recipe, *SHARED, "run.name=one") == 0
     slow = "not slow" not in request.config.option.markexpr
-    runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in WAYS.items() if name != "hsdp" or slow]
+    runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in STRATEGIES.items() if name != "hsdp" or slow]
     done = trainer.on_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * len(runs), done.stdout + done.stderr
     return root / "runs"
 
 
-@pytest.mark.parametrize("way", JUDGED)
-def test_every_way_learns_the_same(finished, way):
-    """With gradient accumulation, clipping, moving average, drop path, mixing; also in what is exported."""
+@pytest.mark.parametrize("way", TESTED)
+def test_every_strategy_learns_the_same(finished, way):
+    """With gradient accumulation, clipping, EMA, drop path and mixup; the exported weights too."""
     assert_same_curve(trainer.learning(finished / "one"), trainer.learning(finished / way))
     left, right = (trainer.tensors(finished / run / "checkpoints/step-00000004") for run in ("one", way))
     assert left.keys() == right.keys()
@@ -60,8 +60,8 @@ def test_every_way_learns_the_same(finished, way):
 
 
 @pytest.mark.slow
-def test_checkpoints_fit_every_other_way(finished, capfd):
-    """Two processes' checkpoint of step 2 on one, one's on two, shards' on replicas and back: the curve goes on."""
+def test_checkpoints_can_be_resumed_with_another_strategy(finished, capfd):
+    """From two processes to one and back, from sharded to replicated and back: the loss curve continues."""
     recipe = finished.parent / "tiny.yaml"
 
     def begin(source, way):
@@ -73,7 +73,7 @@ def test_checkpoints_fit_every_other_way(finished, capfd):
         assert trainer.train(*begin(source, "one")) == 0
         assert f"not bitwise: processes 2 then, 1 now, strategy {source} then" in capfd.readouterr().out
     pairs = [("one", "ddp"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("hsdp", "fsdp"), ("fsdp", "fsdp")]
-    done = trainer.on_processes(2, *([*begin(a, b), *WAYS[b]] for a, b in pairs))
+    done = trainer.on_processes(2, *([*begin(a, b), *STRATEGIES[b]] for a, b in pairs))
     assert trainer.exit_codes(done) == [[0, 0]] * len(pairs), done.stdout + done.stderr
     assert done.stdout.count("(exact)") == 1
     for source, way in [("ddp", "one"), ("fsdp", "one"), *pairs]:
@@ -84,12 +84,12 @@ def test_checkpoints_fit_every_other_way(finished, capfd):
     trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000004" for run in (again, finished / "fsdp")))
 
 
-def test_adaptive_clipping_of_shards_is_that_of_the_whole(tmp_path):
-    """A row's norm is of the whole row, a vector's of the whole vector, wherever they are cut."""
+def test_adaptive_clipping_of_shards_is_that_of_unsharded_parameters(tmp_path):
+    """The norm of a row or vector is that of the whole row or vector, also where it is sharded."""
     data = {"root": str(trainer.draw_folder(tmp_path / "images")), "micro_batch": 2}
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data)
     clipped = [*SHARED, "optim.name=sgd", "optim.lr=0.1", "optim.clip=0.01", "optim.clip_mode=agc"]
-    ways = {name: WAYS[name] for name in ("ddp", "fsdp")} | {"free": ["optim.clip=null"]}
+    ways = {name: STRATEGIES[name] for name in ("ddp", "fsdp")} | {"free": ["optim.clip=null"]}
     done = trainer.on_processes(2, *([recipe, *clipped, *way, f"run.name={name}"] for name, way in ways.items()))
     assert trainer.exit_codes(done) == [[0, 0]] * len(ways), done.stdout + done.stderr
     states = {way: trainer.tensors(tmp_path / f"runs/{way}/checkpoints/step-00000004") for way in ways}
@@ -99,10 +99,12 @@ def test_adaptive_clipping_of_shards_is_that_of_the_whole(tmp_path):
         if name.startswith("model."):
             difference = float((states["free"][name] - tensor).abs().max())
             differences[tensor.ndim > 1] = max(difference, differences[tensor.ndim > 1])
-    assert all(difference > 1e-4 for difference in differences.values()), differences  # rows and vectors were clipped
+    assert all(difference > 1e-4 for difference in differences.values()), (
+        differences
+    )  # both rows and vectors were clipped
 
 
-def test_units_are_timms():
+def test_clip_units_equals_timm():
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -116,8 +118,8 @@ def test_units_are_timms():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "biformer_atto", "tessel_halonet_atto"])
-def test_batch_norms_are_synchronised_on_several_gpus_by_key(monkeypatch, name):
-    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # no GPU is needed to see what is built
+def test_sync_batch_norm_on_several_gpus(monkeypatch, name):
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # the modules can be inspected without a GPU
     image, several = torch.rand(2, 3, 64, 64), World(size=2, device=torch.device("cuda", 0))
     for world, wanted in [(World(device=several.device), True), (several, False), (several, True)]:
         model = timm.create_model(name).eval()
@@ -125,11 +127,11 @@ def test_batch_norms_are_synchronised_on_several_gpus_by_key(monkeypatch, name):
         model = prepare_model(model, Parallel(sync_batch_norm=wanted), world)
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert norms and {isinstance(norm, nn.SyncBatchNorm) for norm in norms} == {wanted and world.size == 2}
-        torch.testing.assert_close(model(image), before)  # with the activations that some norms hold
+        torch.testing.assert_close(model(image), before)  # the activations inside norms are kept
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])
-def test_each_layer_is_a_unit_of_its_own(name):
+def test_each_layer_is_an_fsdp_unit(name):
     model = timm.create_model(name)
     found = fsdp_units(model)
     assert found and len({id(layer) for layer in found}) == len(found)
@@ -140,13 +142,13 @@ def test_each_layer_is_a_unit_of_its_own(name):
     )
 
 
-def test_a_group_must_divide_the_processes():
+def test_shard_groups_must_divide_the_processes():
     parallel = Parallel(strategy="hsdp", shard=3)
     with pytest.raises(UserError, match="parallel.shard=3 does not divide the 4 processes"):
         wrap_distributed(nn.Linear(2, 2), parallel, World(size=4))
 
 
-def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
+def test_sharded_checkpoint_is_evaluated_on_one_process(finished, capfd):
     from tessel.train import evaluate
 
     target = finished / "fsdp/checkpoints/step-00000004"
@@ -155,7 +157,7 @@ def test_checkpoint_of_shards_is_judged_alone(finished, capfd):
     assert f"top1 {last['top1']:.2f}" in capfd.readouterr().out
 
 
-def test_moving_average_and_its_loan():
+def test_ema_update_and_swap():
     model: Any = torch.nn.BatchNorm1d(2)
     average = WeightAverage(model, Ema(decay=0.75, warmup=False))
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_moving_average_and_its_loan():
     assert model.weight.tolist() == [5.0, 5.0]
 
 
-def test_agreement_of_one():
+def test_collectives_of_a_single_process():
     world = World()
     assert (
         world.any_rank(True)
@@ -179,8 +181,8 @@ def test_agreement_of_one():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_sum_over_the_processes_leaves_its_argument_alone(monkeypatch, size):
-    """What is added to later would count the other processes' share twice."""
+def test_sum_does_not_change_its_argument(monkeypatch, size):
+    """Otherwise a running sum would count the other processes twice."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(size))
     losses = torch.ones((), dtype=torch.float64)
     world = World(size=size)

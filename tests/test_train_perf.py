@@ -1,4 +1,4 @@
-"""What a training costs: counted operations, their share of a known GPU's peak, and a trace."""
+"""FLOPs, throughput, utilization of a known GPU, memory, and the profiler trace."""
 
 import json
 
@@ -13,7 +13,7 @@ from tessel.train.recipe.schema import Parallel
 from tessel.train.run.profiling import ThroughputMeter, forward_gflops, peak_memory, peak_tflops
 
 
-def test_flops_are_counted_two_a_multiply_add():
+def test_a_multiply_add_counts_as_two_flops():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5)).train()
     assert forward_gflops(model, (torch.zeros(1, 3, 4, 4),)) * 1e9 == 2 * (3 * 9 * 8 * 16 + 8 * 16 * 5)
     assert model.training
@@ -30,31 +30,31 @@ def test_flops_are_counted_two_a_multiply_add():
         ("Some GPU", "bf16", None),
     ],
 )
-def test_peak_is_of_the_known_devices_alone(monkeypatch, name, precision, expected):
+def test_peak_is_given_for_known_devices_only(monkeypatch, name, precision, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     world = World(size=4, device=torch.device("cuda", 0))
     assert peak_tflops(Parallel(precision=precision), world) == expected
     assert peak_tflops(Parallel(precision=precision), World()) is None
 
 
-def test_figures_agree_with_each_other():
+def test_metrics_agree_with_each_other():
     meter = ThroughputMeter(10, gflops=2.0, peak=5.0, device=torch.device("cpu"))
     for _ in range(3):
         with meter.waiting():
             pass
-    figures = meter.read()
-    assert figures["tflops"] == pytest.approx(3 * 2.0 * figures["images_per_second"] / 1e3, rel=1e-3)
-    assert figures["mfu"] == pytest.approx(figures["tflops"] / 5.0, rel=1e-2)
-    assert figures["memory_gb"] > 0.1
+    metrics = meter.read()
+    assert metrics["tflops"] == pytest.approx(3 * 2.0 * metrics["images_per_second"] / 1e3, rel=1e-3)
+    assert metrics["mfu"] == pytest.approx(metrics["tflops"] / 5.0, rel=1e-2)
+    assert metrics["memory_gb"] > 0.1
 
 
-def test_memory_is_the_gpus_where_there_is_one(monkeypatch):
+def test_memory_is_that_of_the_gpu_if_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000_000)
     assert peak_memory(torch.device("cuda", 0)) == 5.0
     assert 0.1 < peak_memory(torch.device("cpu")) < 100
 
 
-def test_trace_of_ten_updates(tmp_path):
+def test_trace_of_ten_steps(tmp_path):
     model, data = {"name": "test_resnet", "drop_path_rate": None}, {"source": "digits", "micro_batch": 8}
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml", model=model, data=data, sched={"steps": 15}, eval={"every": 15}

@@ -1,4 +1,4 @@
-"""Signals: noted, not obeyed at once; one to one of two processes amid an evaluation stops all, and none fails."""
+"""A signal sets a flag; sent to one of two processes during an evaluation it stops both, and the run can resume."""
 
 import json
 import os
@@ -15,7 +15,7 @@ DIGITS = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"so
 
 
 @pytest.mark.parametrize("task", ["classify", pytest.param("segment", marks=SLOW), pytest.param("detect", marks=SLOW)])
-def test_signal_within_an_evaluation(tmp_path, task):
+def test_signal_during_an_evaluation(tmp_path, task):
     sections = trainer.SCENES.get(task, DIGITS)
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **sections, sched={"steps": 6})
     runs = tmp_path / "runs"
@@ -26,8 +26,8 @@ def test_signal_within_an_evaluation(tmp_path, task):
     for name, step in (("usr1", 3), ("term", 3), ("last", 6)):
         assert json.loads((runs / name / "PREEMPTED").read_text()) == {"step": step}
         assert not find_damage(runs / f"{name}/checkpoints/step-{step:08d}") and not (runs / name / "DONE").exists()
-        judged = [record["step"] for record in trainer.metrics(runs / name) if record["kind"] == "eval"]
-        assert judged == ([3, 6] if name == "last" else [])
+        evaluated = [record["step"] for record in trainer.metrics(runs / name) if record["kind"] == "eval"]
+        assert evaluated == ([3, 6] if name == "last" else [])
 
     done = trainer.on_processes(2, *([recipe, f"run.name={name}"] for name in places))
     assert trainer.exit_codes(done) == [[0, 0]] * 3 and done.stdout.count("(exact)") == 3, done.stderr
@@ -38,7 +38,7 @@ def test_signal_within_an_evaluation(tmp_path, task):
         trainer.assert_same_checkpoint(*paths)
 
 
-def test_signals_are_noted_and_a_second_interrupt_interrupts():
+def test_signals_set_a_flag_and_a_second_sigint_interrupts():
     before = signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         with Signals().caught() as signals:

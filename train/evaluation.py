@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from .. import zoo as zoo  # registers the models with timm, for load_run
 from .distributed.parallel import autocast
 from .distributed.world import World
 from .errors import UserError

@@ -1,0 +1,1 @@
+"""Processes: the process group, rendezvous, and data parallelism by DDP or FSDP2."""

@@ -29,13 +29,13 @@ def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Modu
     Raises UserError for fp16 on the CPU and for a model without gradient checkpointing.
     """
     if parallel.precision == "fp16" and world.device.type != "cuda":
-        raise UserError("parallel.precision=fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        raise UserError("parallel.precision=fp16 needs run.device=cuda; use bf16 or fp32 on the CPU")
     if parallel.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except AssertionError as error:
             raise UserError(
-                f"parallel.grad_checkpointing: this model does not support it ({error}); remove the key"
+                f"parallel.grad_checkpointing: this model does not support it ({error}); remove it"
             ) from error
     if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
         model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation inside BatchNormAct2d

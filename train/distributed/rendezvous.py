@@ -7,7 +7,7 @@ processes of each start first agree on a random key prefix: rank 0 publishes it,
 Keys of the handshake, in the shared store:
 
     arrived/RANK         written by RANK: its random token. It may be left over from a killed process.
-    told/TOKEN           written by rank 0: the prefix, for the process that wrote TOKEN.
+    answer/TOKEN         written by rank 0: the prefix, for the process that wrote TOKEN.
     taken/PREFIX/RANK    written by RANK: it has received PREFIX.
 """
 
@@ -42,7 +42,7 @@ def publish_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) 
             raise RuntimeError(f"gloo: timed out waiting for the processes {sorted(waiting)}")
         for other in sorted(waiting):
             if store.check([f"arrived/{other}"]):
-                store.set(f"told/{store.get(f'arrived/{other}').decode()}", prefix)
+                store.set(f"answer/{store.get(f'arrived/{other}').decode()}", prefix)
             if store.check([f"taken/{prefix}/{other}"]):
                 waiting.discard(other)
         time.sleep(0.01)
@@ -56,7 +56,7 @@ def receive_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     """
     token = uuid4().hex
     store.set(f"arrived/{rank}", token)
-    store.wait([f"told/{token}"], timeout)
-    prefix = store.get(f"told/{token}").decode()
+    store.wait([f"answer/{token}"], timeout)
+    prefix = store.get(f"answer/{token}").decode()
     store.set(f"taken/{prefix}/{rank}", "")
     return prefix

@@ -1,0 +1,1 @@
+"""OpenMMLab: its packages made to run on current torch, and tessel's backbones registered for them."""

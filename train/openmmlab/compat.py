@@ -1,9 +1,9 @@
-"""OpenMMLab on current torch: the one place that stands in for what its packages lack.
+"""Compatibility of OpenMMLab's packages with current torch: all of tessel's patches to them are in this file.
 
-mmcv's compiled operators do not build on current torch, and `mmcv-lite` ships without them; `mmseg` imports their
-module all the same. `mmseg_modules()` puts a stand-in there and hands out `mmseg.models`. It has no operators:
-what needs one says so when it is called. `patch_runner()` is for those who train under MMEngine's own Runner; our
-trainer does without.
+mmcv's compiled operators do not build on current torch. `mmcv-lite` comes without them, but `mmseg` imports their
+module nevertheless. `mmseg_modules()` installs a stub for that module and returns `mmseg.models`; an operator of the
+stub raises a UserError when it is called. `patch_runner()` makes MMEngine's Runner work; only users of that Runner need
+it, tessel's trainer does not.
 """
 
 import functools
@@ -25,11 +25,11 @@ from torch import nn
 
 from ..errors import UserError
 
-COMPILED = "mmcv._ext"
+COMPILED_OPERATORS = "mmcv._ext"
 
 
-class _NoOperators(ModuleType):
-    """A module in which every operator can be looked up, and none can be called."""
+class _OperatorStub(ModuleType):
+    """A module with every attribute; each is a function that raises a UserError."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -37,44 +37,44 @@ class _NoOperators(ModuleType):
 
         def missing(*args: Any, **kwargs: Any) -> Any:
             raise UserError(
-                f"mmcv's compiled operator {name} is not there: it does not build on current torch. Take a decode head "
-                "that does without, such as UPerHead, FPNHead or SegformerHead"
+                f"mmcv's compiled operator {name} is not available: it does not build on current torch. Use a decode "
+                "head that does not need it, such as UPerHead, FPNHead or SegformerHead"
             )
 
         return missing
 
 
 def install_mmcv_stub() -> None:
-    """Put the stand-in where mmcv looks for its operators, unless a full mmcv has them."""
-    if COMPILED in sys.modules or importlib.util.find_spec("mmcv") is None:
+    """Install a stub for the module `mmcv._ext`, unless mmcv is missing or has its compiled operators."""
+    if COMPILED_OPERATORS in sys.modules or importlib.util.find_spec("mmcv") is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if importlib.util.find_spec(COMPILED) is not None:
+        if importlib.util.find_spec(COMPILED_OPERATORS) is not None:
             return
-    module = _NoOperators(COMPILED)
-    # a spec without a loader: mmengine takes this for the mmcv-lite that it is
-    module.__spec__ = ModuleSpec(COMPILED, loader=None)
-    sys.modules[COMPILED] = module
+    module = _OperatorStub(COMPILED_OPERATORS)
+    # mmengine recognizes mmcv-lite by a spec of mmcv._ext without a loader
+    module.__spec__ = ModuleSpec(COMPILED_OPERATORS, loader=None)
+    sys.modules[COMPILED_OPERATORS] = module
 
 
 def mmseg_modules() -> ModuleType:
-    """`mmseg.models`, whose heads and losses are registered by it. Raises UserError where mmsegmentation is missing."""
+    """Import `mmseg.models`, which registers its heads and losses. Raises UserError if mmsegmentation is missing."""
     install_mmcv_stub()
     try:
         with warnings.catch_warnings():
-            # deprecations inside packages that are no longer released
+            # deprecation warnings of packages that are no longer maintained
             warnings.simplefilter("ignore")
             return importlib.import_module("mmseg.models")
     except ImportError as error:
         raise UserError(
-            f"segmentation takes its decode heads from mmsegmentation, which cannot be imported ({error}): "
+            f"the decode heads for segmentation come from mmsegmentation, which cannot be imported ({error}): "
             "pip install 'tessel[dense]'"
         ) from error
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """The head, neck or loss that `config` describes in mmsegmentation's own words: its `type` and its arguments."""
+    """Build a head, neck or loss from an mmsegmentation config: its `type` and its arguments."""
     modules = mmseg_modules()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,17 +82,17 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def patch_runner() -> None:
-    """Let MMEngine's Runner resume on current torch, and run on several processes without a GPU; for mmengine alone.
+    """Patch mmengine so that its Runner can resume on current torch and train on several processes without a GPU.
 
-    1. Resume. mmengine 0.10.7 reads checkpoints with torch.load's default, which since torch 2.6 refuses the log
-       history that it saves beside the weights. Its loader of local files lets these through, by name and for the
-       length of that one call. No code of a file runs: the `getattr` by which the history is pickled finds the
-       statistics of a history and nothing else.
-    2. The process group. mmengine starts it after torch.cuda.set_device, which a machine without a GPU refuses. There
-       the group is gloo's.
-    3. DistributedDataParallel. The Runner names a GPU to it, which a model on the CPU refuses. There it names none.
+    1. Loading checkpoints. mmengine 0.10.7 calls torch.load with its default, which since torch 2.6 is
+       `weights_only=True` and refuses the log history in mmengine's checkpoints. mmengine's loader of local files is
+       replaced by `load_from_local`, which allows that history and nothing else. No pickled code runs.
+    2. Process group. mmengine calls torch.cuda.set_device before it creates the group, which fails without a GPU.
+       Without one, a gloo group is created instead.
+    3. DistributedDataParallel. The Runner passes `device_ids`, which a model on the CPU does not accept. For such a
+       model they are removed.
 
-    A second call changes nothing. Raises UserError where mmengine is missing.
+    A second call changes nothing. Raises UserError if mmengine is missing.
     """
     try:
         with warnings.catch_warnings():
@@ -104,52 +104,58 @@ def patch_runner() -> None:
         raise UserError(f"mmengine cannot be imported ({error}): pip install 'tessel[dense]'") from error
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
     _wrap(utils, "_init_dist_pytorch", _gloo_without_gpu)
-    _wrap(MMDistributedDataParallel, "__init__", _no_ids_on_cpu)
+    _wrap(MMDistributedDataParallel, "__init__", _without_device_ids_on_cpu)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """A checkpoint of mmengine, read without running any code that it may hold.
+    """Load a checkpoint of mmengine with `weights_only=True`, allowing its log history: pickled code never runs.
 
-    Raises UserError naming what it asks for where that is neither tensors nor mmengine's history.
+    Raises UserError naming the first object in the file that is not allowed, FileNotFoundError for a missing file.
     """
     path = os.path.expanduser(filename)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{filename} is no file")
+        raise FileNotFoundError(f"{filename} is not a file")
     with allow_history_buffers():
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except UnpicklingError as error:
-            # torch's message goes on to explain how to run the code after all
-            asked = re.search(r"GLOBAL (\S+)|(attribute '\w+' of \S+)", str(error))
+            # not torch's whole message: it explains how to run the code nevertheless
+            found = re.search(r"GLOBAL (\S+)|(attribute '\w+' of \S+)", str(error))
             raise UserError(
-                f"{filename} was not read: beside weights and mmengine's history it asks for "
-                f"{(asked[1] or asked[2]) if asked else 'what torch.load refuses'}, which can run code"
+                f"{filename} was not read: besides weights and mmengine's log history it contains "
+                f"{(found[1] or found[2]) if found else 'an object that torch.load refuses'}, which can run code"
             ) from error
 
 
 def allow_history_buffers() -> Any:
-    """A context in which torch.load lets a HistoryBuffer through: its parts, by their names in numpy 1 and 2."""
+    """Context in which torch.load(weights_only=True) accepts mmengine's HistoryBuffer and numpy arrays and scalars.
+
+    Files may be written with numpy 1 or 2, which pickle arrays under different module names: both are allowed.
+    """
     from mmengine.logging import HistoryBuffer
 
     rebuild: Any = np.empty(0).__reduce__()[0]
     scalar: Any = np.float64(0).__reduce__()[0]
     modules = ("numpy._core.multiarray", "numpy.core.multiarray")
-    kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)}
-    parts = {
+    dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)}
+    allowed = {
         HistoryBuffer,
-        (_statistic, "builtins.getattr"),
+        (_statistics_method, "builtins.getattr"),
         np.ndarray,
         np.dtype,
-        *kinds,
+        *dtypes,
         *((rebuild, f"{module}._reconstruct") for module in modules),
         *((scalar, f"{module}.scalar") for module in modules),
     }
-    # at its end the context forgets what it was given: leave out what was let through before
-    return torch.serialization.safe_globals(list(parts - set(torch.serialization.get_safe_globals())))
+    # at its end safe_globals removes all it was given: leave out what the user had allowed before
+    return torch.serialization.safe_globals(list(allowed - set(torch.serialization.get_safe_globals())))
 
 
-def _statistic(owner: Any, name: str) -> Callable[..., Any]:
-    """The `getattr` of a saved HistoryBuffer, which pickles its methods by it."""
+def _statistics_method(owner: Any, name: str) -> Callable[..., Any]:
+    """Replaces `getattr` in unpickling: a HistoryBuffer pickles references to its statistics methods with it.
+
+    Raises UnpicklingError for any other attribute.
+    """
     from mmengine.logging import HistoryBuffer
 
     if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
@@ -157,31 +163,32 @@ def _statistic(owner: Any, name: str) -> Callable[..., Any]:
     raise UnpicklingError(f"attribute {name!r} of {getattr(owner, '__name__', type(owner).__name__)}")
 
 
-def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(owner: Any, name: str, decorator: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace `owner.name` by its decorated version, once."""
     current = getattr(owner, name)
-    if not hasattr(current, "mended"):
-        mended = functools.wraps(current)(around(current))
-        mended.mended = True  # type: ignore[attr-defined]
-        setattr(owner, name, mended)
+    if not hasattr(current, "patched_by_tessel"):
+        patched = functools.wraps(current)(decorator(current))
+        patched.patched_by_tessel = True  # type: ignore[attr-defined]
+        setattr(owner, name, patched)
 
 
-def _gloo_without_gpu(start: Callable[..., Any]) -> Callable[..., Any]:
-    def started(backend: str, **options: Any) -> None:
+def _gloo_without_gpu(init_dist: Callable[..., Any]) -> Callable[..., Any]:
+    def patched(backend: str, **options: Any) -> None:
         from mmengine.device import get_device
 
         if get_device() != "cpu":
-            start(backend, **options)
+            init_dist(backend, **options)
             return
         options.pop("init_backend", None)
         torch.distributed.init_process_group("gloo", **options)
 
-    return started
+    return patched
 
 
-def _no_ids_on_cpu(construct: Callable[..., Any]) -> Callable[..., Any]:
-    def constructed(self: Any, module: nn.Module, *args: Any, **options: Any) -> None:
+def _without_device_ids_on_cpu(init: Callable[..., Any]) -> Callable[..., Any]:
+    def patched(self: Any, module: nn.Module, *args: Any, **options: Any) -> None:
         if all(parameter.device.type == "cpu" for parameter in module.parameters()):
             options["device_ids"] = None
-        construct(self, module, *args, **options)
+        init(self, module, *args, **options)
 
-    return constructed
+    return patched

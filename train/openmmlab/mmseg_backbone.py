@@ -1,16 +1,16 @@
-"""Backbones for those who train with mmsegmentation or another OpenMMLab package, under MMEngine's own Runner.
+"""`TesselBackbone`: any model of timm or tessel as the backbone of an OpenMMLab config, under MMEngine's own Runner.
 
     custom_imports = dict(imports=["tessel.train.mmseg"])           # in the config
     model = dict(backbone=dict(type="TesselBackbone", name="cswin_tiny", drop_path_rate=0.3), ...)
 
-The import registers `TesselBackbone` in mmengine's root registry, from which every OpenMMLab package inherits, and lets
-these packages run on current torch (`train/openmmlab.py` says what that takes).
+Importing this module registers `TesselBackbone` in mmengine's root registry, from which the registries of all OpenMMLab
+packages inherit, and patches mmengine for current torch (see compat.py).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmengine.registry import MODELS  # noqa: E402  not before it is known to be there
+from mmengine.registry import MODELS
 from torch import Tensor
 
 from ...checkpoints import fetch, read_state
@@ -21,17 +21,15 @@ from ..errors import UserError
 from .compat import allow_history_buffers, install_mmcv_stub, patch_runner
 
 install_mmcv_stub()
-
-
 patch_runner()
 
 
 @MODELS.register_module()
 class TesselBackbone(DenseBackbone):
-    """`DenseBackbone` in OpenMMLab's words: image `[B, 3, H, W]` to a list of maps, for any head or neck.
+    """`DenseBackbone` with OpenMMLab's interface: image `[B, 3, H, W]` to a list of feature maps `[B, C, h, w]`.
 
-    A checkpoint of a published segmenter or detector loads into the model around it (`load_from`, or mmsegmentation's
-    test.py) as one of our own: the backbone's part is translated on the way.
+    A checkpoint of a published segmenter or detector loads into the model around this backbone (`load_from`, or
+    mmsegmentation's test.py) like one trained here: published backbone keys are translated while they load.
     """
 
     def __init__(
@@ -46,12 +44,12 @@ class TesselBackbone(DenseBackbone):
         with_cp: bool = False,
         **options: Any,
     ):
-        """name: of any model of timm or tessel; options: of `timm.create_model`, as pretrained or drop_path_rate.
+        """name, options: of any model, and its arguments, as for `timm.create_model` (pretrained, drop_path_rate, ...).
 
-        checkpoint, or `init_cfg=dict(type="Pretrained", checkpoint=...)`: a file or an address to start from, of a
-        classifier or of a segmenter or detector, published or ours. out_indices: the stages that hand out their map.
-        norms, batch_norm: as in `DenseBackbone`. with_cp: recompute activations in the backward. Raises UserError for
-        another init_cfg.
+        checkpoint, or `init_cfg=dict(type="Pretrained", checkpoint=...)`: a file or URL with initial weights, of a
+        classifier, segmenter or detector, published or trained here. out_indices: stages whose maps are returned.
+        norms, batch_norm: see `DenseBackbone`. with_cp: activation checkpointing. Raises UserError for another
+        `init_cfg`.
         """
         super().__init__(name, out_indices=out_indices, norms=norms, batch_norm=batch_norm, **options)
         if init_cfg is not None:
@@ -61,8 +59,8 @@ class TesselBackbone(DenseBackbone):
                 or init_cfg.keys() - {"type", "checkpoint"}
             ):
                 raise UserError(
-                    f"TesselBackbone: init_cfg={dict(init_cfg)} must be dict(type='Pretrained', checkpoint=FILE), or "
-                    "be left out where checkpoint= is given: the models bring their own initialisation"
+                    f"TesselBackbone: init_cfg={dict(init_cfg)} must be dict(type='Pretrained', checkpoint=FILE), and "
+                    "be left out if checkpoint=FILE is given; without a checkpoint the model initializes itself"
                 )
             checkpoint = init_cfg["checkpoint"]
         self.checkpoint = checkpoint
@@ -70,20 +68,20 @@ class TesselBackbone(DenseBackbone):
         self.register_load_state_dict_pre_hook(_translate)
 
     def init_weights(self) -> None:
-        """Called by the Runner before training: takes the checkpoint, if one is named."""
+        """Load the checkpoint, if one is given. MMEngine's Runner calls this before training."""
         if self.checkpoint is not None:
             self.start_from_file(self.checkpoint)
 
     def start_from_file(self, file: str) -> None:
-        """Take the backbone's weights out of a file or an address. Raises ValueError for what is missing or unknown."""
+        """Load the backbone's weights from a file or URL. Raises ValueError for missing, unknown or misshapen ones."""
         with allow_history_buffers():
             state = read_state(fetch(file))
-        # in our detectors it lies within the feature pyramid
-        place = "backbone.body." if any(key.startswith("backbone.fpn.") for key in state) else "backbone."
-        ours = {key.removeprefix(place): t for key, t in state.items() if key.startswith(place)}
-        if any(key.startswith("body.") for key in ours):
+        # a detector of this trainer holds the backbone inside its feature pyramid
+        prefix = "backbone.body." if any(key.startswith("backbone.fpn.") for key in state) else "backbone."
+        own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        if any(key.startswith("body.") for key in own):
             try:
-                self.load_state_dict(ours)
+                self.load_state_dict(own)
             except RuntimeError as error:
                 raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
         elif any(key.startswith(PREFIXES) for key in state):
@@ -96,7 +94,7 @@ class TesselBackbone(DenseBackbone):
 
 
 def _translate(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: a published backbone's keys below `prefix` become ours."""
+    """Hook before load_state_dict: replace a published backbone's keys below `prefix` by tessel's."""
     keys = [key for key in state if key.startswith(prefix)]
     if not keys or not is_ours(module.name) or any(key.startswith(f"{prefix}body.") for key in keys):
         return

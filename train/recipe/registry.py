@@ -62,6 +62,8 @@ class TaskSpec:
     """dotted name of a function: path of an export -> model in evaluation mode on the CPU"""
     load_hint: str
     """Python code that loads an export at {path}, shown to the user"""
+    usage: str | None = None
+    """Python code for a report: loads the export in the folder {path} and predicts"""
     report: str | None = None
     """dotted name of a module with the functions `headline` and `sections`; see report/dense.py"""
     eval_keys: tuple[str, ...] = ()

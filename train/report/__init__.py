@@ -1,1 +1,1 @@
-"""The report on runs: one self-contained HTML page, and its pictures as PNG files beside it."""
+"""`python -m tessel.train.report`: reports on runs as self-contained HTML pages."""

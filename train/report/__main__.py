@@ -1,9 +1,9 @@
-"""The report on a run: one self-contained HTML page, and its pictures as PNG files beside it.
+"""Report on a run: one self-contained HTML page, index.html, with its pictures as PNG files beside it.
 
     python -m tessel.train.report RUN                    writes RUN/report/index.html
-    python -m tessel.train.report RUN RUN... --out DIR   lays the curves of several runs over each other
+    python -m tessel.train.report RUN RUN... --out DIR   compares several runs: their curves in the same charts
 
-What a run does not have yet is left out, with a sentence that says why.
+Sections for which the run has no data yet are left out, and the page says why.
 """
 
 import argparse
@@ -25,23 +25,29 @@ from ..files import write_atomically
 from ..recipe.registry import task_spec
 from ..run.profiling import count_parameters
 from .curves import curves
-from .page import duration, page
-from .runs import Run, command, next_steps, one_metric, read_run
+from .page import code, duration, page
+from .runs import RunRecord, next_steps, one_metric, read_run, train_command
 
 
-def task_sections(run: Run) -> Any:
+def task_sections(run: RunRecord) -> Any:
     """The module with the `headline` and the `sections` of the run's task; None if it has none of its own."""
     name = task_spec(run.recipe).report
     return import_module(name) if name else None
 
 
-def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
-    """Write the report on one run (into RUN/report unless `out` says otherwise) or on several; the page's path.
+def usage(run: RunRecord) -> tuple[str, str]:
+    """Code that loads the exported model and runs it on an image file. Raises UserError if there is no export."""
+    return "In Python:", code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
 
-    Raises UserError for several runs without `out`, and for a folder that cannot be written.
+
+def write_report(runs: Sequence[RunRecord], out: Path | None = None) -> Path:
+    """Write the report on one run or on several into the folder `out`; return the path of the page.
+
+    out: by default RUN/report of a single run. Raises UserError for several runs without `out`, and if the folder
+    cannot be written.
     """
     if out is None and len(runs) > 1:
-        raise UserError("a report on several runs belongs to none of them; say where to write it with --out DIR")
+        raise UserError("a report on several runs needs a folder to write to: give --out DIR")
     folder = out or runs[0].path / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +60,8 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     return folder / "index.html"
 
 
-def report_one(run: Run, folder: Path) -> str:
-    """The page on one run."""
+def report_one(run: RunRecord, folder: Path) -> str:
+    """The HTML page on one run; its pictures are written into `folder`."""
     recipe, optim, tiles = run.recipe, run.recipe.optim, []
     own = task_sections(run)
     if own and run.result:
@@ -64,7 +70,7 @@ def report_one(run: Run, folder: Path) -> str:
         tiles.append((f"{count_parameters(run.model) / 1e6:.2f} M", "parameters"))
     if run.train:
         last = run.train[-1]
-        tiles.append((duration(run.seconds), "training time"))
+        tiles.append((duration(run.training_seconds), "training time"))
         tiles.append((f"{last['step']:,}", f"steps of {recipe.data.batch:,} images, {last['epoch']:.1f} epochs"))
     facts = {
         "Model": recipe.model.name,
@@ -72,35 +78,38 @@ def report_one(run: Run, folder: Path) -> str:
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
         "Reported with": f"tessel {version('tessel')}, torch {torch.__version__}, timm {timm.__version__}",
-        "Command": command(run, f"{run.name}-again"),
+        "Command": train_command(run, f"{run.name}-again"),
     }
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     text = escape((run.path / "recipe.yaml").read_text(encoding="utf-8"))
     head = f"<dl>{listed}</dl>\n<details><summary>The whole recipe</summary><pre>{text}</pre></details>"
     sections = {"Training": lambda: curves([run], folder), **(own.sections(run, folder) if own else {})}
+    if task_spec(recipe).usage:
+        sections["Use this model"] = lambda: usage(run)
     return page(run.name, tiles, head, sections)
 
 
-def report_many(runs: Sequence[Run], folder: Path) -> str:
-    """The page that compares runs."""
+def report_many(runs: Sequence[RunRecord], folder: Path) -> str:
+    """The HTML page that compares runs; its pictures are written into `folder`."""
     metric = one_metric(runs)
     rows = [("run", "model", metric.name if metric else "", "steps", "training time")]
     for run in runs:
         result, last = run.result, run.train[-1] if run.train else None
-        figure, steps = (
-            f"{result[metric.key]:.1f} %{run.when}" if result and metric else "",
-            f"{last['step']:,}" if last else "",
-        )
-        rows.append((run.name, run.recipe.model.name, figure, steps, duration(run.seconds)))
+        value = f"{result[metric.key]:.1f} %{run.at_step}" if result and metric else ""
+        steps = f"{last['step']:,}" if last else ""
+        rows.append((run.name, run.recipe.model.name, value, steps, duration(run.training_seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return page(f"{len(runs)} runs compared", [], f"<table>{table}</table>", {"Training": lambda: curves(runs, folder)})
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tessel.train.report", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        prog="python -m tessel.train.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default, for one run: RUN/report")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to; for one run, default RUN/report")
     options = parser.parse_args(argv)
     with report_errors() as outcome:
         runs = [read_run(path) for path in options.runs]

@@ -1,11 +1,10 @@
-"""Pictures of what token mixers attended to.
+"""Attention maps: pictures of the regions that token mixers attended to.
 
-`EXPLAINERS` maps a mixer's class to the function that draws it; a mixer without an entry is left out of the picture.
+`ATTENTION_DRAWERS` maps the class of a mixer to the function that draws it. Mixers of other classes are not drawn.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,18 @@ from ..errors import UserError
 from ..tasks.classify.augment import eval_transform, input_config
 from ..tasks.classify.options import ClassifyData
 
-EXAMPLES = 4  # images that are shown
+EXAMPLES = 4  # images that are drawn
 
-
-Box = tuple[int, int, int, int]
-
-
-Pixel = tuple[int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+Pixel = tuple[int, int]  # y, x
 
 
 @dataclass(frozen=True)
-class Capture:
-    """A mixer, the stage it ends (counted from 1) with that stage's stride, and the input it received."""
+class CapturedMixer:
+    """A mixer and the input `x: [B, C, h, w]` it received in a forward.
+
+    stage: counted from 1; stride: of the stage, so that a cell of `x` is `stride` x `stride` pixels of the image.
+    """
 
     stage: int
     stride: int
@@ -40,17 +39,17 @@ class Capture:
     x: Tensor
 
 
-def capture(model: nn.Module, images: Tensor) -> list[Capture]:
-    """Run `images: [B, 3, H, W]` and return the last explainable mixer of each stage, if any, with its `[B, C, h, w]`.
+def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
+    """Run the model on `images: [B, 3, H, W]`; return the last mixer of each stage that can be drawn, with its input.
 
-    Stages and strides are those of timm's `feature_info`.
+    Stages and strides are those of timm's `feature_info`. A stage without such a mixer is left out.
     """
     chosen: list[tuple[int, int, nn.Module]] = []
     for stage, info in enumerate(getattr(model, "feature_info", []), start=1):
         members = (module for name, module in model.named_modules() if name.startswith(f"{info['module']}."))
-        explainable = [module for module in members if type(module) in EXPLAINERS]
-        if explainable:
-            chosen.append((stage, info["reduction"], explainable[-1]))
+        drawable = [module for module in members if type(module) in ATTENTION_DRAWERS]
+        if drawable:
+            chosen.append((stage, info["reduction"], drawable[-1]))
 
     inputs: dict[nn.Module, Tensor] = {}
 
@@ -59,20 +58,20 @@ def capture(model: nn.Module, images: Tensor) -> list[Capture]:
 
     hooks = [mixer.register_forward_pre_hook(remember) for _, _, mixer in chosen]
     try:
-        # not inference_mode: what a mixer caches now must still serve training
+        # not inference_mode: tensors that a mixer caches in it could not be used in training later
         with torch.no_grad():
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return [Capture(stage, stride, mixer, inputs[mixer]) for stage, stride, mixer in chosen]
+    return [CapturedMixer(stage, stride, mixer, inputs[mixer]) for stage, stride, mixer in chosen]
 
 
 def region_boxes(n_win: int, map_size: tuple[int, int], stride: int, image_size: tuple[int, int]) -> list[Box]:
-    """(left, top, right, bottom) in pixels of the n_win x n_win regions, row-major; sizes are (height, width).
+    """Boxes, in image pixels, of the n_win x n_win regions of a feature map, row by row; sizes are (height, width).
 
-    The regions tile the map after padding at the bottom and right; what lies beyond map or image is cut off, so a
-    region of padding alone is an empty box.
+    The regions divide the map after it is padded at the bottom and right. Boxes are clipped to map and image, so a
+    region that consists of padding has an empty box.
     """
     rows, columns = (
         [min(i * -(-cells // n_win) * stride, cells * stride, pixels) for i in range(n_win + 1)]
@@ -85,16 +84,16 @@ def region_boxes(n_win: int, map_size: tuple[int, int], stride: int, image_size:
     ]
 
 
-def draw_routing(axes: Axes, picture: Tensor, seen: Capture, index: int, focus: Pixel) -> str:
-    """Shade the regions that the region around `focus` was routed to (`BiLevelRouting`)."""
-    mixer: Any = seen.mixer
-    map_size, image_size = (seen.x.shape[2], seen.x.shape[3]), (picture.shape[0], picture.shape[1])
-    boxes, (y, x) = region_boxes(mixer.n_win, map_size, seen.stride, image_size), focus
-    # pixels that a stride dropped at the border belong to the last region before them
+def draw_routing(axes: Axes, picture: Tensor, captured: CapturedMixer, index: int, focus: Pixel) -> str:
+    """Outline the region around `focus` and shade the regions it was routed to (for `BiLevelRouting`)."""
+    mixer: Any = captured.mixer
+    map_size, image_size = (captured.x.shape[2], captured.x.shape[3]), (picture.shape[0], picture.shape[1])
+    boxes, (y, x) = region_boxes(mixer.n_win, map_size, captured.stride, image_size), focus
+    # pixels beyond the last cell, which a strided convolution dropped, count as part of the last region
     full = (i for i, (left, top, right, bottom) in enumerate(boxes) if left < right and top < bottom)
     query = max(i for i in full if boxes[i][0] <= x and boxes[i][1] <= y)
     with torch.no_grad():
-        routed = set(mixer.route(seen.x[index : index + 1])[0, query].tolist())
+        routed = set(mixer.route(captured.x[index : index + 1])[0, query].tolist())
 
     def frame(region: int, **style: Any) -> None:
         left, top, right, bottom = boxes[region]
@@ -108,28 +107,31 @@ def draw_routing(axes: Axes, picture: Tensor, seen: Capture, index: int, focus: 
     return f"{len(routed)} of {len(boxes)} regions"
 
 
-# draws over the picture [H, W, 3] in `axes` what `seen.mixer` attended to at the pixel `focus` of image `index` of the
-# batch, and returns a few words on how much that was
-EXPLAINERS: dict[type[nn.Module], Callable[[Axes, Tensor, Capture, int, Pixel], str]] = {BiLevelRouting: draw_routing}
+# (axes, picture [H, W, 3], captured mixer, index of the image in the batch, focus) -> caption: draws, over the picture
+# in `axes`, what the mixer attended to from the pixel `focus`; the caption says how much that is
+ATTENTION_DRAWERS: dict[type[nn.Module], Callable[[Axes, Tensor, CapturedMixer, int, Pixel], str]] = {
+    BiLevelRouting: draw_routing
+}
 
 
 def focus_pixels(picture: Tensor) -> tuple[Pixel, Pixel]:
-    """(y, x) of the subject and of the background in `picture: [H, W, 3]`.
+    """A pixel on the subject and one on the background of `picture: [H, W, 3]`.
 
-    They are the centres of those sixteenths of the picture that differ most and least from its commonest grey.
+    The picture is divided into 4 x 4 cells. The pixels are the centers of the cells that differ most and least from the
+    most frequent gray value of the picture.
     """
-    grey = (picture.mean(-1) * 16).round()
-    ink = F.adaptive_avg_pool2d((grey - grey.flatten().mode().values).abs()[None], 4)[0]
-    height, width = grey.shape
-    places = (divmod(int(place), 4) for place in (ink.argmax(), ink.argmin()))
-    subject, background = (((2 * row + 1) * height // 8, (2 * column + 1) * width // 8) for row, column in places)
+    gray = (picture.mean(-1) * 16).round()
+    difference = F.adaptive_avg_pool2d((gray - gray.flatten().mode().values).abs()[None], 4)[0]
+    height, width = gray.shape
+    cells = (divmod(int(cell), 4) for cell in (difference.argmax(), difference.argmin()))
+    subject, background = (((2 * row + 1) * height // 8, (2 * column + 1) * width // 8) for row, column in cells)
     return subject, background
 
 
-def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) -> Figure:
-    """One row a picture `[H, W, 3]` in 0..1; one column a stage, for a query on the subject and one on the background.
+def attention_figure(pictures: Sequence[Tensor], captures: Sequence[CapturedMixer]) -> Figure:
+    """A row per picture, a column per stage: first for a query on the subject, then for one on the background.
 
-    `captures` come from the batch of the same images, in the same order.
+    pictures: [H, W, 3] in 0..1; captures: of the batch of these images, in the same order.
     """
     rows, stages, gap = len(pictures), len(captures), 0.2
     widths = [1, gap, *[1] * stages, gap, *[1] * stages]
@@ -141,7 +143,7 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) ->
     def show(index: int, column: int, heading: str) -> Axes:
         axes = figure.add_subplot(grid[index, column])
         axes.set_axis_off()
-        # the edges of pixels, not their centres, lie on whole numbers, where regions end
+        # this extent puts the edges of pixels, not their centers, on whole numbers, as in `region_boxes`
         axes.imshow(pictures[index].numpy(), extent=(0, pictures[index].shape[1], pictures[index].shape[0], 0))
         if index == 0:
             axes.annotate(heading, (0, 1), (0, 33), "axes fraction", "offset points", fontweight="bold")
@@ -152,18 +154,18 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[Capture]) ->
         subject, background = focus_pixels(picture)
         queries = (2, "A query on the subject", subject), (3 + stages, "A query on the background", background)
         for start, heading, focus in queries:
-            for column, seen in enumerate(captures, start):
+            for column, captured in enumerate(captures, start):
                 axes = show(index, column, heading if column == start else "")
-                words = EXPLAINERS[type(seen.mixer)](axes, picture, seen, index, focus)
+                caption = ATTENTION_DRAWERS[type(captured.mixer)](axes, picture, captured, index, focus)
                 if index == 0:
-                    axes.set_title(f"stage {seen.stage}\n{words}", fontsize="small", fontweight="normal", pad=7)
+                    axes.set_title(f"stage {captured.stage}\n{caption}", fontsize="small", fontweight="normal", pad=7)
     return figure
 
 
-def explain(model: Any, dataset: Any, data: ClassifyData) -> Callable[[], Figure]:
-    """A function that draws what the mixers of `model` attend to in a few images of `dataset`, of different classes.
+def capture_examples(model: Any, dataset: Any, data: ClassifyData) -> tuple[list[Tensor], list[CapturedMixer]]:
+    """Pictures and captures for `attention_figure`, from up to `EXAMPLES` images of different classes of `dataset`.
 
-    Raises UserError if no mixer of the model can be explained.
+    Raises UserError if the model has no mixer that can be drawn.
     """
     examples: dict[int, Any] = {}
     for index in np.linspace(0, len(dataset) - 1, 8 * EXAMPLES, dtype=int):
@@ -173,6 +175,6 @@ def explain(model: Any, dataset: Any, data: ClassifyData) -> Callable[[], Figure
     images = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
     captures = capture(model, images)
     if not captures:
-        raise UserError("the model has no mixer that can be explained")
+        raise UserError("the model has no token mixer whose attention can be drawn")
     mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    return partial(attention_figure, [(image.permute(1, 2, 0) * std + mean).clamp(0, 1) for image in images], captures)
+    return [(image.permute(1, 2, 0) * std + mean).clamp(0, 1) for image in images], captures

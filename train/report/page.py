@@ -1,4 +1,4 @@
-"""A page: its looks, in light and dark, its sections, and the pictures in them."""
+"""HTML of the report: page, sections, and pictures for light and dark screens."""
 
 import base64
 import os
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from ..errors import UserError
 
-WIDTH = 9.2  # inches of a picture as wide as the page
-Contents = Callable[[], tuple[str, str]]  # of a section: text, and HTML below it
+WIDTH = 9.2  # of a picture as wide as the page, inches
+Section = Callable[[], tuple[str, str]]  # returns the text of a section and the HTML below it; UserError: left out
 
 STYLE: dict[str, Any] = {
     **{"font.family": "DejaVu Sans", "font.size": 8.5, "savefig.dpi": 200},
@@ -26,17 +26,18 @@ STYLE: dict[str, Any] = {
 }
 
 
-def _scheme(paper: str, ink: str, quiet: str, line: str, colours: str) -> dict[str, Any]:
+def _scheme(paper: str, ink: str, quiet: str, line: str, colors: str) -> dict[str, Any]:
     return {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
         **dict.fromkeys(("text.color", "axes.titlecolor"), ink),
         **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), quiet),
         **dict.fromkeys(("grid.color", "axes.edgecolor"), line),
-        "axes.prop_cycle": cycler(color=colours.split()),
+        "axes.prop_cycle": cycler(color=colors.split()),
     }
 
 
-# by the ending of the picture's file name; the page shows the one that suits the reader's screen
+# suffix of the picture's file name -> colors. A browser shows the picture for its color scheme. One transparent picture
+# for both is not enough: gray text that is readable on white and on black has too little contrast on either.
 SCHEMES = {
     "": _scheme("#ffffff", "#1f2328", "#667079", "#e4e7eb", "#2b6cb0 #dd6b20 #2f855a #805ad5 #b7791f #718096"),
     "-dark": _scheme("#0d1117", "#e6edf3", "#8d96a0", "#272d36", "#63a4e8 #f08c4b #5fb98a #b197f5 #d9b04a #9aa5b1"),
@@ -53,7 +54,8 @@ body { margin: 0 auto; max-width: 980px; padding: 56px 30px 72px; background: va
 h1 { margin: 0; font-size: 34px; line-height: 1.15; letter-spacing: -.02em; overflow-wrap: anywhere }
 h2 { margin: 60px 0 4px; font-size: 20px; letter-spacing: -.01em }
 p { margin: 0 0 16px; max-width: 72ch; color: var(--quiet); overflow-wrap: anywhere }
-img { display: block; width: 100%; height: auto }
+picture { display: block; overflow-x: auto }
+img { display: block; width: 100%; min-width: 720px; height: auto }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px 52px; margin: 28px 0; padding: 22px 0;
   border: solid var(--line); border-width: 1px 0 }
 .tiles b { display: block; font-size: 30px; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums }
@@ -61,7 +63,7 @@ img { display: block; width: 100%; height: auto }
 .tiles span, dt, th, summary { color: var(--quiet); font-size: 13.5px; font-weight: 400 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 24px; margin: 0; font-size: 14.5px }
 dd { margin: 0; overflow-wrap: anywhere }
-pre { overflow-x: auto; padding: 14px 16px; border: 1px solid var(--line); border-radius: 6px;
+pre { overflow-x: auto; color: var(--ink); padding: 14px 16px; border: 1px solid var(--line); border-radius: 6px;
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 summary { margin-top: 20px; cursor: pointer }
 table { width: 100%; margin: 28px 0; border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums }
@@ -69,35 +71,46 @@ th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); text-ali
 """
 
 
-def picture(folder: Path, name: str, words: str, draw: Callable[[], Figure]) -> str:
-    """Draw in every colour scheme, write `name*.png` into the folder, and return the HTML that holds them all."""
+def picture(folder: Path, name: str, alt: str, draw: Callable[[], Figure], *, text: bool = True) -> str:
+    """Draw `name.png` and `name-dark.png` in the folder; return HTML that holds both, as data URLs.
+
+    alt: what the picture shows, for screen readers; text: False for a figure without text and lines, of which one
+    picture serves light and dark screens.
+    """
+    schemes = SCHEMES if text else {"": SCHEMES[""]}
     inline = {}
-    for ending, colours in SCHEMES.items():
-        file, part = folder / f"{name}{ending}.png", folder / f".{name}{ending}.png.part"
-        settings: Any = STYLE | colours
+    for suffix, colors in schemes.items():
+        file, part = folder / f"{name}{suffix}.png", folder / f".{name}{suffix}.png.part"
+        settings: Any = STYLE | colors | ({} if text else {"savefig.transparent": True})
         try:
             with rc_context(settings):
                 draw().savefig(part, format="png", metadata={"Software": None})
             os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
-        inline[ending] = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{inline["-dark"]}">'
-        f'<img alt="{escape(words)}" src="{inline[""]}"></picture>'
-    )
+        inline[suffix] = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{inline["-dark"]}">' if text else ""
+    return f'<picture>{dark}<img alt="{escape(alt)}" src="{inline[""]}"></picture>'
 
 
-def page(title: str, tiles: Iterable[tuple[str, str]], head: str, sections: Mapping[str, Contents]) -> str:
-    """The HTML page: tiles of (figure, what it is), further HTML, and titled sections."""
-    row = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles)
+def code(text: str) -> str:
+    """HTML of a code block."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def page(title: str, tiles: Iterable[tuple[str, str]], head: str, sections: Mapping[str, Section]) -> str:
+    """The HTML page: tiles of (value, label), the HTML `head`, and sections by title.
+
+    A section that raises UserError is left out; its message stands in its place.
+    """
+    row = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
     body = []
-    for name, contents in sections.items():
+    for name, section in sections.items():
         try:
-            text, shown = contents()
+            text, html = section()
         except UserError as error:
-            text, shown = f"Left out: {error}.", ""
-        body.append(f"<section><h2>{escape(name)}</h2><p>{escape(text)}</p>{shown}</section>")
+            text, html = f"Left out: {error}.", ""
+        body.append(f"<section><h2>{escape(name)}</h2><p>{escape(text)}</p>{html}</section>")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -113,7 +126,7 @@ def page(title: str, tiles: Iterable[tuple[str, str]], head: str, sections: Mapp
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min"""
+    """Seconds as text: 112 -> "1 min 52 s", 3725 -> "1 h 2 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"

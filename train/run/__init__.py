@@ -1,0 +1,1 @@
+"""A run on disk and while it trains: directory, checkpoints, loggers, signals, profiling."""

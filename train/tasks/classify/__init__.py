@@ -3,6 +3,23 @@
 from ...recipe.registry import Metric, TaskSpec
 from .options import Classify, ClassifyData, conflicts
 
+USAGE = """\
+import timm
+import torch
+from PIL import Image
+
+import tessel.zoo  # registers the models with timm
+
+model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open("image.jpg").convert("RGB"))
+with torch.inference_mode():
+    probabilities = model(image[None]).softmax(1)[0]
+labels = model.pretrained_cfg["label_names"]
+for probability, label in sorted(zip(probabilities.tolist(), labels), reverse=True)[:5]:
+    print(f"{probability:.1%} {label}")
+"""
+
 SPEC = TaskSpec(
     kind="classify",
     summary="image classification",
@@ -14,5 +31,6 @@ SPEC = TaskSpec(
     conflicts=conflicts,
     load="tessel.train.tasks.classify.task:load",
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
+    usage=USAGE,
     report="tessel.train.report.classify",
 )

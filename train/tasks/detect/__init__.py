@@ -24,6 +24,21 @@ def load(path: str | Path) -> "nn.Module":
     return load(Path(path))
 
 
+USAGE = """\
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import tessel.train.detect
+
+model = tessel.train.detect.load("{path}")
+image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255  # not normalized
+with torch.inference_mode():
+    (found,) = model([image])
+for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
+    print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
+"""
+
 SPEC = TaskSpec(
     kind="detect",
     summary="object detection and instance segmentation",
@@ -36,6 +51,7 @@ SPEC = TaskSpec(
     conflicts=conflicts,
     load="tessel.train.detect:load",
     load_hint="import tessel.train.detect; tessel.train.detect.load('{path}')",
+    usage=USAGE,
     report="tessel.train.report.dense",
     eval_keys=("task.detect.max_size", "task.detect.kwargs"),
     backbone_prefix="backbone.body.body.",

@@ -24,6 +24,21 @@ def load(path: str | Path) -> "Segmenter":
     return load(Path(path))
 
 
+USAGE = """\
+import torch
+from PIL import Image
+from torchvision.transforms.functional import normalize, pil_to_tensor
+
+import tessel.train.segment
+
+model = tessel.train.segment.load("{path}")
+image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255
+with torch.inference_mode():
+    logits = model(normalize(image, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])[None])
+mask = logits[0].argmax(0)  # [H, W], indices into model.classes
+print([model.classes[index] for index in mask.unique()])
+"""
+
 SPEC = TaskSpec(
     kind="segment",
     summary="semantic segmentation",
@@ -36,6 +51,7 @@ SPEC = TaskSpec(
     conflicts=conflicts,
     load="tessel.train.segment:load",
     load_hint="import tessel.train.segment; tessel.train.segment.load('{path}')",
+    usage=USAGE,
     report="tessel.train.report.dense",
     eval_keys=("task.segment.test.",),
     init_keys=("task.segment.load_from",),
