@@ -11,8 +11,8 @@ from torch import nn
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 44, "name": "bottle"}]
 RECIPE: dict[str, dict[str, Any]] = {
-    "model": {"name": "biformer_atto", "drop_path": 0.1},
-    "task": {"kind": "detect", "detect": {"channels": 64, "longest": 120, "short": [48, 64]}},
+    "model": {"name": "biformer_atto"},
+    "task": {"kind": "detect", "detect": {"channels": 64, "max_size": 120, "min_size": [48, 64]}},
     "data": {"source": "coco", "size": 64, "batch": 4, "micro_batch": 2, "eval_batch": 3},
 }
 

@@ -12,21 +12,23 @@ from torchvision.models import detection
 
 from tessel.train.errors import UserError
 from tessel.train.optim.optimizer import build_optimizer
-from tessel.train.recipe.schema import Dense, Detect, Model, Optim, Segment
+from tessel.train.recipe.schema import Dense, Model, Optim
 from tessel.train.tasks import detect
 from tessel.train.tasks.detect.detectors import DETECTORS, build_detector
-from tessel.train.tasks.export import export_parts
+from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.export import export_model
 from tessel.train.tasks.segment.model import assemble
+from tessel.train.tasks.segment.options import SegmentOptions
 
 ATTO, PLAIN = Model(name="biformer_atto"), Dense()
-SMALL = {"channels": 64, "longest": 200}
+SMALL = {"channels": 64, "max_size": 200}
 IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
 CLASSES = ["a", "b", "c"]
 
 
 def built(detector, model=ATTO, dense=PLAIN, **keys):
     side = {} if detector == "fcos" else {"anchor": 8}
-    wanted = Detect(detector=detector, **{**SMALL, **side, **keys})
+    wanted = DetectOptions(detector=detector, **{**SMALL, **side, **keys})
     return build_detector(model, wanted, dense=dense, size=64, classes=3)
 
 
@@ -199,14 +201,16 @@ def test_arguments_reach_the_detector():
 
 
 def handed_out(folder, model, wanted):
-    parts = {"model": ATTO, "dense": PLAIN, "detect": wanted}
-    export_parts(folder, model.state_dict(), task="detect", **parts, size=64, classes=CLASSES)
+    sections = {"dense": PLAIN, "detect": wanted}
+    export_model(
+        folder, model.state_dict(), task="detect", model=ATTO, sections=sections, size=64, classes=CLASSES
+    )
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
 def test_export_reads_back(tmp_path, name):
     keys = {**SMALL, "detector": name, "kwargs": {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}}
-    wanted = Detect(**keys)
+    wanted = DetectOptions(**keys)
     model = build_detector(ATTO, wanted, dense=PLAIN, size=64, classes=3).eval()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").touch()
@@ -222,12 +226,13 @@ def test_export_reads_back(tmp_path, name):
 def test_a_detector_begins_with_the_backbone_of_an_exported_model(tmp_path, task):
     head, heads = {"type": "UPerHead", "channels": 8}, {"dense": PLAIN, "classes": CLASSES}
     if task == "segment":
-        source: Any = assemble(ATTO, Segment(decode_head=head), **heads)
-        body, parts = source.backbone.body, {"segment": Segment(decode_head=head)}
+        source: Any = assemble(ATTO, SegmentOptions(decode_head=head), **heads)
+        body, parts = source.backbone.body, {"segment": SegmentOptions(decode_head=head)}
     else:
         source = built("mask_rcnn")
-        body, parts = source.backbone.body.body, {"detect": Detect(**SMALL)}
-    export_parts(tmp_path / "export", source.state_dict(), task=task, model=ATTO, dense=PLAIN, **parts)
+        body, parts = source.backbone.body.body, {"detect": DetectOptions(**SMALL)}
+    sections = {"dense": PLAIN, **parts}
+    export_model(tmp_path / "export", source.state_dict(), task=task, model=ATTO, sections=sections)
     model = built("fcos", model=Model(name="biformer_atto", init_from=f"local-dir:{tmp_path}/export"))
     for key, tensor in model.backbone.body.body.state_dict().items():
         assert torch.equal(tensor, body.state_dict()[key]), key
@@ -240,7 +245,7 @@ def test_a_folder_without_a_detector_is_named(tmp_path, harm):
     model = built("fcos")
     folder = tmp_path / "export"
     if harm != "nothing":
-        handed_out(folder, model, Detect(**SMALL))
+        handed_out(folder, model, DetectOptions(**SMALL))
         config = json.loads((folder / "config.json").read_text())
         config = {"architecture": "resnet"} if harm == "classifier" else config | {"classes": ["a"]}
         (folder / "config.json").write_text(json.dumps(config))

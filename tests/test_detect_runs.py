@@ -15,9 +15,9 @@ from tessel.train import evaluate
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.registry import task_spec
 from tessel.train.report.__main__ import main as report
 from tessel.train.tasks import detect
-from tessel.train.tasks.build import build_task
 from tessel.train.trainer import build
 
 SHORT = {"sched": {"steps": 4, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 2}, "eval": {"every": 4}}
@@ -111,7 +111,7 @@ def test_all_processes_learn_and_judge_as_one_alone(tmp_path, coco):
     """Replicas and shards, on images of different sizes, some without objects."""
     sections = {**SHORT, "sched": {"steps": 3}, "ckpt": {"every": 3}, "eval": {"every": 3}}
     recipe = detection.write_recipe(tmp_path / "tiny.yaml", coco, **sections)
-    shared = [*SHARED, "task.detect.empty=true", "data.micro_batch=1", "model.drop_path=0"]
+    shared = [*SHARED, "task.detect.empty=true", "data.micro_batch=1", "model.drop_path_rate=0"]
     assert trainer.train(recipe, *shared, "run.name=one") == 0
     ways = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
     runs = [[recipe, *shared, *way, f"run.name={name}"] for name, way in ways.items()]
@@ -144,7 +144,7 @@ def test_losses_are_summed(tmp_path, coco, detector):
 
 def test_one_small_image_is_too_little_for_batch_norm(tmp_path, coco):
     wanted = load_recipe(detection.write_recipe(tmp_path / "tiny.yaml", coco))
-    task = build_task(wanted, World())
+    task = task_spec(wanted).build(wanted, World())
     model = task.build_model().train()
     target = {"boxes": torch.tensor([[1.0, 1, 20, 20]]), "labels": torch.tensor([0])}
     with pytest.raises(UserError, match=r"biformer_atto .* micro-batch of 1, .*task.dense.batch_norm=eval$"):

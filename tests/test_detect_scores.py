@@ -14,10 +14,10 @@ import torch
 from faster_coco_eval.core import mask as coder
 from PIL import Image
 
-from tessel.train import evaluate
-from tessel.train.data.sources.build_boxes import build_dataset
 from tessel.train.distributed.world import World
+from tessel.train.evaluation import save_pictures
 from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.registry import open_dataset
 from tessel.train.tasks.detect.augment import Eval
 from tessel.train.tasks.detect.metrics import DetectionMetrics
 from tessel.train.tasks.detect.overlay import drawn
@@ -146,8 +146,8 @@ def test_any_number_of_processes_finds_the_same(judged):
     for part in parts:
         scores = summed(task, [samples[i] for i in part], [found[i] for i in part])
         states.append((dict(scores.metric.metric_state), scores.indices))
-    world = SimpleNamespace(main=True, gather=lambda value: states, share=lambda value: value)
-    spread = summed(SimpleNamespace(**vars(task) | {"world": world, "kept": 16, "placed": task.placed}), [], [])
+    world = SimpleNamespace(main=True, gather=lambda value: states, broadcast_object=lambda value: value)
+    spread = summed(SimpleNamespace(**vars(task) | {"world": world, "kept": 16, "to_device": task.to_device}), [], [])
     assert spread.compute() == wanted and spread.details() == alone.details()
     for name, rows in alone.predictions().items():
         assert np.array_equal(rows, spread.predictions()[name]), name
@@ -169,7 +169,7 @@ def test_predictions_are_those_of_each_image(judged, tmp_path):
     assert (coder.decode(first) == (found[0]["masks"][best, 0] > 0.5).numpy()).all()
 
     np.savez(tmp_path / "p.npz", **rows)  # type: ignore[arg-type]
-    evaluate.draw(task, np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
+    save_pictures(task, np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
     drawn = sorted((tmp_path / "overlays").iterdir())
     assert [path.name for path in drawn] == [f"{index:06d}.png" for index in range(5)]
     left, right = (np.asarray(Image.open(drawn[4]))[:, part] for part in (slice(0, 300), slice(304, 604)))
@@ -199,7 +199,7 @@ def test_half_precision_and_many_detections(judged):
 
 
 def test_the_data_set_of_the_task(judged):
-    assert len(cast(DetectTask, judged[1]).train) == 9 and len(build_dataset(judged[1].recipe, "val")) == 12
+    assert len(cast(DetectTask, judged[1]).train) == 9 and len(open_dataset(judged[1].recipe, "val")) == 12
 
 
 def test_the_surest_of_several_classes_is_drawn_in_a_place():

@@ -74,9 +74,9 @@ def test_recipe_holds_the_published_figures(name):
     segment, planned = recipe.task.segment, plan(recipe, samples=IMAGES, world_size=8)
     assert recipe.run.name == name and name.startswith(recipe.model.name)
     assert (segment.decode_head["type"], planned.steps, recipe.data.batch) == (head, steps, batch)
-    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.model.drop_path) == (lr, decay, drop_path)
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.model.drop_path_rate) == (lr, decay, drop_path)
     size = 640 if name.endswith("_640") else 512
-    assert recipe.data.size == size and recipe.data.fit == (4 * size, size) and planned.micro_batch == batch // 8
+    assert recipe.data.size == size and recipe.data.img_scale == (4 * size, size) and planned.micro_batch == batch // 8
     assert bool(segment.auxiliary_head) == (head == "UPerHead") and bool(segment.neck) == (head == "FPNHead")
     assert recipe.model.pretrained or recipe.model.init_from
     assert segment.test.mode == ("slide" if name.startswith("transnext") else "whole")
@@ -112,7 +112,7 @@ def images(tmp_path_factory):
 
 def here(images, tmp_path):
     short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "parallel.precision=fp32", "data.workers=0"]
-    data = [f"data.root={images}", "data.size=64", "data.fit=[256, 64]", "data.batch=2", "data.micro_batch=null"]
+    data = [f"data.root={images}", "data.size=64", "data.img_scale=[256, 64]", "data.batch=2", "data.micro_batch=null"]
     return [*short, *data, f"run.out={tmp_path}", "run.device=cpu", "model.pretrained=false", "model.init_from=null"]
 
 

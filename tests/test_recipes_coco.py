@@ -78,9 +78,9 @@ def test_recipe_holds_the_published_figures(name):
     planned = plan(recipe, samples=COCO, world_size=8)
     assert recipe.run.name == name and recipe.model.name.partition(".")[0] == model
     assert recipe.model.pretrained != bool(recipe.model.init_from)
-    assert (recipe.task.detect.detector, recipe.model.drop_path) == (detector, drop_path)
+    assert (recipe.task.detect.detector, recipe.model.drop_path_rate) == (detector, drop_path)
     assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.data.batch) == (lr, decay, 16)
-    assert (recipe.data.size, recipe.task.detect.longest, recipe.data.aug.hflip) == (800, 1333, 0.5)
+    assert (recipe.data.size, recipe.task.detect.max_size, recipe.data.aug.hflip) == (800, 1333, 0.5)
     assert (recipe.sched.epochs, recipe.sched.milestones) == {"1x": (12, (8, 11)), "3x": (36, (27, 33))}[schedule]
     assert planned.warmup == 500 and planned.micro_batch == 2 and planned.accumulate == 1
     expected = ", ".join(f"{kind} AP {value:.1f}" for kind, value in zip(("box", "mask"), results, strict=False))
@@ -109,7 +109,7 @@ def one_step(name, tmp_path):
     atto = next(variant for variant in FAMILIES[model].variants if variant.endswith("_atto"))
     here = ["data.source=digit_scenes", "data.root=null", "data.size=64", "data.scenes=5", "data.batch=2"]
     short = ["data.workers=0", "sched.epochs=null", "sched.steps=2", "sched.milestones=[1]", "sched.warmup=0"]
-    small = ["task.detect.short=null", "task.detect.channels=64", "parallel.precision=fp32", "run.device=cpu"]
+    small = ["task.detect.min_size=null", "task.detect.channels=64", "parallel.precision=fp32", "run.device=cpu"]
     begin = [f"model.name={atto}", "model.init_from=null", "model.pretrained=false", f"run.out={tmp_path}"]
     recipe = load_recipe(f"coco/{name}", [*here, *short, *small, *begin])
     _, moved = trainer.updated(recipe, 1)

@@ -33,12 +33,12 @@ AUX = {"type": "FCNHead", "channels": 8, "num_convs": 1, "norm_cfg": {"type": "G
 def write_recipe(path: Path, root: Path, **task: Any) -> Path:
     """A recipe of 6 steps of 4 crops, with augmentation, drop path, dropout, weights and moving average on."""
     segment = {"decode_head": HEAD, "auxiliary_head": AUX, "class_weight": {"wall": 0.5}, **task}
-    aug = {"hflip": 0.5, "resize": [0.5, 2.0], "crop_share": 0.75, "photometric": True}
+    aug = {"hflip": 0.5, "resize": [0.5, 2.0], "cat_max_ratio": 0.75, "photometric": True}
     recipe = {
         "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
-        "model": {"name": "test_convnext", "drop_path": 0.1},
+        "model": {"name": "test_convnext", "drop_path_rate": 0.1},
         "task": {"kind": "segment", "segment": segment},
-        "data": {"source": "ade20k", "root": str(root), "size": 32, "fit": [64, 36], "batch": 4, "micro_batch": 2}
+        "data": {"source": "ade20k", "root": str(root), "size": 32, "img_scale": [64, 36], "batch": 4, "micro_batch": 2}
         | {"aug": aug},
         "optim": {"lr": 2e-3, "clip": 1.0, "layer_decay": 0.9},
         "sched": {"steps": STEPS, "warmup": 1},
@@ -182,7 +182,7 @@ def test_windows_and_views_change_the_evaluation(recipe, images):
 
 
 def test_a_backbone_is_tried_on_the_sizes_of_evaluation(recipe):
-    overrides = ["model.name=swin_tiny_patch4_window7_224", "model.drop_path=null", "model.kwargs.img_size=32"]
+    overrides = ["model.name=swin_tiny_patch4_window7_224", "model.drop_path_rate=null", "model.kwargs.img_size=32"]
     loose = ["model.kwargs.strict_img_size=false", "task.segment.test.divisor=32"]
     for more in ([], loose[:1]):
         with pytest.raises(UserError, match="does not run on images of 32 x 33 .*task.segment.test.divisor=32"):
@@ -240,7 +240,7 @@ def test_a_single_image_is_too_few_for_some_heads(tmp_path, images, capsys):
     recipe = write_recipe(recipe, images, decode_head=group, auxiliary_head={})
     assert trainer.train(recipe, "data.micro_batch=1", "--dry-run") == 0
     alone = [recipe, "data.micro_batch=1", "model.name=resnet18", "optim.layer_decay=null", "--dry-run"]
-    alone.append("model.drop_path=null")
+    alone.append("model.drop_path_rate=null")
     capsys.readouterr()
     assert trainer.train(*alone) == 1
     error = capsys.readouterr().err

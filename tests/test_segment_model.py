@@ -12,13 +12,14 @@ from timm.models import group_parameters
 from torch.nn import functional as F
 
 from tessel import zoo
-from tessel.train.distributed.parallel import layers
+from tessel.train.distributed.parallel import fsdp_units
 from tessel.train.errors import UserError
 from tessel.train.openmmlab.compat import build
-from tessel.train.recipe.schema import Dense, Model, Segment
+from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.segment.head_checks import FeatureSpec
 from tessel.train.tasks.segment.heads import HeadConfig, build_head, build_neck, cross_entropy
 from tessel.train.tasks.segment.model import Segmenter, assemble
+from tessel.train.tasks.segment.options import SegmentOptions
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
@@ -66,7 +67,7 @@ def assembled(
     size: int | None = None,
     **parts: Any,
 ) -> Segmenter:
-    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size)
+    return assemble(Model(name=name), SegmentOptions(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size)
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -282,7 +283,7 @@ def test_layers_and_lists_of_the_backbone_are_passed_on():
     assert all(group > max(body.values()) for key, group in groups.items() if key not in body)
     spared = model.no_weight_decay()
     assert spared and spared <= {name for name, _ in model.named_parameters()}
-    assert len(layers(model)) == len(layers(model.backbone.body))
+    assert len(fsdp_units(model)) == len(layers(model.backbone.body))
 
 
 def test_batch_norm_and_norms_keys():

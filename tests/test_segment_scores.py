@@ -15,9 +15,10 @@ from torch import nn
 
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
-from tessel.train.evaluation import draw
-from tessel.train.recipe.schema import Parallel, SegmentTest
+from tessel.train.evaluation import save_pictures
+from tessel.train.recipe.schema import Parallel
 from tessel.train.tasks.segment.metrics import SegmentationMetrics, alike, confusion, predict, sliding, starts, thinned
+from tessel.train.tasks.segment.options import SegmentTest
 from tessel.train.tasks.segment.overlay import GAP, overlay, pictures
 
 
@@ -221,10 +222,10 @@ def test_overlay_shows_truth_beside_prediction(tmp_path):
     task: Any = SimpleNamespace(val=[(image, None)] * 6, palette=[[0, 0, 0], [200, 100, 0]])
     task.pictures = partial(pictures, task)
     for count, names in ((2, ["000003.png", "000005.png"]), (1, ["000003.png"])):
-        draw(task, arrays, tmp_path / "overlays", count)
+        save_pictures(task, arrays, tmp_path / "overlays", count)
         assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == names
     with pytest.raises(UserError, match="overlays cannot be written"):
-        draw(SimpleNamespace(pictures=full), arrays, tmp_path / "overlays", 2)
+        save_pictures(SimpleNamespace(pictures=full), arrays, tmp_path / "overlays", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["overlays"], "what was there stays, and nothing else"
     with Image.open(tmp_path / "overlays/000003.png") as picture:
         assert np.array_equal(np.asarray(picture), drawn)
