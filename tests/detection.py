@@ -1,4 +1,4 @@
-"""Miniatures of detection data sets, a small recipe, and a detector that says what it is told, for the tests."""
+"""Small detection data sets, a small recipe, and a detector with given outputs, for the tests."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def annotation(number: int, image: int, category: int, box: list[float], **more:
 
 
 def draw_coco(root: Path, *, train: int = 8, val: int = 6) -> Path:
-    """COCO's layout: images of several sizes with two objects each, but for a crowd, an empty and a degenerate one."""
+    """COCO's layout: images of several sizes with two objects each; one is empty, one has only a crowd."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         folder, images, found = root / f"{split}2017", [], []
@@ -42,7 +42,7 @@ def draw_coco(root: Path, *, train: int = 8, val: int = 6) -> Path:
                 continue  # an image without objects
             counts = [5 * height, 20 * height, (width - 25) * height]  # columns 5 to 24
             crowd = {"iscrowd": 1, "segmentation": {"counts": counts, "size": [height, width]}, "area": 20.0 * height}
-            if number == 2:  # nothing but a crowd
+            if number == 2:  # only a crowd
                 found.append(annotation(len(found), 100 + number, 1, [5, 0, 20, height], **crowd))
                 continue
             x, y = map(float, rng.uniform(1, 12, 2))
@@ -79,7 +79,7 @@ def write_recipe(path: Path, root: Path | None, **sections: Any) -> Path:
 
 
 class Oracle(nn.Module):
-    """Finds in each image what it was told: `found` by the image's number in the order of calls."""
+    """Returns the given predictions, one for each image, in the order of calls."""
 
     def __init__(self, found: list[dict[str, Any]]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The digit scenes: deterministic, sound, of separate digits."""
+"""The digit scenes: deterministic, with valid masks, and different digits in training and validation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Detection data: every layout read as it is published, and targets that stay with their images."""
+"""Detection data: the published layouts, errors that name faulty files, and joint augmentation."""
 
 import json
 
@@ -14,7 +14,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import open_dataset
-from tessel.train.tasks.detect.augment import CropWithin, Eval, Train
+from tessel.train.tasks.detect.augment import EvalTransform, RandomSizeCrop, TrainTransform
 from tessel.train.tasks.detect.task import DetectTask
 
 MASKS = "task.detect.detector=mask_rcnn"
@@ -64,16 +64,16 @@ def test_annotations_are_arrays(coco, tmp_path):
     assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
 
 
-def test_crowds_and_degenerate_boxes_are_no_target(coco, tmp_path):
+def test_crowds_and_boxes_without_area_are_not_learned(coco, tmp_path):
     wanted = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
-    train, transform = open_dataset(wanted, "train"), Train(wanted)
+    train, transform = open_dataset(wanted, "train"), TrainTransform(wanted)
     assert len(train[3][1]["boxes"]) == 4
     image, target = transform(*train[3])
     assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) == 2
     for index in (1, 2):
         image, target = transform(*train[index])
         assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, *image.shape[-2:])
-    image, target = Eval()(*train[3])
+    image, target = EvalTransform()(*train[3])
     assert len(target["boxes"]) == 4 and image.shape == (3, 60, 60) and image.dtype == torch.float32
 
 
@@ -84,7 +84,7 @@ def test_other_names_of_files(coco, tmp_path, split):
 
 
 def marked(width, height):
-    """An image whose left half is red, stored turned by a quarter with the EXIF mark that says so."""
+    """An image whose left half is red, stored rotated by 90 degrees, and the EXIF data that says so."""
     upright = np.zeros((height, width, 3), np.uint8)
     upright[:, : width // 2, 0] = 255
     stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
@@ -140,7 +140,7 @@ def first(**values):
         (lambda c: c["annotations"][0].pop("segmentation"), ["annotation 14 has no segmentation"]),
     ],
 )
-def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
+def test_errors_name_the_faulty_annotation(tmp_path, edit, fragments):
     root = detection.draw_coco(tmp_path / "coco")
     detection.change(root, "train", edit)
     with pytest.raises(UserError) as caught:
@@ -149,8 +149,8 @@ def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
 
 
 @pytest.mark.parametrize("odd", [[5, 5, 20, 20], [5, 5, 20, 20, 5], [5, 5, 20, 20, 5, "x"], [5, 5, 20, 20, 5, 1e9]])
-def test_polygons_without_three_points_are_no_mask(tmp_path, odd):
-    """COCO's tools would take four numbers for a box, and read the polygons after it as such too."""
+def test_polygons_without_three_points_are_skipped(tmp_path, odd):
+    """COCO's tools would read four numbers as a box, and the polygons after them too."""
     root = detection.draw_coco(tmp_path / "coco")
     square = [5, 5, 15, 5, 15, 15, 5, 15]
     detection.change(root, "train", first(segmentation=[odd, square]))
@@ -229,7 +229,7 @@ def test_pascal_voc_is_found_in_the_folder_it_was_unpacked_to(tmp_path, above):
         ("<name>person", "<name>persona", ["'persona'"]),
     ],
 )
-def test_mistaken_files_of_pascal_voc_are_named(tmp_path, old, new, fragments):
+def test_errors_name_the_faulty_voc_file(tmp_path, old, new, fragments):
     file = draw_voc(tmp_path / "VOC2012") / "Annotations/2007_1.xml"
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UserError) as caught:
@@ -266,8 +266,13 @@ def squares():
 @pytest.mark.parametrize("aug", ["hflip=1", "vflip=1", "hflip=0.5"])
 @pytest.mark.parametrize("crop", ["null", "[40, 60]"])
 def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
-    keys = ["data.aug.color_jitter=0", f"data.aug.{aug}", f"task.detect.crop={crop}", "task.detect.min_size=[40, 64, 90]"]
-    transform, image, target = Train(recipe(tmp_path, None, MASKS, *keys)), *squares()
+    keys = [
+        "data.aug.color_jitter=0",
+        f"data.aug.{aug}",
+        f"task.detect.crop={crop}",
+        "task.detect.min_size=[40, 64, 90]",
+    ]
+    transform, image, target = TrainTransform(recipe(tmp_path, None, MASKS, *keys)), *squares()
     shapes, counts = set(), set()
     for seed in range(24):
         seed_all(seed)
@@ -285,16 +290,16 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
         assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third by the longest side
 
 
-def test_crop_takes_what_there_is():
+def test_crop_of_a_smaller_image_keeps_its_size():
     torch.manual_seed(0)
-    assert CropWithin(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
-    sizes = {tuple(CropWithin(10, 12)(torch.zeros(3, 60, 80)).shape) for _ in range(60)}
+    assert RandomSizeCrop(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
+    sizes = {tuple(RandomSizeCrop(10, 12)(torch.zeros(3, 60, 80)).shape) for _ in range(60)}
     assert sizes == {(3, h, w) for h in (10, 11, 12) for w in (10, 11, 12)}
 
 
 def test_samples_depend_on_their_key_alone(coco, tmp_path):
     wanted = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
-    data = SeededDataset(open_dataset(wanted, "train"), Train(wanted), seed=3)
+    data = SeededDataset(open_dataset(wanted, "train"), TrainTransform(wanted), seed=3)
     one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
     assert one[0].shape != third[0].shape or not torch.equal(one[0], third[0])

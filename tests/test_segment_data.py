@@ -18,10 +18,10 @@ from tessel.train.errors import UserError
 from tessel.train.recipe.registry import SOURCES
 from tessel.train.tasks.segment.augment import (
     eval_transform,
-    fitted,
     photometric,
     random_crop,
-    saturated,
+    rescaled_size,
+    scale_saturation,
     train_transform,
 )
 from tessel.train.tasks.segment.options import SegmentAug, SegmentData, SegmentTest
@@ -134,7 +134,9 @@ def test_damaged_files_are_named_from_the_loader(tmp_path, kind):
     root = scenery.ade20k(tmp_path)
     path = min((root / kind / "training").iterdir())
     path.write_bytes(path.read_bytes()[:-60])
-    found = SeededDataset(dataset("ade20k", root), train_transform(SegmentData(source="ade20k", size=16), CFG), 0)[(0, 0)]
+    found = SeededDataset(dataset("ade20k", root), train_transform(SegmentData(source="ade20k", size=16), CFG), 0)[
+        (0, 0)
+    ]
     assert isinstance(found, FallbackSample) and str(path) in found.failures[0] and "decoded" in found.failures[0]
 
 
@@ -169,7 +171,7 @@ def test_missing_parts_are_named(tmp_path):
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("upright", [True, False])
 def test_exif_orientation(tmp_path, turn, upright):
-    """Turned where the mask is upright; as stored where only that fits the mask."""
+    """The image is rotated, unless only the image as stored has the size of the mask."""
     root = scenery.ade20k(tmp_path, train=1)
     stored = scenery.picture(root / "images/training/ADE_train_00000000.jpg", 24, 36, turn=turn)
     flips = {2: np.s_[:, ::-1], 3: np.s_[::-1, ::-1], 4: np.s_[::-1]}
@@ -184,7 +186,7 @@ def test_exif_orientation(tmp_path, turn, upright):
 
 
 def pair(height, width, seed=0):
-    """A picture whose grey is 40 times its class, and the classes, with some unknown pixels in grey 220."""
+    """An image whose gray level is 40 times the class, and its mask; ignored pixels have the gray level 220."""
     mask = np.random.default_rng(seed).integers(0, 5, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
     mask = mask.repeat(8, 0).repeat(8, 1)[:height, :width].copy()
     mask[:8, :8] = 255
@@ -202,7 +204,7 @@ def pair(height, width, seed=0):
     seed=st.integers(0, 9),
 )
 def test_image_and_mask_stay_together(height, width, hflip, vflip, share, seed):
-    """Cropped, flipped and padded alike: the picture's grey tells the class of each pixel."""
+    """Both are cropped, flipped and padded alike: the gray level of the image gives the class of each pixel."""
     data = SegmentData(source="digit_scenes", size=32, aug=SegmentAug(hflip=hflip, vflip=vflip, cat_max_ratio=share))
     torch.manual_seed(seed)
     image, mask = train_transform(data, CFG)(*pair(height, width, seed))
@@ -228,7 +230,7 @@ def test_random_resize_covers_its_range_and_keeps_the_ratio():
 
 
 @pytest.mark.parametrize(
-    ("shape", "box", "factor", "size"),
+    ("shape", "img_scale", "factor", "size"),
     [
         ((300, 400), (2048, 512), 1, (512, 683)),
         ((300, 1500), (2048, 512), 1, (410, 2048)),
@@ -237,11 +239,11 @@ def test_random_resize_covers_its_range_and_keeps_the_ratio():
         ((1, 900), (90, 90), 1, (1, 90)),
     ],
 )
-def test_sizes_fit_the_box(shape, box, factor, size):
-    assert fitted(shape, box, factor) == size
+def test_size_fits_into_img_scale(shape, img_scale, factor, size):
+    assert rescaled_size(shape, img_scale, factor) == size
 
 
-def test_crop_is_drawn_again_while_one_class_has_too_much_of_it():
+def test_crop_is_drawn_again_while_one_class_exceeds_cat_max_ratio():
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[:16, :16] = 1
     image = torch.zeros(3, 64, 64)
@@ -251,11 +253,11 @@ def test_crop_is_drawn_again_while_one_class_has_too_much_of_it():
         windows = [random_crop(image, mask, 16, share)[1] for _ in range(200)]
         shares[share] = np.mean([0.25 < float(w.float().mean()) < 0.75 for w in windows])
     assert shares[0.75] > 5 * shares[1.0] > 0
-    mask[:] = 255  # nothing is known: the crop is taken after ten further draws
+    mask[:] = 255  # all pixels are ignored: the crop is taken after ten further draws
     assert random_crop(image, mask, 16, 0.75)[1].shape == (16, 16)
 
 
-def test_photometric_changes_colours_and_nothing_else():
+def test_photometric_changes_colors_only():
     image = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     seen = []
     for seed in range(30):
@@ -266,12 +268,12 @@ def test_photometric_changes_colours_and_nothing_else():
     assert len({found.numpy().tobytes() for found in seen}) > 20
     red = torch.tensor([200, 40, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
     torch.manual_seed(1)
-    assert all(photometric(red)[:, 0, 0].argmax() == 0 for _ in range(30)), "channels stay where they are"
+    assert all(photometric(red)[:, 0, 0].argmax() == 0 for _ in range(30)), "the order of the channels stays"
 
 
 @pytest.mark.parametrize(("grey", "low", "high"), [(20, 0, 78), (100, 34, 198), (240, 104, 255)])
 def test_photometric_has_the_ranges_of_mmsegmentation(grey, low, high):
-    """Of a grey image saturation and hue change nothing: (grey + U(-32, 32)) * U(0.5, 1.5), each half of the time."""
+    """A gray image has no hue: it becomes (gray + U(-32, 32)) * U(0.5, 1.5), each with probability 1/2."""
     torch.manual_seed(0)
     image = torch.full((3, 1, 1), grey, dtype=torch.uint8)
     seen = torch.stack([photometric(image) for _ in range(500)]).squeeze().long()
@@ -280,7 +282,7 @@ def test_photometric_has_the_ranges_of_mmsegmentation(grey, low, high):
     assert 0.2 < (seen[:, 0] == grey).float().mean() < 0.33
 
 
-def test_photometric_turns_hue_and_saturation():
+def test_photometric_changes_hue_and_saturation():
     torch.manual_seed(0)
     image = torch.tensor([120, 60, 60], dtype=torch.uint8).view(3, 1, 1)  # hue 0, saturation 1/2
     hues, saturations = [], []
@@ -293,16 +295,16 @@ def test_photometric_turns_hue_and_saturation():
     assert 0.2 < min(saturations) < 0.3 and 0.7 < max(saturations) < 1
 
 
-def test_saturation_is_cut_off_at_one():
+def test_saturation_is_clipped_at_one():
     pixels = torch.tensor([[200.0, 0, 90], [150, 0, 90], [100, 0, 90]])[..., None]
-    once, much = saturated(pixels, 1.5)[..., 0], saturated(pixels, 9)[..., 0]
+    once, much = scale_saturation(pixels, 1.5)[..., 0], scale_saturation(pixels, 9)[..., 0]
     torch.testing.assert_close(once, torch.tensor([[200.0, 0, 90], [125, 0, 90], [50, 0, 90]]))
     torch.testing.assert_close(much, torch.tensor([[200.0, 0, 90], [100, 0, 90], [0, 0, 90]]))
 
 
 @pytest.mark.parametrize("kind", ["folder", "dense"])
 def test_16_bit_pictures_are_scaled(tmp_path, kind):
-    """PIL's own conversion makes all above 255 white."""
+    """PIL's own conversion would make everything above 255 white."""
     file = tmp_path / "grey.png"
     Image.fromarray(np.array([[0, 256], [20000, 65535]], np.uint16)).save(file)
     readers = {
