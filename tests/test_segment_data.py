@@ -126,7 +126,7 @@ def test_wrong_masks_are_named(tmp_path, values, words):
     scenery.mask(path, values)
     with pytest.raises(UserError, match=words) as caught:
         dataset("ade20k", root)[0]
-    assert str(path) in str(caught.value)
+    assert path.stem in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations"])
@@ -149,9 +149,9 @@ def test_missing_parts_are_named(tmp_path):
     other.unlink()
     with pytest.raises(UserError, match=re.escape(f"2 of 2 masks are missing: {one}, {other}")):
         dataset("ade20k", root, "val")
-    with pytest.raises(UserError, match="lacks the folder images/training"):
+    with pytest.raises(UserError, match="no folder images/training"):
         dataset("ade20k", tmp_path)
-    with pytest.raises(UserError, match="lacks the folder leftImg8bit/val"):
+    with pytest.raises(UserError, match="no folder leftImg8bit/val"):
         dataset("cityscapes", tmp_path, "val")
     with pytest.raises(UserError, match=r"ImageSets/Segmentation/train.txt cannot be read"):
         dataset("voc2012", tmp_path)
@@ -164,7 +164,7 @@ def test_missing_parts_are_named(tmp_path):
         dataset("voc2012", voc)
     for image in (root / "images/training").iterdir():
         image.unlink()
-    with pytest.raises(UserError, match=r"holds no \*.jpg"):
+    with pytest.raises(UserError, match=r"has no files \*.jpg"):
         dataset("ade20k", root)
 
 
