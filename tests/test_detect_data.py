@@ -284,10 +284,10 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
             bright = pixels[label] > 0.5
             inside = bright[int(y1.round()) : int(y2.round()), int(x1.round()) : int(x2.round())]
             assert inside.float().mean() > 0.9 and inside.sum() > 0.9 * bright.sum()
-            assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest pixels lie up to one off
+            assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest-neighbor resizing is off by up to one pixel
     assert len(shapes) == 3 if crop == "null" else len(shapes) > 6
     if crop == "null":
-        assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third by the longest side
+        assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third is limited by max_size
 
 
 def test_crop_of_a_smaller_image_keeps_its_size():

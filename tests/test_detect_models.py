@@ -26,7 +26,7 @@ IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
 CLASSES = ["a", "b", "c"]
 # an untrained detector finds something with a threshold of 0; a mask head in bfloat16 is slow on a CPU
 FEW_DETECTIONS = {
-    name: {"box_score_thresh": 0.0, "box_detections_per_img": 20}
+    name: {"box_score_thresh": 0.0, "box_detections_per_img": 5}
     if "rcnn" in name
     else {"score_thresh": 0.0, "detections_per_img": 20}
     for name in DETECTORS

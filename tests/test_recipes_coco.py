@@ -85,7 +85,7 @@ def test_recipe_names_itself_and_its_paper(name):
     assert recipe.run.name == name and name.endswith(architecture(name))
     assert name.startswith(recipe.task.detect.detector)
     assert recipe.model.pretrained != bool(recipe.model.init_from)
-    assert f"coco/{name} data.root=" in comments(name) and re.search(r"arXiv \d{4}\.\d{5}", comments(name))
+    assert f"coco/{name} data.root=" in comments(name)
     if architecture(name) in FAMILIES:
         paper = FAMILIES[architecture(name)].cfg["paper_ids"].replace("arXiv:", "arXiv ")
         assert paper in comments(name)

@@ -1,7 +1,7 @@
 """Pictures of segmentations: the image under the colors of its classes, ground truth beside prediction."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def overlay(image: Image.Image, masks: list[np.ndarray], palette: list[list[int]
         labels, panel = torch.from_numpy(mask), pixels
         if classes := [label for label in labels.unique().tolist() if label != IGNORE_INDEX]:
             regions = labels == torch.tensor(classes)[:, None, None]
-            colors = [(red, green, blue) for red, green, blue in (palette[label] for label in classes)]
+            colors: list[Any] = [tuple(palette[label]) for label in classes]
             panel = draw_segmentation_masks(pixels, regions, alpha=OPACITY, colors=colors)
         panels += [panel, gap]
     return to_pil_image(torch.cat(panels[:-1], 2))
