@@ -65,8 +65,8 @@ def test_annotations_are_arrays(coco, tmp_path):
 
 
 def test_crowds_and_boxes_without_area_are_not_learned(coco, tmp_path):
-    wanted = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
-    train, transform = open_dataset(wanted, "train"), TrainTransform(wanted)
+    config = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
+    train, transform = open_dataset(config, "train"), TrainTransform(config)
     assert len(train[3][1]["boxes"]) == 4
     image, target = transform(*train[3])
     assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) == 2
@@ -197,16 +197,16 @@ def draw_voc(root):
 
 
 def test_pascal_voc_is_read_as_published(tmp_path):
-    wanted = recipe(tmp_path, draw_voc(tmp_path / "VOC2012"), "data.source=voc2012")
-    val = open_dataset(wanted, "val")
+    config = recipe(tmp_path, draw_voc(tmp_path / "VOC2012"), "data.source=voc2012")
+    val = open_dataset(config, "val")
     assert len(val.classes) == 20 and [len(val[i][1]["boxes"]) for i in range(3)] == [2, 1, 0]
     target = val[0][1]
     assert target["boxes"].tolist() == [[0, 0, 20, 30], [4, 5, 50, 40]] and target["iscrowd"].tolist() == [0, 1]
     assert [val.classes[label] for label in target["labels"]] == ["dog", "person"]
-    assert len(DetectTask(wanted, World()).train) == 1
+    assert len(DetectTask(config, World()).train) == 1
     (tmp_path / "VOC2012/Annotations/2007_1.xml").unlink()
     with pytest.raises(UserError, match="2007_1.xml"):
-        open_dataset(wanted, "val")
+        open_dataset(config, "val")
 
 
 @pytest.mark.parametrize("above", ["VOCdevkit/VOC2012", "VOC2012"])
@@ -240,8 +240,8 @@ def test_errors_name_the_faulty_voc_file(tmp_path, old, new, fragments):
 
 
 def test_digit_scenes(tmp_path):
-    wanted = recipe(tmp_path, None, MASKS, "data.scenes=20", "data.size=96")
-    train, val = (open_dataset(wanted, split) for split in ("train", "val"))
+    config = recipe(tmp_path, None, MASKS, "data.scenes=20", "data.size=96")
+    train, val = (open_dataset(config, split) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (20, 4, [str(digit) for digit in range(10)])
     image, target = train[3]
     scene = train.scenes[3]
@@ -298,8 +298,8 @@ def test_crop_of_a_smaller_image_keeps_its_size():
 
 
 def test_samples_depend_on_their_key_alone(coco, tmp_path):
-    wanted = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
-    data = SeededDataset(open_dataset(wanted, "train"), TrainTransform(wanted), seed=3)
+    config = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
+    data = SeededDataset(open_dataset(config, "train"), TrainTransform(config), seed=3)
     one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
     assert one[0].shape != third[0].shape or not torch.equal(one[0], third[0])

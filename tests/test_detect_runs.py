@@ -143,8 +143,8 @@ def test_losses_are_summed(tmp_path, coco, detector):
 
 
 def test_one_small_image_is_too_small_for_batch_norm(tmp_path, coco):
-    wanted = load_recipe(detection.write_recipe(tmp_path / "tiny.yaml", coco))
-    task = task_spec(wanted).build(wanted, World())
+    recipe = load_recipe(detection.write_recipe(tmp_path / "tiny.yaml", coco))
+    task = task_spec(recipe).build(recipe, World())
     model = task.build_model().train()
     target = {"boxes": torch.tensor([[1.0, 1, 20, 20]]), "labels": torch.tensor([0])}
     with pytest.raises(UserError, match=r"biformer_atto .* micro-batch of 1, .*task.dense.batch_norm=eval$"):

@@ -196,7 +196,7 @@ def test_a_backbone_is_checked_on_the_sizes_of_the_evaluation(recipe):
 def test_dry_run_writes_nothing(recipe, capsys):
     assert trainer.train(recipe, "--dry-run", "parallel.precision=bf16", "parallel.grad_checkpointing=true") == 0
     out = capsys.readouterr().out
-    assert all(words in out for words in ("test_convnext", "GFLOP", "8 images, 6 steps of 4", "one micro-batch: loss"))
+    assert all(text in out for text in ("test_convnext", "GFLOP", "8 images, 6 steps of 4", "one micro-batch: loss"))
     assert not (recipe.parent / "runs").exists()
 
 
@@ -251,7 +251,7 @@ def test_some_heads_need_two_images(tmp_path, images, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["task.segment.decode_head=null"], "task.segment.decode_head"),
         (["task.segment.decode_head={channels: 3}"], "task.segment.decode_head needs a type"),
@@ -278,10 +278,10 @@ def test_some_heads_need_two_images(tmp_path, images, capsys):
         (["task.segment.load_from=nowhere.pth"], "task.segment.load_from=nowhere.pth does not fit"),
     ],
 )
-def test_errors_name_the_key(recipe, capsys, overrides, words):
+def test_errors_name_the_key(recipe, capsys, overrides, message):
     assert trainer.train(recipe, *overrides) == 1
     error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
     assert not (recipe.parent / "runs").exists()
 
 

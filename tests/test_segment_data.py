@@ -112,7 +112,7 @@ def test_masks_of_8_and_16_bits_with_and_without_palette(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (np.full((40, 48), 151, np.uint8), "values 151, .* none of the 150 classes"),
         (np.full((40, 48), 65535, np.uint16), "values 65535"),
@@ -120,11 +120,11 @@ def test_masks_of_8_and_16_bits_with_and_without_palette(tmp_path, dtype):
         (np.zeros((40, 48, 3), np.uint8), "mode RGB"),
     ],
 )
-def test_wrong_masks_are_named(tmp_path, values, words):
+def test_wrong_masks_are_named(tmp_path, values, message):
     root = scenery.ade20k(tmp_path)
     path = min((root / "annotations/training").glob("*.png"))
     scenery.mask(path, values)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         dataset("ade20k", root)[0]
     assert path.stem in str(caught.value)
 

@@ -136,7 +136,7 @@ def test_sums_of_all_processes_count():
     assert all(np.array_equal(value, whole.predictions()[key]) for key, value in mine.predictions().items())
 
 
-def test_only_the_first_predictions_are_kept_and_large_ones_thinned():
+def test_only_the_first_predictions_are_kept_and_large_ones_subsampled():
     metrics = SegmentationMetrics(fake_task(kept=2), keep=True)  # type: ignore[arg-type]
     metrics.update(nn.Identity(), samples([(3, 3)] * 4))
     assert metrics.predictions()["index"].tolist() == [0, 1]

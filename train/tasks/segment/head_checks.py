@@ -77,7 +77,7 @@ def check_head(key: str, head: nn.Module, features: FeatureSpecs, *, losses: str
     losses: the recipe key of the losses; size: side of the training images, used if a small image is too small for the
     head. Works under torch.no_grad and torch.inference_mode too.
     """
-    # inference_mode(False): a copy made in inference mode would have weights that cannot be used in autograd
+    # inference_mode(False) enables gradients, under no_grad too; a copy made in inference mode could not have any
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         head, side = copy.deepcopy(head), SMALL_SIDE
         try:
@@ -108,8 +108,7 @@ def _compute_losses(head: Any, features: FeatureSpecs, side: int) -> dict[str, T
     masks = torch.randint(0, head.num_classes, (2, 1, side, side))
     masks[..., : side // 4, :] = IGNORE_INDEX
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask)) for mask in masks]
-    with torch.enable_grad():
-        return head.train().loss(_dummies(features, side), samples, None)
+    return head.train().loss(_dummies(features, side), samples, None)
 
 
 def _dummies(features: FeatureSpecs, side: int) -> list[Tensor | None]:

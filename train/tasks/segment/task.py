@@ -70,7 +70,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         if test.mode == "slide":
             size = (self.window, self.window)
         else:
-            # photographs have any size: one more pixel stands for all of them; drawn scenes are squares of data.size
+            # photos have any size, so try a width that is not data.size; digit scenes are squares of data.size
             size = (data.size, data.size + (data.source != "digit_scenes"))
             size = round_up(size, test.divisor) if test.divisor else size
         if size != (data.size, data.size):
