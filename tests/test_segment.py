@@ -217,8 +217,10 @@ def test_starts_from_a_classifier_or_a_published_segmenter(recipe, tmp_path, ima
         UserError, match=r"task.segment.load_from=.*published.safetensors does not fit model.name=cswin"
     ):
         task.build_model()
-    task = SegmentTask(load_recipe(recipe, ["model.init_from=test_resnet", "model.name=test_convnext"]), World())
-    with pytest.raises(UserError, match=r"model.init_from=test_resnet"):
+    other = tmp_path / "other"
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(other), safe_serialization=True)
+    task = SegmentTask(load_recipe(recipe, [f"model.init_from=local-dir:{other}"]), World())
+    with pytest.raises(UserError, match="model.init_from=local-dir:.* does not fit model.name=test_convnext"):
         task.build_model()
 
 
@@ -271,7 +273,7 @@ def test_some_heads_need_two_images(tmp_path, images, capsys):
             "task.segment.load_from includes the weights of the backbone",
         ),
         (["task.kind=classify"], "task.segment has no effect"),
-        (["task.kind=classify", "task.dense.batch_norm=eval"], "task.dense has no effect"),
+        (["task.kind=classify", "task.dense.batch_norm=eval"], "task.dense.batch_norm has no effect"),
         (["task.kind=classify"], "data.aug.photometric has no effect"),
         (["data.aug.resize=[2, 1]"], "data.aug.resize=[2.0, 1.0] must be"),
         (["task.segment.class_weight.wal=1.0"], "task.segment.class_weight names wal, but the classes of the data are"),
