@@ -1,15 +1,15 @@
-"""Backbones at the sizes of dense prediction: time, multiply-adds and peak memory below UPerNet and Mask R-CNN.
+"""Time, multiply-adds and peak memory of backbones in UPerNet and Mask R-CNN, at the usual image sizes.
 
     python benchmarks/dense.py                                     one model of each family beside Swin-T and ConvNeXt-T
     python benchmarks/dense.py --models cswin_tiny --tasks upernet --passes inference
     python benchmarks/dense.py --device cuda --batch 2             bfloat16
     python benchmarks/dense.py --dry-run                           tiny models and images, in seconds
 
-UPerNet (mmsegmentation's head of 512 channels and its auxiliary head, 150 classes) takes images of 512 x 512, two of
-them to train on; Mask R-CNN (torchvision's, on a feature pyramid) images of 800 x 1333, which it pads to 800 x 1344; as
-it is set here it finds 100 objects. All models take turns within one process. Multiply-adds are of one image, 1000
-proposals and 100 objects. Memory is the peak of a whole process on the CPU (weights and libraries too), of the tensors
-on a GPU. Results: benchmarks/results/dense_DEVICE.{json,md}, or where --out says.
+UPerNet: mmsegmentation's head of 512 channels and its auxiliary head, 150 classes, 512 x 512 pixels, at least two
+images in training. Mask R-CNN: torchvision's, on a feature pyramid, 800 x 1333 pixels, padded to 800 x 1344, with
+parameters by which it finds 100 objects. The models are timed in turns within one process. Multiply-adds are those of
+one image, 1000 proposals and 100 objects. Memory is the peak of a whole process on the CPU (weights and libraries
+included), and of the tensors on a GPU. Results: benchmarks/results/dense_DEVICE.{json,md}, or the path of --out.
 """
 
 import argparse
@@ -31,9 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tessel import zoo
-from tessel.train.recipe.schema import Dense, Detect, Model, Segment
+from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.detect.detectors import build_detector
-from tessel.train.tasks.segment.model import Segmenter, assemble
+from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.segment.model import Segmenter, build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PASSES = ("inference", "training")
@@ -45,18 +47,18 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """A task at one size. `least`: the smallest batch to train with; UPerNet normalises one pixel an image."""
+    """A task at one image size. min_batch: for training; UPerNet has a batch norm on maps of one pixel."""
 
     task: str
     height: int
     width: int
     build: Callable[[str, int, int], Any]
     classes: int
-    least: int = 1
+    min_batch: int = 1
 
 
 def options(name: str, height: int, width: int) -> tuple[dict[str, Any], tuple[bool, ...] | None]:
-    """What a backbone is built with, and its norms: the paper's own, one on each map of timm's models."""
+    """(kwargs, dense.norms) of a backbone: the norms of the paper, or for a model of timm one on each output."""
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size
     norms = None if name in zoo.list_models() else (True,) * 4
@@ -67,39 +69,39 @@ def upernet(name: str, height: int, width: int, *, channels: int = 512) -> Segme
     arguments, norms = options(name, height, width)
     auxiliary = {"type": "FCNHead", "channels": channels // 2, "num_convs": 1, "concat_input": False}
     auxiliary |= {"loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4}}
-    heads = Segment(decode_head={"type": "UPerHead", "channels": channels}, auxiliary_head=auxiliary)
+    heads = SegmentOptions(decode_head={"type": "UPerHead", "channels": channels}, auxiliary_head=auxiliary)
     classes = [str(number) for number in range(CASES["upernet"].classes)]
-    return assemble(Model(name=name, kwargs=arguments), heads, dense=Dense(norms=norms), classes=classes)
+    return build_segmenter(Model(name=name, kwargs=arguments), heads, dense=Dense(norms=norms), classes=classes)
 
 
-def mask_rcnn(name: str, height: int, width: int, **few: int) -> Any:
+def mask_rcnn(name: str, height: int, width: int, **kwargs: int) -> Any:
     arguments, norms = options(name, height, width)
     model, dense, classes = Model(name=name, kwargs=arguments), Dense(norms=norms), CASES["mask_rcnn"].classes
-    detect = Detect(detector="mask_rcnn", longest=width, kwargs=few)
+    detect = DetectOptions(detector="mask_rcnn", max_size=width, kwargs=kwargs)
     detector: Any = build_detector(model, detect, dense=dense, size=height, classes=classes)
-    # every proposal passes as an object of the first class: the mask head has as much to do as it can
+    # a high bias makes every proposal an object of the first class, so that the mask head gets as many as possible
     nn.init.constant_(detector.roi_heads.box_predictor.cls_score.bias[1:2], 10)
     return detector
 
 
-FEW = {"rpn_post_nms_top_n_train": 32, "rpn_post_nms_top_n_test": 32, "box_batch_size_per_image": 8}
+SMALL_BATCHES = {"rpn_post_nms_top_n_train": 32, "rpn_post_nms_top_n_test": 32, "box_batch_size_per_image": 8}
 CASES = {
     "upernet": Case("upernet", 512, 512, upernet, 150, 2),
     "mask_rcnn": Case("mask_rcnn", 800, 1333, mask_rcnn, 90),
 }
-DRY = {
+DRY_CASES = {
     "upernet": Case("upernet", 64, 64, partial(upernet, channels=16), 150, 2),
-    "mask_rcnn": Case("mask_rcnn", 64, 96, partial(mask_rcnn, box_detections_per_img=4, **FEW), 90),
+    "mask_rcnn": Case("mask_rcnn", 64, 96, partial(mask_rcnn, box_detections_per_img=4, **SMALL_BATCHES), 90),
 }
 
 
 def masks(case: Case, batch: int, device: str) -> Tensor:
-    """A class for each pixel."""
+    """Random semantic masks [B, H, W]."""
     return torch.randint(case.classes, (batch, case.height, case.width), device=device)
 
 
 def objects(case: Case, batch: int, device: str) -> list[dict[str, Tensor]]:
-    """Eight boxes an image, filled."""
+    """Targets with eight random boxes per image, and the filled boxes as masks."""
     sides = torch.tensor([case.width, case.height])
     found = []
     for _ in range(batch):
@@ -116,7 +118,7 @@ def objects(case: Case, batch: int, device: str) -> list[dict[str, Tensor]]:
 @cache
 def cost(case: Case, name: str) -> tuple[float, float]:
     """Parameters in millions and multiply-adds of one image in billions."""
-    # built for real: the segmenter tries its heads out
+    # built on the CPU and moved, because the segmenter's checks of its heads need real tensors
     model = case.build(name, case.height, case.width).eval().to("meta")
     with torch.device("meta"), torch.no_grad():
         images = torch.empty(1, 3, case.height, -(-case.width // 32) * 32)
@@ -132,7 +134,7 @@ def cost(case: Case, name: str) -> tuple[float, float]:
 
 
 def prepare(case: Case, name: str, *, train: bool, batch: int, device: str) -> Callable[[], None]:
-    """The call to be timed, of an inference or of a forward and backward."""
+    """The function to be timed: an inference, or a forward and backward pass."""
     torch.manual_seed(0)
     layout, segments = torch.channels_last, case.task == "upernet"
     model = case.build(name, case.height, case.width).to(device, memory_format=layout).train(train)
@@ -149,15 +151,15 @@ def prepare(case: Case, name: str, *, train: bool, batch: int, device: str) -> C
                         found.argmax(1)
                 return
             losses = model(images, targets)
-        # mmsegmentation's heads hand out their accuracy too
+        # mmsegmentation's heads return their accuracy too
         sum(loss for key, loss in losses.items() if "acc" not in key).backward()
         model.zero_grad(set_to_none=True)
 
     return run
 
 
-def own_peak() -> float:
-    """MiB that this process held at most; that of `getrusage` begins with what the process that started it held."""
+def peak_memory() -> float:
+    """Peak memory of this process in MiB. The value of `getrusage` would include that of its parent before exec."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
@@ -174,11 +176,11 @@ def peak_mib(case: Case, name: str, *, train: bool, batch: int, device: str, dry
 
 
 def compare(case: Case, names: list[str], peers: list[str], *, train: bool, args: argparse.Namespace) -> list[dict]:
-    """A row for each model, timed in turns; `ratio` is the speed of the first peer over the model's."""
-    batch = max(args.batch, case.least) if train else args.batch
+    """A row for each model, timed in turns; `ratio` is the speed of the model over that of the first peer."""
+    batch = max(args.batch, case.min_batch) if train else args.batch
     kind = {"train": train, "batch": batch, "device": args.device}
     everyone, title = [*names, *peers], f"{case.task}, {PASSES[train]}"
-    # first, while this process is small: all models together fill the memory of a small machine
+    # first, while this process is small: all models together may need the whole memory of the machine
     peaks = {n: peak_mib(case, n, dry=args.dry_run, **kind) for n in tqdm(everyone, f"memory, {title}", disable=None)}
     runs = {name: prepare(case, name, **kind) for name in everyone}
     times = side_by_side(runs, seconds=args.seconds, device=args.device, least=args.rounds)
@@ -206,16 +208,18 @@ def table(rows: list[dict], peer: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: one of each family")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="models to meet (default: Swin-T, ConvNeXt-T)")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="models to compare with (default: Swin-T, ConvNeXt-T)"
+    )
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each model and pass (default 1)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds at least, after one uncounted (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="minimum number of rounds after the warm-up (default 3)")
     parser.add_argument("--dry-run", action="store_true", help="one tiny model and one tiny peer on tiny images")
-    parser.add_argument("--add", action="store_true", help="keep what the file has of other tasks and passes")
-    parser.add_argument("--out", type=Path, help="where to write, without suffix")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other tasks and passes in the file")
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.models = args.models or (["biformer_atto"] if args.dry_run else default_models())
@@ -226,10 +230,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cases = [(DRY if args.dry_run else CASES)[task] for task in args.tasks]
+    cases = [(DRY_CASES if args.dry_run else CASES)[task] for task in args.tasks]
     if args.one:
         prepare(cases[0], args.one, train=args.passes == ["training"], batch=args.batch, device="cpu")()
-        print(own_peak())
+        print(peak_memory())
         return
     where = facts(args.device)
     out = args.out or RESULTS / ("dense_dry_run" if args.dry_run else f"dense_{args.device}")
@@ -241,7 +245,7 @@ def main() -> None:
     for case in cases:
         for direction in args.passes:
             rows += compare(case, args.models, args.peers, train=direction == "training", args=args)
-            # after each: a later one may want more memory than there is
+            # written after each case, since a later one may run out of memory
             out.with_suffix(".json").write_text(
                 json.dumps({**where, "dry_run": args.dry_run, "rows": rows}, indent=1) + "\n"
             )

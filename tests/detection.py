@@ -1,4 +1,4 @@
-"""Miniatures of detection data sets, a small recipe, and a detector that says what it is told, for the tests."""
+"""Small detection data sets, a small recipe, and a detector with given outputs, for the tests."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import nn
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 44, "name": "bottle"}]
 RECIPE: dict[str, dict[str, Any]] = {
-    "model": {"name": "biformer_atto", "drop_path": 0.1},
-    "task": {"kind": "detect", "detect": {"channels": 64, "longest": 120, "short": [48, 64]}},
+    "model": {"name": "biformer_atto"},
+    "task": {"kind": "detect", "detect": {"channels": 64, "max_size": 120, "min_size": [48, 64]}},
     "data": {"source": "coco", "size": 64, "batch": 4, "micro_batch": 2, "eval_batch": 3},
 }
 
@@ -28,7 +28,7 @@ def annotation(number: int, image: int, category: int, box: list[float], **more:
 
 
 def draw_coco(root: Path, *, train: int = 8, val: int = 6) -> Path:
-    """COCO's layout: images of several sizes with two objects each, but for a crowd, an empty and a degenerate one."""
+    """COCO's layout: images of several sizes with two objects each; one is empty, one has only a crowd."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         folder, images, found = root / f"{split}2017", [], []
@@ -42,7 +42,7 @@ def draw_coco(root: Path, *, train: int = 8, val: int = 6) -> Path:
                 continue  # an image without objects
             counts = [5 * height, 20 * height, (width - 25) * height]  # columns 5 to 24
             crowd = {"iscrowd": 1, "segmentation": {"counts": counts, "size": [height, width]}, "area": 20.0 * height}
-            if number == 2:  # nothing but a crowd
+            if number == 2:  # only a crowd
                 found.append(annotation(len(found), 100 + number, 1, [5, 0, 20, height], **crowd))
                 continue
             x, y = map(float, rng.uniform(1, 12, 2))
@@ -79,7 +79,7 @@ def write_recipe(path: Path, root: Path | None, **sections: Any) -> Path:
 
 
 class Oracle(nn.Module):
-    """Finds in each image what it was told: `found` by the image's number in the order of calls."""
+    """Returns the given predictions, one for each image, in the order of calls."""
 
     def __init__(self, found: list[dict[str, Any]]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Miniatures of the published segmentation data sets, in exactly their layouts."""
+"""Small copies of the published segmentation data sets, in their layouts."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ ORIENTATION = 0x0112
 
 
 def picture(path: Path, height: int, width: int, *, turn: int = 1, seed: int = 0) -> np.ndarray:
-    """Write a smooth picture, stored so that EXIF orientation `turn` asks a viewer to turn it; its pixels as stored."""
+    """Write a smooth image with the EXIF orientation `turn`. Returns its pixels as stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pixels = np.linspace(0, 255, height * width * 3).reshape(height, width, 3) / 2 + rng.uniform(0, 120, 3)
@@ -23,7 +23,7 @@ def picture(path: Path, height: int, width: int, *, turn: int = 1, seed: int = 0
 
 
 def mask(path: Path, values: np.ndarray, *, palette: bool = False) -> None:
-    """Write class numbers: 8 or 16 bits by the type of `values`, or 8 bits with a palette of colours."""
+    """Write class indices with 8 or 16 bits, as the dtype of `values` says, or with 8 bits and a color palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values)
     if palette:
@@ -34,7 +34,7 @@ def mask(path: Path, values: np.ndarray, *, palette: bool = False) -> None:
 
 
 def ade20k(root: Path, *, train: int = 4, val: int = 2, height: int = 40, width: int = 48) -> Path:
-    """`ADEChallengeData2016` below `root`: a bright right half is class 1, the rest class 0, the first row ignored."""
+    """`ADEChallengeData2016` below `root`: the right half is class 1, the left half class 0, the first row ignored."""
     root = root / "ADEChallengeData2016"
     for part, short, count in (("training", "train", train), ("validation", "val", val)):
         for number in range(count):
@@ -53,7 +53,7 @@ def cityscapes(root: Path) -> Path:
             stem = f"{city}_000000_000019"
             picture(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", 20, 40)
             values = np.full((20, 40), 7, np.uint8)  # road
-            values[:5], values[5:8], values[8], values[9] = 23, 33, 0, 255  # sky, bicycle, unlabeled, licence plate
+            values[:5], values[5:8], values[8], values[9] = 23, 33, 0, 255  # sky, bicycle, unlabeled, license plate
             mask(root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", values)
             mask(root / "gtFine" / split / city / f"{stem}_gtFine_color.png", values)
     return root

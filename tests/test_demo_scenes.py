@@ -1,11 +1,11 @@
-"""The digit scenes: deterministic, sound, of separate digits."""
+"""The digit scenes: deterministic, with valid masks, and different digits in training and validation."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessel.train.data.digit_scenes import HIDDEN, DigitScenes, covered
+from tessel.train.data.sources.digit_scenes import MAX_HIDDEN, DigitScenes, covered
 
 
 @settings(max_examples=15, deadline=None)
@@ -34,4 +34,4 @@ def test_overlaps_occur_but_stay_small():
     assert not covered(before, np.array([[1, 1, 1, 1, 1, 3, 3, 2]]))
     assert covered(before, np.array([[1, 1, 1, 3, 3, 3, 3, 2]]))
     assert covered(before, np.array([[1, 1, 1, 1, 1, 1, 3, 3]]))
-    assert 0.1 < HIDDEN < 0.5
+    assert 0.1 < MAX_HIDDEN < 0.5

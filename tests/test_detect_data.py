@@ -1,4 +1,4 @@
-"""Detection data: every layout read as it is published, and targets that stay with their images."""
+"""Detection data: the published layouts, errors that name faulty files, and joint augmentation."""
 
 import json
 
@@ -10,10 +10,12 @@ from PIL import Image
 
 from tessel.train.data.loader import SeededDataset
 from tessel.train.data.sampler import seed_all
-from tessel.train.data.sources.build_boxes import build_dataset
+from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
-from tessel.train.tasks.detect.augment import CropWithin, Eval, Train
+from tessel.train.recipe.registry import open_dataset
+from tessel.train.tasks.detect.augment import EvalTransform, RandomSizeCrop, TrainTransform
+from tessel.train.tasks.detect.task import DetectTask
 
 MASKS = "task.detect.detector=mask_rcnn"
 
@@ -28,7 +30,7 @@ def recipe(path, root, *overrides):
 
 
 def test_coco_is_read_as_published(coco, tmp_path):
-    val = build_dataset(recipe(tmp_path, coco, MASKS), "val")
+    val = open_dataset(recipe(tmp_path, coco, MASKS), "val")
     assert val.classes == ["person", "dog", "bottle"] and len(val) == 6
     content = json.loads((coco / "annotations/instances_val2017.json").read_text())
     for index, (number, image) in enumerate(sorted((one["id"], one) for one in content["images"])):
@@ -49,39 +51,40 @@ def test_coco_is_read_as_published(coco, tmp_path):
     assert {target["iscrowd"].sum() for _, target in (val[i] for i in range(6))} == {0, 1}
 
 
-def test_images_without_objects_are_judged_and_trained_on_by_key(coco, tmp_path):
-    assert len(build_dataset(recipe(tmp_path, coco), "train")) == 6  # of 8: one is empty, one holds a crowd alone
-    assert len(build_dataset(recipe(tmp_path, coco, "task.detect.empty=true"), "train")) == 8
-    assert len(build_dataset(recipe(tmp_path, coco), "val")) == 6
+def test_images_without_objects_are_evaluated_and_trained_on_if_asked(coco, tmp_path):
+    task = DetectTask(recipe(tmp_path, coco), World())
+    # of 8 training images, one has no object and one only a crowd
+    assert (len(task.train), len(task.val)) == (6, 6)
+    assert len(DetectTask(recipe(tmp_path, coco, "task.detect.empty=true"), World()).train) == 8
 
 
 def test_annotations_are_arrays(coco, tmp_path):
-    held = vars(build_dataset(recipe(tmp_path, coco, MASKS), "train"))
+    held = vars(open_dataset(recipe(tmp_path, coco, MASKS), "train"))
     assert all(isinstance(value, np.ndarray | bool | str | list) for value in held.values())
     assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
 
 
-def test_crowds_and_degenerate_boxes_are_no_target(coco, tmp_path):
-    wanted = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
-    train, transform = build_dataset(wanted, "train"), Train(wanted)
+def test_crowds_and_boxes_without_area_are_not_learned(coco, tmp_path):
+    config = recipe(tmp_path, coco, MASKS, "task.detect.empty=true", "data.aug.hflip=0", "data.aug.color_jitter=0")
+    train, transform = open_dataset(config, "train"), TrainTransform(config)
     assert len(train[3][1]["boxes"]) == 4
     image, target = transform(*train[3])
     assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) == 2
     for index in (1, 2):
         image, target = transform(*train[index])
         assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, *image.shape[-2:])
-    image, target = Eval()(*train[3])
+    image, target = EvalTransform()(*train[3])
     assert len(target["boxes"]) == 4 and image.shape == (3, 60, 60) and image.dtype == torch.float32
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_other_names_of_files(coco, tmp_path, split):
-    names = f"task.detect.{split}=[annotations/instances_val2017.json, val2017]"
-    assert len(build_dataset(recipe(tmp_path, coco, names, "task.detect.empty=true"), split)) == 6
+    names = f"data.{split}=[annotations/instances_val2017.json, val2017]"
+    assert len(open_dataset(recipe(tmp_path, coco, names, "task.detect.empty=true"), split)) == 6
 
 
 def marked(width, height):
-    """An image whose left half is red, stored turned by a quarter with the EXIF mark that says so."""
+    """An image whose left half is red, stored rotated by 90 degrees, and the EXIF data that says so."""
     upright = np.zeros((height, width, 3), np.uint8)
     upright[:, : width // 2, 0] = 255
     stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
@@ -97,9 +100,9 @@ def test_annotated_size_decides_on_exif_rotation(tmp_path, annotated):
     stored.save(root / "val2017/000000000000.jpg", exif=exif)
     size = {"upright": (66, 50), "stored": (50, 66), "neither": (50, 50)}[annotated]
     detection.change(root, "val", lambda c: c["images"][-1].update(width=size[0], height=size[1]))
-    val = build_dataset(recipe(tmp_path, root), "val")
+    val = open_dataset(recipe(tmp_path, root), "val")
     if annotated == "neither":
-        with pytest.raises(UserError, match=r"000000000000.jpg is 50 x 66, its annotations are for 50 x 50"):
+        with pytest.raises(UserError, match=r"000000000000.jpg is .* pixels, .* 50 x 50"):
             val[0]
         return
     assert val[0][0].size == size
@@ -134,27 +137,27 @@ def first(**values):
         (lambda c: c["images"][0].update(file_name=5), ["image 107 has the file_name 5"]),
         (lambda c: [one.update(area="x") for one in c["annotations"]], ["annotation 14", "(and 14 more faults)"]),
         (lambda c: c.update(annotations=[]), ["has no images with objects"]),
-        (lambda c: c["annotations"][0].pop("segmentation"), ["annotation 14 is without segmentation"]),
+        (lambda c: c["annotations"][0].pop("segmentation"), ["annotation 14 has no segmentation"]),
     ],
 )
-def test_mistaken_annotations_are_named(tmp_path, edit, fragments):
+def test_errors_name_the_faulty_annotation(tmp_path, edit, fragments):
     root = detection.draw_coco(tmp_path / "coco")
     detection.change(root, "train", edit)
     with pytest.raises(UserError) as caught:
-        build_dataset(recipe(tmp_path, root, MASKS), "train")
+        assert DetectTask(recipe(tmp_path, root, MASKS), World()).train
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
 
 
 @pytest.mark.parametrize("odd", [[5, 5, 20, 20], [5, 5, 20, 20, 5], [5, 5, 20, 20, 5, "x"], [5, 5, 20, 20, 5, 1e9]])
-def test_polygons_without_three_points_are_no_mask(tmp_path, odd):
-    """COCO's tools would take four numbers for a box, and read the polygons after it as such too."""
+def test_polygons_without_three_points_are_skipped(tmp_path, odd):
+    """COCO's tools would read four numbers as a box, and the polygons after them too."""
     root = detection.draw_coco(tmp_path / "coco")
     square = [5, 5, 15, 5, 15, 15, 5, 15]
     detection.change(root, "train", first(segmentation=[odd, square]))
-    train = build_dataset(recipe(tmp_path, root, MASKS), "train")
+    train = open_dataset(recipe(tmp_path, root, MASKS), "train")
     assert train[len(train) - 1][1]["masks"][0].sum() == 100
     detection.change(root, "train", first(segmentation=[odd]))
-    train = build_dataset(recipe(tmp_path, root, MASKS), "train")
+    train = open_dataset(recipe(tmp_path, root, MASKS), "train")
     with pytest.raises(
         UserError, match=r"annotation 14 of .*instances_train2017.json has a segmentation without a pol"
     ):
@@ -164,15 +167,15 @@ def test_polygons_without_three_points_are_no_mask(tmp_path, odd):
 def test_missing_files_are_named(tmp_path):
     root = detection.draw_coco(tmp_path / "coco")
     (root / "val2017").rename(root / "images")
-    with pytest.raises(UserError, match="val2017 is no folder"):
-        build_dataset(recipe(tmp_path, root), "val")
+    with pytest.raises(UserError, match="val2017 is not a folder"):
+        open_dataset(recipe(tmp_path, root), "val")
     (root / "images").rename(root / "val2017")
     (root / "val2017/000000000000.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match="000000000000.jpg cannot be decoded"):
-        build_dataset(recipe(tmp_path, root), "val")[0]
+        open_dataset(recipe(tmp_path, root), "val")[0]
     (root / "annotations/instances_val2017.json").unlink()
     with pytest.raises(UserError, match="instances_val2017.json cannot be read"):
-        build_dataset(recipe(tmp_path, root), "val")
+        open_dataset(recipe(tmp_path, root), "val")
 
 
 def draw_voc(root):
@@ -194,22 +197,22 @@ def draw_voc(root):
 
 
 def test_pascal_voc_is_read_as_published(tmp_path):
-    wanted = recipe(tmp_path, draw_voc(tmp_path / "VOC2012"), "data.source=voc2012")
-    val = build_dataset(wanted, "val")
+    config = recipe(tmp_path, draw_voc(tmp_path / "VOC2012"), "data.source=voc2012")
+    val = open_dataset(config, "val")
     assert len(val.classes) == 20 and [len(val[i][1]["boxes"]) for i in range(3)] == [2, 1, 0]
     target = val[0][1]
     assert target["boxes"].tolist() == [[0, 0, 20, 30], [4, 5, 50, 40]] and target["iscrowd"].tolist() == [0, 1]
     assert [val.classes[label] for label in target["labels"]] == ["dog", "person"]
-    assert len(build_dataset(wanted, "train")) == 1
+    assert len(DetectTask(config, World()).train) == 1
     (tmp_path / "VOC2012/Annotations/2007_1.xml").unlink()
     with pytest.raises(UserError, match="2007_1.xml"):
-        build_dataset(wanted, "val")
+        open_dataset(config, "val")
 
 
 @pytest.mark.parametrize("above", ["VOCdevkit/VOC2012", "VOC2012"])
 def test_pascal_voc_is_found_in_the_folder_it_was_unpacked_to(tmp_path, above):
     draw_voc(tmp_path / above)
-    assert len(build_dataset(recipe(tmp_path, tmp_path, "data.source=voc2012"), "val")) == 3
+    assert len(open_dataset(recipe(tmp_path, tmp_path, "data.source=voc2012"), "val")) == 3
 
 
 @pytest.mark.parametrize(
@@ -217,28 +220,28 @@ def test_pascal_voc_is_found_in_the_folder_it_was_unpacked_to(tmp_path, above):
     [
         ("</annotation>", "", ["ParseError"]),
         ("annotation>", "notes>", ["KeyError: 'annotation'"]),
-        ("<difficult>1", "<difficult>yes", ["difficult is 'yes'", "a number"]),
+        ("<difficult>1", "<difficult>yes", ["difficult is 'yes'"]),
         ("<difficult>1", "<difficult>2", ["difficult is '2'", "0 or 1"]),
         ("bndbox", "box", ["KeyError: 'bndbox'"]),
         ("<xmin>5</xmin>", "", ["KeyError: 'xmin'"]),
         ("<xmin>5", "<xmin>nan", ["xmin is 'nan'"]),
         ("<width>60.0", "<width>60.5", ["60.5 x 40"]),
-        ("<name>person", "<name>persona", ["'persona', which is none of the classes"]),
+        ("<name>person", "<name>persona", ["'persona'"]),
     ],
 )
-def test_mistaken_files_of_pascal_voc_are_named(tmp_path, old, new, fragments):
+def test_errors_name_the_faulty_voc_file(tmp_path, old, new, fragments):
     file = draw_voc(tmp_path / "VOC2012") / "Annotations/2007_1.xml"
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UserError) as caught:
-        build_dataset(recipe(tmp_path, tmp_path / "VOC2012", "data.source=voc2012"), "val")
+        open_dataset(recipe(tmp_path, tmp_path / "VOC2012", "data.source=voc2012"), "val")
     message = str(caught.value)
-    assert message.startswith(f"{file} cannot be read as Pascal VOC (") and "UserError" not in message
+    assert message.startswith(f"{file} is not a valid Pascal VOC") and "UserError" not in message
     assert all(fragment in message for fragment in fragments) and "\n" not in message, message
 
 
 def test_digit_scenes(tmp_path):
-    wanted = recipe(tmp_path, None, MASKS, "data.scenes=20", "data.size=96")
-    train, val = (build_dataset(wanted, split) for split in ("train", "val"))
+    config = recipe(tmp_path, None, MASKS, "data.scenes=20", "data.size=96")
+    train, val = (open_dataset(config, split) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (20, 4, [str(digit) for digit in range(10)])
     image, target = train[3]
     scene = train.scenes[3]
@@ -263,8 +266,13 @@ def squares():
 @pytest.mark.parametrize("aug", ["hflip=1", "vflip=1", "hflip=0.5"])
 @pytest.mark.parametrize("crop", ["null", "[40, 60]"])
 def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
-    keys = ["data.aug.color_jitter=0", f"data.aug.{aug}", f"task.detect.crop={crop}", "task.detect.short=[40, 64, 90]"]
-    transform, image, target = Train(recipe(tmp_path, None, MASKS, *keys)), *squares()
+    keys = [
+        "data.aug.color_jitter=0",
+        f"data.aug.{aug}",
+        f"task.detect.crop={crop}",
+        "task.detect.min_size=[40, 64, 90]",
+    ]
+    transform, image, target = TrainTransform(recipe(tmp_path, None, MASKS, *keys)), *squares()
     shapes, counts = set(), set()
     for seed in range(24):
         seed_all(seed)
@@ -276,43 +284,43 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
             bright = pixels[label] > 0.5
             inside = bright[int(y1.round()) : int(y2.round()), int(x1.round()) : int(x2.round())]
             assert inside.float().mean() > 0.9 and inside.sum() > 0.9 * bright.sum()
-            assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest pixels lie up to one off
+            assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest-neighbor resizing is off by up to one pixel
     assert len(shapes) == 3 if crop == "null" else len(shapes) > 6
     if crop == "null":
-        assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third by the longest side
+        assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third is limited by max_size
 
 
-def test_crop_takes_what_there_is():
+def test_crop_of_a_smaller_image_keeps_its_size():
     torch.manual_seed(0)
-    assert CropWithin(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
-    sizes = {tuple(CropWithin(10, 12)(torch.zeros(3, 60, 80)).shape) for _ in range(60)}
+    assert RandomSizeCrop(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
+    sizes = {tuple(RandomSizeCrop(10, 12)(torch.zeros(3, 60, 80)).shape) for _ in range(60)}
     assert sizes == {(3, h, w) for h in (10, 11, 12) for w in (10, 11, 12)}
 
 
 def test_samples_depend_on_their_key_alone(coco, tmp_path):
-    wanted = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
-    data = SeededDataset(build_dataset(wanted, "train"), Train(wanted), seed=3)
+    config = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
+    data = SeededDataset(open_dataset(config, "train"), TrainTransform(config), seed=3)
     one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
     assert one[0].shape != third[0].shape or not torch.equal(one[0], third[0])
 
 
 @pytest.mark.parametrize(
-    ("override", "fragment"),
+    ("override", "fragments"),
     [
-        ("data.source=folder", "data.source=folder is not for task.kind=detect"),
-        ("data.aug.mixup=0.2", "data.aug.mixup has no effect with task.kind=detect"),
-        ("data.aug.scale=[0.5, 1]", "data.aug.scale has no effect"),
-        ("data.crop_pct=0.9", "data.crop_pct has no effect"),
-        ("task.smoothing=0.1", "task.smoothing has no effect"),
-        ("task.detect.anchor=8", "task.detect.anchor has no effect with task.detect.detector=fcos"),
-        ("task.detect.channels=32", "task.detect.channels=32: task.detect.detector=fcos takes multiples of 32 from 64"),
-        ("task.detect.channels=80", "task.detect.channels=80: task.detect.detector=fcos takes multiples of 32 from 64"),
-        ("task.detect.crop=[9, 3]", "no rising range"),
-        ("task.kind=classify", "task.detect has no effect with task.kind=classify"),
+        ("data.source=folder", ["data.source=folder", "task.kind=detect", "coco"]),
+        ("data.aug.mixup=0.2", ["data.aug.mixup has no effect"]),
+        ("data.aug.scale=[0.5, 1]", ["data.aug.scale has no effect"]),
+        ("data.crop_pct=0.9", ["data.crop_pct has no effect"]),
+        ("task.smoothing=0.1", ["task.smoothing has no effect"]),
+        ("task.detect.anchor=8", ["task.detect.anchor has no effect", "task.detect.detector=fcos"]),
+        ("task.detect.channels=32", ["task.detect.channels=32", "task.detect.detector=fcos", "at least 64"]),
+        ("task.detect.channels=80", ["task.detect.channels=80", "task.detect.detector=fcos", "multiple of 32"]),
+        ("task.detect.crop=[9, 3]", ["task.detect.crop=[9, 3]"]),
+        ("task.kind=classify", ["task.detect has no effect", "task.kind=detect"]),
     ],
 )
-def test_keys_that_contradict_others_are_refused(coco, tmp_path, override, fragment):
+def test_conflicting_keys_are_errors(coco, tmp_path, override, fragments):
     with pytest.raises(UserError) as caught:
         recipe(tmp_path, coco, override)
-    assert fragment in str(caught.value)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value

@@ -1,4 +1,4 @@
-"""The detectors: torchvision's, on any backbone, with every parameter in use and the trainer's questions answered."""
+"""torchvision's detectors on any backbone: gradients, labels, precision, parameter groups, errors and exports."""
 
 import json
 from typing import Any
@@ -12,22 +12,31 @@ from torchvision.models import detection
 
 from tessel.train.errors import UserError
 from tessel.train.optim.optimizer import build_optimizer
-from tessel.train.recipe.schema import Dense, Detect, Model, Optim, Segment
+from tessel.train.recipe.schema import Dense, Model, Optim
 from tessel.train.tasks import detect
 from tessel.train.tasks.detect.detectors import DETECTORS, build_detector
-from tessel.train.tasks.export import export_parts
-from tessel.train.tasks.segment.model import assemble
+from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.export import export_model
+from tessel.train.tasks.segment.model import build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
 
 ATTO, PLAIN = Model(name="biformer_atto"), Dense()
-SMALL = {"channels": 64, "longest": 200}
+SMALL = {"channels": 64, "max_size": 200}
 IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
 CLASSES = ["a", "b", "c"]
+# an untrained detector finds something with a threshold of 0; a mask head in bfloat16 is slow on a CPU
+FEW_DETECTIONS = {
+    name: {"box_score_thresh": 0.0, "box_detections_per_img": 5}
+    if "rcnn" in name
+    else {"score_thresh": 0.0, "detections_per_img": 20}
+    for name in DETECTORS
+}
 
 
 def built(detector, model=ATTO, dense=PLAIN, **keys):
     side = {} if detector == "fcos" else {"anchor": 8}
-    wanted = Detect(detector=detector, **{**SMALL, **side, **keys})
-    return build_detector(model, wanted, dense=dense, size=64, classes=3)
+    options = DetectOptions(detector=detector, **{**SMALL, **side, **keys})
+    return build_detector(model, options, dense=dense, size=64, classes=3)
 
 
 def targets():
@@ -42,8 +51,8 @@ def targets():
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_every_parameter_learns_also_from_empty_images(name):
-    """As DDP needs it on each process, whatever images it has drawn."""
+def test_every_parameter_has_a_gradient_even_from_empty_images(name):
+    """DDP needs it on each process, whatever images the process has."""
     model = built(name).train()
     for chosen in (slice(None), slice(1, None)):
         model.zero_grad(set_to_none=True)
@@ -54,8 +63,8 @@ def test_every_parameter_learns_also_from_empty_images(name):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_boxes_are_full_precision_pixels_of_the_image_as_it_came(name):
-    model = built(name, kwargs={"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}).eval()
+def test_boxes_are_float32_pixels_of_the_given_image(name):
+    model = built(name, kwargs=FEW_DETECTIONS[name]).eval()
     image = torch.rand(3, 90, 130)
     with torch.no_grad():
         plain = model([image])[0]
@@ -64,7 +73,7 @@ def test_boxes_are_full_precision_pixels_of_the_image_as_it_came(name):
     assert plain["boxes"].dtype == half["boxes"].dtype == half["scores"].dtype == torch.float32
     assert len(plain["boxes"]) and set(plain["labels"].tolist()) <= {0, 1, 2}
     assert plain["boxes"][:, 2].max() > 65 and (plain["boxes"] <= torch.tensor([130.0, 90, 130, 90])).all()
-    # coordinates that went through bfloat16 lie on its grid, of 0.25 to 0.5 at this size
+    # coordinates that were rounded to bfloat16 would be multiples of 0.25 or 0.5
     assert (half["boxes"] != half["boxes"].bfloat16().float()).any()
     if name == "mask_rcnn":
         assert half["masks"].shape[1:] == (1, 90, 130) and half["masks"].dtype == torch.float32
@@ -72,14 +81,14 @@ def test_boxes_are_full_precision_pixels_of_the_image_as_it_came(name):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_labels_count_from_zero_in_every_detector(name, monkeypatch):
-    """torchvision's R-CNNs have the background as class 0, the others have none."""
+    """torchvision's R-CNNs have the background as class 0; the other detectors have no background class."""
     model, seen, first = built(name), [], int("rcnn" in name)
 
     def forward(self, images, targets=None):
         seen.append(targets)
         return {"loss": torch.ones(())} if self.training else [{"labels": torch.arange(3) + first}]
 
-    for theirs in (detection.FCOS, detection.RetinaNet, detection.FasterRCNN):  # Mask R-CNN is of the last kind
+    for theirs in (detection.FCOS, detection.RetinaNet, detection.FasterRCNN):  # the base of Mask R-CNN is the last
         monkeypatch.setattr(theirs, "forward", forward)
     given = targets()
     assert model.train()(IMAGES, given) == {"loss": 1} and given[0]["labels"].tolist() == [0, 2]
@@ -97,7 +106,7 @@ def test_levels_follow_the_detector():
     assert not same.backbone.fpn.extra_blocks.use_P5
 
 
-def test_batch_norm_of_the_backbone_holds_still_in_training():
+def test_batch_norm_modes_of_the_backbone():
     for mode, trained in (("train", True), ("eval", True), ("frozen", False)):
         model = built("fcos", dense=Dense(batch_norm=mode)).train()
         norms = [module for module in model.backbone.body.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -121,7 +130,7 @@ def test_layer_decay_and_no_decay_reach_the_backbone(name):
     assert bool(spared) == (name == "transnext_atto")
 
 
-def test_backbone_begins_with_a_classifier():
+def test_backbone_starts_from_a_classifier():
     torch.manual_seed(5)
     source = timm.create_model("biformer_atto")
     body = built("fcos").backbone.body
@@ -134,14 +143,14 @@ def test_backbone_begins_with_a_classifier():
     [
         ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
         ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
-        ({"channels": 40}, ATTO, ["task.detect.channels=40", "with fcos"]),
-        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 entries"]),
+        ({"channels": 40}, ATTO, ["task.detect.channels=40", "task.detect.detector=fcos"]),
+        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 levels"]),
         ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
         ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
         ({}, Model(name="biformer_atto", init_from="test_resnet"), ["test_resnet"]),
     ],
 )
-def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
+def test_errors_name_what_cannot_be_built(keys, model, fragments, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     with pytest.raises(UserError) as caught:
@@ -156,21 +165,21 @@ def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
         (
             "faster_rcnn",
             {"box_score_thresh": "abc"},
-            "box_score_thresh='abc' with faster_rcnn; it must be a number from",
+            "box_score_thresh='abc' with faster_rcnn: Input should be a valid number",
         ),
-        ("faster_rcnn", {"box_positive_fraction": 1.5}, "a number from 0 to 1"),
+        ("faster_rcnn", {"box_positive_fraction": 1.5}, "less than or equal to 1"),
         ("faster_rcnn", {"box_batch_size_per_image": "x"}, "box_batch_size_per_image='x'"),
         (
             "mask_rcnn",
             {"rpn_pre_nms_top_n_train": 1.5},
-            "rpn_pre_nms_top_n_train=1.5 with mask_rcnn; it must be a whole",
+            "rpn_pre_nms_top_n_train=1.5 with mask_rcnn",
         ),
-        ("mask_rcnn", {"bbox_reg_weights": [1, 2]}, "bbox_reg_weights=[1, 2] with mask_rcnn; it must be four numbers"),
-        ("faster_rcnn", {"bbox_reg_weights": 3}, "four numbers above 0"),
-        ("faster_rcnn", {"rpn_bg_iou_thresh": 0.8}, "rpn_bg_iou_thresh"),  # above that of the foreground
-        ("faster_rcnn", {"box_head": 3}, "box_head is no argument"),
-        ("mask_rcnn", {"rpn_head": 3}, "rpn_head is no argument"),
-        ("retinanet", {"proposal_matcher": 3}, "proposal_matcher is no argument"),
+        ("mask_rcnn", {"bbox_reg_weights": [1, 2]}, "bbox_reg_weights=[1, 2] with mask_rcnn"),
+        ("faster_rcnn", {"bbox_reg_weights": 3}, "bbox_reg_weights=3"),
+        ("faster_rcnn", {"rpn_bg_iou_thresh": 0.8}, "rpn_bg_iou_thresh"),  # above rpn_fg_iou_thresh
+        ("faster_rcnn", {"box_head": 3}, "box_head is not an argument"),
+        ("mask_rcnn", {"rpn_head": 3}, "rpn_head is not an argument"),
+        ("retinanet", {"proposal_matcher": 3}, "proposal_matcher is not an argument"),
         ("retinanet", {"score_thresh": None}, "score_thresh=None"),
         ("retinanet", {"detections_per_img": True}, "detections_per_img=True"),
         ("fcos", {"score_thresh": "abc"}, "score_thresh='abc' with fcos"),
@@ -178,39 +187,39 @@ def test_what_cannot_be_built_is_named(keys, model, fragments, monkeypatch):
         (
             "fcos",
             {"head": 3},
-            "head is no argument of fcos, which takes center_sampling_radius, detections_per_img, nms",
+            "head is not an argument of fcos, which takes center_sampling_radius, detections_per_img, nms",
         ),
-        ("fcos", {"center_sampling_radius": "x"}, "center_sampling_radius='x' with fcos; it must be a number above 0"),
+        ("fcos", {"center_sampling_radius": "x"}, "center_sampling_radius='x' with fcos: "),
         ("fcos", {"detections_per_img": "x"}, "detections_per_img='x'"),
         ("fcos", {"topk_candidates": 0}, "topk_candidates=0"),
     ],
 )
-def test_arguments_that_a_detector_cannot_take_are_named(name, kwargs, fragment):
+def test_invalid_kwargs_are_errors(name, kwargs, fragment):
     with pytest.raises(UserError) as caught:
         built(name, kwargs=kwargs)
     assert "task.detect.kwargs" in str(caught.value) and fragment in str(caught.value), caught.value
 
 
-def test_arguments_reach_the_detector():
+def test_kwargs_reach_the_detector():
     rcnn = built("faster_rcnn", kwargs={"bbox_reg_weights": [1, 2, 3, 4], "box_nms_thresh": 0})
     assert tuple(rcnn.roi_heads.box_coder.weights) == (1, 2, 3, 4) and rcnn.roi_heads.nms_thresh == 0
     assert built("faster_rcnn", kwargs={"bbox_reg_weights": None}).roi_heads.box_coder.weights == (10, 10, 5, 5)
     assert built("fcos", kwargs={"center_sampling_radius": 2}).center_sampling_radius == 2
 
 
-def handed_out(folder, model, wanted):
-    parts = {"model": ATTO, "dense": PLAIN, "detect": wanted}
-    export_parts(folder, model.state_dict(), task="detect", **parts, size=64, classes=CLASSES)
+def export(folder, model, options):
+    sections = {"dense": PLAIN, "detect": options}
+    export_model(folder, model.state_dict(), task="detect", model=ATTO, sections=sections, size=64, classes=CLASSES)
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "fcos"])
 def test_export_reads_back(tmp_path, name):
-    keys = {**SMALL, "detector": name, "kwargs": {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}}
-    wanted = Detect(**keys)
-    model = build_detector(ATTO, wanted, dense=PLAIN, size=64, classes=3).eval()
+    keys = {**SMALL, "detector": name, "kwargs": FEW_DETECTIONS[name]}
+    options = DetectOptions(**keys)
+    model = build_detector(ATTO, options, dense=PLAIN, size=64, classes=3).eval()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").touch()
-    handed_out(tmp_path / "export", model, wanted)
+    export(tmp_path / "export", model, options)
     again = detect.load(tmp_path / "export")
     assert not again.training and again.classes == CLASSES and not (tmp_path / "export" / "old").exists()
     with torch.no_grad():
@@ -219,15 +228,16 @@ def test_export_reads_back(tmp_path, name):
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])
-def test_a_detector_begins_with_the_backbone_of_an_exported_model(tmp_path, task):
+def test_a_detector_starts_from_the_backbone_of_an_exported_model(tmp_path, task):
     head, heads = {"type": "UPerHead", "channels": 8}, {"dense": PLAIN, "classes": CLASSES}
     if task == "segment":
-        source: Any = assemble(ATTO, Segment(decode_head=head), **heads)
-        body, parts = source.backbone.body, {"segment": Segment(decode_head=head)}
+        source: Any = build_segmenter(ATTO, SegmentOptions(decode_head=head), **heads)
+        body, parts = source.backbone.body, {"segment": SegmentOptions(decode_head=head)}
     else:
         source = built("mask_rcnn")
-        body, parts = source.backbone.body.body, {"detect": Detect(**SMALL)}
-    export_parts(tmp_path / "export", source.state_dict(), task=task, model=ATTO, dense=PLAIN, **parts)
+        body, parts = source.backbone.body.body, {"detect": DetectOptions(**SMALL)}
+    sections = {"dense": PLAIN, **parts}
+    export_model(tmp_path / "export", source.state_dict(), task=task, model=ATTO, sections=sections)
     model = built("fcos", model=Model(name="biformer_atto", init_from=f"local-dir:{tmp_path}/export"))
     for key, tensor in model.backbone.body.body.state_dict().items():
         assert torch.equal(tensor, body.state_dict()[key]), key
@@ -236,11 +246,11 @@ def test_a_detector_begins_with_the_backbone_of_an_exported_model(tmp_path, task
 
 
 @pytest.mark.parametrize("harm", ["nothing", "classifier", "class"])
-def test_a_folder_without_a_detector_is_named(tmp_path, harm):
+def test_a_folder_without_a_detector_is_an_error(tmp_path, harm):
     model = built("fcos")
     folder = tmp_path / "export"
     if harm != "nothing":
-        handed_out(folder, model, Detect(**SMALL))
+        export(folder, model, DetectOptions(**SMALL))
         config = json.loads((folder / "config.json").read_text())
         config = {"architecture": "resnet"} if harm == "classifier" else config | {"classes": ["a"]}
         (folder / "config.json").write_text(json.dumps(config))

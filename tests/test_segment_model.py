@@ -1,4 +1,4 @@
-"""Segmenters: mmsegmentation's heads on any backbone, their losses, their names, their published weights."""
+"""Segmenters: mmsegmentation's heads on any backbone, their losses, their parameter names, published weights."""
 
 import math
 from typing import Any
@@ -12,13 +12,14 @@ from timm.models import group_parameters
 from torch.nn import functional as F
 
 from tessel import zoo
-from tessel.train.distributed.parallel import layers
+from tessel.train.distributed.parallel import fsdp_units
 from tessel.train.errors import UserError
 from tessel.train.openmmlab.compat import build
-from tessel.train.recipe.schema import Dense, Model, Segment
+from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.segment.head_checks import FeatureSpec
 from tessel.train.tasks.segment.heads import HeadConfig, build_head, build_neck, cross_entropy
-from tessel.train.tasks.segment.model import Segmenter, assemble
+from tessel.train.tasks.segment.model import Segmenter, build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
 UPER: dict[str, Any] = {"type": "UPerHead", "channels": 16}
@@ -66,7 +67,9 @@ def assembled(
     size: int | None = None,
     **parts: Any,
 ) -> Segmenter:
-    return assemble(Model(name=name), Segment(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size)
+    return build_segmenter(
+        Model(name=name), SegmentOptions(decode_head=head, **parts), dense=dense, classes=CLASSES, size=size
+    )
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -106,41 +109,41 @@ def test_every_family(name, batch):
 
 
 def test_a_head_that_pools_large_windows_needs_large_images():
-    words = {"type": "LRASPPHead", "channels": 8, "in_index": [0, 1, 2], "input_transform": "multiple_select"}
-    assembled(words, size=784)  # the third map is of 49 pixels
-    with pytest.raises(UserError, match="LRASPPHead does not run on the maps of this backbone: .*Output size is too"):
-        assembled(words, size=512)
+    head = {"type": "LRASPPHead", "channels": 8, "in_index": [0, 1, 2], "input_transform": "multiple_select"}
+    assembled(head, size=784)  # the third map is of 49 pixels
+    with pytest.raises(UserError, match="LRASPPHead does not run on the feature maps .*: .*Output size is too"):
+        assembled(head, size=512)
 
 
-def test_a_head_sees_how_the_maps_lie_in_memory():
-    words = {"type": "DMHead", "channels": 8, "filter_sizes": [1]}
-    assembled(words, name="resnet18", size=64)
-    with pytest.raises(UserError, match="decode_head.type=DMHead does not run on the maps of this backbone: .*view"):
-        assembled(words, size=64)
+def test_heads_are_checked_in_the_memory_format_of_the_backbone():
+    head = {"type": "DMHead", "channels": 8, "filter_sizes": [1]}
+    assembled(head, name="resnet18", size=64)
+    with pytest.raises(UserError, match="decode_head.type=DMHead does not run on the feature maps .*: .*view"):
+        assembled(head, size=64)
 
 
-def test_a_backbone_of_one_size():
+def test_a_backbone_with_a_fixed_input_size():
     name = "swin_tiny_patch4_window7_224"
-    with pytest.raises(UserError, match=f"model.name={name} does not run on images of 96 x 96 .*strict_img_size=false"):
+    with pytest.raises(UserError, match=f"model.name={name} does not accept images of 96 x 96 .*strict_img_size=false"):
         assembled(name=name, size=96)
 
 
 def test_a_neck_of_one_width():
-    """No hierarchical backbone hands such maps out; what the neck makes of them is known from its trial."""
+    """No hierarchical backbone returns such maps. The specs of the outputs are measured by running the neck."""
     maps = [FeatureSpec(8, 4), FeatureSpec(8, 8), FeatureSpec(8, 16), FeatureSpec(4, 32)]
     outs = build_neck({"type": "Feature2Pyramid", "embed_dim": 8}, maps, [HeadConfig("decode_head", UPER)])[1]
     assert [(out.channels, out.stride) for out in outs] == [(8, 1), (8, 4), (8, 16), (4, 64)]
 
 
 def test_unused_stages_are_not_built():
-    """A parameter without a gradient stops the training on several processes."""
+    """DDP stops at parameters without a gradient."""
     model = assembled({"type": "FCNHead", "channels": 8, "in_index": 1})
     whole = assembled()
     assert len(model.backbone.norms) == 1
     assert sum(p.numel() for p in model.backbone.parameters()) < sum(p.numel() for p in whole.backbone.parameters()) / 4
 
 
-def test_loss_is_the_cross_entropy_of_the_enlarged_logits(batch):
+def test_loss_is_the_cross_entropy_of_the_resized_logits(batch):
     images, masks = batch
     weights = {"a": 0.2, "d": 2.0}
     model = assembled(class_weight=weights, auxiliary_head={"type": "FCNHead", "channels": 8}).eval()
@@ -154,7 +157,7 @@ def test_loss_is_the_cross_entropy_of_the_enlarged_logits(batch):
     torch.testing.assert_close(lighter(images, masks)["auxiliary.loss_ce"], 0.4 * losses["auxiliary.loss_ce"])
 
 
-def test_a_crop_without_known_pixels_costs_nothing(batch):
+def test_loss_of_a_crop_without_labelled_pixels_is_zero(batch):
     model = assembled(class_weight={"a": 0.2})
     loss = total(model(batch[0], torch.full_like(batch[1], 255)))
     loss.backward()
@@ -168,11 +171,11 @@ def test_a_crop_without_known_pixels_costs_nothing(batch):
     reduction=st.sampled_from(["mean", "sum", "none"]),
     seed=st.integers(0, 99),
 )
-def test_cross_entropy_is_mmsegmentations_where_that_works(weighted, known, reduction, seed):
+def test_cross_entropy_equals_mmsegmentations_where_that_works(weighted, known, reduction, seed):
     generator = torch.Generator().manual_seed(seed)
     pred, label = torch.randn(2, 4, 3, 5, generator=generator), torch.randint(0, 4, (2, 3, 5), generator=generator)
     if not weighted:
-        label[0, 0] = 255  # with weights theirs looks up the weight of class 255
+        label[0, 0] = 255  # with class weights, mmsegmentation would index them with 255
     pixels = torch.rand(2, 3, 5, generator=generator)
     class_weight = [0.5, 1.0, 2.0, 0.1] if weighted else None
     config = {"type": "CrossEntropyLoss", "avg_non_ignore": known, "class_weight": class_weight, "reduction": reduction}
@@ -191,41 +194,41 @@ def test_several_losses_and_their_weights(batch):
 
 
 @pytest.mark.parametrize(
-    ("head", "neck", "words"),
+    ("head", "neck", "message"),
     [
         ({"type": "UperHead", "channels": 8}, {}, "UperHead is unknown to mmsegmentation; did you mean UPerHead"),
-        ({"type": "Mask2FormerHead"}, {}, "Mask2FormerHead is built on mmdetection"),
+        ({"type": "Mask2FormerHead"}, {}, "Mask2FormerHead needs mmdetection"),
         ({"type": "PSAHead", "channels": 8, "mask_size": [2, 2]}, {}, "PSAHead does not run .* psamask"),
-        ({"type": "PointHead", "channels": 8}, {}, "PointHead refines another head's result"),
+        ({"type": "PointHead", "channels": 8}, {}, "PointHead refines the output of another head"),
         ({"type": "UPerHead"}, {}, "UPerHead cannot be built with .*channels"),
         (UPER | {"chanels": 3}, {}, "chanels"),
         (UPER | {"num_classes": 7}, {}, "num_classes=7, but the data has 5 classes"),
         (UPER | {"in_index": 3}, {}, "in_index=3: UPerHead reads several maps"),
-        (UPER | {"in_index": [0, 4]}, {}, "in_index=.0, 4. is not of the four maps"),
-        ({"type": "CrossEntropyLoss"}, {}, "CrossEntropyLoss is no decode head"),
-        (UPER | {"in_index": [0, 1, 2]}, FPN_NECK, "hands out 4 maps, of which no head reads 3"),
+        (UPER | {"in_index": [0, 4]}, {}, "in_index=.0, 4.: the feature maps are numbered 0, 1, 2, 3"),
+        ({"type": "CrossEntropyLoss"}, {}, "CrossEntropyLoss is not a decode head"),
+        (UPER | {"in_index": [0, 1, 2]}, FPN_NECK, "returns 4 maps, but no head reads 3"),
         (UPER, {"type": "FPN"}, "neck.type=FPN cannot be built .*out_channels"),
-        (UPER, FPN_NECK | {"start_level": "x"}, "neck.start_level=x is not of the four maps"),
-        (UPER, FPN_NECK | {"start_level": 1.5}, "neck.start_level=1.5 is not of the four maps"),
-        (UPER, FPN_NECK | {"start_level": 4}, "neck.start_level=4 is not of the four maps"),
-        (UPER, FPN_NECK | {"start_level": -1}, "neck.start_level=-1 is not of the four maps"),
-        (UPER, FPN_NECK | {"end_level": 5}, "neck.end_level=5 is neither -1"),
-        (UPER, FPN_NECK | {"in_channels": [1, 2, 3, 4]}, "neck.type=FPN does not run on the maps of this backbone"),
-        (UPER, {"type": "MLANeck", "out_channels": 8}, "neck.type=MLANeck does not run on the maps"),
-        (UPER, {"type": "Feature2Pyramid", "embed_dim": 8}, "neck.type=Feature2Pyramid does not run on the maps"),
+        (UPER, FPN_NECK | {"start_level": "x"}, "neck.start_level=x: the feature maps are numbered"),
+        (UPER, FPN_NECK | {"start_level": 1.5}, "neck.start_level=1.5: the feature maps are numbered"),
+        (UPER, FPN_NECK | {"start_level": 4}, "neck.start_level=4: the feature maps are numbered"),
+        (UPER, FPN_NECK | {"start_level": -1}, "neck.start_level=-1: the feature maps are numbered"),
+        (UPER, FPN_NECK | {"end_level": 5}, "neck.end_level=5 must be -1 .* from 1 to 4"),
+        (UPER, FPN_NECK | {"in_channels": [1, 2, 3, 4]}, "neck.type=FPN does not run on the feature maps"),
+        (UPER, {"type": "MLANeck", "out_channels": 8}, "neck.type=MLANeck does not run on the feature maps"),
+        (UPER, {"type": "Feature2Pyramid", "embed_dim": 8}, "type=Feature2Pyramid does not run on the feature maps"),
         ({"type": "SETRMLAHead", "channels": 32, "mla_channels": 8}, {}, "SETRMLAHead does not run .*[Ss]izes of"),
-        (UPER, FPN_NECK | {"start_level": 1}, "the neck hands out 3 maps"),
-        (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the maps of this backbone"),
+        (UPER, FPN_NECK | {"start_level": 1}, "the neck returns 3 maps"),
+        (UPER | {"in_channels": [1, 2, 3, 4]}, {}, "does not run on the feature maps"),
         (UPER | {"norm_cfg": {"type": "GN"}}, {}, "UPerHead cannot be built .*: assert .num_groups. in cfg_"),
         (UPER, FPN_NECK | {"num_outs": 2}, "FPN cannot be built .*: assert num_outs >= self.num_ins - start_level"),
         ({"type": "DPTHead", "channels": 8}, {}, "DPTHead .*: assert "),
-        (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but masks say 255 for unknown; leave it out"),
-        (UPER | {"out_channels": 1}, {}, "out_channels=1, but the data has 5 classes; leave it out"),
+        (UPER | {"ignore_index": 0}, {}, "ignore_index=0, but .* 255; remove it"),
+        (UPER | {"out_channels": 1}, {}, "out_channels=1, but the data has 5 classes; remove it"),
         (UPER | {"init_cfg": {"type": "Pretrained", "checkpoint": "nope.pth"}}, {}, "cannot be built .*nope.pth"),
     ],
 )  # fmt: skip
-def test_mistakes_name_the_head(head, neck, words):
-    with pytest.raises(UserError, match=words) as caught:
+def test_errors_name_the_head(head, neck, message):
+    with pytest.raises(UserError, match=message) as caught:
         assembled(head, neck=neck)
     assert "task.segment." in str(caught.value) and "\n" not in str(caught.value)
 
@@ -234,7 +237,7 @@ CE = {"type": "CrossEntropyLoss"}
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "message"),
     [
         ({"type": "FocalLoss"}, "cannot be computed: "),
         ({"type": "OhemCrossEntropy"}, "cannot be computed: .*weight"),
@@ -245,35 +248,45 @@ CE = {"type": "CrossEntropyLoss"}
         (CE | {"class_weight": [1, 2], "use_sigmoid": True}, "cannot be computed: "),
         (CE | {"class_weight": "nope.npy"}, "cannot be built with .*nope.npy"),
         (CE | {"loss_weight": "x"}, "cannot be computed: "),
-        (CE | {"reduction": "none"}, "loss_ce is no single number"),
-        ([CE, CE | {"loss_name": "ce"}], "loss_name=ce lacks the word loss"),
+        (CE | {"reduction": "none"}, "loss_ce is not a scalar"),
+        ([CE, CE | {"loss_name": "ce"}], "loss_name=ce must contain the word loss"),
         ({"type": "CrossEntropyLos"}, "CrossEntropyLos is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
         ({"type": "Nope"}, "Nope is unknown to mmsegmentation; did you mean CrossEntropyLoss"),
-        (UPER | {"in_channels": [4], "in_index": [0], "num_classes": 5}, "UPerHead is no loss"),
-        *((loss, "it is a loss, as in .type: CrossEntropyLoss., or a list") for loss in ([], None, 3, [3], [[1]], {})),
+        (UPER | {"in_channels": [4], "in_index": [0], "num_classes": 5}, "UPerHead is not a loss"),
+        *(
+            (loss, "must be a loss, as in .type: CrossEntropyLoss., or a list")
+            for loss in ([], None, 3, [3], [[1]], {})
+        ),
     ],
 )
-def test_mistakes_name_the_loss(loss, words):
-    with pytest.raises(UserError, match=words) as caught:
+def test_errors_name_the_loss(loss, message):
+    with pytest.raises(UserError, match=message) as caught:
         assembled({"type": "FCNHead", "channels": 4, "loss_decode": loss})
     assert "task.segment.decode_head.loss_decode" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_trial_leaves_no_trace():
-    """A head built by itself is the same as one that was tried out, and so are the random numbers after it."""
-    words = {"type": "EMAHead", "channels": 4, "ema_channels": 8, "num_bases": 2, "num_stages": 1, "momentum": 0.5}
+def test_check_changes_neither_weights_nor_random_numbers():
+    """A head built without the smoke test has the same weights, and the next random number is the same."""
+    config = {"type": "EMAHead", "channels": 4, "ema_channels": 8, "num_bases": 2, "num_stages": 1, "momentum": 0.5}
     torch.manual_seed(0)
-    tried = build_head(HeadConfig("decode_head", words), [None, None, None, FeatureSpec(8, 32)], 5, None).train()
+    checked = build_head(HeadConfig("decode_head", config), [None, None, None, FeatureSpec(8, 32)], 5, None).train()
     after = torch.rand(())
     torch.manual_seed(0)
-    plain: Any = build(words | {"in_channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}})
+    plain: Any = build(config | {"in_channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}})
     plain.init_weights()
     assert torch.equal(after, torch.rand(()))
     for key, tensor in plain.state_dict().items():
-        assert torch.equal(tried.state_dict()[key], tensor), key
+        assert torch.equal(checked.state_dict()[key], tensor), key
 
 
-def test_layers_and_lists_of_the_backbone_are_passed_on():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_segmenter_can_be_built_without_gradients(mode):
+    with mode():
+        model = assembled(size=64)
+        assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5, 64, 64)
+
+
+def test_parameter_groups_of_the_backbone_are_passed_on():
     model = assembled(name="transnext_atto", neck=FPN_NECK)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     inner = group_parameters(model.backbone.body, model.backbone.body.group_matcher(), reverse=True)
@@ -282,7 +295,7 @@ def test_layers_and_lists_of_the_backbone_are_passed_on():
     assert all(group > max(body.values()) for key, group in groups.items() if key not in body)
     spared = model.no_weight_decay()
     assert spared and spared <= {name for name, _ in model.named_parameters()}
-    assert len(layers(model)) == len(layers(model.backbone.body))
+    assert len(fsdp_units(model)) == len(fsdp_units(model.backbone.body))
 
 
 def test_batch_norm_and_norms_keys():
@@ -298,7 +311,7 @@ def test_batch_norm_and_norms_keys():
 
 
 def published(model: Segmenter, name: str) -> dict[str, torch.Tensor]:
-    """The weights of `model` as a published segmenter's file has them."""
+    """The weights of `model` under the names of a published segmenter."""
     classifier = timm.create_model(name)
     marked = {key: torch.full_like(tensor, -7) for key, tensor in classifier.state_dict().items()}
     marked.update(model.backbone.body.state_dict())
@@ -308,7 +321,7 @@ def published(model: Segmenter, name: str) -> dict[str, torch.Tensor]:
     return {f"backbone.{key}": tensor for key, tensor in (body | norms).items()} | rest
 
 
-def drawn(model: Segmenter) -> Segmenter:
+def randomized(model: Segmenter) -> Segmenter:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
@@ -319,7 +332,7 @@ def drawn(model: Segmenter) -> Segmenter:
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_published_segmenter(prefix):
     one, other = (assembled(name="cswin_atto", auxiliary_head={"type": "FCNHead", "channels": 8}) for _ in range(2))
-    drawn(one)
+    randomized(one)
     state = {prefix + key: tensor for key, tensor in published(one, "cswin_atto").items()}
     assert f"{prefix}backbone.stage1.0.qkv.weight" in state and f"{prefix}decode_head.conv_seg.weight" in state
     other.load_published(state)
@@ -329,12 +342,12 @@ def test_published_segmenter(prefix):
     )
 
 
-def test_published_segmenter_that_does_not_fit():
+def test_a_published_segmenter_that_does_not_fit_is_an_error():
     model = assembled(name="cswin_atto")
     state = published(model, "cswin_atto")
-    with pytest.raises(ValueError, match="asks for: decode_head.conv_seg.bias"):
+    with pytest.raises(ValueError, match="lacks 1 weights of the model: decode_head.conv_seg.bias"):
         model.load_published({key: tensor for key, tensor in state.items() if key != "decode_head.conv_seg.bias"})
-    with pytest.raises(ValueError, match="does not know: auxiliary_head.x"):
+    with pytest.raises(ValueError, match="1 weights that the model does not have: auxiliary_head.x"):
         model.load_published(state | {"auxiliary_head.x": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"conv_seg.bias is \[7\] there, \[5\] by this recipe"):
+    with pytest.raises(ValueError, match=r"conv_seg.bias has the shape \[7\], in the model \[5\]"):
         model.load_published(state | {"decode_head.conv_seg.bias": torch.zeros(7)})

@@ -1,4 +1,4 @@
-"""What happens to an image and its objects before a detector sees them, by torchvision's transforms of both."""
+"""Joint augmentation of an image with its boxes and masks, with torchvision's transforms v2."""
 
 from typing import Any
 
@@ -7,77 +7,87 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from ...data.detection import Target, learnable
 from ...recipe.schema import Recipe
 
-STEPS = [400, 500, 600]  # short sides before a crop, as in DETR's training (arXiv 2005.12872, section 4)
+# short sides to which an image is resized before a random crop, as in DETR (arXiv 2005.12872, section 4)
+SIDES_BEFORE_CROP = [400, 500, 600]
 
 
-class Train:
-    """Flips, colour, crop and scale of an image, its boxes and masks; only what can be learned stays in the target."""
+class TrainTransform:
+    """(PIL image, target) -> (float32 [3, H, W] in 0..1, boxes [N, 4], labels [N] and masks [N, H, W] in a dict).
+
+    Flips, color jitter, random crop and random resize. Crowds and boxes without an area are removed.
+    """
 
     def __init__(self, recipe: Recipe):
         aug, detect = recipe.data.aug, recipe.task.detect
-        scale: Any = _scaled(list(detect.min_size or (recipe.data.size,)), detect.max_size)
+        resize: Any = _random_resize(list(detect.min_size or (recipe.data.size,)), detect.max_size)
         if detect.crop:
-            cropped = v2.Compose([_scaled(STEPS, detect.max_size), CropWithin(*detect.crop), scale])
-            scale = v2.RandomChoice([scale, cropped])
-        steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), scale]
+            crop = v2.Compose(
+                [_random_resize(SIDES_BEFORE_CROP, detect.max_size), RandomSizeCrop(*detect.crop), resize]
+            )
+            resize = v2.RandomChoice([resize, crop])
+        steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), resize]
         if jitter := aug.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]
         self.steps = v2.Compose(steps)
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
-        kept = learnable(target["boxes"], target["iscrowd"])
+        chosen = learnable(target["boxes"], target["iscrowd"])
         size: Any = (image.height, image.width)
-        boxes = torch.from_numpy(target["boxes"][kept])
-        sample: dict[str, Any] = {
+        boxes = torch.from_numpy(target["boxes"][chosen])
+        objects: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
-            "labels": torch.from_numpy(target["labels"][kept]),
+            "labels": torch.from_numpy(target["labels"][chosen]),
         }
         if "masks" in target:
-            sample["masks"] = tv_tensors.Mask(torch.from_numpy(target["masks"][kept]))
-        pixels, found = self.steps(v2.functional.to_image(image), sample)
-        return as_input(pixels), {name: tensor.as_subclass(Tensor) for name, tensor in found.items()}
+            objects["masks"] = tv_tensors.Mask(torch.from_numpy(target["masks"][chosen]))
+        pixels, objects = self.steps(F.to_image(image), objects)
+        return to_float(pixels), {name: tensor.as_subclass(Tensor) for name, tensor in objects.items()}
 
 
-class Eval:
-    """The image as it is, with all that is known about it."""
+class EvalTransform:
+    """(PIL image, target) -> (float32 [3, H, W] in 0..1, the whole target as tensors), without augmentation.
+
+    The detector itself resizes images in evaluation.
+    """
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
-        return as_input(v2.functional.to_image(image)), {
-            name: torch.from_numpy(value.copy()) for name, value in target.items()
-        }
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in target.items()}
+        return to_float(F.to_image(image)), tensors
 
 
-class CropWithin(v2.Transform):
-    """A crop whose sides are drawn from `least` to `most` pixels, or the image's where that is shorter."""
+class RandomSizeCrop(v2.Transform):
+    """Random crop with sides between `min_size` and `max_size` pixels, or the side of the image if it is shorter."""
 
-    def __init__(self, least: int, most: int):
+    def __init__(self, min_size: int, max_size: int):
         super().__init__()
-        self.least, self.most = least, most
+        self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = v2.functional.get_size(flat_inputs[0])
-        height, width = (_drawn(min(self.least, side), min(self.most, side)) for side in sides)
-        top, left = _drawn(0, sides[0] - height), _drawn(0, sides[1] - width)
+        sides = F.get_size(flat_inputs[0])
+        height, width = (_randint(min(self.min_size, side), min(self.max_size, side)) for side in sides)
+        top, left = _randint(0, sides[0] - height), _randint(0, sides[1] - width)
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.crop, inpt, **params)
+        return self._call_kernel(F.crop, inpt, **params)
 
 
-def as_input(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] to float in 0..1: mean and std are the detector's own affair."""
-    return v2.functional.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
+def to_float(image: Tensor) -> Tensor:
+    """uint8 [3, H, W] to float32 in 0..1; the detector normalizes it."""
+    return F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
 
 
-def _scaled(sides: list[int], longest: int) -> v2.Transform:
-    # without antialiasing, as the detector scales in evaluation
-    return v2.RandomShortestSize(sides, max_size=longest, antialias=False)
+def _random_resize(sides: list[int], max_size: int) -> v2.Transform:
+    # without antialiasing, as the detector resizes in evaluation
+    return v2.RandomShortestSize(sides, max_size=max_size, antialias=False)
 
 
-def _drawn(least: int, most: int) -> int:
-    return int(torch.randint(least, most + 1, ()))
+def _randint(low: int, high: int) -> int:
+    """A random integer from `low` to `high`, both included."""
+    return int(torch.randint(low, high + 1, ()))

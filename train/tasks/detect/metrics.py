@@ -1,7 +1,7 @@
-"""COCO's average precision and recall, of boxes and of masks, in percent."""
+"""COCO's average precision and recall, of boxes and of instance masks, in percent."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,137 +12,166 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from .task import DetectTask
 
+# suffixes of our names, in the order of the summary of COCO's evaluation
+SUMMARY = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar", "ar_s", "ar_m", "ar_l")
+MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
+Objects = dict[str, Any]  # of one image: boxes [N, 4] (x1, y1, x2, y2), labels [N], ..., and masks as a list of RLE
 
-FIGURES = {
-    "map": "ap",
-    "map_50": "ap50",
-    "map_75": "ap75",
-    "map_small": "ap_s",
-    "map_medium": "ap_m",
-    "map_large": "ap_l",
-    "mar_1": "ar1",
-    "mar_10": "ar10",
-    "mar_100": "ar",
-    "mar_small": "ar_s",
-    "mar_medium": "ar_m",
-    "mar_large": "ar_l",
-}
+
+class EvaluatedImage(NamedTuple):
+    index: int  # in the data set
+    height: int
+    width: int
+    target: Objects
+    prediction: Objects
 
 
 class DetectionMetrics:
-    """AP over IoU 0.5 to 0.95 and the rest of COCO's summary; a figure of which nothing is defined is left out.
+    """AP over IoU 0.5 to 0.95 and the other metrics of COCO's summary; metrics without a defined value are left out.
 
-    Each process keeps what it has seen; the figures are computed by rank 0, of everything in data-set order. box_ap
-    decides which checkpoint is the best, for instance segmentation too.
+    AP is not a sum over images. Each process keeps the objects of its images; rank 0 evaluates all of them, in the
+    order of the data set, so that the result does not depend on the number of processes. faster_coco_eval is called
+    directly, because the synchronization of torchmetrics' MeanAveragePrecision needs as many images on every process.
+    `box_ap` chooses the best checkpoint, also for instance segmentation.
     """
 
     def __init__(self, task: "DetectTask"):
         self.task = task
-        self.kinds = ("bbox", "segm") if task.masks else ("bbox",)
-        self.metric, self.indices = self._metric(), []
-        self.classes: dict[str, dict[str, float]] = {}
+        self.coco = coco_tools()
+        self.images: list[EvaluatedImage] = []
+        self.class_ap: dict[str, dict[str, float]] = {}
 
     def update(self, model: nn.Module, batch: Any) -> None:
         images, targets = self.task.to_device(batch)
-        found = [self._judged(one) for one in model(images)]
-        targets = [{name: tensor.cpu() for name, tensor in target.items()} for target in targets]
-        self.metric.update(found, targets)
-        self.indices += [int(index) for index in batch[2]]
+        for image, target, prediction, index in zip(images, targets, model(images), batch[2], strict=True):
+            height, width = image.shape[-2:]
+            found = self._encoded(self._top_detections(prediction))
+            self.images.append(EvaluatedImage(int(index), height, width, self._encoded(target), found))
 
     def compute(self) -> dict[str, float]:
-        whole, order = self._whole()
-        found = self._figures(whole, len(order)) if self.task.world.main else None
-        figures, self.classes = self.task.world.broadcast_object(found)
-        return figures
+        images, metrics = self._all_images(), None
+        if self.task.world.main:
+            metrics = self._evaluate(images)
+        values, self.class_ap = self.task.world.broadcast_object(metrics)
+        return values
 
     def details(self) -> dict[str, Any]:
-        """The figures of each class that is there, as `compute` found them."""
-        return {"classes": self.classes}
+        """AP of each class that has objects, as the last call of `compute` found it."""
+        return {"classes": self.class_ap}
 
     def predictions(self) -> dict[str, np.ndarray]:
-        """Objects there and found, of all images one after the other: `*_image` has the image of each.
+        """The objects of all images, concatenated: `target_*` and `prediction_*`; `*_image` is the index of the image.
 
-        Masks are kept of the first images, as COCO's compressed RLE, in the order of these images' objects.
+        Masks are kept for the first images only, as COCO's compressed RLE, in the order of the objects.
         """
-        whole, order = self._whole()
-        rows: dict[str, np.ndarray] = {"image": np.array(order), "class_names": np.array(self.task.classes)}
-        for side, ours in (("groundtruth", "target"), ("detection", "prediction")):
-            counts = [len(labels) for labels in whole[f"{side}_labels"]]
-            rows[f"{ours}_image"] = np.repeat(np.array(order, np.int64), counts)
-            rows[f"{ours}_box"] = _xyxy(_joined(whole[f"{side}_box"]).reshape(-1, 4))
-            rows[f"{ours}_label"] = _joined(whole[f"{side}_labels"]).astype(np.int64)
+        images = self._all_images()
+        rows: dict[str, np.ndarray] = {
+            "image": np.array([image.index for image in images], np.int64),
+            "class_names": np.array(self.task.classes),
+        }
+        for name in ("target", "prediction"):
+            objects = [getattr(image, name) for image in images]
+            counts = [len(one["labels"]) for one in objects]
+            rows[f"{name}_image"] = np.repeat(rows["image"], counts)
+            rows[f"{name}_box"] = _concatenate(objects, "boxes", np.float32).reshape(-1, 4)
+            rows[f"{name}_label"] = _concatenate(objects, "labels", np.int64)
             if self.task.masks:
-                coded = [mask for image in whole[f"{side}_mask"][: self.task.kept] for mask in image]
-                rows[f"{ours}_mask"] = np.array([bytes(counts) for _, counts in coded])
-                rows[f"{ours}_mask_size"] = np.array([size for size, _ in coded], np.int64).reshape(-1, 2)
-        rows["prediction_score"] = _joined(whole["detection_scores"]).astype(np.float32)
-        rows["target_crowd"] = _joined(whole["groundtruth_crowds"]).astype(np.int64)
+                masks = [mask for one in objects[: self.task.kept] for mask in one["masks"]]
+                rows[f"{name}_mask"] = np.array([mask["counts"] for mask in masks])
+                rows[f"{name}_mask_size"] = np.array([mask["size"] for mask in masks], np.int64).reshape(-1, 2)
+        rows["prediction_score"] = _concatenate([image.prediction for image in images], "scores", np.float32)
+        rows["target_crowd"] = _concatenate([image.target for image in images], "iscrowd", np.int64)
         return rows
 
-    def _metric(self) -> Any:
-        try:
-            from torchmetrics.detection import MeanAveragePrecision
+    def _all_images(self) -> list[EvaluatedImage]:
+        """The images of all processes in the order of the data set."""
+        return sorted((image for part in self.task.world.gather(self.images) for image in part), key=lambda i: i.index)
 
-            metric = MeanAveragePrecision(
-                iou_type=self.kinds,  # type: ignore[arg-type]
-                backend="faster_coco_eval",
-                extended_summary=True,
-                sync_on_compute=False,
-            )
-        except ImportError as error:
-            raise UserError(
-                f"average precision needs packages that are missing ({error}): pip install 'tessel[dense]'"
-            ) from error
-        metric.warn_on_many_detections = False  # as in COCO's summary, the 100 best count
-        return metric
+    def _top_detections(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The 100 detections with the highest scores, with masks [N, H, W] in 0 and 1."""
+        best = found["scores"].float().argsort(descending=True, stable=True)[:MAX_DETECTIONS]
+        found = {name: tensor[best] for name, tensor in found.items()}
+        return found | {"masks": found["masks"][:, 0] > 0.5} if self.task.masks else found
 
-    def _judged(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The 100 best of an image, on the CPU."""
-        best = found["scores"].float().argsort(descending=True, stable=True)[:100]
-        kept = {name: tensor[best].cpu() for name, tensor in found.items()}
-        kept = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+    def _encoded(self, objects: dict[str, Tensor]) -> Objects:
+        """Tensors as arrays on the CPU, and masks [N, H, W] as RLE."""
+        arrays: Objects = {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+            for name, tensor in objects.items()
+        }
         if self.task.masks:
-            kept["masks"] = kept["masks"][:, 0] > 0.5
-        return kept
+            arrays["masks"] = [
+                self.coco.mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in arrays["masks"]
+            ]
+        return arrays
 
-    def _whole(self) -> tuple[dict[str, list[Any]], list[int]]:
-        """What all processes have seen, by the names of torchmetrics' state, in data-set order."""
-        parts = self.task.world.gather((dict(self.metric.metric_state), self.indices))
-        order = np.argsort([index for _, indices in parts for index in indices], kind="stable")
-        whole = {}
-        for name in parts[0][0]:
-            rows = [row for state, _ in parts for row in state[name]]
-            whole[name] = [rows[place] for place in order] if rows else []
-        return whole, sorted(index for _, indices in parts for index in indices)
+    def _evaluate(self, images: list[EvaluatedImage]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """The metrics by name, and the AP of each class: {box_ap or mask_ap: {class: AP}}."""
+        values: dict[str, float] = {}
+        class_ap: dict[str, dict[str, float]] = {}
+        for name, iou_type in (("box", "bbox"), *([("mask", "segm")] if self.task.masks else [])):
+            target, prediction = (self._to_coco(images, side, iou_type) for side in ("target", "prediction"))
+            evaluation = self.coco.COCOeval_faster(target, prediction, iou_type, print_function=lambda *args: None)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            summary = zip(SUMMARY, evaluation.stats[: len(SUMMARY)].tolist(), strict=True)
+            values |= {f"{name}_{suffix}": 100 * value for suffix, value in summary if value >= 0}  # -1: undefined
+            values.setdefault(f"{name}_ap", 0.0)
+            class_ap[f"{name}_ap"] = self._class_ap(evaluation.eval["precision"])
+        return values | {"count": len(images)}, class_ap
 
-    def _figures(self, whole: dict[str, list[Any]], count: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        metric = self._metric()
-        for name, rows in whole.items():
-            setattr(metric, name, rows)
-        metric._update_count = 1  # torchmetrics warns of figures without an update
-        found = metric.compute()
-        figures: dict[str, float] = {}
-        classes: dict[str, dict[str, float]] = {}
-        for kind, ours in zip(self.kinds, ("box", "mask"), strict=False):
-            prefix = f"{kind}_" if len(self.kinds) > 1 else ""
-            values = {f"{ours}_{name}": 100 * float(found[prefix + theirs]) for theirs, name in FIGURES.items()}
-            figures |= {name: value for name, value in values.items() if value >= 0}
-            figures.setdefault(f"{ours}_ap", 0.0)
-            classes[f"{ours}_ap"] = self._of_classes(found[f"{prefix}precision"], found["classes"].reshape(-1).tolist())
-        return figures | {"count": count}, classes
+    def _to_coco(self, images: list[EvaluatedImage], name: str, iou_type: str) -> Any:
+        """The targets or predictions of all images as faster_coco_eval's data set; category ids are our labels."""
+        annotations: list[dict[str, Any]] = []
+        for image in images:
+            objects = getattr(image, name)
+            for number, (x1, y1, x2, y2) in enumerate(objects["boxes"].tolist()):
+                row = {"id": len(annotations) + 1, "image_id": image.index, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                row["category_id"] = int(objects["labels"][number])
+                if iou_type == "segm":
+                    row["segmentation"] = objects["masks"][number]
+                if name == "target":
+                    row |= {"area": float(objects["area"][number]), "iscrowd": int(objects["iscrowd"][number])}
+                else:
+                    # the area of a prediction decides whether it counts as small, medium or large
+                    area = self.coco.mask.area(row["segmentation"]) if iou_type == "segm" else (x2 - x1) * (y2 - y1)
+                    row |= {"area": float(area), "iscrowd": 0, "score": float(objects["scores"][number])}
+                annotations.append(row)
+        return self.coco.COCO(
+            {
+                "images": [{"id": image.index, "height": image.height, "width": image.width} for image in images],
+                "annotations": annotations,
+                "categories": [{"id": label, "name": name} for label, name in enumerate(self.task.classes)],
+            }
+        )
 
-    def _of_classes(self, precision: Tensor, labels: list[int]) -> dict[str, float]:
-        """precision: [IoU, recall, class, area, detections], -1 where nothing is defined."""
+    def _class_ap(self, precision: np.ndarray) -> dict[str, float]:
+        """AP by class, without classes that have no objects. precision: [IoU, recall, class, area, detections]."""
         values = {}
-        for place, label in enumerate(labels):
-            defined = precision[:, :, place, 0, -1]
-            if (defined := defined[defined > -1]).numel():
-                values[self.task.classes[label]] = 100 * float(defined.double().mean())
+        for label, name in enumerate(self.task.classes):
+            defined = precision[:, :, label, 0, -1]  # all areas, 100 detections; -1: undefined
+            if (defined := defined[defined > -1]).size:
+                values[name] = 100 * float(defined.mean())
         return values
 
 
-def of_image(predictions: Mapping[str, np.ndarray], index: int) -> dict[str, Tensor]:
-    """What was found in one image, out of `DetectionMetrics.predictions`."""
+def coco_tools() -> Any:
+    """The package faster_coco_eval. Raises UserError if it is not installed."""
+    try:
+        import faster_coco_eval
+    except ImportError as error:
+        raise UserError(
+            f"average precision needs a package that cannot be imported ({error}): pip install 'tessel[dense]'"
+        ) from error
+    return faster_coco_eval
+
+
+def image_predictions(predictions: Mapping[str, np.ndarray], index: int) -> dict[str, Tensor]:
+    """The predictions for one image: boxes, labels, scores and, if they were kept, masks [N, H, W].
+
+    predictions: from `DetectionMetrics.predictions`; index: of the image in the data set.
+    """
     here = predictions["prediction_image"] == index
     found = {
         "boxes": torch.from_numpy(predictions["prediction_box"][here]),
@@ -150,18 +179,14 @@ def of_image(predictions: Mapping[str, np.ndarray], index: int) -> dict[str, Ten
         "scores": torch.from_numpy(predictions["prediction_score"][here]),
     }
     if "prediction_mask" in predictions and here.any():
-        from faster_coco_eval.core import mask as coder
-
-        coded, sizes = predictions["prediction_mask"], predictions["prediction_mask_size"]
-        masks = [coder.decode({"size": sizes[i].tolist(), "counts": bytes(coded[i])}) for i in np.flatnonzero(here)]
+        counts, sizes = predictions["prediction_mask"], predictions["prediction_mask_size"]
+        masks = [
+            coco_tools().mask.decode({"size": sizes[i].tolist(), "counts": bytes(counts[i])})
+            for i in np.flatnonzero(here)
+        ]
         found["masks"] = torch.from_numpy(np.stack(masks))
     return found
 
 
-def _joined(rows: list[Tensor]) -> np.ndarray:
-    return torch.cat([row.flatten() for row in rows]).numpy() if rows else np.zeros(0, np.float32)
-
-
-def _xyxy(boxes: np.ndarray) -> np.ndarray:
-    """torchmetrics keeps x, y, width, height."""
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+def _concatenate(objects: Sequence[Objects], name: str, dtype: Any) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(one[name].ravel().astype(dtype) for one in objects)])

@@ -1,4 +1,4 @@
-"""Boxes, classes, scores and masks drawn into an image."""
+"""Pictures of detections: boxes, class names, scores and masks, ground truth beside prediction."""
 
 from pathlib import Path
 
@@ -10,62 +10,64 @@ from torchvision.ops import nms
 from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-# distinct colours on light and dark ground (Okabe & Ito, 2008)
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+# distinguishable with color blindness, on light and dark ground (Okabe & Ito, 2008)
+COLORS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+MIN_SCORE = 0.3  # of a drawn prediction
+NMS_IOU = 0.5  # of predictions of any class, of which only the one with the highest score is drawn
 
 
-SHOWN = 0.3  # the least score of what is drawn
+def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) -> Tensor:
+    """The image with its objects, uint8 [3, H, W].
 
-
-SAME = 0.5  # overlap (IoU) from which two predictions are of one place
-
-
-def drawn(image: Tensor, found: dict[str, Tensor], classes: list[str]) -> Tensor:
-    """image: [3, H, W] in 0..1; found: boxes, labels, maybe scores and masks. -> uint8 [3, H, W]
-
-    Of predictions one box is shown where several classes claim the same place, and the surest one on top.
+    image: [3, H, W] in 0..1; objects: boxes [N, 4], labels [N] and, if given, scores [N] and masks [N, 1, H, W].
+    Predictions, which have scores, are filtered by MIN_SCORE and non-maximum suppression over all classes; those with
+    high scores are drawn last.
     """
-    canvas, (boxes, labels) = to_dtype(image, torch.uint8, scale=True), (found["boxes"], found["labels"].tolist())
+    canvas = to_dtype(image, torch.uint8, scale=True)
+    boxes, labels = objects["boxes"], objects["labels"].tolist()
     chosen = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
-    if "scores" in found:
-        sure = chosen[found["scores"][chosen] >= SHOWN]
-        chosen = sure[nms(boxes[sure], found["scores"][sure], SAME)].flip(0)
+    if "scores" in objects:
+        confident = chosen[objects["scores"][chosen] >= MIN_SCORE]
+        chosen = confident[nms(boxes[confident], objects["scores"][confident], NMS_IOU)].flip(0)
     if not len(chosen):
         return canvas
-    colours = [COLOURS[labels[number] % len(COLOURS)] for number in chosen]
-    if "masks" in found:
-        masks = (found["masks"][chosen].reshape(-1, *canvas.shape[-2:]) > 0.5).bool()
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=list(colours))
+    colors = [COLORS[labels[number] % len(COLORS)] for number in chosen]
+    if "masks" in objects:
+        masks = (objects["masks"][chosen].reshape(-1, *canvas.shape[-2:]) > 0.5).bool()
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=list(colors))
     names = [classes[labels[number]] for number in chosen]
-    if "scores" in found:
-        names = [f"{name} {found['scores'][number]:.2f}" for name, number in zip(names, chosen, strict=True)]
+    if "scores" in objects:
+        names = [f"{name} {objects['scores'][number]:.2f}" for name, number in zip(names, chosen, strict=True)]
     side = min(canvas.shape[-2:])
     return draw_bounding_boxes(
         canvas,
         boxes[chosen],
         labels=names,
-        colors=list(colours),
+        colors=list(colors),
         width=max(2, side // 200),
         font=str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
         font_size=max(11, side // 40),
         label_colors="black",
-        label_background_colors=list(colours),
+        label_background_colors=list(colors),
         fill_labels=True,
     )
 
 
-def side_by_side(image: Tensor, target: dict[str, Tensor], found: dict[str, Tensor], classes: list[str]) -> Image.Image:
-    """Ground truth on the left, prediction on the right; a small image is enlarged first, so that words fit in."""
+def side_by_side(
+    image: Tensor, target: dict[str, Tensor], prediction: dict[str, Tensor], classes: list[str]
+) -> Image.Image:
+    """Ground truth on the left, prediction on the right. A small image is enlarged first, so that text fits in."""
     factor = max(1, 320 // max(image.shape[-2:]))
-    halves = []
-    for what in (target, found):
-        grown = {**what, "boxes": what["boxes"] * factor}
-        if "masks" in what:
-            grown["masks"] = _grown(what["masks"].reshape(-1, *image.shape[-2:]), factor)
-        halves.append(drawn(_grown(image, factor), grown, classes))
-    gap = torch.full((3, halves[0].shape[1], 4), 255, dtype=torch.uint8)
-    return to_pil_image(torch.cat([halves[0], gap, halves[1]], dim=2))
+    panels = []
+    for objects in (target, prediction):
+        enlarged = {**objects, "boxes": objects["boxes"] * factor}
+        if "masks" in objects:
+            enlarged["masks"] = _enlarge(objects["masks"].reshape(-1, *image.shape[-2:]), factor)
+        panels.append(draw_objects(_enlarge(image, factor), enlarged, classes))
+    gap = torch.full((3, panels[0].shape[1], 4), 255, dtype=torch.uint8)
+    return to_pil_image(torch.cat([panels[0], gap, panels[1]], dim=2))
 
 
-def _grown(pixels: Tensor, factor: int) -> Tensor:
+def _enlarge(pixels: Tensor, factor: int) -> Tensor:
+    """[..., H, W] with each pixel repeated `factor` times in both directions."""
     return pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

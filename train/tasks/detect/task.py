@@ -1,4 +1,4 @@
-"""Detection and instance segmentation: which objects are where in an image."""
+"""Object detection and instance segmentation as a task of the trainer."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_model
 from ..models import batch_norm_errors, check_name
-from .augment import Eval, Train
+from .augment import EvalTransform, TrainTransform
 from .detectors import build_detector
-from .metrics import DetectionMetrics, of_image
+from .metrics import DetectionMetrics, image_predictions
 from .options import Detect, DetectData
 from .overlay import side_by_side
 
@@ -31,25 +31,24 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 
 
 def collate_lists(samples: list[Any]) -> Batch:
-    """A batch of images that differ in size, as lists."""
+    """A batch as lists, because images differ in size."""
     images, targets, indices = zip(*samples, strict=True)
     return list(images), list(targets), list(indices)
 
 
 class DetectTask(DatasetTask[Detect, DetectData]):
-    """Boxes with classes, and instance masks if the detector learns them."""
+    """Boxes with classes, and with mask_rcnn also instance masks."""
 
     classes: list[str]
-
     collate = staticmethod(collate_lists)
 
     def __init__(self, recipe: Recipe[Detect, DetectData], world: World):
         check_name(recipe.model.name)
         check_name(recipe.model.init_from, "model.init_from")
         super().__init__(recipe, world)
-        self.kept = 16  # validation images whose masks are kept with the predictions
+        self.kept = 16  # number of validation images whose masks are kept with the predictions
         self.masks = recipe.task.detect.detector == "mask_rcnn"
-        self.train_transform, self.eval_transform = Train(recipe), Eval()
+        self.train_transform, self.eval_transform = TrainTransform(recipe), EvalTransform()
 
     def build_model(self) -> nn.Module:
         recipe = self.recipe
@@ -68,11 +67,11 @@ class DetectTask(DatasetTask[Detect, DetectData]):
         return {name if "loss" in name else f"loss_{name}": value for name, value in losses.items()}
 
     def metrics(self, *, keep: bool = False) -> DetectionMetrics:
-        # AP is not a sum over batches: all detections are kept in any case
+        # average precision needs all detections, so they are kept with or without `keep`
         return DetectionMetrics(self)
 
     def example(self) -> tuple[Any, ...]:
-        """One image with the aspect ratio 1280 x 800, for which the costs of detectors are usually given."""
+        """One image with the aspect ratio of 1280 x 800 pixels, for which papers give the FLOPs of detectors."""
         height, max_size = self.recipe.data.size, self.recipe.task.detect.max_size
         return ([torch.zeros(3, height, min(max_size, height * 8 // 5), device=self.world.device)],)
 
@@ -92,10 +91,10 @@ class DetectTask(DatasetTask[Detect, DetectData]):
         self.kept = max(self.kept, count)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
-        """(index, picture) of the first `count` validation images: truth beside prediction."""
+        """(index, picture) of the first `count` validation images: ground truth beside prediction."""
         for index in predictions["image"][:count].tolist():
             image, target = self.eval_transform(*self.val[index])
-            yield index, side_by_side(image, target, of_image(predictions, index), self.classes)
+            yield index, side_by_side(image, target, image_predictions(predictions, index), self.classes)
 
     def to_device(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device = self.world.device

@@ -16,8 +16,9 @@ if typing.TYPE_CHECKING:
 def load(path: str | Path) -> "Segmenter":
     """The segmenter in the folder `RUN/export`, in evaluation mode on the CPU.
 
-    It maps normalized images [B, 3, H, W] (`pretrained_cfg` has mean and std) to logits [B, classes, H, W]; `classes`
-    and `palette` are the names and colors of the classes. Raises UserError if the export cannot be read.
+    It maps images [B, 3, H, W], normalized with the mean and std in `pretrained_cfg`, to logits [B, classes, H, W]. Its
+    attributes `classes` and `palette` are the names and colors of the classes. Raises UserError if the export cannot be
+    read.
     """
     from .export import load
 

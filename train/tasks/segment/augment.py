@@ -1,4 +1,4 @@
-"""Augmentation of an image together with its mask, on torchvision's tensors that know what they are."""
+"""Joint augmentation of an image and its mask, with torchvision's transforms v2 and tv_tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,140 +16,149 @@ from ...data.loader import Transform
 from ...data.segmentation import IGNORE_INDEX
 from .options import SegmentData, SegmentTest
 
-Pair = tuple[Tensor, Tensor]  # an image [3, H, W] and its mask [H, W], as tv_tensors
-
-
-CROPS = 10  # most often that a crop is drawn again
+MAX_CROP_RETRIES = 10  # as in mmsegmentation's RandomCrop
 
 
 def train_transform(data: SegmentData, pretrained_cfg: Any) -> Transform:
-    """Resize, crop, flips, colours, normalisation, and padding to data.size with the mean colour and ignored pixels.
+    """The training transform: (PIL image, uint8 mask [H, W]) -> (float32 [3, size, size], int64 [size, size]).
 
-    (image, mask [H, W]) -> ([3, size, size], int64 [size, size])
+    Resizes, crops, flips, distorts the colors, normalizes, and pads to data.size with the mean color and IGNORE_INDEX.
     """
-    aug, (mean, std) = data.aug, normalisation(pretrained_cfg)
-    colours = photometric if aug.photometric else v2.Identity()
-    flips = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
+    aug, (mean, std) = data.aug, input_mean_std(pretrained_cfg)
+    distort = photometric if aug.photometric else v2.Identity()
+    flip = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        pair = tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask))
-        pair = flips(*random_crop(*random_resize(*pair, data), data.size, aug.cat_max_ratio))
-        pixels = F.normalize(F.to_dtype(colours(pair[0]), torch.float32, scale=True), mean, std)
-        return padded(pixels, pair[1], data.size)
+        pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
+        labels: Tensor = tv_tensors.Mask(torch.from_numpy(mask))
+        pixels, labels = random_resize(pixels, labels, data)
+        pixels, labels = flip(*random_crop(pixels, labels, data.size, aug.cat_max_ratio))
+        pixels = F.normalize(F.to_dtype(distort(pixels), torch.float32, scale=True), mean, std)
+        return pad_to_size(pixels, labels, data.size)
 
     return transform
 
 
 def eval_transform(data: SegmentData, test: SegmentTest, pretrained_cfg: Any) -> Transform:
-    """(image, mask [H, W]) -> (the normalised image at each of `test.scales`, int64 [H, W] as it was)"""
-    mean, std = normalisation(pretrained_cfg)
+    """The evaluation transform: (PIL image, mask [H, W]) -> (list of float32 [3, h, w], int64 mask [H, W]).
+
+    The list has the normalized image at each of `test.scales`. The mask keeps its size.
+    """
+    mean, std = input_mean_std(pretrained_cfg)
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
         pixels, views = F.pil_to_tensor(image), []
         for scale in test.scales:
-            size = fitted(mask.shape, data.img_scale, scale)
+            size = rescaled_size(mask.shape, data.img_scale, scale)
             if test.divisor:
-                size = aligned(size, test.divisor)
-            view = F.to_dtype(resized(pixels, size), torch.float32, scale=True)
+                size = round_up(size, test.divisor)
+            view = F.to_dtype(resize_image(pixels, size), torch.float32, scale=True)
             views.append(F.normalize(view, mean, std))
         return views, torch.from_numpy(mask).long()
 
     return transform
 
 
-def normalisation(pretrained_cfg: Any) -> tuple[list[float], list[float]]:
-    """Mean and std of the model's input, for values in 0..1."""
+def input_mean_std(pretrained_cfg: Any) -> tuple[list[float], list[float]]:
+    """Mean and std per channel of the model's input, for pixel values in 0..1."""
     cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
     config = resolve_data_config({}, pretrained_cfg=dict(cfg))
     return list(config["mean"]), list(config["std"])
 
 
-def fitted(shape: tuple[int, ...], box: tuple[int, int] | None, factor: float) -> tuple[int, int]:
-    """(height, width) of the largest image of this ratio in `box` (longer and shorter side) times `factor`."""
+def rescaled_size(shape: tuple[int, ...], img_scale: tuple[int, int] | None, factor: float) -> tuple[int, int]:
+    """(height, width) of an image [..., H, W] that is resized to fit into `img_scale` times `factor`.
+
+    img_scale: limits of the long and the short side; None: the size of the image. The aspect ratio is kept.
+    """
     height, width = shape[-2:]
-    if box is not None:
-        long, short = max(box), min(box)
+    if img_scale is not None:
+        long, short = max(img_scale), min(img_scale)
         factor *= min(long / max(height, width), short / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def aligned(size: tuple[int, int], divisor: int) -> tuple[int, int]:
-    """The next multiples of `divisor`."""
+def round_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    """`size` with both sides rounded up to a multiple of `divisor`."""
     height, width = (-(-side // divisor) * divisor for side in size)
     return height, width
 
 
-def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image if tuple(image.shape[-2:]) == size else F.resize(image, list(size), antialias=True)
 
 
-def random_resize(image: Tensor, mask: Tensor, data: SegmentData) -> Pair:
-    """Both fitted into data.img_scale times a random factor of data.aug.resize."""
+def random_resize(image: Tensor, mask: Tensor, data: SegmentData) -> tuple[Tensor, Tensor]:
+    """Image [3, H, W] and mask [H, W] resized to data.img_scale times a random factor from data.aug.resize."""
     low, high = data.aug.resize
-    factor = low if low == high else float(torch.empty(()).uniform_(low, high))
-    size = fitted(tuple(image.shape), data.img_scale, factor)
+    factor = low if low == high else _uniform(low, high)
+    size = rescaled_size(tuple(image.shape), data.img_scale, factor)
     if tuple(image.shape[-2:]) == size:
         return image, mask
-    return F.resize(image, list(size), antialias=True), F.resize(mask, list(size))
+    return resize_image(image, size), F.resize(mask, list(size))
 
 
-def random_crop(image: Tensor, mask: Tensor, size: int, share: float) -> Pair:
-    """A window of at most `size` pixels a side; one with more than `share` of a class is drawn again, at most 10 times.
+def random_crop(image: Tensor, mask: Tensor, size: int, cat_max_ratio: float) -> tuple[Tensor, Tensor]:
+    """Image [3, H, W] and mask [H, W] cropped to a random window of at most `size` pixels a side.
 
-    A window of a single class is one of those (mmsegmentation's `cat_max_ratio`).
+    As in mmsegmentation, a window is drawn again, at most 10 times, if it has a single class or if one class covers
+    `cat_max_ratio` of its labelled pixels or more.
     """
     height, width = mask.shape[-2:]
     rows, columns = min(size, height), min(size, width)
-    for attempt in range(CROPS + 1):
+    for attempt in range(MAX_CROP_RETRIES + 1):
         top, left = (int(torch.randint(space + 1, ())) for space in (height - rows, width - columns))
         window = F.crop(mask, top, left, rows, columns)
-        if share >= 1 or attempt == CROPS:
+        if cat_max_ratio >= 1 or attempt == MAX_CROP_RETRIES:
             break
         counts = torch.bincount(window.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-        if (counts > 0).sum() > 1 and counts.max() < share * counts.sum():
+        if (counts > 0).sum() > 1 and counts.max() < cat_max_ratio * counts.sum():
             break
     return F.crop(image, top, left, rows, columns), window
 
 
 def photometric(image: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of a uint8 image [3, H, W], each distorted with probability 1/2.
+    """Distort brightness, contrast, saturation and hue of a uint8 image [3, H, W], each with probability 1/2.
 
-    mmsegmentation's `PhotoMetricDistortion`: brightness is added, contrast multiplies the pixels themselves, before or
-    after saturation and hue, and what leaves 0..255 is cut off at each step.
+    This is mmsegmentation's `PhotoMetricDistortion`, which differs from torchvision's ColorJitter: brightness is an
+    offset, contrast multiplies the pixels (without their mean) before or after saturation and hue, and each step clips
+    to 0..255.
     """
     pixels = image.as_subclass(Tensor).float()
-    if _perhaps():
-        pixels = (pixels + _between(-32, 32)).clamp(0, 255)
-    contrast, last = _between(0.5, 1.5) if _perhaps() else 1.0, _perhaps()
-    if not last:
+    if _coin_flip():
+        pixels = (pixels + _uniform(-32, 32)).clamp(0, 255)
+    contrast, contrast_last = _uniform(0.5, 1.5) if _coin_flip() else 1.0, _coin_flip()
+    if not contrast_last:
         pixels = (pixels * contrast).clamp(0, 255)
-    if _perhaps():
-        pixels = saturated(pixels, _between(0.5, 1.5))
-    if _perhaps():
-        pixels = F.adjust_hue(pixels / 255, _between(-0.1, 0.1)) * 255  # 36 degrees of 360
-    if last:
+    if _coin_flip():
+        pixels = scale_saturation(pixels, _uniform(0.5, 1.5))
+    if _coin_flip():
+        pixels = F.adjust_hue(pixels / 255, _uniform(-0.1, 0.1)) * 255  # a tenth of the color circle: 36 degrees
+    if contrast_last:
         pixels = (pixels * contrast).clamp(0, 255)
     return pixels.round().to(torch.uint8)
 
 
-def saturated(pixels: Tensor, factor: float) -> Tensor:
-    """The saturation of HSV times `factor`, at most 1; hue and value stay."""
+def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
+    """[3, H, W] with the HSV saturation multiplied by `factor` and clipped to 1; hue and value do not change."""
     value = pixels.amax(0, keepdim=True)
-    span = (value - pixels.amin(0, keepdim=True)).clamp(min=1e-6)
-    return value - (value - pixels) * (value / span).clamp(max=factor)
+    chroma = (value - pixels.amin(0, keepdim=True)).clamp(min=1e-6)
+    return value - (value - pixels) * (value / chroma).clamp(max=factor)
 
 
-def _perhaps() -> bool:
+def _coin_flip() -> bool:
     return bool(torch.rand(()) < 0.5)
 
 
-def _between(low: float, high: float) -> float:
+def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-def padded(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """At the right and the bottom: a normalised image by its mean, a mask by what is ignored."""
-    right, bottom = size - pixels.shape[-1], size - pixels.shape[-2]
-    plain, classes = pixels.as_subclass(Tensor), mask.as_subclass(Tensor).long()
-    edges = [0, right, 0, bottom]
-    return torch.nn.functional.pad(plain, edges), torch.nn.functional.pad(classes, edges, value=IGNORE_INDEX)
+def pad_to_size(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pad a normalized image [3, h, w] with 0, the mean color, and its mask [h, w] with IGNORE_INDEX.
+
+    Padding is on the right and at the bottom. Returns plain tensors, [3, size, size] and int64 [size, size].
+    """
+    edges = [0, size - pixels.shape[-1], 0, size - pixels.shape[-2]]
+    image, labels = pixels.as_subclass(Tensor), mask.as_subclass(Tensor).long()
+    return torch.nn.functional.pad(image, edges), torch.nn.functional.pad(labels, edges, value=IGNORE_INDEX)

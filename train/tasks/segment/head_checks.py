@@ -1,6 +1,7 @@
-"""Heads and necks are tried out on the maps of a small image as soon as they are built: what cannot run names its key.
+"""Smoke tests of heads and necks on dummy feature maps, so that a head that cannot run fails at build time.
 
-The tried ones are copies, and the random numbers are given back: a trial leaves no trace.
+The error then names the recipe key of the head. The checks use deep copies and a forked random generator: neither the
+weights of the head nor later random numbers change.
 """
 
 import copy
@@ -15,86 +16,100 @@ from torch import Tensor, nn
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
 
-# what goes wrong inside a constructor or a forward that is given other arguments than it takes
-REFUSED = (
+# what constructors and forwards of mmsegmentation raise for arguments that do not fit
+HEAD_ERRORS = (
     *(TypeError, ValueError, AssertionError, LookupError, AttributeError),
     *(ImportError, RuntimeError, OSError, ArithmeticError),
 )
-
-
-SMALL, LARGE = 64, 1024  # sides of an image; some heads pool windows that only a large one fills
-
-
-NECK = 128  # the fifth and sixth map of a pyramid are still of 2 pixels and 1
+# sides in pixels of the dummy image; some heads pool windows that only the maps of a large image fill
+SMALL_SIDE, LARGE_SIDE = 64, 1024
+NECK_SIDE = 128  # large enough that the sixth map of a pyramid still has a pixel
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """What is known of a map before there is one."""
+    """Channels, stride and memory format of a feature map [B, C, H / stride, W / stride]."""
 
     channels: int
     stride: int
-    layout: torch.memory_format = torch.contiguous_format  # of the tensor; some heads cannot read channels_last
-    passed: bool = False  # by a neck that hands it out as it came in
+    memory_format: torch.memory_format = torch.contiguous_format  # some heads cannot read channels_last
+    passed_through: bool = False  # an output of a neck that is one of its inputs
 
-    def drawn(self, side: int) -> Tensor:
-        """Such maps of two images of `side` pixels: one alone can be viewed in ways that several cannot."""
+    def dummy(self, side: int) -> Tensor:
+        """A random feature map of images of `side` x `side` pixels.
+
+        The batch has two images, because some faulty views succeed with a single one.
+        """
         length = -(-side // self.stride)
-        return torch.randn(2, self.channels, length, length).to(memory_format=self.layout)
+        return torch.randn(2, self.channels, length, length).to(memory_format=self.memory_format)
 
 
+# by stage; None: a stage that nothing reads
 FeatureSpecs = Sequence[FeatureSpec | None]
 
 
-def layout(found: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if found.is_contiguous() else torch.channels_last
+def memory_format_of(features: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if features.is_contiguous() else torch.channels_last
 
 
-def try_neck(key: str, neck: nn.Module, maps: FeatureSpecs) -> list[FeatureSpec]:
-    """The maps that `neck` makes of `maps`. Raises UserError where it makes none."""
+def check_neck(key: str, neck: nn.Module, features: FeatureSpecs) -> list[FeatureSpec]:
+    """Run `neck` on dummy maps and return the specs of its outputs. Raises UserError naming `key` if it cannot run."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        given = [m and m.drawn(NECK) for m in maps]
+        inputs = _dummies(features, NECK_SIDE)
         try:
-            outs = copy.deepcopy(neck).eval()(given)
-        except REFUSED as error:
-            raise UserError(f"{key} does not run on the maps of this backbone: {one_line(error)}") from error
+            outputs = copy.deepcopy(neck).eval()(inputs)
+        except HEAD_ERRORS as error:
+            raise UserError(f"{key} does not run on the feature maps of this backbone: {one_line(error)}") from error
     return [
-        FeatureSpec(out.shape[1], round(NECK / out.shape[-1]), layout(out), passed=any(out is one for one in given))
-        for out in outs
+        FeatureSpec(
+            out.shape[1],
+            stride=round(NECK_SIDE / out.shape[-1]),
+            memory_format=memory_format_of(out),
+            passed_through=any(out is one for one in inputs),
+        )
+        for out in outputs
     ]
 
 
-def try_head(key: str, head: Any, maps: FeatureSpecs, *, losses: str, size: int | None) -> None:
-    """Let `head` predict from maps and learn on them. Raises UserError naming it, or `losses`, where it cannot.
+def check_head(key: str, head: nn.Module, features: FeatureSpecs, *, losses: str, size: int | None) -> None:
+    """Let `head` predict and compute its losses on dummy maps. Raises UserError naming `key` or `losses` if it cannot.
 
-    size: of the training images, taken where a small image is too small.
+    losses: the recipe key of the losses; size: side of the training images, used if a small image is too small for the
+    head. Works under torch.no_grad and torch.inference_mode too.
     """
-    head, side = copy.deepcopy(head), SMALL
-    with torch.random.fork_rng(devices=[]):
+    # inference_mode(False) enables gradients, under no_grad too; a copy made in inference mode could not have any
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        head, side = copy.deepcopy(head), SMALL_SIDE
         try:
             try:
-                _predict(head, maps, side)
-            except REFUSED:
-                side = size or LARGE
-                _predict(head, maps, side)
-        except REFUSED as error:
-            raise UserError(f"{key} does not run on the maps of this backbone: {one_line(error)}") from error
+                _predict(head, features, side)
+            except HEAD_ERRORS:
+                side = size or LARGE_SIDE
+                _predict(head, features, side)
+        except HEAD_ERRORS as error:
+            raise UserError(f"{key} does not run on the feature maps of this backbone: {one_line(error)}") from error
         try:
-            found = _learn(head, maps, side)
-        except REFUSED as error:
+            values = _compute_losses(head, features, side)
+        except HEAD_ERRORS as error:
             raise UserError(f"{losses} cannot be computed: {one_line(error)}") from error
-    for name, value in found.items():
+    for name, value in values.items():
         if "loss" in name and not (value.numel() == 1 and value.requires_grad):
-            raise UserError(f"{losses}: {name} is no single number that depends on the weights; is reduction left out?")
+            raise UserError(
+                f"{losses}: {name} is not a scalar that depends on the weights; does the loss have a reduction?"
+            )
 
 
-def _predict(head: Any, maps: FeatureSpecs, side: int) -> None:
+def _predict(head: Any, features: FeatureSpecs, side: int) -> None:
     with torch.no_grad():
-        head.eval().predict([m and m.drawn(side) for m in maps], [{"img_shape": torch.Size((side, side))}], None)
+        head.eval().predict(_dummies(features, side), [{"img_shape": torch.Size((side, side))}], None)
 
 
-def _learn(head: Any, maps: FeatureSpecs, side: int) -> dict[str, Tensor]:
+def _compute_losses(head: Any, features: FeatureSpecs, side: int) -> dict[str, Tensor]:
     masks = torch.randint(0, head.num_classes, (2, 1, side, side))
     masks[..., : side // 4, :] = IGNORE_INDEX
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask)) for mask in masks]
-    return head.train().loss([m and m.drawn(side) for m in maps], samples, None)
+    return head.train().loss(_dummies(features, side), samples, None)
+
+
+def _dummies(features: FeatureSpecs, side: int) -> list[Tensor | None]:
+    return [spec.dummy(side) if spec else None for spec in features]

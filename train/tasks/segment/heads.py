@@ -1,4 +1,7 @@
-"""Decode heads and necks: mmsegmentation's own, built from its own words and what is known of backbone and data."""
+"""mmsegmentation's decode heads and necks, built from the configs of a recipe.
+
+What the backbone and the data determine (in_channels, num_classes, ...) is filled in.
+"""
 
 import difflib
 import logging
@@ -13,133 +16,195 @@ from torch.nn import functional as F
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
 from ...openmmlab.compat import build, mmseg_modules
-from .head_checks import REFUSED, FeatureSpec, FeatureSpecs, try_head, try_neck
+from .head_checks import HEAD_ERRORS, FeatureSpec, FeatureSpecs, check_head, check_neck
 
-STAGES = 4
-
-
-# the heads that read several maps without being told to, and which
-ALL = list(range(STAGES))
-
-
-SEVERAL = {"UPerHead": ALL, "FPNHead": ALL, "SegformerHead": ALL, "SETRMLAHead": ALL}
-
-
-SEVERAL |= {"LightHamHead": [1, 2, 3], "EncHead": [1, 2, 3], "ANNHead": [2, 3]}
-
-
-USUAL = {"loss_decode": "CrossEntropyLoss", "neck": "FPN"}
-
-
-USUAL_HEADS = "UPerHead, FPNHead or SegformerHead"
+NUM_STAGES = 4
+ALL_STAGES = list(range(NUM_STAGES))
+# heads that read several feature maps even if their config does not say so -> the maps they read by default
+MULTI_INPUT_HEADS = {
+    "UPerHead": ALL_STAGES,
+    "FPNHead": ALL_STAGES,
+    "SegformerHead": ALL_STAGES,
+    "SETRMLAHead": ALL_STAGES,
+    "LightHamHead": [1, 2, 3],
+    "EncHead": [1, 2, 3],
+    "ANNHead": [2, 3],
+}
+# types that an error suggests
+COMMON_HEADS = "UPerHead, FPNHead or SegformerHead"
+COMMON_TYPES = {"loss_decode": "CrossEntropyLoss", "neck": "FPN"}
 
 
 class HeadConfig:
-    """A head of the recipe, `name` its key there: its words, and which maps it reads."""
+    """The config of a head in a recipe, and the indices of the feature maps that it reads.
 
-    def __init__(self, name: str, words: Mapping[str, Any]):
-        self.key, self.words = f"task.segment.{name}", dict(words)
-        self.type = str(self.words.get("type"))
-        self.several = self.type in SEVERAL or self.words.get("input_transform") is not None
-        given = self.words.get("in_index")
-        if given is None:
-            one = STAGES - 1 - (name == "auxiliary_head")
-            given = SEVERAL.get(self.type, ALL) if self.several else one
-        indices = given if isinstance(given, list | tuple) else [given]
-        if isinstance(given, list | tuple) != self.several or not all(type(i) is int for i in indices):
-            reads = "several maps, so it is a list of numbers" if self.several else "one map, so it is one number"
-            raise UserError(f"{self.key}.in_index={given}: {self.type} reads {reads}")
-        if not indices or not all(-STAGES <= i < STAGES for i in indices):
-            raise UserError(f"{self.key}.in_index={given} is not of the four maps 0, 1, 2, 3")
-        self.indices = [i % STAGES for i in indices]
+    Attributes: `key`, its key in the recipe; `kwargs`, the config; `type`; `indices`, in_index as a list without
+    negative numbers; `multi_input`, whether in_index is a list for this type of head.
+    """
+
+    def __init__(self, name: str, kwargs: Mapping[str, Any]):
+        """name: decode_head or auxiliary_head. Raises UserError if in_index does not fit the type of the head."""
+        self.key, self.kwargs = f"task.segment.{name}", dict(kwargs)
+        self.type = str(self.kwargs.get("type"))
+        self.multi_input = self.type in MULTI_INPUT_HEADS or self.kwargs.get("input_transform") is not None
+        in_index = self.kwargs.get("in_index")
+        if in_index is None and self.multi_input:
+            in_index = MULTI_INPUT_HEADS.get(self.type, ALL_STAGES)
+        elif in_index is None:
+            # an auxiliary head usually reads the stage before the last one
+            in_index = NUM_STAGES - 2 if name == "auxiliary_head" else NUM_STAGES - 1
+        is_list = isinstance(in_index, list | tuple)
+        indices = list(in_index) if is_list else [in_index]
+        if is_list != self.multi_input or not all(type(i) is int for i in indices):
+            expected = "several maps; give a list of integers" if self.multi_input else "one map; give an integer"
+            raise UserError(f"{self.key}.in_index={in_index}: {self.type} reads {expected}")
+        if not indices or not all(-NUM_STAGES <= i < NUM_STAGES for i in indices):
+            raise UserError(f"{self.key}.in_index={in_index}: the feature maps are numbered 0, 1, 2, 3")
+        self.indices = [i % NUM_STAGES for i in indices]
 
     @property
-    def reads(self) -> set[int]:
-        if self.type == "EncHead" and not self.words.get("add_lateral"):
+    def levels(self) -> set[int]:
+        """The feature maps whose values reach the output, which may be fewer or more than `indices`."""
+        if self.type == "EncHead" and not self.kwargs.get("add_lateral"):
             return {self.indices[-1]}
-        fine = self.type == "DepthwiseSeparableASPPHead" and self.words.get("c1_channels")
-        return set(self.indices) | ({0} if fine else set())
+        # DeepLab v3+ also reads the finest map
+        skip = self.type == "DepthwiseSeparableASPPHead" and self.kwargs.get("c1_channels")
+        return set(self.indices) | ({0} if skip else set())
 
 
-def read_maps(heads: Iterable[HeadConfig], neck: Mapping[str, Any]) -> list[int]:
-    """The stages of the backbone whose maps are read, rising."""
+def required_levels(heads: Iterable[HeadConfig], neck: Mapping[str, Any]) -> list[int]:
+    """The stages of the backbone that the neck reads or, without a neck, the heads; in ascending order."""
     if neck:
-        return list(range(*_span(neck)))
-    return sorted(set().union(*(head.reads for head in heads)))
+        return list(range(*_neck_levels(neck)))
+    return sorted(set().union(*(head.levels for head in heads)))
 
 
-def _span(neck: Mapping[str, Any]) -> tuple[int, int]:
-    """The first stage that the neck reads, and the one after its last."""
+def _neck_levels(neck: Mapping[str, Any]) -> tuple[int, int]:
+    """The half-open range of stages that a neck reads. Raises UserError if start_level or end_level is invalid."""
     start, end = neck.get("start_level", 0), neck.get("end_level", -1)
-    if type(start) is not int or not 0 <= start < STAGES:
-        raise UserError(f"task.segment.neck.start_level={start} is not of the four maps 0, 1, 2, 3")
-    if type(end) is not int or not (end == -1 or start < end <= STAGES):
+    if type(start) is not int or not 0 <= start < NUM_STAGES:
+        raise UserError(f"task.segment.neck.start_level={start}: the feature maps are numbered 0, 1, 2, 3")
+    if type(end) is not int or not (end == -1 or start < end <= NUM_STAGES):
         raise UserError(
-            f"task.segment.neck.end_level={end} is neither -1, for all maps, nor in {start + 1}..{STAGES}: it stands "
-            "behind the last map that is read"
+            f"task.segment.neck.end_level={end} must be -1 (all maps), or from {start + 1} to {NUM_STAGES}: the last "
+            "map that is read, plus one"
         )
-    return start, STAGES if end == -1 else end
+    return start, NUM_STAGES if end == -1 else end
 
 
 def build_neck(
-    words: Mapping[str, Any], maps: FeatureSpecs, heads: Iterable[HeadConfig]
+    config: Mapping[str, Any], features: FeatureSpecs, heads: Iterable[HeadConfig]
 ) -> tuple[nn.Module, list[FeatureSpec]]:
-    """The neck, and the maps that it hands out."""
-    words, key = dict(_plain(words)), "task.segment.neck"
-    start, end = _span(words)
-    if words["type"] != "Feature2Pyramid":  # which has one width, embed_dim
-        words.setdefault("in_channels", [m.channels if m else 0 for m in maps])
-    if words["type"] == "FPN":
-        words.setdefault("num_outs", end - start)
-    if words["type"] == "JPU":  # it refuses lists, and a recipe has no tuples
-        words = {word: tuple(value) if isinstance(value, list) else value for word, value in words.items()}
-    neck = _built(key, words)
-    outs = try_neck(f"{key}.type={words['type']}", neck, maps)
-    made = {number for number, out in enumerate(outs) if not out.passed}
-    if unread := sorted(made - set().union(*(head.reads for head in heads))):
+    """The neck and the specs of its outputs.
+
+    Raises UserError if the neck cannot be built or run, or if it computes a map that no head reads: DDP stops at
+    parameters without a gradient.
+    """
+    kwargs, key = dict(_replace_sync_bn(config)), "task.segment.neck"
+    start, end = _neck_levels(kwargs)
+    if kwargs["type"] != "Feature2Pyramid":  # it takes a single width, embed_dim
+        kwargs.setdefault("in_channels", [spec.channels if spec else 0 for spec in features])
+    if kwargs["type"] == "FPN":
+        kwargs.setdefault("num_outs", end - start)
+    if kwargs["type"] == "JPU":  # it requires tuples, which YAML does not have
+        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    neck = _build_module(key, kwargs)
+    outputs = check_neck(f"{key}.type={kwargs['type']}", neck, features)
+    computed = {number for number, out in enumerate(outputs) if not out.passed_through}
+    if unread := sorted(computed - set().union(*(head.levels for head in heads))):
         raise UserError(
-            f"{key} hands out {len(outs)} maps, of which no head reads {', '.join(map(str, unread))}: their weights "
-            "would never learn; name them in task.segment.decode_head.in_index, or hand out fewer (start_level, "
+            f"{key} returns {len(outputs)} maps, but no head reads {', '.join(map(str, unread))}, so their weights "
+            "would not be trained; add them to task.segment.decode_head.in_index, or return fewer maps (start_level, "
             "num_outs)"
         )
-    return neck, outs
+    return neck, outputs
 
 
 def build_head(
-    wanted: HeadConfig, maps: FeatureSpecs, num_classes: int, weights: list[float] | None, size: int | None = None
+    config: HeadConfig,
+    features: FeatureSpecs,
+    num_classes: int,
+    class_weight: list[float] | None,
+    size: int | None = None,
 ) -> nn.Module:
-    """The head, tried out. Raises UserError naming it where it cannot be built, run or trained."""
-    words, key, several = _plain(wanted.words), wanted.key, wanted.several
-    if max(wanted.reads) >= len(maps):
-        raise UserError(f"{key}.in_index={wanted.indices}, but the neck hands out {len(maps)} maps")
-    # what a head names and does not read is not built
-    read = [maps[i] or FeatureSpec(0, 0) for i in wanted.indices]
-    words["in_index"] = wanted.indices if several else wanted.indices[0]
-    words.setdefault("in_channels", [m.channels for m in read] if several else read[0].channels)
-    words.setdefault("norm_cfg", {"type": "BN", "requires_grad": True})
-    words.setdefault("align_corners", False)
-    words.setdefault("num_classes", num_classes)
-    for word, needed in (("num_classes", num_classes), ("out_channels", num_classes), ("ignore_index", IGNORE_INDEX)):
-        if words.get(word, needed) not in (needed, None):
-            fact = (
-                f"masks say {IGNORE_INDEX} for unknown" if word == "ignore_index" else f"the data has {needed} classes"
-            )
-            raise UserError(f"{key}.{word}={words[word]}, but {fact}; leave it out")
-    if wanted.type == "FPNHead":
-        words.setdefault("feature_strides", [m.stride for m in read])
-    if wanted.type == "DepthwiseSeparableASPPHead":
-        fine = maps[0] if 0 in wanted.reads else None
-        words.setdefault("c1_in_channels", fine.channels if fine else 0)
-        words.setdefault("c1_channels", 0)
-    _check_kind(key, wanted.type)
-    words["loss_decode"] = _losses(words.get("loss_decode", {"type": "CrossEntropyLoss"}), key, weights)
-    head = _built(key, words)
+    """A head that was run once on dummy feature maps. Raises UserError if it cannot be built, run or trained.
+
+    class_weight: weights of the classes in the loss; size: see `check_head`.
+    """
+    kwargs = _resolve_kwargs(config, features, num_classes)
+    _check_head_type(config.key, config.type)
+    kwargs["loss_decode"] = _resolve_losses(config, class_weight)
+    head = _build_module(config.key, kwargs)
+    _patch_cross_entropy(head)
+    losses = f"{config.key}.loss_decode={config.kwargs.get('loss_decode', 'CrossEntropyLoss')}"
+    check_head(f"{config.key}.type={config.type}", head, features, losses=losses, size=size)
+    return head
+
+
+def _resolve_kwargs(config: HeadConfig, features: FeatureSpecs, num_classes: int) -> dict[str, Any]:
+    """The kwargs of a head with what backbone, neck and data determine. Raises UserError for other values of these."""
+    kwargs, key = dict(_replace_sync_bn(config.kwargs)), config.key
+    if max(config.levels) >= len(features):
+        raise UserError(f"{key}.in_index={config.indices}, but the neck returns {len(features)} maps")
+    if kwargs.get("ignore_index") not in (IGNORE_INDEX, None):
+        raise UserError(
+            f"{key}.ignore_index={kwargs['ignore_index']}, but unlabelled pixels have {IGNORE_INDEX}; remove it"
+        )
+    for name in ("num_classes", "out_channels"):
+        if kwargs.get(name) not in (num_classes, None):
+            raise UserError(f"{key}.{name}={kwargs[name]}, but the data has {num_classes} classes; remove it")
+    # of a stage that is in in_index but not read, the backbone has no map
+    inputs = [features[i] or FeatureSpec(0, 0) for i in config.indices]
+    if config.multi_input:
+        kwargs["in_index"] = config.indices
+        kwargs.setdefault("in_channels", [spec.channels for spec in inputs])
+    else:
+        kwargs["in_index"] = config.indices[0]
+        kwargs.setdefault("in_channels", inputs[0].channels)
+    kwargs.setdefault("norm_cfg", {"type": "BN", "requires_grad": True})
+    kwargs.setdefault("align_corners", False)
+    kwargs.setdefault("num_classes", num_classes)
+    if config.type == "FPNHead":
+        kwargs.setdefault("feature_strides", [spec.stride for spec in inputs])
+    if config.type == "DepthwiseSeparableASPPHead":
+        finest = features[0] if 0 in config.levels else None
+        kwargs.setdefault("c1_in_channels", finest.channels if finest else 0)
+        kwargs.setdefault("c1_channels", 0)
+    return kwargs
+
+
+def _resolve_losses(config: HeadConfig, class_weight: list[float] | None) -> Any:
+    """loss_decode with the class weights; cross entropy is averaged over the labelled pixels.
+
+    Raises UserError for what is not a loss, and for class weights without a cross entropy.
+    """
+    given, key = config.kwargs.get("loss_decode", {"type": "CrossEntropyLoss"}), f"{config.key}.loss_decode"
+    is_list = isinstance(given, list | tuple)
+    losses = [dict(loss) if isinstance(loss, Mapping) else {} for loss in (given if is_list else [given])]
+    if not losses or not all(isinstance(loss.get("type"), str) for loss in losses):
+        raise UserError(f"{key}={given} must be a loss, as in {{type: CrossEntropyLoss}}, or a list of losses")
+    cross_entropies = [loss for loss in losses if loss["type"] == "CrossEntropyLoss"]
+    for loss in cross_entropies:
+        loss.setdefault("avg_non_ignore", True)
+        if class_weight is not None:
+            loss.setdefault("class_weight", class_weight)
+    if class_weight is not None and not cross_entropies:
+        types = ", ".join(loss["type"] for loss in losses)
+        raise UserError(f"task.segment.class_weight has no effect with {key} of {types}; remove it")
+    for loss in losses:
+        module = _build_module(key, loss)
+        if not hasattr(module, "loss_name"):
+            raise UserError(f"{key}.type={loss['type']} is not a loss of mmsegmentation; use CrossEntropyLoss")
+        if "loss" not in str(module.loss_name):
+            raise UserError(f"{key}.loss_name={module.loss_name} must contain the word loss, else it is not minimized")
+    return losses if is_list else losses[0]
+
+
+def _patch_cross_entropy(head: nn.Module) -> None:
+    """Use `cross_entropy` in the softmax cross entropy losses of a head."""
     for loss in head.modules():
         if type(loss).__name__ == "CrossEntropyLoss" and not (loss.use_sigmoid or loss.use_mask):  # type: ignore[union-attr]
             loss.cls_criterion = cross_entropy  # type: ignore[assignment]
-    losses = f"{key}.loss_decode={wanted.words.get('loss_decode', 'CrossEntropyLoss')}"
-    try_head(f"{key}.type={wanted.type}", head, maps, losses=losses, size=size)
-    return head
 
 
 def cross_entropy(
@@ -153,10 +218,11 @@ def cross_entropy(
     avg_non_ignore: bool,
     ignore_index: int,
 ) -> Tensor:
-    """mmsegmentation's cross entropy, in place of its own: that one looks the class weight of ignored pixels up, which
-    is an error, and waits for the GPU to count them.
+    """Replacement of mmsegmentation's cross entropy with the same values.
 
-    pred: [N, C, H, W]; label: [N, H, W]; the mean is sum(w l) / (sum(w) + eps) over the known pixels, 0 without any.
+    mmsegmentation's indexes class_weight with ignore_index, which is out of range, and synchronizes the GPU to count
+    the ignored pixels. pred: logits [N, C, H, W]; label: [N, H, W]; weight: per pixel [N, H, W]. The mean is
+    sum(w l) / (sum(w) + eps) over the pixels that are not ignored, so it is 0 if all are ignored.
     """
     loss = F.cross_entropy(pred, label, weight=class_weight, reduction="none", ignore_index=ignore_index)
     loss = loss if weight is None else loss * weight.float()
@@ -165,88 +231,62 @@ def cross_entropy(
     if reduction == "sum":
         return loss.sum()
     if avg_factor is None:
-        known = label != ignore_index
-        counted = loss.new_ones(()).expand_as(label)
+        labelled = label != ignore_index
+        pixel_weight = loss.new_ones(()).expand_as(label)
         if class_weight is not None:
-            counted = class_weight[label.where(known, 0)]
-        total = (counted * known if avg_non_ignore or class_weight is not None else counted).sum()
+            pixel_weight = class_weight[label.where(labelled, 0)]
+        skip_ignored = avg_non_ignore or class_weight is not None
+        total = (pixel_weight * labelled if skip_ignored else pixel_weight).sum()
     else:
         total = loss.new_tensor(avg_factor)
     return loss.sum() / (total + torch.finfo(torch.float32).eps)
 
 
-def _losses(given: Any, key: str, weights: list[float] | None) -> Any:
-    """The loss in mmsegmentation's words, averaged over the pixels that are not ignored."""
-    several = isinstance(given, list | tuple)
-    losses = [dict(loss) if isinstance(loss, Mapping) else {} for loss in (given if several else [given])]
-    if not losses or not all(isinstance(loss.get("type"), str) for loss in losses):
-        raise UserError(f"{key}.loss_decode={given}: it is a loss, as in {{type: CrossEntropyLoss}}, or a list of them")
-    entropies = [loss for loss in losses if loss["type"] == "CrossEntropyLoss"]
-    for loss in entropies:
-        loss.setdefault("avg_non_ignore", True)
-        if weights is not None:
-            loss.setdefault("class_weight", weights)
-    if weights is not None and not entropies:
-        kinds = ", ".join(loss["type"] for loss in losses)
-        raise UserError(f"task.segment.class_weight has no effect with {key}.loss_decode of {kinds}; remove it")
-    for loss in losses:
-        _check_loss(f"{key}.loss_decode", loss)
-    return losses if several else losses[0]
+def _replace_sync_bn(config: Any) -> Any:
+    """A copy of a config with BN instead of SyncBN; parallel.sync_batch_norm decides on synchronization."""
+    if isinstance(config, Mapping):
+        return {k: "BN" if (k, v) == ("type", "SyncBN") else _replace_sync_bn(v) for k, v in config.items()}
+    return [_replace_sync_bn(value) for value in config] if isinstance(config, list | tuple) else config
 
 
-def _check_loss(key: str, words: Mapping[str, Any]) -> None:
-    loss = _built(key, words)
-    if not hasattr(loss, "loss_name"):
-        raise UserError(f"{key}.type={words['type']} is no loss of mmsegmentation; take CrossEntropyLoss")
-    if "loss" not in str(loss.loss_name):
-        raise UserError(f"{key}.loss_name={loss.loss_name} lacks the word loss: it would be logged and never learnt")
-
-
-def _plain(words: Any) -> Any:
-    """A copy in which SyncBN is batch norm: the trainer synchronises it where there are several GPUs."""
-    if isinstance(words, Mapping):
-        return {k: "BN" if (k, v) == ("type", "SyncBN") else _plain(v) for k, v in words.items()}
-    return [_plain(value) for value in words] if isinstance(words, list | tuple) else words
-
-
-def _built(key: str, words: Mapping[str, Any]) -> Any:
-    kind, known = words["type"], sorted(mmseg_modules().HEADS.module_dict)
+def _build_module(key: str, config: Mapping[str, Any]) -> Any:
+    """The module that `config` describes, initialized. Raises UserError naming `key` if it cannot be built."""
+    kind, known = config["type"], sorted(mmseg_modules().HEADS.module_dict)
     if kind in ("MaskFormerHead", "Mask2FormerHead"):
         raise UserError(
-            f"{key}.type={kind} is built on mmdetection, whose compiled operators do not build on current torch; take "
-            + USUAL_HEADS
+            f"{key}.type={kind} needs mmdetection, whose compiled operators do not build with current torch; use "
+            + COMMON_HEADS
         )
     if kind not in known:
-        near = difflib.get_close_matches(str(kind), known, n=3) or [USUAL.get(key.rpartition(".")[2], USUAL_HEADS)]
+        suggested = COMMON_TYPES.get(key.rpartition(".")[2], COMMON_HEADS)
+        near = difflib.get_close_matches(str(kind), known, n=3) or [suggested]
         raise UserError(f"{key}.type={kind} is unknown to mmsegmentation; did you mean {' or '.join(near)}?")
-    with _quiet():
+    with _no_init_logging():
         try:
-            module: Any = build(words)
+            module: Any = build(config)
             if hasattr(module, "init_weights"):
                 module.init_weights()
-        except REFUSED as error:
-            raise UserError(f"{key}.type={kind} cannot be built with {dict(words)}: {one_line(error)}") from error
+        except HEAD_ERRORS as error:
+            raise UserError(f"{key}.type={kind} cannot be built with {dict(config)}: {one_line(error)}") from error
     return module
 
 
-def _check_kind(key: str, kind: str) -> None:
-    """Refuse what mmsegmentation has, but not as a head that stands alone."""
+def _check_head_type(key: str, kind: str) -> None:
+    """Raises UserError for modules of mmsegmentation that are not decode heads, or depend on another head."""
     known = mmseg_modules().HEADS.module_dict
-    # only now that the modules that these need are there
+    # mmseg_modules() made these importable
     from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
     if kind in known and issubclass(known[kind], BaseCascadeDecodeHead):
-        raise UserError(
-            f"{key}.type={kind} refines another head's result, which is not supported; take one that stands alone"
-        )
+        raise UserError(f"{key}.type={kind} refines the output of another head, which is not supported; use another")
     if kind in known and not issubclass(known[kind], BaseDecodeHead) and not kind.startswith("Mask"):
-        raise UserError(f"{key}.type={kind} is no decode head of mmsegmentation; take {USUAL_HEADS}")
+        raise UserError(f"{key}.type={kind} is not a decode head of mmsegmentation; use {COMMON_HEADS}")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # mmengine tells of every parameter that it initialises
+def _no_init_logging() -> Iterator[None]:
+    """Silence mmengine, which logs a line for every parameter that it initializes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The segmenter: a backbone, and on its maps a neck and heads in mmsegmentation's own modules and names."""
+"""The segmenter: a backbone with mmsegmentation's neck and heads, built from the sections of a recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from ...errors import UserError
 from ...recipe.schema import Dense, Model, Recipe
 from ..dense_backbone import build_backbone, check_backbone, load_initial_backbone
 from ..models import check_name
-from .head_checks import FeatureSpec, layout
-from .heads import HeadConfig, build_head, build_neck, read_maps
+from .head_checks import FeatureSpec, memory_format_of
+from .heads import NUM_STAGES, HeadConfig, build_head, build_neck, required_levels
 from .options import SegmentOptions
 
-PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
+HEAD_PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
 
 class Segmenter(nn.Module):
-    """Images [B, 3, H, W] to logits [B, classes, H, W]; with masks [B, H, W] to the parts of the loss.
+    """Images [B, 3, H, W] to logits [B, classes, H, W]; with masks [B, H, W], to a dict of losses.
 
     Parameters are named as in mmsegmentation: backbone, neck, decode_head, auxiliary_head.
     """
@@ -46,103 +46,109 @@ class Segmenter(nn.Module):
         self.palette: list[list[int]] = []
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Any:
-        maps = self.maps(images)
+        features = self.forward_features(images)
         if masks is None:
             head: Any = self.decode_head
-            return head.predict(maps, [{"img_shape": images.shape[-2:]}], None)
+            return head.predict(features, [{"img_shape": images.shape[-2:]}], None)
         samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=mask[None])) for mask in masks]
         losses = {}
         for name in ("decode", "auxiliary"):
             if (head := getattr(self, f"{name}_head", None)) is not None:
-                losses |= {f"{name}.{key}": value.squeeze() for key, value in head.loss(maps, samples, None).items()}
+                found = head.loss(features, samples, None)
+                losses |= {f"{name}.{key}": value.squeeze() for key, value in found.items()}
         return losses
 
-    def maps(self, images: Tensor) -> list[Tensor | None]:
-        """What the heads see, numbered as mmsegmentation does: a stage without a reader is None."""
-        maps: list[Tensor | None] = [None] * 4
-        for level, found in zip(self.backbone.out_indices, self.backbone(images), strict=True):
-            maps[level] = found
-        return list(self.neck(maps)) if hasattr(self, "neck") else maps
+    def forward_features(self, images: Tensor) -> list[Tensor | None]:
+        """The feature maps that the heads read, [B, C, H / stride, W / stride] each.
+
+        Without a neck there are four, one for each stage; None for a stage that no head reads.
+        """
+        features: list[Tensor | None] = [None] * NUM_STAGES
+        for level, feature in zip(self.backbone.out_indices, self.backbone(images), strict=True):
+            features[level] = feature
+        return list(self.neck(features)) if hasattr(self, "neck") else features
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the backbone; the heads are not written for it."""
+        """Compile the backbone only: mmsegmentation's heads cause graph breaks."""
         self.backbone.compile(*args, **kwargs)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups of the backbone under the names they have here; all else counts as the last layer."""
+        """timm's parameter groups of the backbone, with the prefix `backbone.`; the heads belong to the last group."""
         groups = self.backbone.group_matcher(coarse=coarse)
         return {key: prefix_patterns(spec, "backbone.") for key, spec in groups.items()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay beside biases and one-dimensional ones."""
+        """Names of parameters without weight decay, besides biases and one-dimensional ones."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a published segmenter, whose names are mmsegmentation's and the paper's.
+        """Load the weights of a published segmenter, with mmsegmentation's names for heads and the paper's for the
+        backbone.
 
-        Raises ValueError naming what is missing, unknown or of another shape.
+        Raises ValueError naming weights that are missing, unknown or of another shape.
         """
-        rest = {key.removeprefix("module."): tensor for key, tensor in self.backbone.load_published(state).items()}
-        own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith(PREFIXES)}
-        for words, keys in (("does not know", rest.keys() - own.keys()), ("asks for", own.keys() - rest.keys())):
-            if keys:
-                raise ValueError(f"{len(keys)} weights that this recipe {words}: {', '.join(sorted(keys)[:5])}")
-        for key, tensor in rest.items():
+        heads = {key.removeprefix("module."): tensor for key, tensor in self.backbone.load_published(state).items()}
+        own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith(HEAD_PREFIXES)}
+        if unknown := sorted(heads.keys() - own.keys()):
+            raise ValueError(f"it has {len(unknown)} weights that the model does not have: {', '.join(unknown[:5])}")
+        if missing := sorted(own.keys() - heads.keys()):
+            raise ValueError(f"it lacks {len(missing)} weights of the model: {', '.join(missing[:5])}")
+        for key, tensor in heads.items():
             if tensor.shape != own[key].shape:
-                raise ValueError(f"{key} is {list(tensor.shape)} there, {list(own[key].shape)} by this recipe")
-        self.load_state_dict(self.state_dict() | rest)
+                raise ValueError(f"{key} has the shape {list(tensor.shape)}, in the model {list(own[key].shape)}")
+        self.load_state_dict(self.state_dict() | heads)
 
 
-def assemble(
+def build_segmenter(
     model: Model, segment: SegmentOptions, *, dense: Dense, classes: Sequence[str], size: int | None = None
 ) -> Segmenter:
-    """The segmenter of a recipe's sections. Raises UserError for what cannot be built, or trained on `size` pixels.
+    """The segmenter of a recipe's sections. Raises UserError for what cannot be built or, on `size` pixels, trained.
 
-    Only what a head reads is built: a parameter without a gradient would stop the training on several processes.
+    Stages that no head reads are not built, because DDP stops at parameters without a gradient.
     """
     if unknown := sorted(segment.class_weight.keys() - set(classes)):
         raise UserError(
             f"task.segment.class_weight names {', '.join(unknown)}, but the classes of the data are "
             f"{', '.join(classes[:12])}{', ...' * (len(classes) > 12)}"
         )
-    weights = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
-    parts = {"decode_head": segment.decode_head, "auxiliary_head": segment.auxiliary_head}
-    wanted = {name: HeadConfig(name, part) for name, part in parts.items() if part}
-    levels = read_maps(wanted.values(), segment.neck)
+    class_weight = [segment.class_weight.get(name, 1.0) for name in classes] if segment.class_weight else None
+    configs = {"decode_head": segment.decode_head, "auxiliary_head": segment.auxiliary_head}
+    heads = {name: HeadConfig(name, config) for name, config in configs.items() if config}
+    levels = required_levels(heads.values(), segment.neck)
     check_name(model.name)
     backbone = build_backbone(model, dense, levels)
-    maps = seen_maps(backbone, model, size)
+    features: Sequence[FeatureSpec | None] = feature_specs(backbone, model, size)
     neck = None
     if segment.neck:
-        neck, maps[:] = build_neck(segment.neck, maps, wanted.values())
-    heads = {name: build_head(one, maps, len(classes), weights, size) for name, one in wanted.items()}
-    return Segmenter(backbone, heads.pop("decode_head"), neck=neck, **heads)
+        neck, features = build_neck(segment.neck, features, heads.values())
+    modules = {name: build_head(head, features, len(classes), class_weight, size) for name, head in heads.items()}
+    return Segmenter(backbone, modules.pop("decode_head"), neck=neck, **modules)
 
 
-def seen_maps(backbone: DenseBackbone, model: Model, size: int | None) -> list[FeatureSpec | None]:
-    """What is known of the maps of the four stages; of `size`, also that the backbone takes it, and how maps lie."""
-    maps: list[FeatureSpec | None] = [None] * 4
-    for level, width, stride in zip(backbone.out_indices, backbone.channels, backbone.strides, strict=True):
-        maps[level] = FeatureSpec(width, stride)
+def feature_specs(backbone: DenseBackbone, model: Model, size: int | None) -> list[FeatureSpec | None]:
+    """The specs of the feature maps of the four stages; None for a stage that the backbone does not return.
+
+    With `size`, the backbone is run on an image of this side. Raises UserError if it does not accept it.
+    """
+    specs: list[FeatureSpec | None] = [None] * NUM_STAGES
+    for level, channels, stride in zip(backbone.out_indices, backbone.channels, backbone.strides, strict=True):
+        specs[level] = FeatureSpec(channels, stride)
     if size is not None:
         remedy = (
-            f"if it has a size of its own, give it model.kwargs.strict_img_size=false or model.kwargs.img_size={size}, "
-            "or data.size that size; else take another model"
+            "for a model with a fixed input size, set model.kwargs.strict_img_size=false or model.kwargs.img_size="
+            f"{size}, or data.size to its size; else use another model"
         )
-        for level, found in zip(
-            backbone.out_indices, check_backbone(backbone, model, (size, size), remedy), strict=True
-        ):
-            maps[level] = FeatureSpec(
-                found.shape[1], backbone.strides[backbone.out_indices.index(level)], layout(found)
-            )
-    return maps
+        maps = check_backbone(backbone, model, (size, size), remedy)
+        for level, stride, found in zip(backbone.out_indices, backbone.strides, maps, strict=True):
+            specs[level] = FeatureSpec(found.shape[1], stride, memory_format_of(found))
+    return specs
 
 
-def begin(segmenter: Segmenter, recipe: Recipe) -> None:
-    """Give `segmenter` the weights that the recipe begins with: a classifier's, or a published segmenter's."""
+def load_initial_weights(segmenter: Segmenter, recipe: Recipe) -> None:
+    """Load the weights that the recipe names: of a classifier, an exported model, or a published segmenter."""
     model, published = recipe.model, recipe.task.segment.load_from
     check_name(model.init_from, "model.init_from")
     load_initial_backbone(segmenter.backbone, model, recipe.data.size)

@@ -1,41 +1,47 @@
-"""Pictures of what a segmenter sees: the image under the colours of its classes, truth beside prediction."""
+"""Pictures of segmentations: the image under the colors of its classes, ground truth beside prediction."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
 
 from ...data.segmentation import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from .task import SegmentTask
 
-
 OPACITY = 0.55
-
-
-GAP = 4  # white pixels between truth and prediction
+GAP = 4  # white pixels between the two panels
 
 
 def pictures(
     task: "SegmentTask", predictions: Mapping[str, np.ndarray], count: int
 ) -> Iterator[tuple[int, Image.Image]]:
-    """(index, picture) of the first `count` validation images that were kept: truth at the left, prediction beside."""
+    """(index, picture) of the first `count` images in `SegmentationMetrics.predictions`."""
     for number, index in enumerate(predictions["index"][:count].tolist()):
         height, width = predictions["size"][number]
-        pair = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
-        yield index, overlay(task.val[index][0], pair, task.palette)
+        masks = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
+        yield index, overlay(task.val[index][0], masks, task.palette)
 
 
 def overlay(image: Image.Image, masks: list[np.ndarray], palette: list[list[int]]) -> Image.Image:
-    """The image once for each mask [h, w], at their size, with the palette's colours over it; ignored pixels stay."""
+    """A panel for each mask [H, W], side by side: the image, resized to H x W, under the colors of the classes.
+
+    Pixels with IGNORE_INDEX show the image.
+    """
     height, width = masks[0].shape
-    colours = np.zeros((IGNORE_INDEX + 1, 3))
-    colours[: len(palette)] = palette
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=float)
+    pixels = pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    gap = torch.full((3, height, GAP), 255, dtype=torch.uint8)
     panels = []
     for mask in masks:
-        share = OPACITY * (mask != IGNORE_INDEX)[..., None]
-        panels += [pixels + share * (colours[mask] - pixels), np.full((height, GAP, 3), 255.0)]
-    return Image.fromarray(np.concatenate(panels[:-1], 1).round().astype(np.uint8))
+        labels, panel = torch.from_numpy(mask), pixels
+        if classes := [label for label in labels.unique().tolist() if label != IGNORE_INDEX]:
+            regions = labels == torch.tensor(classes)[:, None, None]
+            colors: list[Any] = [tuple(palette[label]) for label in classes]
+            panel = draw_segmentation_masks(pixels, regions, alpha=OPACITY, colors=colors)
+        panels += [panel, gap]
+    return to_pil_image(torch.cat(panels[:-1], 2))

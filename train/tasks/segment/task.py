@@ -18,20 +18,20 @@ from ..base import DatasetTask
 from ..dense_backbone import check_backbone
 from ..export import export_model
 from ..models import batch_norm_errors, check_name
-from .augment import aligned, eval_transform, normalisation, train_transform
+from .augment import eval_transform, input_mean_std, round_up, train_transform
 from .metrics import SegmentationMetrics
-from .model import Segmenter, assemble, begin
+from .model import Segmenter, build_segmenter, load_initial_weights
 from .options import Segment, SegmentData
 from .overlay import pictures
 
 BATCH_NORM_REMEDY = (
-    "use micro-batches of at least two images (data.batch, data.micro_batch), or no batch statistics: norm_cfg: "
-    "{type: GN, num_groups: 32} in the heads of task.segment, and task.dense.batch_norm=eval for the backbone"
+    "use micro-batches of at least two images (data.batch, data.micro_batch), or no batch statistics: "
+    "task.dense.batch_norm=eval for the backbone, and norm_cfg: {type: GN, num_groups: 32} in the heads"
 )
 
 
 class SegmentTask(DatasetTask[Segment, SegmentData]):
-    """One class per pixel."""
+    """Semantic segmentation: a class for every pixel."""
 
     classes: list[str]
 
@@ -40,37 +40,44 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         check_name(recipe.model.init_from, "model.init_from")
         super().__init__(recipe, world)
         self.palette = self.val.palette
-        self.window = recipe.task.segment.test.crop or recipe.data.size
-        self.kept = 16  # validation images whose predicted masks are kept
+        self.window = recipe.task.segment.test.crop or recipe.data.size  # side of sliding windows
+        self.kept = 16  # number of validation images whose masks are kept with the predictions
 
     @staticmethod
     def collate(samples: list[Any]) -> Any:
-        """Training crops are stacked; validation images differ in size and stay a list."""
+        """Stack training crops. Validation images differ in size, so they stay a list of samples."""
         return samples if isinstance(samples[0][0], list) else default_collate(samples)
 
     def build_model(self) -> Segmenter:
         recipe = self.recipe
-        known = {"dense": recipe.task.dense, "classes": self.classes, "size": recipe.data.size}
-        model = assemble(recipe.model, recipe.task.segment, **known)
+        model = build_segmenter(
+            recipe.model,
+            recipe.task.segment,
+            dense=recipe.task.dense,
+            classes=self.classes,
+            size=recipe.data.size,
+        )
         self.check_eval_size(model)
-        begin(model, recipe)
+        load_initial_weights(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
         self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
         self.eval_transform = eval_transform(recipe.data, recipe.task.segment.test, self.pretrained_cfg)
         return model
 
     def check_eval_size(self, model: Segmenter) -> None:
-        """Raises UserError if the backbone does not accept a size that occurs in evaluation, but not in training."""
+        """Raises UserError if the backbone accepts the training crops, but not the images of the evaluation."""
         data, test = self.recipe.data, self.recipe.task.segment.test
         if test.mode == "slide":
             size = (self.window, self.window)
         else:
+            # photos have any size, so try a width that is not data.size; digit scenes are squares of data.size
             size = (data.size, data.size + (data.source != "digit_scenes"))
-            size = aligned(size, test.divisor) if test.divisor else size
+            size = round_up(size, test.divisor) if test.divisor else size
         if size != (data.size, data.size):
             remedy = (
-                "evaluation has images of any size: give it model.kwargs.strict_img_size=false, multiples of its "
-                "windows by task.segment.test.divisor=32, or windows of data.size by task.segment.test.mode=slide"
+                "evaluation has images of any size: set model.kwargs.strict_img_size=false, "
+                "task.segment.test.divisor=32 to resize them to multiples of 32, or task.segment.test.mode=slide to "
+                "predict windows of data.size"
             )
             check_backbone(model.backbone, self.recipe.model, size, remedy)
 
@@ -88,7 +95,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         return (torch.zeros(1, 3, size, size, device=self.world.device),)
 
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
-        mean, std = normalisation(self.pretrained_cfg)
+        mean, std = input_mean_std(self.pretrained_cfg)
         task = self.recipe.task
         segment = dataclasses.replace(task.segment, load_from=None)
         sections = {"dense": task.dense, "segment": segment}
@@ -96,7 +103,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         export_model(path, state, task="segment", model=self.recipe.model, sections=sections, **facts)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
-        """(index, picture) of the first `count` predictions: truth beside prediction."""
+        """(index, picture) of the first `count` predictions: ground truth beside prediction."""
         return pictures(self, predictions, count)
 
     def keep_pictures(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Detection's figures: COCO's own, on any number of processes, with what was found of each image."""
+"""Detection metrics: equal to COCO's own on any number of processes, and the kept predictions."""
 
 import json
 import warnings
@@ -14,13 +14,13 @@ import torch
 from faster_coco_eval.core import mask as coder
 from PIL import Image
 
-from tessel.train import evaluate
-from tessel.train.data.sources.build_boxes import build_dataset
 from tessel.train.distributed.world import World
+from tessel.train.evaluation import save_pictures
 from tessel.train.recipe.load import load_recipe
-from tessel.train.tasks.detect.augment import Eval
+from tessel.train.recipe.registry import open_dataset
+from tessel.train.tasks.detect.augment import EvalTransform
 from tessel.train.tasks.detect.metrics import DetectionMetrics
-from tessel.train.tasks.detect.overlay import drawn
+from tessel.train.tasks.detect.overlay import draw_objects
 from tessel.train.tasks.detect.task import DetectTask, collate_lists
 
 NAMES = [
@@ -67,7 +67,7 @@ def draw(root, rng):
 
 
 def guesses(target, rng):
-    """Objects moved and resized a little, some of them doubled, missed or of another class, and some out of the air."""
+    """The objects with noise; some are doubled, missed or of another class, and some boxes are random."""
     boxes = [box for box in target["boxes"].numpy() if rng.random() < 0.85 for _ in range(rng.integers(1, 3))]
     boxes = [box + rng.normal(0, 4, 4) for box in boxes] + [rng.uniform(0, 70, 4) + [0, 0, 70, 70] for _ in range(3)]
     boxes = np.array(boxes, np.float32).clip(0, SIDE)
@@ -84,24 +84,24 @@ def guesses(target, rng):
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """The data set, a task that has it, its samples and what a made-up detector finds in them."""
+def evaluated(tmp_path_factory):
+    """The data set, a task on it, its samples and made-up predictions for them."""
     rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("coco")
     recipe = load_recipe(detection.write_recipe(root / "r.yaml", draw(root, rng)), ["task.detect.detector=mask_rcnn"])
     task = DetectTask(recipe, World())
-    samples = [(*Eval()(*task.val[index]), index) for index in range(len(task.val))]
+    samples = [(*EvalTransform()(*task.val[index]), index) for index in range(len(task.val))]
     return root, task, samples, [guesses(sample[1], rng) for sample in samples]
 
 
 def summed(task, samples, found):
-    scores = DetectionMetrics(task)
+    metrics = DetectionMetrics(task)
     for at in range(0, len(samples), 5):
-        scores.update(detection.Oracle(found[at : at + 5]), collate_lists(samples[at : at + 5]))
-    return scores
+        metrics.update(detection.Oracle(found[at : at + 5]), collate_lists(samples[at : at + 5]))
+    return metrics
 
 
 def reference(root, found, kind):
-    """What COCOeval of pycocotools says in percent: the summary, and AP by category."""
+    """The summary and the AP by category in percent, from COCOeval of pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -116,45 +116,45 @@ def reference(root, found, kind):
                     rows.append(row | {"segmentation": coder.encode(np.asfortranarray(mask[0].numpy() > 0.5))})
                 else:
                     rows.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-        judge = COCOeval(truth, truth.loadRes(rows), kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    precision = judge.eval["precision"][:, :, :, 0, -1]
-    names = [truth.cats[key]["name"] for key in judge.params.catIds]
-    return 100 * judge.stats, {name: 100 * precision[:, :, k].mean() for k, name in enumerate(names)}
+        evaluation = COCOeval(truth, truth.loadRes(rows), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    names = [truth.cats[key]["name"] for key in evaluation.params.catIds]
+    return 100 * evaluation.stats, {name: 100 * precision[:, :, k].mean() for k, name in enumerate(names)}
 
 
 @pytest.mark.parametrize(("kind", "ours"), [("bbox", "box"), ("segm", "mask")])
-def test_figures_are_those_of_pycocotools(judged, kind, ours):
-    root, task, samples, found = judged
-    scores = summed(task, samples, found)
-    figures, (stats, classes) = scores.compute(), reference(root, found, kind)
-    for name, wanted in zip(NAMES, stats, strict=True):
-        assert figures[f"{ours}_{name}"] == pytest.approx(wanted, abs=1e-4), name
-    assert 5 < figures[f"{ours}_ap"] < figures[f"{ours}_ap50"] < 90 and figures["count"] == 12
-    assert scores.details()["classes"][f"{ours}_ap"] == pytest.approx(classes, abs=1e-4)
+def test_metrics_equal_those_of_pycocotools(evaluated, kind, ours):
+    root, task, samples, found = evaluated
+    metrics = summed(task, samples, found)
+    values, (stats, classes) = metrics.compute(), reference(root, found, kind)
+    for name, expected in zip(NAMES, stats, strict=True):
+        assert values[f"{ours}_{name}"] == pytest.approx(expected, abs=1e-4), name
+    assert 5 < values[f"{ours}_ap"] < values[f"{ours}_ap50"] < 90 and values["count"] == 12
+    assert metrics.details()["classes"][f"{ours}_ap"] == pytest.approx(classes, abs=1e-4)
     assert list(classes) == task.classes
 
 
-def test_any_number_of_processes_finds_the_same(judged):
-    """Images dealt out unevenly and in another order."""
-    _, task, samples, found = judged
+def test_metrics_do_not_depend_on_the_number_of_processes(evaluated):
+    """Images are distributed unevenly and in another order."""
+    _, task, samples, found = evaluated
     alone = summed(task, samples, found)
-    wanted, parts = alone.compute(), [[0, 3, 6, 9], [1, 2], [11, 10, 8, 7, 5, 4]]
+    expected, parts = alone.compute(), [[0, 3, 6, 9], [1, 2], [11, 10, 8, 7, 5, 4]]
     states = []
     for part in parts:
-        scores = summed(task, [samples[i] for i in part], [found[i] for i in part])
-        states.append((dict(scores.metric.metric_state), scores.indices))
-    world = SimpleNamespace(main=True, gather=lambda value: states, share=lambda value: value)
-    spread = summed(SimpleNamespace(**vars(task) | {"world": world, "kept": 16, "placed": task.placed}), [], [])
-    assert spread.compute() == wanted and spread.details() == alone.details()
+        metrics = summed(task, [samples[i] for i in part], [found[i] for i in part])
+        states.append(metrics.images)
+    world = SimpleNamespace(main=True, gather=lambda value: states, broadcast_object=lambda value: value)
+    spread = summed(SimpleNamespace(**vars(task) | {"world": world, "kept": 16, "to_device": task.to_device}), [], [])
+    assert spread.compute() == expected and spread.details() == alone.details()
     for name, rows in alone.predictions().items():
         assert np.array_equal(rows, spread.predictions()[name]), name
 
 
-def test_predictions_are_those_of_each_image(judged, tmp_path):
-    _, task, samples, found = judged
+def test_predictions_are_those_of_each_image(evaluated, tmp_path):
+    _, task, samples, found = evaluated
     rows = summed(task, samples, found).predictions()
     assert rows["image"].tolist() == list(range(12)) and rows["class_names"].tolist() == task.classes
     for index, (_, target, _) in enumerate(samples):
@@ -169,50 +169,52 @@ def test_predictions_are_those_of_each_image(judged, tmp_path):
     assert (coder.decode(first) == (found[0]["masks"][best, 0] > 0.5).numpy()).all()
 
     np.savez(tmp_path / "p.npz", **rows)  # type: ignore[arg-type]
-    evaluate.draw(task, np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
+    save_pictures(task, np.load(tmp_path / "p.npz"), tmp_path / "overlays", 5)
     drawn = sorted((tmp_path / "overlays").iterdir())
     assert [path.name for path in drawn] == [f"{index:06d}.png" for index in range(5)]
     left, right = (np.asarray(Image.open(drawn[4]))[:, part] for part in (slice(0, 300), slice(304, 604)))
     assert left.any() and right.any() and (left != right).any()
-    assert not np.asarray(Image.open(drawn[0]))[:, :300].any()  # no object in the first, which is black
+    assert not np.asarray(Image.open(drawn[0]))[:, :300].any()  # the first image is black and has no object
 
 
-def test_nothing_found_and_nothing_there(judged):
-    _, task, samples, _ = judged
+def test_no_predictions_and_no_objects(evaluated):
+    _, task, samples, _ = evaluated
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     none["masks"] = torch.zeros(0, 1, SIDE, SIDE)
-    figures = summed(task, samples, [none] * 12).compute()
-    assert figures["box_ap"] == figures["mask_ap"] == figures["box_ar"] == 0
+    values = summed(task, samples, [none] * 12).compute()
+    assert values["box_ap"] == values["mask_ap"] == values["box_ar"] == 0
     empty = summed(task, samples[:1], [none]).compute()
     assert empty == {"box_ap": 0.0, "mask_ap": 0.0, "count": 1}
 
 
-def test_half_precision_and_many_detections(judged):
-    """The hundred best count, in float32."""
-    _, task, samples, found = judged
+def test_half_precision_and_many_detections(evaluated):
+    """The 100 highest scores count, in float32."""
+    _, task, samples, found = evaluated
     many = {key: tensor.repeat(60, *[1] * (tensor.ndim - 1)) for key, tensor in found[4].items()}
     many["scores"] = many["scores"] * torch.linspace(0.2, 1, len(many["scores"]))
-    scores = summed(task, samples[4:5], [{k: t.bfloat16() if t.is_floating_point() else t for k, t in many.items()}])
-    assert 0 < scores.compute()["box_ap"] <= 100
-    assert len(scores.predictions()["prediction_box"]) == 100
-    assert scores.predictions()["prediction_box"].dtype == np.float32
+    metrics = summed(task, samples[4:5], [{k: t.bfloat16() if t.is_floating_point() else t for k, t in many.items()}])
+    assert 0 < metrics.compute()["box_ap"] <= 100
+    assert len(metrics.predictions()["prediction_box"]) == 100
+    assert metrics.predictions()["prediction_box"].dtype == np.float32
 
 
-def test_the_data_set_of_the_task(judged):
-    assert len(cast(DetectTask, judged[1]).train) == 9 and len(build_dataset(judged[1].recipe, "val")) == 12
+def test_the_data_set_of_the_task(evaluated):
+    assert len(cast(DetectTask, evaluated[1]).train) == 9 and len(open_dataset(evaluated[1].recipe, "val")) == 12
 
 
-def test_the_surest_of_several_classes_is_drawn_in_a_place():
+def test_overlapping_predictions_are_suppressed_over_all_classes():
     image = torch.zeros(3, 96, 96)
     found = {
         "boxes": torch.tensor([[4.0, 4, 60, 60], [5, 4, 60, 61], [40, 40, 90, 90], [0, 60, 30, 90], [9, 9, 9, 30]]),
         "labels": torch.tensor([1, 0, 2, 0, 0]),
         "scores": torch.tensor([0.4, 0.9, 0.31, 0.29, 0.8]),
     }
-    picture = drawn(image, found, ["a", "b", "c"])
-    kept = {key: tensor[[2, 1]] for key, tensor in found.items()}  # the others are less sure, too unsure, and empty
-    assert torch.equal(picture, drawn(image, kept, ["a", "b", "c"])) and picture.any()
+    picture = draw_objects(image, found, ["a", "b", "c"])
+    kept = {
+        key: tensor[[2, 1]] for key, tensor in found.items()
+    }  # the others overlap, have a low score, or have no area
+    assert torch.equal(picture, draw_objects(image, kept, ["a", "b", "c"])) and picture.any()
     elsewhere = kept | {"boxes": found["boxes"][[2, 0]]}
-    assert not torch.equal(picture, drawn(image, elsewhere, ["a", "b", "c"]))
+    assert not torch.equal(picture, draw_objects(image, elsewhere, ["a", "b", "c"]))
     nothing = {key: tensor[3:] for key, tensor in found.items()}
-    assert not drawn(image, nothing, ["a", "b", "c"]).any()
+    assert not draw_objects(image, nothing, ["a", "b", "c"]).any()
