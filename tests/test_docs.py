@@ -10,11 +10,11 @@ from pathlib import Path
 from unittest import SkipTest
 
 import pytest
-import yaml
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import tessel
+from tessel.train.recipe.load import load_recipe
 
 ROOT = Path(tessel.__file__).parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -65,6 +65,20 @@ def test_recipes_are_valid(page):
     for block in blocks(page, "yaml"):
         written[len(written)] = yaml.safe_load(block)
     assert all(isinstance(recipe, dict) for recipe in written.values())
+
+
+@pages
+def test_recipes_are_valid(page, tmp_path, monkeypatch):
+    """Those that a page tells to save, and those that its commands name, with their overrides."""
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        Path(name).write_text(recipe)
+        load_recipe(name)
+    for line in "\n".join(blocks(page, "sh")).splitlines():
+        if found := re.search(r"-m tessel\.train(?:\.check)? ([^-\s]\S*)((?: \S+=\S+)*)", line):
+            recipe, overrides = found.groups()
+            if not recipe.isupper():  # RECIPE stands for any
+                load_recipe(recipe, overrides.split())
 
 
 @pages
