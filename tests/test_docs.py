@@ -59,15 +59,6 @@ def test_commands_exist(page):
 
 
 @pages
-def test_recipes_are_valid(page):
-    """Recipes written out in a page, and those that its commands name, with their overrides."""
-    written = {}
-    for block in blocks(page, "yaml"):
-        written[len(written)] = yaml.safe_load(block)
-    assert all(isinstance(recipe, dict) for recipe in written.values())
-
-
-@pages
 def test_recipes_are_valid(page, tmp_path, monkeypatch):
     """Those that a page tells to save, and those that its commands name, with their overrides."""
     monkeypatch.chdir(tmp_path)
