@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# versions to install; another file tests other versions
+CONSTRAINTS ?= constraints.txt
+
 SEED ?= 0
 RUN := digits$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 FRESH ?=
@@ -27,10 +30,10 @@ help:
 	@echo "make examples        run every script in examples/"
 	@echo "make tables          rewrite the generated tables in README.md and docs/"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)
