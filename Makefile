@@ -75,6 +75,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
+	rm -f site/*.py
 
 examples: $(INSTALLED)
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
