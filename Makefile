@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# versions to install; another file tests other versions
+CONSTRAINTS ?= constraints.txt
+
 SEED ?= 0
 RUN := digits$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 FRESH ?=
@@ -13,7 +16,7 @@ PYTEST_ARGS ?=
 
 SCENES := demo-segment demo-detect
 
-.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow lint tables clean
+.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow lint docs examples tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
@@ -22,13 +25,15 @@ help:
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
-	@echo "make lint            formatting, lint, types"
+	@echo "make lint            formatting, lint, spelling, which room imports which, types"
+	@echo "make docs            build the documentation site into site/; a broken link fails"
+	@echo "make examples        run every script in examples/"
 	@echo "make tables          rewrite the generated tables in README.md and docs/"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -64,11 +69,20 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
+
+docs: $(INSTALLED)
+	$(BIN)/zensical build --strict --clean
+	rm -f site/*.py
+
+examples: $(INSTALLED)
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 tables: $(INSTALLED)
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/recipes.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, fixed seeds, and the parameter `model_name`."""
 
+import hypothesis
 import pytest
 import torch
 
@@ -8,6 +9,9 @@ import tessel.zoo
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    # a slow machine fails no test
+    hypothesis.settings.register_profile("tessel", deadline=None)
+    hypothesis.settings.load_profile("tessel")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,80 @@
+"""What README.md and docs/ say is true: Python blocks run, commands exist, recipes are valid, links lead somewhere.
+
+A block that cannot run here is marked in the page, with the reason: `<!-- skip: next "needs a downloaded file" -->`.
+`make docs` checks the links between pages and the references into the API.
+"""
+
+import re
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from unittest import SkipTest
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+import tessel
+from tessel.train.recipe.load import load_recipe
+
+ROOT = Path(tessel.__file__).parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+MODULES = {"train", "train.evaluate", "train.check", "train.report", "checkpoints"}  # `python -m tessel.MODULE`
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    parser = CodeBlockParser(language=language, evaluator=lambda example: None)
+    return [
+        example.parsed for example in Sybil([parser], path=str(page.parent), pattern=page.name).parse(page).examples()
+    ]
+
+
+@pages
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """From top to bottom, as one session."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not re.search(r"<!-- skip: \w+\s*-->", page.read_text()), "say why the block cannot run"
+    for example in Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page).examples():
+        with suppress(SkipTest):
+            example.evaluate()
+
+
+@pages
+def test_commands_exist(page):
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    scenes = {"demo-segment", "demo-detect"}
+    targets |= scenes | {f"{name}-scratch" for name in scenes}
+    for line in "\n".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets, line
+        if "-m" in words and (module := words[words.index("-m") + 1]).startswith("tessel."):
+            assert module.removeprefix("tessel.") in MODULES, line
+        for word in words:
+            if word.startswith(("examples/", "benchmarks/", "docs/", "configs/")):
+                assert (ROOT / word).exists(), line
+
+
+@pages
+def test_recipes_are_valid(page, tmp_path, monkeypatch):
+    """Those that a page tells to save, and those that its commands name, with their overrides."""
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        Path(name).write_text(recipe)
+        load_recipe(name)
+    for line in "\n".join(blocks(page, "sh")).splitlines():
+        if found := re.search(r"-m tessel\.train(?:\.check)? ([^-\s]\S*)((?: \S+=\S+)*)", line):
+            recipe, overrides = found.groups()
+            if not recipe.isupper():  # RECIPE stands for any
+                load_recipe(recipe, overrides.split())
+
+
+@pages
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
