@@ -1,21 +1,30 @@
 """COCO's average precision and recall, of boxes and of instance masks, in percent."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...distributed.world import World
 from ...errors import UserError
-
-if TYPE_CHECKING:
-    from .task import DetectTask
 
 # suffixes of our names, in the order of the summary of COCO's evaluation
 SUMMARY = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar", "ar_s", "ar_m", "ar_l")
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 Objects = dict[str, Any]  # of one image: boxes [N, 4] (x1, y1, x2, y2), labels [N], ..., and masks as a list of RLE
+
+
+class EvaluatedTask(Protocol):
+    """What the metrics need of the task."""
+
+    world: World
+    classes: list[str]
+    masks: bool
+    kept: int
+
+    def to_device(self, batch: Any) -> tuple[list[Tensor], list[dict[str, Tensor]]]: ...
 
 
 class EvaluatedImage(NamedTuple):
@@ -35,7 +44,7 @@ class DetectionMetrics:
     `box_ap` chooses the best checkpoint, also for instance segmentation.
     """
 
-    def __init__(self, task: "DetectTask"):
+    def __init__(self, task: EvaluatedTask):
         self.task = task
         self.coco = coco_tools()
         self.images: list[EvaluatedImage] = []

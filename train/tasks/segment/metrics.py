@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,13 +11,22 @@ from torch.nn import functional as F
 
 from ...data.segmentation import IGNORE_INDEX
 from ...distributed.parallel import memory_format
+from ...distributed.world import World
+from ...recipe.schema import Recipe
 from .options import SegmentTest
-
-if TYPE_CHECKING:
-    from .task import SegmentTask
 
 MAX_KEPT_SIDE = 512  # pixels of a side of a kept mask; larger ones are subsampled
 Sample = tuple[list[Tensor], Tensor, int]  # the image at each scale, its mask, its index in the data set
+
+
+class EvaluatedTask(Protocol):
+    """What the metrics need of the task."""
+
+    recipe: Recipe[Any, Any]
+    world: World
+    classes: list[str]
+    window: int
+    kept: int
 
 
 class SegmentationMetrics:
@@ -27,7 +36,7 @@ class SegmentationMetrics:
     collective; torchmetrics' JaccardIndex and Accuracy would each keep and synchronize a state of their own.
     """
 
-    def __init__(self, task: "SegmentTask", keep: bool):
+    def __init__(self, task: EvaluatedTask, keep: bool):
         self.task, self.keep = task, keep
         classes = len(task.classes)
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)

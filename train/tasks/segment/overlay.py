@@ -1,7 +1,7 @@
 """Pictures of segmentations: the image under the colors of its classes, ground truth beside prediction."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +11,16 @@ from torchvision.utils import draw_segmentation_masks
 
 from ...data.segmentation import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    from .task import SegmentTask
-
 OPACITY = 0.55
 GAP = 4  # white pixels between the two panels
 
 
-def pictures(
-    task: "SegmentTask", predictions: Mapping[str, np.ndarray], count: int
-) -> Iterator[tuple[int, Image.Image]]:
-    """(index, picture) of the first `count` images in `SegmentationMetrics.predictions`."""
+def pictures(dataset: Any, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
+    """(index, picture) of the first `count` images in `SegmentationMetrics.predictions` of a data set."""
     for number, index in enumerate(predictions["index"][:count].tolist()):
         height, width = predictions["size"][number]
         masks = [predictions[kind][number, :height, :width] for kind in ("target", "prediction")]
-        yield index, overlay(task.val[index][0], masks, task.palette)
+        yield index, overlay(dataset[index][0], masks, dataset.palette)
 
 
 def overlay(image: Image.Image, masks: list[np.ndarray], palette: list[list[int]]) -> Image.Image:

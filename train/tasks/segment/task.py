@@ -104,7 +104,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of the first `count` predictions: ground truth beside prediction."""
-        return pictures(self, predictions, count)
+        return pictures(self.val, predictions, count)
 
     def keep_pictures(self, count: int) -> None:
         self.kept = max(self.kept, count)
