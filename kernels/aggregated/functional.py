@@ -11,7 +11,7 @@ from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import cast_to_autocast, without_autocast
 from ..tables import BiasTable
 from .geometry import window_side
-from .operands import Operands, prepare_operands
+from .operands import OperandGradients, Operands, prepare_operands
 from .reference import aggregated_attention_reference
 
 # name -> (B, (H, W), (rows, columns), N, D): stages of the published models at 224, 512 and detection sizes
@@ -182,7 +182,7 @@ def _backward_op(
     columns: Tensor,
     lse: Tensor,
     do: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> OperandGradients:
     """Return the gradients of all operands but rows and columns; `do` is the gradient of out."""
     operands = Operands(query, key, value, filters, pooled_key, pooled_value, local_bias, table, rows, columns)
     if not query.numel():

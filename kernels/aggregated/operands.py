@@ -26,6 +26,10 @@ class Operands(NamedTuple):
     columns: Tensor  # [columns, W], int64
 
 
+# gradients of the operands, in their order, without rows and columns
+OperandGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def prepare_operands(
     qkv: Tensor,
     pooled: Tensor,

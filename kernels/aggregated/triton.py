@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..dispatch import interpreting
 from ..triton_common import KernelSpec, padded_dim
-from .operands import Operands
+from .operands import OperandGradients, Operands
 from .triton_kernels import (
     forward_kernel,
     key_backward_kernel,
@@ -94,7 +94,7 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(operands: Operands, lse: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+def backward(operands: Operands, lse: Tensor, do: Tensor) -> OperandGradients:
     """Return the gradients of all operands but the two indices, from the lse of `forward` and the gradient of out."""
     operands, value_step = _kernel_layout(operands)
     specs = _specs_of(operands, value_step)
@@ -109,7 +109,9 @@ def backward(operands: Operands, lse: Tensor, do: Tensor) -> tuple[Tensor, ...]:
     return dq, dk, dv, dfilters, dpk, dpv, dlocal, dtable
 
 
-def _backward_of_queries(spec: KernelSpec, operands: Operands, lse: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+def _backward_of_queries(
+    spec: KernelSpec, operands: Operands, lse: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, filters and local bias, and delta, which the other kernels read."""
     query, key, value, filters, *rest = operands
     batch, height, width, heads, _ = query.shape

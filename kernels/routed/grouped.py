@@ -4,7 +4,7 @@ The memory beside inputs and outputs is bounded: the backward recomputes the gat
 group, where autograd on the reference would keep them for all regions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .regions import gather_regions, merge_regions, scatter_add_regions, split_r
 GROUP_BYTES = 4 << 20
 
 
-def forward(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
+def forward(qkv: Tensor, index: Tensor, grid: Sequence[int], scale: float) -> Tensor:
     """Contiguous qkv `[B, H, W, 3, N, D]` and index `[B, R, K]` -> out `[B, H, W, N, D]`."""
     q, k, v = qkv.unbind(3)
     k, v = split_regions(k, grid), split_regions(v, grid)
@@ -29,7 +29,7 @@ def forward(qkv: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> 
     return out
 
 
-def backward(qkv: Tensor, index: Tensor, do: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
+def backward(qkv: Tensor, index: Tensor, do: Tensor, grid: Sequence[int], scale: float) -> Tensor:
     """Return the gradient of qkv from the contiguous inputs of `forward` and the gradient of its output."""
     q, k, v = qkv.unbind(3)
     k, v = split_regions(k, grid), split_regions(v, grid)
@@ -64,7 +64,7 @@ def _region_groups(qkv: Tensor, index: Tensor) -> Iterator[Tensor]:
     yield from torch.arange(regions, device=qkv.device).split(step)
 
 
-def _as_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+def _as_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View `[B, H, W, N, D]` as `[B, n_rows, n_cols, h, w, N, D]`."""
     return x.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)
 

@@ -3,18 +3,20 @@
 Suffixes as in reference.py: R regions of r = h * w pixels each, N heads of width D.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def split_regions(x_BHWND: Tensor, grid: tuple[int, int]) -> Tensor:
+def split_regions(x_BHWND: Tensor, grid: Sequence[int]) -> Tensor:
     """`[B, H, W, N, D] -> [B, R, N, r, D]`."""
     rows, cols = grid
     x = x_BHWND.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)  # [B, rows, cols, h, w, N, D]
     return x.flatten(3, 4).flatten(1, 2).transpose(2, 3)
 
 
-def merge_regions(x_BRNrD: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def merge_regions(x_BRNrD: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:
     """`[B, R, N, r, D] -> [B, H, W, N, D]`, the inverse of `split_regions`; `size` is (H, W)."""
     (rows, cols), (height, width) = grid, size
     x = x_BRNrD.transpose(2, 3).unflatten(2, (height // rows, width // cols)).unflatten(1, (rows, cols))

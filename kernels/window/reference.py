@@ -58,7 +58,7 @@ def _group_attention(
     # along long rows.
     q, k, v = (x.transpose(1, 2) for x in (q_BHWC, k_BHWC, v_BHWC))
     transposed = None if lepe is None else (lepe[0].mT, lepe[1])
-    return _attend(q, k, v, window[::-1], transposed, head_dim=head_dim, scale=scale).transpose(1, 2)
+    return _attend(q, k, v, (window[1], window[0]), transposed, head_dim=head_dim, scale=scale).transpose(1, 2)
 
 
 def _attend(
