@@ -1,11 +1,10 @@
 """Bi-level routing attention (BiFormer)."""
 
-import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
-from ..kernels.precision import without_autocast
+from ..kernels.precision import acc_dtype, without_autocast
 from .padding import pad_to_multiple
 
 
@@ -61,7 +60,7 @@ class BiLevelRouting(nn.Module):
     def _choose(self, qkv: Tensor) -> Tensor:
         n = self.n_win
         # in half precision, rounding would change the choice among regions of nearly equal affinity
-        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        dtype = acc_dtype(qkv)
         qk = qkv.detach()[..., : 2 * (qkv.shape[-1] // 3)]
         # one axis after the other: one mean over two axes that are not adjacent is several times slower
         means = qk.unflatten(1, (n, -1)).mean(2, dtype=dtype).unflatten(2, (n, -1)).mean(3)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels.precision import without_autocast
+from ..kernels.precision import acc_dtype, without_autocast
 
 
 @register_notrace_module
@@ -59,7 +59,7 @@ class Channel(nn.Module):
     def _attention(self, kv: Tensor) -> Tensor:
         """A of each head, `[B, N, 2*C] -> [B, heads, d, d]`, in float32 or wider: the logits are sums over the map."""
         kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        exact = torch.promote_types(kv.dtype, torch.float32)
+        exact = acc_dtype(kv)
         k, v = kv.to(exact, memory_format=torch.contiguous_format).unbind(0)
         with without_autocast(kv):
             return (k.mT @ v * self.scale).softmax(-1)

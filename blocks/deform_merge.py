@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels.precision import without_autocast
+from ..kernels.precision import acc_dtype, without_autocast
 
 
 class _ZeroConv(nn.Conv2d):
@@ -53,7 +53,7 @@ class DeformableConv(nn.Module):
         bottom, right = (max(0, 2 - side) for side in x.shape[-2:])
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = acc_dtype(x)
         shift = self.offset(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, 2))
         with without_autocast(x):
             patches = _sample(x.permute(0, 2, 3, 1).to(dtype), shift.to(dtype))

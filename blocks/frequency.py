@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels.precision import without_autocast
+from ..kernels.precision import acc_dtype, without_autocast
 
 
 @register_notrace_module
@@ -48,7 +48,7 @@ class AdaptiveFrequencyFilter(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = acc_dtype(x)
         with without_autocast(x):
             spectrum = torch.fft.rfft2(x.to(exact), norm="ortho")
             filtered = symmetric(self._filter(spectrum), x.shape[-1])

@@ -7,18 +7,15 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.precision import l2_normalize as unit
-from ..kernels.precision import without_autocast
+from ..kernels.precision import l2_normalize, without_autocast
 from ..kernels.sdpa import fused_attention
-from ..kernels.tables import BiasTable, Grid
-from ..kernels.tables import cache_tensors as kept
-from ..kernels.tables import expand_bias as expand
+from ..kernels.tables import BiasTable, Grid, cache_tensors, expand_bias
 
 # the hidden layer of the position bias is computed in slices of this many elements: 4 MB of float32 fit into the cache
 _SLICE = 1 << 20
 
 
-@kept
+@cache_tensors
 def _distances(queries: int, keys: int, trained_size: int, device: torch.device, dtype: torch.dtype):
     """All different distances query - key along one axis, log-scaled `[n]`, and the index of each pair's distance.
 
@@ -80,7 +77,7 @@ class LogPositionBias(nn.Module):
         """
         if nominal is None or nominal == (size, keys):
             return self._table(size, keys)
-        return _resize(expand(*self._table(*nominal)), size, keys)
+        return _resize(expand_bias(*self._table(*nominal)), size, keys)
 
     def _table(self, size: Grid, keys: Grid) -> BiasTable:
         weight = self.fc1_weight
@@ -148,7 +145,7 @@ class LengthScaledCosine(nn.Module):
         size = (x.shape[2], x.shape[3])
         qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
         nominal = None if self.nominal_size is None else ((self.nominal_size,) * 2,) * 2
-        bias = expand(*self.position(size, size, nominal)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+        bias = expand_bias(*self.position(size, size, nominal)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
         y = length_scaled_cosine(qkv, bias, temperature=self.temperature, query_embedding=self.query_embedding)
         return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
 
@@ -165,6 +162,6 @@ def length_scaled_cosine(qkv: Tensor, bias: Tensor, *, temperature: Tensor, quer
     q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
     with without_autocast(qkv):
         scale = F.softplus(temperature) * math.log(height * width)
-        q, k = (unit(q, dim=-1) + query_embedding) * scale, unit(k, dim=-1)
+        q, k = (l2_normalize(q, dim=-1) + query_embedding) * scale, l2_normalize(k, dim=-1)
         y = fused_attention(q.to(v.dtype), k.to(v.dtype), v, bias[None].to(v.dtype), scale=1.0)
     return y.transpose(1, 2).unflatten(1, (height, width))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessel.blocks import LengthScaledCosine
-from tessel.blocks.length_scaled_cosine import LogPositionBias, expand, kept, unit
+from tessel.blocks.length_scaled_cosine import LogPositionBias, expand, kept, l2_normalize
 
 
 def bins(queries: int, keys: int) -> list[Tensor]:
@@ -143,10 +143,10 @@ def test_unit_is_the_plain_normalisation():
     x[2] *= 1e-13
     x.requires_grad_()
     expected = F.normalize(x, dim=1, eps=1e-12)
-    torch.testing.assert_close(unit(x, dim=1), expected, rtol=1e-12, atol=0)
-    grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (unit(x, dim=1), expected)]
+    torch.testing.assert_close(l2_normalize(x, dim=1), expected, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (l2_normalize(x, dim=1), expected)]
     torch.testing.assert_close(*grads)
-    assert unit(x.detach().bfloat16(), dim=1).dtype == torch.float32
+    assert l2_normalize(x.detach().bfloat16(), dim=1).dtype == torch.float32
 
 
 def test_kept_tables_serve_every_mode():
