@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessel.blocks import LengthScaledCosine
-from tessel.blocks.length_scaled_cosine import LogPositionBias, expand, kept, l2_normalize
+from tessel.blocks.length_scaled_cosine import LogPositionBias
+from tessel.kernels.precision import l2_normalize
+from tessel.kernels.tables import cache_tensors, expand_bias
 
 
 def bins(queries: int, keys: int) -> list[Tensor]:
@@ -50,7 +52,7 @@ def resized_by_pairs(position: LogPositionBias, nominal, size, keys) -> Tensor:
 
 def dense(position: LogPositionBias, *args) -> Tensor:
     """The bias as `LogPositionBias` gives it, `[heads, H*W, keys]`."""
-    return expand(*position(*args)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+    return expand_bias(*position(*args)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
@@ -152,7 +154,7 @@ def test_unit_is_the_plain_normalisation():
 def test_kept_tables_serve_every_mode():
     made = []
 
-    @kept
+    @cache_tensors
     def table(n: int) -> tuple[Tensor, ...]:
         made.append(n)
         return (torch.ones(n),)
