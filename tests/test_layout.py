@@ -66,7 +66,7 @@ before = set(sys.modules)
 import tessel.zoo
 print(",".join({name.split(".")[0] for name in set(sys.modules) - before}))
 """)
-    heavy = {"sklearn", "scipy", "matplotlib", "pydantic", "wandb", "tensorboard", "rich", "torchmetrics", "pandas"}
+    heavy = {"sklearn", "scipy", "matplotlib", "pydantic", "wandb", "tensorboard", "rich", "pandas"}
     assert not heavy & set(new.split(","))
 
 

@@ -367,7 +367,7 @@ def test_the_code_of_dense_tasks_runs(kind, tmp_path, monkeypatch):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", **trainer.SCENES[kind]))
     task = task_spec(recipe).build(recipe, World())
     model = task.build_model()
-    task.export(model, tmp_path / "export", model.state_dict())
+    task.export_classifier(model, tmp_path / "export", model.state_dict())
     record = RunRecord(tmp_path, recipe, [], [], {"step": 1}, None, None)
     run_code(report.usage(record)[1], tmp_path, monkeypatch)
 

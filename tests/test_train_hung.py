@@ -87,7 +87,7 @@ def test_hung_loader_worker_is_reported(tmp_path, monkeypatch, capsys):
         patch.setattr(tasks.DatasetTask, "train_batches", choose)
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=2", "guard.timeout=5") == 1
     (message,) = messages(capsys.readouterr().err)
-    assert "no batch came within 5 s" in message and "data.root" in message and "guard.timeout" in message
+    assert "within 5 s" in message and "data.root" in message and "guard.timeout" in message
     assert find_damage(tmp_path / "runs/tiny/checkpoints/step-00000003") is None
     assert trainer.train(recipe, "ckpt.every=9") == 0
     assert "at step 3 (exact)" in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_close_ends_hung_workers():
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match="no batch came within 3 s"):
+    with pytest.raises(UserError, match="no batch .* within 3 s"):
         next(loader)
     start = time.monotonic()
     loader.close()
