@@ -1,8 +1,8 @@
 """tessel: a zoo of vision backbones built from shared token mixers.
 
 `import tessel.zoo` registers the models with timm; `python -m tessel.train` trains them.
-The rooms, from the ground up: `tessel.kernels`, `tessel.blocks`, `tessel.zoo`, `tessel.train`;
+Subpackages, each imports only those before it: `tessel.kernels`, `tessel.blocks`, `tessel.zoo`, `tessel.train`.
 `tessel.checkpoints` holds the manifest of published weights.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

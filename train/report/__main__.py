@@ -13,13 +13,13 @@ from contextlib import suppress
 from datetime import datetime
 from html import escape
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from ... import __version__
 from ..errors import UserError, report_errors
 from ..files import write_atomically
 from ..recipe.registry import task_spec
@@ -77,7 +77,7 @@ def report_one(run: RunRecord, folder: Path) -> str:
         "Data": f"{recipe.data.location}, {recipe.data.size} × {recipe.data.size} pixels",
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
-        "Reported with": f"tessel {version('tessel')}, torch {torch.__version__}, timm {timm.__version__}",
+        "Reported with": f"tessel {__version__}, torch {torch.__version__}, timm {timm.__version__}",
         "Command": train_command(run, f"{run.name}-again"),
     }
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())

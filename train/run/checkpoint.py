@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ... import __version__
 from ..distributed.world import World
 from ..errors import UserError, one_line
 from ..files import write_atomically
@@ -130,7 +130,7 @@ class Checkpoints:
 
     def _publish(self, part: Path, facts: dict[str, Any]) -> None:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        content = {"format": FORMAT, "tessel": version("tessel"), **facts, "files": files}
+        content = {"format": FORMAT, "tessel": __version__, **facts, "files": files}
         write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         _sync(part)
         _remove(path := self.at(facts["step"]))  # it is damaged, or resume would have used it

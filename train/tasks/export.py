@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from ... import __version__
 from ..errors import UserError, one_line
 from ..files import replacing
 from ..recipe.migrate import rename_keys
@@ -49,7 +49,7 @@ def export_classifier(
         save_for_hf(
             saved,
             str(part),
-            model_config={"label_names": classes, "format": FORMAT, "tessel": version("tessel")},
+            model_config={"label_names": classes, "format": FORMAT, "tessel": __version__},
             safe_serialization=True,
             data_config=data_config,
         )
@@ -66,7 +66,7 @@ def export_model(
     plain = {name: dataclasses.asdict(section) for name, section in {"model": model, **sections}.items()}
     header = {
         "format": FORMAT,
-        "tessel": version("tessel"),
+        "tessel": __version__,
         "task": task,
         "read_with": TASKS[task].load.replace(":", "."),
     }
