@@ -20,7 +20,7 @@ SCENES := demo-segment demo-detect
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
-	@echo "                     again: goes on where it stopped; FRESH=1 starts clean (the old run is kept aside); SEED=1"
+	@echo "                     again: continues; FRESH=1 starts from scratch and renames the old run; SEED=1"
 	@echo "make demo-segment    transfer it to the segmentation of scenes of digits; FRESH=1 as above"
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"

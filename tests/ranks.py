@@ -23,7 +23,7 @@ import torch
 from tessel.train import __main__, engine
 from tessel.train.tasks import base as tasks  # noqa: F401  everything a start imports
 
-# what the installed torch warns of is the default suite's to judge
+# warnings of the installed torch are checked by the default suite
 warnings.simplefilter("ignore")
 
 

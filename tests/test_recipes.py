@@ -1,4 +1,4 @@
-"""The packaged ImageNet recipes: the published figures, the whole optimizer and schedule, and two steps of each."""
+"""The packaged ImageNet recipes: the published settings, the whole optimizer and schedule, and two steps of each."""
 
 import math
 import re

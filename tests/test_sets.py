@@ -40,73 +40,73 @@ def paint(path: Path, first: int, second: int = 0) -> None:
 
 
 @pytest.fixture
-def judge(tmp_path):
+def evaluator(tmp_path):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "x.yaml", data={"root": "x", "size": 16, "eval_batch": 4}))
     return VariantEvaluator(recipe, Reader().eval(), CLASSES, World())
 
 
-def test_all_classes(judge, tmp_path):
+def test_all_classes(evaluator, tmp_path):
     for number, name in enumerate(CLASSES):
         paint(tmp_path / "val" / name / "right.png", number, 11 - number)
         paint(tmp_path / "val" / name / "second.png", (number + 1) % 12, number)
         paint(tmp_path / "val" / name / "wrong.png", (number + 1) % 12, (number + 2) % 12)
-    figures = judge.judge("val", tmp_path / "val")
-    assert figures["top1"] == pytest.approx(100 / 3) and figures["count"] == 36 and figures["classes"] == 12
+    metrics = evaluator.evaluate("val", tmp_path / "val")
+    assert metrics["top1"] == pytest.approx(100 / 3) and metrics["count"] == 36 and metrics["classes"] == 12
     # the last of three is among the first five where its class is one that comes first anyway: 0, 1, 2
-    assert figures["top5"] == pytest.approx(100 * (24 + 3) / 36)
+    assert metrics["top5"] == pytest.approx(100 * (24 + 3) / 36)
 
 
-def test_a_subset_is_judged_among_its_classes(judge, tmp_path):
+def test_a_subset_masks_the_other_classes(evaluator, tmp_path):
     few = [CLASSES[2], CLASSES[5], CLASSES[9]]
     paint(tmp_path / "a" / few[0] / "0.png", 7, 2)  # 7 is no class of the set: of the three, 2 comes first
     paint(tmp_path / "a" / few[1] / "0.png", 5)
     paint(tmp_path / "a" / few[2] / "0.png", 2, 9)
     paint(tmp_path / "a" / few[2] / "1.png", 7, 8)  # neither: 2 comes first, wrong
-    figures = judge.judge("a", tmp_path / "a")
-    assert (figures["top1"], figures["count"], figures["classes"]) == (50.0, 4, 3) and figures["top5"] == 100
+    metrics = evaluator.evaluate("a", tmp_path / "a")
+    assert (metrics["top1"], metrics["count"], metrics["classes"]) == (50.0, 4, 3) and metrics["top5"] == 100
 
 
-def test_folders_named_by_class_number(judge, tmp_path):
+def test_folders_named_by_class_number(evaluator, tmp_path):
     for number in (0, 2, 10):  # sorted as text, 10 comes before 2
         paint(tmp_path / "v2" / str(number) / "0.png", number)
-    assert judge.judge("v2", tmp_path / "v2")["top1"] == 100
+    assert evaluator.evaluate("v2", tmp_path / "v2")["top1"] == 100
     paint(tmp_path / "v2" / "12" / "0.png", 1)
-    with pytest.raises(UserError, match="holds the class 12, which the model does not know"):
-        judge.judge("v2", tmp_path / "v2")
+    with pytest.raises(UserError, match="has the class 12, which the model does not have"):
+        evaluator.evaluate("v2", tmp_path / "v2")
 
 
-def test_an_unknown_class_is_named(judge, tmp_path):
+def test_an_unknown_class_is_named(evaluator, tmp_path):
     paint(tmp_path / "r" / SYNSETS[500] / "0.png", 1)
     with pytest.raises(UserError, match=SYNSETS[500]):
-        judge.judge("r", tmp_path / "r")
+        evaluator.evaluate("r", tmp_path / "r")
     with pytest.raises(UserError, match="nowhere cannot be read"):
-        judge.judge("sketch", tmp_path / "nowhere")
+        evaluator.evaluate("sketch", tmp_path / "nowhere")
 
 
-def test_corruption_error_is_relative_to_alexnet(judge, tmp_path):
+def test_corruption_error_is_relative_to_alexnet(evaluator, tmp_path):
     """Of the two images of each severity one is right, in fog both, and in snow none from severity 3 on."""
     for corruption in ALEXNET_ERROR:
         for severity in range(1, 6):
             folder = tmp_path / "c" / "group" / corruption / str(severity)
             paint(folder / CLASSES[3] / "0.png", 4 if corruption == "snow" and severity > 2 else 3)
             paint(folder / CLASSES[4] / "0.png", 4 if corruption == "fog" else 3)
-    figures = judge.judge("c", tmp_path / "c")
+    metrics = evaluator.evaluate("c", tmp_path / "c")
     errors = {name: {"fog": 0.0, "snow": 80.0}.get(name, 50.0) for name in ALEXNET_ERROR}
-    assert figures["errors"] == pytest.approx(errors) and figures["folders"] == 75
+    assert metrics["errors"] == pytest.approx(errors) and metrics["folders"] == 75
     relative = [errors[name] / (100 * reference) for name, reference in ALEXNET_ERROR.items()]
-    assert figures["mce"] == pytest.approx(100 * sum(relative) / 15)
-    assert figures["top1"] == pytest.approx(100 - sum(errors.values()) / 15)
+    assert metrics["mce"] == pytest.approx(100 * sum(relative) / 15)
+    assert metrics["top1"] == pytest.approx(100 - sum(errors.values()) / 15)
 
 
-def test_partial_corruptions_have_no_mce(judge, tmp_path):
+def test_partial_corruptions_have_no_mce(evaluator, tmp_path):
     paint(tmp_path / "c" / "fog" / "1" / CLASSES[3] / "0.png", 3)
-    figures = judge.judge("c", tmp_path / "c")
-    assert figures["mce"] is None and figures["top1"] == 100 and figures["errors"] == {"fog": 0.0}
+    metrics = evaluator.evaluate("c", tmp_path / "c")
+    assert metrics["mce"] is None and metrics["top1"] == 100 and metrics["errors"] == {"fog": 0.0}
     with pytest.raises(UserError, match="CORRUPTION/SEVERITY/CLASS"):
-        judge.judge("c", tmp_path / "c" / "fog" / "1")
+        evaluator.evaluate("c", tmp_path / "c" / "fog" / "1")
 
 
-def test_reassessed_labels(judge, tmp_path):
+def test_reassessed_labels(evaluator, tmp_path):
     """Any of an image's labels is right; an image without one does not count."""
     labels = RealLabelsImagenet(range(50_000)).real_labels
     single = [file for file, found in labels.items() if len(found) == 1 and found[0] < 12][:2]
@@ -115,11 +115,11 @@ def test_reassessed_labels(judge, tmp_path):
     a, b = (labels[file][0] for file in single)
     for file, shown in ((single[0], a), (single[1], (b + 1) % 12), (several, labels[several][-1]), (none, 0)):
         paint((tmp_path / "val" / CLASSES[7] / file).with_suffix(".png"), shown, shown)
-    figures = judge.judge("real", tmp_path / "val")
-    assert figures["count"] == 3 and figures["top1"] == pytest.approx(200 / 3)
+    metrics = evaluator.evaluate("real", tmp_path / "val")
+    assert metrics["count"] == 3 and metrics["top1"] == pytest.approx(200 / 3)
     paint(tmp_path / "val" / CLASSES[7] / "other.png", 1)
-    with pytest.raises(UserError, match=r"other.png is no image of ImageNet's validation set"):
-        judge.judge("real", tmp_path / "val")
+    with pytest.raises(UserError, match=r"other.png is not named like an image of ImageNet's validation set"):
+        evaluator.evaluate("real", tmp_path / "val")
 
 
 @pytest.mark.parametrize("text", ["sketc=x", "v2", "v2=", "=x"])
@@ -179,17 +179,20 @@ def test_a_published_model_by_its_name(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["biformer_atto"], "no weights that can be fetched; --weights FILE"),
+        (["biformer_atto"], "no weights that can be downloaded; --weights FILE"),
         (["biformer_atto", "--weights", "nowhere.pth"], "no such file"),
         (["biformer_smal", "--weights", "nowhere.pth"], "did you mean biformer_small"),
-        (["biformer_smal"], "no run directory and no checkpoint: it holds no recipe.yaml; did you mean the model bifo"),
-        (["biformer_atto", "--overlays", "2"], "--overlays draws what a run predicts"),
+        (
+            ["biformer_smal"],
+            "neither a run directory nor a checkpoint: it has no recipe.yaml; did you mean the model bifo",
+        ),
+        (["biformer_atto", "--overlays", "2"], "--overlays draws predictions of a run"),
         (["biformer_atto", "--weights", __file__, "--data", "source=tar"], "data.source=tar: a model without a run"),
-        (["biformer_atto", "optim.lr=1"], "optim.lr=1 has no effect on an evaluation, which heeds data., task.segment"),
+        (["biformer_atto", "optim.lr=1"], "optim.lr=1 has no effect on an evaluation, which accepts data., "),
         (["biformer_small", "--data", "sise=64"], "did you mean data.size"),
     ],
 )
-def test_a_model_that_cannot_be_judged(arguments, message, capsys):
+def test_a_model_that_cannot_be_evaluated(arguments, message, capsys):
     assert evaluate.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -137,7 +137,7 @@ def test_fresh_moves_the_old_run_aside(recipe, capsys):
 
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypatch, capsys, background):
-    """The step is kept before it was judged, so it is judged again, once for all starts that follow."""
+    """A checkpoint is saved although the evaluation failed; the next start evaluates it, once."""
     run, option = recipe.parent / "runs/tiny", f"ckpt.background={background}"
 
     def refuse(*_, **__):
@@ -216,8 +216,8 @@ def test_run_directory_reads_back(straight):
     recipe, model = evaluate.load_run(straight)
     assert recipe == load_recipe(straight / "recipe.yaml") and not model.training
     done = json.loads((straight / "DONE").read_text())
-    figures = json.loads((straight / "evaluation/evaluation.json").read_text())
-    assert done == figures and done["step"] == 9 and done["count"] == 15
+    metrics = json.loads((straight / "evaluation/evaluation.json").read_text())
+    assert done == metrics and done["step"] == 9 and done["count"] == 15
     state = trainer.tensors(straight / "checkpoints/step-00000009")
     for name, tensor in model.state_dict().items():  # the export holds the averaged weights
         assert torch.equal(tensor, state[f"ema.{name}"]), name
@@ -229,8 +229,8 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
     for target in (straight, straight / "checkpoints/step-00000009"):
         assert evaluate.main([str(target), "--data", "eval_batch=4"]) == 0
         assert f"top1 {last['top1']:.2f}" in capsys.readouterr().out
-        figures = json.loads((straight / "evaluation/evaluation.json").read_text())
-        assert figures["loss"] == pytest.approx(last["loss"], abs=1e-6) and figures["step"] == 9
+        metrics = json.loads((straight / "evaluation/evaluation.json").read_text())
+        assert metrics["loss"] == pytest.approx(last["loss"], abs=1e-6) and metrics["step"] == 9
         arrays = np.load(straight / "evaluation/predictions.npz")
         assert arrays["target"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
         assert arrays["probability"].shape == (15, 3) and np.allclose(arrays["probability"].sum(1), 1)
@@ -243,8 +243,8 @@ def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, ca
     other = trainer.draw_folder(tmp_path / "other", train=2, val=3)
     shutil.rmtree(other / "train")  # an evaluation does without
     assert evaluate.main([str(run), f"data.root={other}", "data.eval_batch=4"]) == 0
-    figures = json.loads((run / "evaluation/evaluation.json").read_text())
-    assert figures["count"] == 9 and figures["overrides"] == [f"data.root={other}"]
+    metrics = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert metrics["count"] == 9 and metrics["overrides"] == [f"data.root={other}"]
     assert evaluate.main([str(run), "--weights", "some.pth"]) == 1
     assert "--weights has no effect" in capsys.readouterr().err
     (other / "val/class_1").rename(other / "val/class_1b")
@@ -255,7 +255,7 @@ def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, ca
     shutil.rmtree(other / "val/class_1b")
     assert evaluate.main([str(run), "--data", f"root={other}"]) == 1
     assert "class 1 is class_2, in training class_1" in capsys.readouterr().err
-    assert json.loads((run / "evaluation/evaluation.json").read_text()) == figures
+    assert json.loads((run / "evaluation/evaluation.json").read_text()) == metrics
 
 
 def test_splits_of_other_classes_are_refused(recipe, tmp_path, capsys):

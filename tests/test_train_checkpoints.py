@@ -167,7 +167,7 @@ def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
         assert trainer.train(recipe, "ckpt.every=1", "data.workers=1", "sched.steps=40") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: a loader process died") and error.count("\n") == 1, error
-    assert "data.workers" in error and "The same command goes on" in error
+    assert "data.workers" in error and "The same command continues" in error
     kept = sorted((tmp_path / "runs/tiny/checkpoints").iterdir())
     assert kept and all(path.name.startswith("step-") and find_damage(path) is None for path in kept)
     # torch raises the death amid whatever goes on, which may leave a file open: let that not come up in another test

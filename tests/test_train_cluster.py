@@ -69,7 +69,7 @@ def test_signal_is_passed_on_and_the_save_awaited(cluster):
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
-    """The second process is killed at step 4 of the first start; torchrun starts both anew."""
+    """The second process is killed at step 4 of the first start; torchrun restarts both."""
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
         model={"name": "test_resnet", "drop_path_rate": None},

@@ -43,7 +43,7 @@ def order(repeats=1):
 
 
 def drawn(dataset, repeats=1, max_retries=3, workers=0):
-    """(image, index) of 60 samples, and what was lost."""
+    """(image, index) of 60 samples, and the failures."""
     stream = order(repeats)
     seeded = SeededDataset(dataset, jittered, 1, order=stream, max_retries=max_retries)
     loader = Loader(seeded, stream, workers=workers, prefetch=2, pin=False)
@@ -55,21 +55,21 @@ def drawn(dataset, repeats=1, max_retries=3, workers=0):
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_the_next_of_the_epoch_stands_in_and_all_else_is_as_it_was(repeats):
+def test_the_next_sample_of_the_epoch_is_the_substitute_and_no_other_changes(repeats):
     epochs = [[index for _, index in drawn(Numbers())[0][at : at + 20]] for at in (0, 20, 40)]
     bad = epochs[0][0], epochs[0][4], epochs[0][5]
-    whole, (mended, lost) = drawn(Numbers(), repeats)[0], drawn(Numbers(*bad), repeats)
-    assert lost == {index: f"scene {index} is torn" for index in bad}
+    whole, (replaced, failures) = drawn(Numbers(), repeats)[0], drawn(Numbers(*bad), repeats)
+    assert failures == {index: f"scene {index} is torn" for index in bad}
     keys = [key for batch in order(repeats) for key in batch]
     assert len(keys) == len(whole) == 60
-    for (epoch, index), before, after in zip(keys, whole, mended, strict=True):
+    for (epoch, index), before, after in zip(keys, whole, replaced, strict=True):
         assert before[1] == index
         if index not in bad:
             assert after == before
             continue
         good = [i for i in 2 * epochs[epoch // repeats] if i not in bad or i == index]
         assert after[1] == good[good.index(index) + 1]
-        # as the lost one would have been augmented
+        # augmented as the unreadable one would have been
         shift = [value - index for value in before[0]]
         assert after[0] == pytest.approx([after[1] + value for value in shift], abs=1e-5)
 
@@ -78,7 +78,7 @@ def test_workers_change_nothing():
     assert drawn(Numbers(2, 11)) == drawn(Numbers(2, 11), workers=2)
 
 
-def test_where_none_is_left_the_batch_is_not_to_be_had():
+def test_a_batch_without_substitutes_is_an_error():
     for max_retries in (0, 3):
         stream = order()
         loader = Loader(

@@ -49,7 +49,7 @@ def test_stopped_process_is_reported_by_the_other(tmp_path, rank):
     assert len(printed) == 1 and "has not answered for 10 s" in printed[0] and "guard.timeout" in printed[0], (
         done.stderr
     )
-    assert "the same command goes on" in printed[0] and "Traceback" not in done.stderr
+    assert "the same command continues" in printed[0] and "Traceback" not in done.stderr
     kept = sorted((tmp_path / "runs/tiny/checkpoints").glob("step-*"))
     # with background saving, the checkpoint of step 2 was still being written
     assert kept[-1].name == f"step-0000000{2 - rank}" and not any(map(find_damage, kept))

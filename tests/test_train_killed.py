@@ -127,7 +127,7 @@ def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.yaml.part"]])
 def test_killed_while_it_began(tmp_path, left):
-    """The directory of a start that came no further is begun anew, without a question."""
+    """A start that was killed before it wrote its recipe leaves a directory that a new start uses."""
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
     (run := tmp_path / "runs/tiny").mkdir(parents=True)
     for name in left:

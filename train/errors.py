@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 WORKER_DIED = (
     "a loader process died, usually because the machine ran out of memory; lower data.workers. "
-    "The same command goes on from the last checkpoint"
+    "The same command continues from the last checkpoint"
 )
 
 

@@ -130,12 +130,12 @@ def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None
     if remote and ("timed out" in text.lower() or "timeout" in text):
         return LocalRankError(
             f"another process of this run has not answered for {timeout.total_seconds():g} s, it probably hangs. Kill "
-            "the remaining processes of the run (kill -9); the same command goes on from the last checkpoint. If a "
+            "the remaining processes of the run (kill -9); the same command continues from the last checkpoint. If a "
             "process is only slow, raise guard.timeout"
         )
     if remote:
         return LocalRankError(
-            f"another process of this run is gone ({text[:160]}); the same command goes on from the last checkpoint"
+            f"another process of this run is gone ({text[:160]}); the same command continues from the last checkpoint"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return LocalRankError(
