@@ -110,9 +110,9 @@ def test_finished_runs_are_evaluated_and_reported(artefacts, task):
 
 
 def test_every_renamed_key_is_read_under_its_old_name(tmp_path):
-    values = {"model.drop_path_rate": "0.1", "data.aug.repeated_aug": "2"}
-    segment = {"data.img_scale": "[64, 32]", "data.aug.cat_max_ratio": "0.75"}
-    detect = {"task.detect.min_size": "[32]", "task.detect.max_size": "64"}
+    values = {"model.drop_path": "0.1", "data.aug.repeats": "2"}
+    segment = {"data.fit": "[64, 32]", "data.aug.crop_share": "0.75"}
+    detect = {"task.detect.short": "[32]", "task.detect.longest": "64"}
     coco = {"task.detect.train": "[a.json, a]", "task.detect.val": "[b.json, b]"}
     assert {*values, *segment, *detect, *coco} == {*RENAMED}
     for kind, source, old in (
@@ -128,6 +128,18 @@ def test_every_renamed_key_is_read_under_its_old_name(tmp_path):
         former = load_recipe(path, [*lines, *(f"{key}={value}" for key, value in old.items())])
         assert former == load_recipe(path, [*lines, *(f"{RENAMED[key]}={value}" for key, value in old.items())])
         assert former != load_recipe(path, lines)
+
+
+def test_keys_that_had_no_effect_in_format_1_are_dropped(tmp_path):
+    path = tmp_path / "scenes.yaml"
+    path.write_text(
+        "model: {name: test_resnet}\ndata: {source: digits, scenes: 300, root: null}\n"
+        "task: {kind: classify, detect: {}}\nsched: {steps: 1}\n"
+    )
+    assert load_recipe(path).data.source == "digits"
+    path.write_text(f"format: 2\n{path.read_text()}")
+    with pytest.raises(UserError, match="data.scenes has no effect here"):
+        load_recipe(path)
 
 
 def continued_by_a_later_version(folder, change, *overrides):

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
 from ..errors import UserError
-from .migrate import FORMAT, changed_keys, migrate, present_name
+from .migrate import FORMAT, changed_keys, drop_unused_keys, migrate, present_name
 from .registry import SOURCES, TASKS, owners, recipe_keys, recipe_type
 from .schema import Key, Recipe
 from .validation import conflicts
@@ -96,7 +96,7 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: 
     """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
     data = copy.deepcopy(data)
     try:
-        migrate(data)
+        written = migrate(data)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     pairs = [_split(override) for override in overrides]
@@ -104,6 +104,8 @@ def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: 
     for key, value, text in pairs:
         if key in ("task.kind", "data.source"):
             _set(data, key, value, text)
+    if written == 1:
+        drop_unused_keys(data)
     task, origin = _chosen(data, source)
     known = {key.name: key for key in recipe_keys(task, origin)}
     for key, value, text in pairs:

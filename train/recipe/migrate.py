@@ -87,9 +87,12 @@ FORMAT_1_DEFAULTS: dict[str, Any] = {
     "data.aug.photometric": False,
 }
 
+# format 1 accepted these for every data source
+FORMAT_1_IGNORED = {"data.scenes"}
 
-def migrate(data: dict[str, Any]) -> None:
-    """Bring the sections of a recipe, in place, to the current format.
+
+def migrate(data: dict[str, Any]) -> int:
+    """Rename the keys of a recipe, in place, to the current format. Returns the format in which it was written.
 
     Raises UserError for a format of a later version of tessel.
     """
@@ -101,8 +104,7 @@ def migrate(data: dict[str, Any]) -> None:
         )
     # a recipe written by hand has no format number and may use the names of any format
     rename_keys(data)
-    if written == 1:
-        _drop_unused_defaults(data)
+    return written
 
 
 def rename_keys(data: dict[str, Any]) -> None:
@@ -127,15 +129,17 @@ def present_name(key: str) -> str:
     return RENAMED.get(key, key)
 
 
-def _drop_unused_defaults(data: dict[str, Any]) -> None:
-    """Remove keys of other tasks and data sources that have their default value."""
+def drop_unused_keys(data: dict[str, Any]) -> None:
+    """Remove from a recipe of format 1, in place, the keys of other tasks and data sources that had no effect."""
     task, source = _mapping(data.get("task")).get("kind", "classify"), _mapping(data.get("data")).get("source")
     if task not in TASKS or source not in SOURCES:
         return
     own = {key.name for key in recipe_keys(task, source)}
     for key, default in FORMAT_1_DEFAULTS.items():
         section, name = _section(data, key), key.rpartition(".")[2]
-        if key not in own and section is not None and name in section and section[name] == default:
+        if key in own or section is None or name not in section:
+            continue
+        if section[name] == default or key in FORMAT_1_IGNORED:
             del section[name]
     for path in ("task.distill", "task.dense", "task.segment.test", "task.segment", "task.detect"):
         section, name = _section(data, path), path.rpartition(".")[2]
