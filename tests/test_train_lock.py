@@ -13,8 +13,8 @@ from tessel.train.run.directory import RunDirectory
 
 HOLD = """
 import sys
-from tessel.train.config import load_recipe
-from tessel.train.launch import RunDirectory
+from tessel.train.recipe.load import load_recipe
+from tessel.train.run.directory import RunDirectory
 with RunDirectory(load_recipe(sys.argv[1])).held() as run:
     run.open()
     if not (child := __import__("os").fork()):
