@@ -94,7 +94,7 @@ def stop_in(place: str, stopped: Path) -> None:
         while True:
             time.sleep(1)
 
-    write, sync, text = FileSystemWriter.write_data, checkpoint._sync, checkpoint.write_atomically
+    write, sync, text = FileSystemWriter.write_data, checkpoint.sync_directory, checkpoint.write_atomically
 
     def half_a_file(self: Any, plan: Any, planner: Any) -> None:
         write(self, plan, planner).wait()
@@ -125,7 +125,7 @@ def stop_in(place: str, stopped: Path) -> None:
     elif place == "pruning":
         checkpoint.shutil = SimpleNamespace(**vars(shutil) | {"rmtree": half_a_removal})  # type: ignore[assignment]
     else:
-        checkpoint._sync = around_the_rename
+        checkpoint.sync_directory = around_the_rename
 
 
 def wait_at(step: int) -> None:

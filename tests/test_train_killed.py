@@ -118,11 +118,11 @@ def test_what_is_no_folder_is_no_obstacle(tmp_path):
 def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
     """A process that outlives its start writes into a directory of its own."""
     old, new = (Checkpoints(tmp_path, World(), print) for _ in range(2))
-    assert old._part(1) != new._part(1) and old.at(1) == new.at(1)
-    old._part(1).mkdir()
-    (old._part(1) / "__1_0.distcp").write_bytes(b"half")
+    assert old.temporary(1) != new.temporary(1) and old.at(1) == new.at(1)
+    old.temporary(1).mkdir()
+    (old.temporary(1) / "__1_0.distcp").write_bytes(b"half")
     save(new, 1, last=2)
-    assert not find_damage(new.at(1)) and not old._part(1).exists()
+    assert not find_damage(new.at(1)) and not old.temporary(1).exists()
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.yaml.part"]])

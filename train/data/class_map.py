@@ -1,11 +1,21 @@
 """Class names and indices of archives and external data sets."""
 
-from typing import Any
+from typing import Protocol
 
 from ..errors import UserError, one_line
 
 
-def class_names(labels: list[str], data: Any, *, numbered: bool = False) -> list[str]:
+class ClassMapOptions(Protocol):
+    """Keys of a data source whose classes a file may name."""
+
+    @property
+    def class_map(self) -> str | None: ...
+
+    @property
+    def root(self) -> str | None: ...
+
+
+def class_names(labels: list[str], data: ClassMapOptions, *, numbered: bool = False) -> list[str]:
     """Class names in the order of the model's outputs.
 
     They are those in `data.class_map` if given, else all numbers up to the highest label if `numbered` and all labels
@@ -19,7 +29,7 @@ def class_names(labels: list[str], data: Any, *, numbered: bool = False) -> list
     return sorted(found)
 
 
-def read_class_map(data: Any) -> list[str]:
+def read_class_map(data: ClassMapOptions) -> list[str]:
     """The class names in the file `data.class_map`. Raises UserError if it cannot be read."""
     from timm.data.readers.class_map import load_class_map
 
@@ -30,7 +40,7 @@ def read_class_map(data: Any) -> list[str]:
     return [name for name in sorted(mapping, key=mapping.__getitem__) if name]
 
 
-def class_index(label: str, index: dict[str, int], data: Any, *, numbered: bool = False) -> int:
+def class_index(label: str, index: dict[str, int], data: ClassMapOptions, *, numbered: bool = False) -> int:
     """The index of a class given by its name, or with `numbered` by its number."""
     if label in index:
         return index[label]

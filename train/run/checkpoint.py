@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ... import __version__
 from ..distributed.world import World
 from ..errors import UserError, one_line
-from ..files import write_atomically
+from ..files import sync_directory, write_atomically
 from ..recipe.load import differences, load_recipe, make_recipe
 from ..recipe.schema import Parallel, Recipe
 
@@ -102,7 +102,8 @@ class Checkpoints:
             raise UserError(f"none of the checkpoints in {self.path} can be used; run.fresh=true starts from scratch")
         return None
 
-    def _part(self, step: int) -> Path:
+    def temporary(self, step: int) -> Path:
+        """The directory in which a step's checkpoint is written before it is renamed; its name differs per start."""
         return self.path / f".tmp-{self.at(step).name}-{self.start}"
 
     def _write(self, state: dict[str, Any], facts: dict[str, Any], best: int, last: int) -> UserError | None:
@@ -111,17 +112,17 @@ class Checkpoints:
             with _no_dist_warning():
                 dcp.save(
                     state,
-                    checkpoint_id=self._part(step),
+                    checkpoint_id=self.temporary(step),
                     process_group=self.group,
                     no_dist=self.world.size == 1,
                 )
             # on rank 0, DCP returns after all processes have written their files
             if self.world.main:
-                self._publish(self._part(step), facts)
+                self._publish(self.temporary(step), facts)
                 self._prune(step, {best}, last)
         except (CheckpointException, OSError, RuntimeError) as error:
             if self.world.main:
-                shutil.rmtree(self._part(step), ignore_errors=True)
+                shutil.rmtree(self.temporary(step), ignore_errors=True)
             return UserError(
                 f"checkpoint of step {step} cannot be written to {self.path}: {_cause(error)}; earlier ones are "
                 "untouched. Free space there, then start the same command again"
@@ -132,10 +133,10 @@ class Checkpoints:
         files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
         content = {"format": FORMAT, "tessel": __version__, **facts, "files": files}
         write_atomically(part / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1))
-        _sync(part)
+        sync_directory(part)
         _remove(path := self.at(facts["step"]))  # it is damaged, or resume would have used it
         os.replace(part, path)
-        _sync(self.path)
+        sync_directory(self.path)
 
     def _prune(self, step: int, keep: set[int], last: int) -> None:
         done = sorted(path for path in self.path.glob("step-*") if path.name <= self.at(step).name)
@@ -265,11 +266,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ A scene has a few digits, which may overlap in part, among strokes that belong t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pydantic.dataclasses
@@ -32,6 +32,16 @@ PALETTE = [
 class Scenes(Source):
     scenes: PositiveInt = 1000
     """number of training scenes; a fifth as many, at most 200, are for validation"""
+
+
+class ScenesData(Protocol):
+    """The keys that a data set of scenes reads."""
+
+    @property
+    def scenes(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -100,19 +110,19 @@ class SceneBoxes:
         return scene.image, target | ({"masks": masks} if self.masks else {})
 
 
-def open_masks(data: Any, split: str) -> SceneMasks:
+def open_masks(data: ScenesData, split: str) -> SceneMasks:
     return SceneMasks(_scenes(data, split, MASK_HEIGHTS))
 
 
-def open_boxes(data: Any, split: str) -> SceneBoxes:
+def open_boxes(data: ScenesData, split: str) -> SceneBoxes:
     return SceneBoxes(_scenes(data, split, BOX_HEIGHTS), masks=False)
 
 
-def open_instance_masks(data: Any, split: str) -> SceneBoxes:
+def open_instance_masks(data: ScenesData, split: str) -> SceneBoxes:
     return SceneBoxes(_scenes(data, split, BOX_HEIGHTS), masks=True)
 
 
-def _scenes(data: Any, split: str, heights: tuple[float, float]) -> DigitScenes:
+def _scenes(data: ScenesData, split: str, heights: tuple[float, float]) -> DigitScenes:
     length = data.scenes if split == "train" else min(MAX_VAL_SCENES, -(-data.scenes // 5))
     return DigitScenes(split, length=length, side=data.size, heights=heights)
 

@@ -1,12 +1,12 @@
 """The keys of a classification recipe, and the rules between them."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from ...recipe.schema import STRICT, Aug, Data, Probability, Task
+from ...recipe.schema import STRICT, Aug, Data, Probability, Recipe, Task
 from ...recipe.validation import check_range
 
 
@@ -76,7 +76,7 @@ class ClassifyData(Data):
     aug: ClassifyAug = ClassifyAug()
 
 
-def conflicts(recipe: Any) -> Iterator[str]:
+def conflicts(recipe: Recipe[Classify, ClassifyData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
     task, aug, distill = recipe.task, recipe.data.aug, recipe.task.distill
     if aug.auto_augment and aug.color_jitter:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...recipe.schema import STRICT, Aug, Data, Dense, Task
+from ...recipe.schema import STRICT, Aug, Data, Dense, Recipe, Task
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,12 +49,12 @@ class DetectData(Data):
     aug: DetectAug = DetectAug()
 
 
-def sample(task: Any) -> str:
+def sample(task: Detect) -> str:
     """The kind of sample that the detector learns from."""
     return "instance masks" if task.detect.detector == "mask_rcnn" else "boxes"
 
 
-def conflicts(recipe: Any) -> Iterator[str]:
+def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
     detect = recipe.task.detect
     if detect.detector == "fcos" and detect.anchor:

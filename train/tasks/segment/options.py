@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...recipe.schema import STRICT, Aug, Data, Dense, FilePath, Task
+from ...recipe.schema import STRICT, Aug, Data, Dense, FilePath, Recipe, Task
 from ...recipe.validation import check_range
 
 
@@ -67,7 +67,7 @@ class SegmentData(Data):
     aug: SegmentAug = SegmentAug()
 
 
-def conflicts(recipe: Any) -> Iterator[str]:
+def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
     segment, test, model = recipe.task.segment, recipe.task.segment.test, recipe.model
     yield from check_range("data.aug.resize", recipe.data.aug.resize)
