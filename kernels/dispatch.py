@@ -20,6 +20,9 @@ ENABLED_BY_DEFAULT: frozenset[str] = frozenset()
 # The backend of a call that names none. Read once, because a compiled graph would not notice a later change.
 default_backend = os.environ.get("TESSEL_KERNELS", "auto")
 
+# Looked up once, outside functions that torch.compile traces: torch 2.11 cannot trace `find_spec`.
+_triton_installed = importlib.util.find_spec("triton") is not None
+
 _interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -60,7 +63,7 @@ def choose_backend(name: str, backend: str | None, reasons: Sequence[str]) -> st
 def common_unsupported_reasons(tensor: Tensor, *, head_dim: int) -> list[str]:
     """Reasons why no Triton kernel of this package can run on `tensor`; each operator adds its own."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed:
         reasons.append("triton is not installed")
     if interpreting():
         supported = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.assume_constant_result
+def autocast_available(device: str) -> bool:
+    """Whether devices of this type have autocast (meta has none). torch.compile of torch 2.11 cannot trace the call."""
+    return torch.amp.is_autocast_available(device)
+
+
 def cast_to_autocast(x: Tensor) -> Tensor:
     """Cast `x` to the autocast dtype of its device if autocast is on. float64 tensors are returned as they are."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -17,7 +23,7 @@ def cast_to_autocast(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context that turns autocast off for the device of `x` (a no-op on devices without autocast: meta)."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_available(device) else nullcontext()
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -50,7 +50,6 @@ class Checkpoints:
         # a process of a killed start may survive for a while; its temporary files need other names than ours
         self.start = world.broadcast_object(uuid.uuid4().hex[:8])
         self.thread = ThreadPoolExecutor(1) if background else None
-        self.stager = DefaultStager(StagingOptions(False, False, False, False))
         # collectives of the thread must not mix with those of the training
         self.group: Any = (
             dist.new_group(backend="gloo", timeout=world.timeout) if background and world.size > 1 else None
@@ -69,7 +68,8 @@ class Checkpoints:
         """
         self.wait()
         if self.thread:
-            copied = self.stager.stage(state)
+            # a new one each time: that of torch 2.11 serves once
+            copied = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
             self.pending = self.thread.submit(self._write, copied, facts, best, last)  # type: ignore[arg-type]
         else:
             self.world.any_rank(error=self._write(state, facts, best, last))
