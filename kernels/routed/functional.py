@@ -135,8 +135,6 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, do, _):
-    if do is None:  # torch 2.11 calls this although no gradient arrives
-        return (None,) * 5
     dqkv = None if do is None else _backward_op(*ctx.saved_tensors, do, ctx.grid, ctx.scale, ctx.triton)
     return dqkv, None, None, None, None
 

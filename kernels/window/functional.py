@@ -170,8 +170,6 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, do, _):
     qkv, lse, *lepe = ctx.saved_tensors
-    if do is None:  # torch 2.11 calls this although no gradient arrives
-        return None, [None] * len(lepe), None, None
     if do is None:
         return None, [None] * len(lepe), None, None
     dqkv, dlepe = _backward_op(qkv, lepe, lse, do, ctx.sides, ctx.scale)
