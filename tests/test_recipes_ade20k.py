@@ -84,7 +84,7 @@ def test_recipe_names_itself_and_its_paper(name):
     assert recipe.model.pretrained or recipe.model.init_from
     assert f"ade20k/{name} data.root=" in comments(name)
     if recipe.model.name in FAMILIES:
-        paper = FAMILIES[recipe.model.name].cfg["paper_ids"].replace("arXiv:", "arXiv ")
+        paper = FAMILIES[recipe.model.name].pretrained_cfg["paper_ids"].replace("arXiv:", "arXiv ")
         assert paper in comments(name)
 
 

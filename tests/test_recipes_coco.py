@@ -87,7 +87,7 @@ def test_recipe_names_itself_and_its_paper(name):
     assert recipe.model.pretrained != bool(recipe.model.init_from)
     assert f"coco/{name} data.root=" in comments(name)
     if architecture(name) in FAMILIES:
-        paper = FAMILIES[architecture(name)].cfg["paper_ids"].replace("arXiv:", "arXiv ")
+        paper = FAMILIES[architecture(name)].pretrained_cfg["paper_ids"].replace("arXiv:", "arXiv ")
         assert paper in comments(name)
 
 
