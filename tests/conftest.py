@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, fixed seeds, and the parameter `model_name`."""
+"""Set up all tests: one thread, a fixed seed, and the parameter `model_name`."""
 
 import hypothesis
 import pytest
@@ -9,7 +9,7 @@ import tessel.zoo
 
 def pytest_configure(config):
     torch.set_num_threads(1)
-    # a slow machine fails no test
+    # no deadline, so that a slow machine fails no test
     hypothesis.settings.register_profile("tessel", deadline=None)
     hypothesis.settings.load_profile("tessel")
 
@@ -20,6 +20,6 @@ def fixed_seed():
 
 
 def pytest_generate_tests(metafunc):
-    """`model_name`: the smallest model of every family, which has all of its mechanisms (test_timm.py tests all)."""
+    """Run tests with the argument `model_name` on the smallest model of every family; test_timm.py uses all models."""
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", [n for n in tessel.zoo.list_models() if n.endswith("_atto")])

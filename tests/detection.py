@@ -1,4 +1,4 @@
-"""Small detection data sets, a small recipe, and a detector with given outputs, for the tests."""
+"""Helpers of the detection tests: small data sets, a small recipe, and a model that returns given predictions."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def polygon(x: float, y: float, w: float, h: float) -> list[list[float]]:
 
 
 def annotation(number: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
-    area = box[2] * box[3] * 0.9  # of the object, not of its box
+    area = box[2] * box[3] * 0.9  # the area of the object, not that of its box
     given = {"bbox": box, "area": area, "iscrowd": 0, "segmentation": polygon(*box)}
     return {"id": number, "image_id": image, "category_id": category, **given, **more}
 
 
 def draw_coco(root: Path, *, train: int = 8, val: int = 6) -> Path:
-    """COCO's layout: images of several sizes with two objects each; one is empty, one has only a crowd."""
+    """Write COCO's layout: images of several sizes with two objects each; one has no object, one has only a crowd."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         folder, images, found = root / f"{split}2017", [], []
@@ -66,7 +66,7 @@ def change(root: Path, split: str, edit: Any) -> None:
 
 
 def write_recipe(path: Path, root: Path | None, **sections: Any) -> Path:
-    """`trainer.write_recipe` for a detector on `root`, or on digit scenes."""
+    """Write a recipe for a detector on the data set in `root`, or on digit scenes if `root` is None."""
     recipe = {name: {**section} for name, section in RECIPE.items()}
     if root is None:
         recipe["data"] |= {"source": "digit_scenes", "scenes": 8}
@@ -79,7 +79,7 @@ def write_recipe(path: Path, root: Path | None, **sections: Any) -> Path:
 
 
 class Oracle(nn.Module):
-    """Returns the given predictions, one for each image, in the order of calls."""
+    """A model that returns the next of the given predictions for each image."""
 
     def __init__(self, found: list[dict[str, Any]]):
         super().__init__()

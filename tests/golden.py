@@ -29,7 +29,7 @@ def draw(name: str, shape) -> Tensor:
 
 
 def published_state(record: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a record with published keys, without integer buffers."""
+    """The weights that belong to a record, by their published keys, without integer buffers."""
     state = {key: _weight(key, shape) for key, shape in record["state"]}
     for key, shape, value in record.get("constants", ()):
         state[key] = torch.full(tuple(shape), float(value), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A folder with the layout of ADE20K and a small config for MMEngine's Runner, for tests."""
+"""Helpers of the mmsegmentation tests: a folder with ADE20K's layout, and a small config for MMEngine's Runner."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tessel.zoo.dense import DenseBackbone
 
 
 def draw_ade(root: Path, *, train: int = 6, val: int = 3, side: int = 64) -> Path:
-    """`root/{images,annotations}/{training,validation}`: digits are classes 1 to 10, the background is 0, ignored."""
+    """Write `root/{images,annotations}/{training,validation}`: digits are classes 1 to 10; the background is 0."""
     for split, folder, count in (("train", "training", train), ("val", "validation", val)):
         scenes = DigitScenes(split, length=count, side=side)
         for kind in ("images", "annotations"):
@@ -24,8 +24,8 @@ def draw_ade(root: Path, *, train: int = 6, val: int = 3, side: int = 64) -> Pat
     return root
 
 
-def config(root: Path, work: Path, **changed: Any) -> dict[str, Any]:
-    """Six iterations of two images with a tiny backbone, a SegFormer head, an auxiliary head and two checkpoints."""
+def config(root: Path, work: Path, **overrides: Any) -> dict[str, Any]:
+    """Six iterations of two images: a tiny backbone, a SegFormer head, an auxiliary head, two checkpoints."""
     norm, channels = {"type": "BN"}, DenseBackbone("cswin_atto").channels
     load = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "reduce_zero_label": True}]
 
@@ -75,5 +75,5 @@ def config(root: Path, work: Path, **changed: Any) -> dict[str, Any]:
         },
         "randomness": {"seed": 0},
         "log_level": "ERROR",
-        **changed,
+        **overrides,
     }

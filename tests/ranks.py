@@ -1,8 +1,10 @@
-"""Runs of the trainer on several processes, forked from one that has loaded torch: a start costs tenths of a second.
+"""Train on several processes, forked from one that has already imported torch: a start takes tenths of a second.
 
-python tests/ranks.py SIZE '[["recipe.yaml", "key=value"], ...]'      one run after another; prints their exit codes
+    python tests/ranks.py SIZE '[["recipe.yaml", "key=value"], ...]'
 
-A run that begins with "@RANK:STEP[:SIGNAL[:evaluation|finish]]" has that process get a signal there, SIGKILL if none.
+trains one run after another on SIZE processes and prints the exit codes. If the arguments of a run begin with
+"@RANK:STEP[:SIGNAL[:evaluation|finish]]", process RANK gets the signal (by default SIGKILL) after STEP updates: before
+the next update or, if the argument says so, during the evaluation or the final evaluation at that step.
 """
 
 import json
@@ -21,14 +23,14 @@ import sklearn.model_selection  # noqa: F401
 import torch
 
 from tessel.train import __main__, engine
-from tessel.train.tasks import base as tasks  # noqa: F401  everything a start imports
+from tessel.train.tasks import base as tasks  # noqa: F401  (imported once, not by every process)
 
-# warnings of the installed torch are checked by the default suite
+# the tests that run in pytest's own process check for warnings of torch
 warnings.simplefilter("ignore")
 
 
 def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda rank: None) -> list[int]:
-    """Begin one run on `size` processes, each of which calls `prepare(rank)` first; their process ids."""
+    """Start one run on `size` processes, each of which calls `prepare(rank)` first. Returns the process ids."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -52,46 +54,49 @@ def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda
     return started
 
 
-def mortal(place: str) -> Callable[[int], None]:
-    """The `prepare` after which a process gets a signal at a place "RANK:STEP[:SIGNAL[:evaluation|finish]]"."""
+def send_signal_at(place: str) -> Callable[[int], None]:
+    """A function `prepare` for `fork` that sends the signal of "RANK:STEP[:SIGNAL[:evaluation|finish]]" there."""
     rank_and_step, _, name = place.partition(":SIG")
-    doomed, last = map(int, rank_and_step.split(":"))
+    target_rank, target_step = map(int, rank_and_step.split(":"))
     name, _, within = name.partition(":")
     number = signal.Signals[f"SIG{name or 'KILL'}"]
-    step, scores, run_evaluation = engine.Engine.step, engine.Engine.accumulate_metrics, engine.run_evaluation
-    due: list[int] = []  # batches until the signal
+    step, accumulate, run_evaluation = engine.Engine.step, engine.Engine.accumulate_metrics, engine.run_evaluation
+    countdown: list[int] = []  # number of batches until the signal; empty if none is due
 
-    def hooked(self: engine.Engine) -> bool:
-        if self.progress.step == last:
+    def step_with_signal(self: engine.Engine) -> bool:
+        if self.progress.step == target_step:
             os.kill(os.getpid(), number)
         return step(self)
 
-    def noted(self: engine.Engine, *, keep: bool = False) -> Any:
-        due[:] = [2] if self.progress.step == last and keep == (within == "finish") else []
-        return scores(self, keep=keep)
+    def start_countdown(self: engine.Engine, *, keep: bool = False) -> Any:
+        countdown[:] = [2] if self.progress.step == target_step and keep == (within == "finish") else []
+        return accumulate(self, keep=keep)
 
-    def interrupted(*arguments: Any, stop: Callable[[], bool], **options: Any) -> Any:
-        def asked() -> bool:
-            due[:] = [batches - 1 for batches in due]
-            if due == [0]:
+    def evaluate_with_signal(*arguments: Any, stop: Callable[[], bool], **options: Any) -> Any:
+        def count_down() -> bool:
+            countdown[:] = [batches - 1 for batches in countdown]
+            if countdown == [0]:
                 os.kill(os.getpid(), number)
             return stop()
 
-        return run_evaluation(*arguments, stop=asked, **options)
+        return run_evaluation(*arguments, stop=count_down, **options)
 
     def prepare(rank: int) -> None:
-        if rank != doomed:
+        if rank != target_rank:
             return
         if within:
-            engine.Engine.accumulate_metrics, engine.run_evaluation = noted, interrupted
+            engine.Engine.accumulate_metrics, engine.run_evaluation = start_countdown, evaluate_with_signal
         else:
-            engine.Engine.step = hooked
+            engine.Engine.step = step_with_signal
 
     return prepare
 
 
 def wait(children: list[int], timeout: float = 120) -> list[int]:
-    """Their exit codes; killed are those still there after `timeout` seconds, or stopped when all others have ended."""
+    """Wait for the processes to end. Returns their exit codes.
+
+    Kills those that still run after `timeout` seconds, and those that are stopped when all others have ended.
+    """
     codes: dict[int, int] = {}
     stopped: set[int] = set()
     end = time.monotonic() + timeout
@@ -114,7 +119,7 @@ def main() -> None:
     size, runs = int(sys.argv[1]), json.loads(sys.argv[2])
     codes = []
     for arguments in runs:
-        places = [mortal(word[1:]) for word in arguments if word.startswith("@")]
+        places = [send_signal_at(word[1:]) for word in arguments if word.startswith("@")]
         codes.append(wait(fork(size, arguments[len(places) :], *places)))
     print(json.dumps(codes), flush=True)
 

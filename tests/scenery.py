@@ -1,4 +1,4 @@
-"""Small copies of the published segmentation data sets, in their layouts."""
+"""Write small segmentation data sets in the layouts of the published ones."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ ORIENTATION = 0x0112
 
 
 def picture(path: Path, height: int, width: int, *, turn: int = 1, seed: int = 0) -> np.ndarray:
-    """Write a smooth image with the EXIF orientation `turn`. Returns its pixels as stored."""
+    """Write a smooth image with the EXIF orientation `turn`. Returns its pixels as stored, before any rotation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pixels = np.linspace(0, 255, height * width * 3).reshape(height, width, 3) / 2 + rng.uniform(0, 120, 3)
@@ -23,7 +23,7 @@ def picture(path: Path, height: int, width: int, *, turn: int = 1, seed: int = 0
 
 
 def mask(path: Path, values: np.ndarray, *, palette: bool = False) -> None:
-    """Write class indices with 8 or 16 bits, as the dtype of `values` says, or with 8 bits and a color palette."""
+    """Write class indices with the 8 or 16 bits of the dtype of `values`, or with 8 bits and a color palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values)
     if palette:
@@ -34,7 +34,7 @@ def mask(path: Path, values: np.ndarray, *, palette: bool = False) -> None:
 
 
 def ade20k(root: Path, *, train: int = 4, val: int = 2, height: int = 40, width: int = 48) -> Path:
-    """`ADEChallengeData2016` below `root`: the right half is class 1, the left half class 0, the first row ignored."""
+    """Write `root/ADEChallengeData2016`: the right half is class 1, the left half class 0, the first row is ignored."""
     root = root / "ADEChallengeData2016"
     for part, short, count in (("training", "train", train), ("validation", "val", val)):
         for number in range(count):
@@ -60,7 +60,7 @@ def cityscapes(root: Path) -> Path:
 
 
 def voc2012(root: Path) -> Path:
-    """`VOCdevkit/VOC2012` below `root`."""
+    """Write `root/VOCdevkit/VOC2012`."""
     inner = root / "VOCdevkit" / "VOC2012"
     names = {
         "train": ["2007_000032"],

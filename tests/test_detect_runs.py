@@ -47,11 +47,11 @@ def test_resume_after_a_signal_is_exact(tmp_path, coco, straight, capsys, worker
     assert "at step 3 (exact)" in capsys.readouterr().out
     run = tmp_path / "runs/tiny"
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000004", straight / "checkpoints/step-00000004")
-    assert trainer.learning(run) == trainer.learning(straight)
+    assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
 
 
 def test_the_parts_of_the_loss_are_logged(straight):
-    lines = [record for record in trainer.learning(straight) if record["kind"] == "train"]
+    lines = [record for record in trainer.stable_metrics(straight) if record["kind"] == "train"]
     assert lines
     for line in lines:
         parts = [line[f"loss_{name}"] for name in ("classification", "bbox_regression", "bbox_ctrness")]
@@ -115,11 +115,11 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path, coco):
     assert trainer.train(recipe, *shared, "run.name=one") == 0
     ways = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
     runs = [[recipe, *shared, *way, f"run.name={name}"] for name, way in ways.items()]
-    done = trainer.on_processes(2, *runs)
+    done = trainer.run_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
     for way in ways:
-        one = trainer.learning(tmp_path / "runs/one")
-        for left, right in zip(one, trainer.learning(tmp_path / "runs" / way), strict=True):
+        one = trainer.stable_metrics(tmp_path / "runs/one")
+        for left, right in zip(one, trainer.stable_metrics(tmp_path / "runs" / way), strict=True):
             assert left.pop("kind") == right.pop("kind")
             assert right == pytest.approx(left, abs=1e-3, rel=1e-4)
         left, right = (np.load(tmp_path / "runs" / run / "evaluation/predictions.npz") for run in ("one", way))

@@ -196,7 +196,7 @@ def two_steps(name, images, tmp_path, model):
     short = ["sched.epochs=null", "sched.steps=2", "sched.warmup=0", "sched.cooldown=0", "parallel.precision=fp32"]
     where = [f"run.out={tmp_path}", "run.device=cpu", f"model.name={model}", "model.init_from=null"]
     recipe = load_recipe(f"imagenet/{name}", [*here, *short, *where])
-    engine, moved = trainer.updated(recipe, 2)
+    engine, moved = trainer.run_updates(recipe, 2)
     assert moved and (engine.average is None) == (recipe.ema.decay is None)
 
 

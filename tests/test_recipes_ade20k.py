@@ -135,14 +135,14 @@ def test_two_steps_with_the_familys_smallest_model(name, images, tmp_path):
     narrow = ["task.segment.decode_head.channels=8", f"model.name={smallest(name)}"]
     narrow += ["task.segment.neck.out_channels=8"] if loaded(name).task.segment.neck else []
     narrow += ["task.segment.auxiliary_head.channels=8"] if loaded(name).task.segment.auxiliary_head else []
-    _, moved = trainer.updated(loaded(name, *here(images, tmp_path), *narrow), 2)
+    _, moved = trainer.run_updates(loaded(name, *here(images, tmp_path), *narrow), 2)
     assert {key.partition(".")[0] for key in moved} >= {"backbone", "decode_head"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["affnet_extra_tiny_deeplabv3", "biformer_small_fpn", "tessel_davit_tiny_upernet"])
 def test_two_steps_with_the_model_itself(name, images, tmp_path):
-    assert trainer.updated(loaded(name, *here(images, tmp_path)), 2)[1]
+    assert trainer.run_updates(loaded(name, *here(images, tmp_path)), 2)[1]
 
 
 @pytest.mark.slow

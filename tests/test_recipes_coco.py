@@ -128,7 +128,7 @@ def one_step(name, tmp_path):
     small = ["task.detect.min_size=null", "task.detect.channels=64", "parallel.precision=fp32", "run.device=cpu"]
     begin = [f"model.name={smallest}", "model.init_from=null", "model.pretrained=false", f"run.out={tmp_path}"]
     recipe = load_recipe(f"coco/{name}", [*here, *short, *small, *begin])
-    _, moved = trainer.updated(recipe, 1)
+    _, moved = trainer.run_updates(recipe, 1)
     assert any(key.startswith("backbone.body") for key in moved)
 
 

@@ -78,12 +78,12 @@ def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     assert trainer.train(recipe, f"data.workers={workers}") == 0
     assert f"resuming {run} at step 3 (exact)" in capsys.readouterr().out
     trainer.assert_same_checkpoint(*(r / "checkpoints/step-00000006" for r in (run, straight)))
-    assert trainer.learning(run) == trainer.learning(straight)
+    assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
 
 
 def test_the_parts_of_the_loss_are_logged(straight):
     parts = {f"{head}.{key}" for head in ("decode", "auxiliary") for key in ("loss_ce", "acc_seg")}
-    lines = [record for record in trainer.learning(straight) if record["kind"] == "train"]
+    lines = [record for record in trainer.stable_metrics(straight) if record["kind"] == "train"]
     assert len(lines) == STEPS
     for line in lines:
         assert parts < set(line) and line["loss"] == pytest.approx(line["decode.loss_ce"] + line["auxiliary.loss_ce"])
@@ -94,11 +94,11 @@ def test_ddp_and_fsdp_learn_the_same(recipe, straight):
         [recipe, f"run.name={way}", f"parallel.strategy={way}", "ckpt.every=6", "eval.every=6"]
         for way in ("ddp", "fsdp")
     ]
-    done = trainer.on_processes(2, *runs)
+    done = trainer.run_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * 2, done.stdout + done.stderr
-    one = {(record["kind"], record["step"]): record for record in trainer.learning(straight)}
+    one = {(record["kind"], record["step"]): record for record in trainer.stable_metrics(straight)}
     for way in ("ddp", "fsdp"):
-        other = trainer.learning(recipe.parent / "runs" / way)
+        other = trainer.stable_metrics(recipe.parent / "runs" / way)
         assert [record["kind"] for record in other] == ["train"] * STEPS + ["eval"]
         for right in other:
             left = one[right["kind"], right["step"]]

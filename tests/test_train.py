@@ -53,7 +53,7 @@ def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     assert f"resuming {run} at step 5 (exact); run.fresh=true starts from scratch" in capsys.readouterr().out
     assert (run / "DONE").exists() and not (run / "PREEMPTED").exists()
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
-    assert trainer.learning(run) == trainer.learning(straight)
+    assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
 
 
 def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
@@ -76,7 +76,7 @@ def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
     assert f"checkpoint {newest} is damaged ({weights.name} does not match its sha256)" in out
     assert "at step 3 (exact)" in out
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
-    assert trainer.learning(run) == trainer.learning(straight)
+    assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
     assert not list((run / "checkpoints").glob(".tmp-*"))
 
 
@@ -157,7 +157,7 @@ def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypat
     (run / "DONE").write_text("[1]")
     assert trainer.train(recipe, option) == 0
     trainer.assert_same_checkpoint(run / "checkpoints/step-00000009", straight / "checkpoints/step-00000009")
-    assert trainer.learning(run) == trainer.learning(straight)
+    assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
 
 
 @pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

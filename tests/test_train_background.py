@@ -134,7 +134,7 @@ def test_shards_and_replicas_in_the_background(recipe):
         for name, way in ways.items()
         for background in ("true", "false")
     ]
-    done = trainer.on_processes(2, *runs)
+    done = trainer.run_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * 4, done.stdout + done.stderr
     for name in ways:
         paths = (recipe.parent / f"runs/{name}-{on}/checkpoints/step-00000004" for on in ("true", "false"))

@@ -125,7 +125,7 @@ def test_broken_validation_image_costs_no_update_on_two_processes(recipe, capsys
     victim = recipe.parent / "images/val/class_1/2.png"
     content = victim.read_bytes()
     victim.write_bytes(content[:60])
-    done = trainer.on_processes(2, [recipe, "ckpt.every=9"])
+    done = trainer.run_processes(2, [recipe, "ckpt.every=9"])
     assert trainer.exit_codes(done) == [[1, 1]] and str(victim) in done.stderr, done.stderr
     victim.write_bytes(content)
     assert trainer.train(recipe, "data.micro_batch=8") == 0

@@ -177,7 +177,7 @@ def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
 def test_lost_process_is_told_by_the_one_left(tmp_path):
     """The second of two processes is killed in step 2."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
-    done = trainer.on_processes(2, ["@1:2", recipe, "ckpt.every=1", "data.micro_batch=4"])
+    done = trainer.run_processes(2, ["@1:2", recipe, "ckpt.every=1", "data.micro_batch=4"])
     assert trainer.exit_codes(done) == [[1, -signal.SIGKILL]]
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1 and "another process of this run is gone" in messages[0], done.stderr

@@ -75,7 +75,7 @@ def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
         model={"name": "test_resnet", "drop_path_rate": None},
         data={"source": "digits", "micro_batch": 4},
     )
-    done = trainer.on_processes(2, [recipe, "run.name=straight"])
+    done = trainer.run_processes(2, [recipe, "run.name=straight"])
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     mortal = str(Path(__file__).with_name("mortal.py"))

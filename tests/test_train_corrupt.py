@@ -145,16 +145,16 @@ def test_resume_is_exact_and_counts_on(recipe, straight, capsys):
     assert trainer.train(recipe, BUDGET, "data.workers=2") == 0
     out = capsys.readouterr().out
     assert "at step 5 (exact)" in out and "is replaced by another" not in out
-    assert account(run) == account(straight) and trainer.learning(run) == trainer.learning(straight)
+    assert account(run) == account(straight) and trainer.stable_metrics(run) == trainer.stable_metrics(straight)
     trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
 
 
 def test_two_processes_count_together(recipe, straight):
-    done = trainer.on_processes(2, [recipe, BUDGET, "run.name=two"], [recipe, "guard.max_corrupt=1", "run.name=one"])
+    done = trainer.run_processes(2, [recipe, BUDGET, "run.name=two"], [recipe, "guard.max_corrupt=1", "run.name=one"])
     assert trainer.exit_codes(done) == [[0, 0], [1, 1]], done.stderr
     two = recipe.parent / "runs/two"
     assert account(two) == account(straight)
-    for left, right in zip(trainer.learning(straight), trainer.learning(two), strict=True):
+    for left, right in zip(trainer.stable_metrics(straight), trainer.stable_metrics(two), strict=True):
         for key in left.keys() & {"loss", "grad_norm", "top1"}:
             assert right[key] == pytest.approx(left[key], abs=1e-5, rel=1e-5), key
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -41,7 +41,7 @@ def test_stopped_process_is_reported_by_the_other(tmp_path, rank):
     """One of two processes is stopped in step 2; it holds the lock of the run until it is killed."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
     options = [recipe, "ckpt.every=1", f"ckpt.background={str(rank == 1).lower()}", "guard.timeout=5"]
-    done = trainer.on_processes(2, [f"@{rank}:2:SIGSTOP", *options])
+    done = trainer.run_processes(2, [f"@{rank}:2:SIGSTOP", *options])
     codes = [1, 1]
     codes[rank] = -signal.SIGKILL
     assert trainer.exit_codes(done) == [codes], done.stdout + done.stderr

@@ -35,7 +35,7 @@ def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
         ckpt={"every": 1},
         eval={"every": steps},
     )
-    done = trainer.on_processes(2, [recipe, "run.name=straight", f"ckpt.every={steps}"])
+    done = trainer.run_processes(2, [recipe, "run.name=straight", f"ckpt.every={steps}"])
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(number), str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -62,7 +62,7 @@ def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
     paths = (runs / f"{name}/checkpoints/step-{steps:08d}" for name in ("straight", "tiny"))
     trainer.assert_same_checkpoint(*paths)
     # metrics of a step say the same, whichever start wrote them
-    assert trainer.learning(runs / "tiny") == trainer.learning(runs / "straight")
+    assert trainer.stable_metrics(runs / "tiny") == trainer.stable_metrics(runs / "straight")
 
 
 RECIPE = {"model": {"name": "test_resnet"}, "data": {"source": "digits"}, "sched": {"steps": 9}}

@@ -41,7 +41,7 @@ def finished(tmp_path_factory, request):
     assert trainer.train(recipe, *SHARED, "run.name=one") == 0
     slow = "not slow" not in request.config.option.markexpr
     runs = [[recipe, *SHARED, *way, f"run.name={name}"] for name, way in STRATEGIES.items() if name != "hsdp" or slow]
-    done = trainer.on_processes(2, *runs)
+    done = trainer.run_processes(2, *runs)
     assert trainer.exit_codes(done) == [[0, 0]] * len(runs), done.stdout + done.stderr
     return root / "runs"
 
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, request):
 @pytest.mark.parametrize("way", TESTED)
 def test_every_strategy_learns_the_same(finished, way):
     """With gradient accumulation, clipping, EMA, drop path and mixup; the exported weights too."""
-    assert_same_curve(trainer.learning(finished / "one"), trainer.learning(finished / way))
+    assert_same_curve(trainer.stable_metrics(finished / "one"), trainer.stable_metrics(finished / way))
     left, right = (trainer.tensors(finished / run / "checkpoints/step-00000004") for run in ("one", way))
     assert left.keys() == right.keys()
     for name, tensor in left.items():
@@ -73,12 +73,12 @@ def test_checkpoints_can_be_resumed_with_another_strategy(finished, capfd):
         assert trainer.train(*begin(source, "one")) == 0
         assert f"not bitwise: processes 2 then, 1 now, strategy {source} then" in capfd.readouterr().out
     pairs = [("one", "ddp"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("hsdp", "fsdp"), ("fsdp", "fsdp")]
-    done = trainer.on_processes(2, *([*begin(a, b), *STRATEGIES[b]] for a, b in pairs))
+    done = trainer.run_processes(2, *([*begin(a, b), *STRATEGIES[b]] for a, b in pairs))
     assert trainer.exit_codes(done) == [[0, 0]] * len(pairs), done.stdout + done.stderr
     assert done.stdout.count("(exact)") == 1
     for source, way in [("ddp", "one"), ("fsdp", "one"), *pairs]:
         assert_same_curve(
-            trainer.learning(finished / "one"), trainer.learning(recipe.parent / f"{source}-{way}" / source)
+            trainer.stable_metrics(finished / "one"), trainer.stable_metrics(recipe.parent / f"{source}-{way}" / source)
         )
     again = recipe.parent / "fsdp-fsdp/fsdp"
     trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000004" for run in (again, finished / "fsdp")))
@@ -90,7 +90,7 @@ def test_adaptive_clipping_of_shards_is_that_of_unsharded_parameters(tmp_path):
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data=data)
     clipped = [*SHARED, "optim.name=sgd", "optim.lr=0.1", "optim.clip=0.01", "optim.clip_mode=agc"]
     ways = {name: STRATEGIES[name] for name in ("ddp", "fsdp")} | {"free": ["optim.clip=null"]}
-    done = trainer.on_processes(2, *([recipe, *clipped, *way, f"run.name={name}"] for name, way in ways.items()))
+    done = trainer.run_processes(2, *([recipe, *clipped, *way, f"run.name={name}"] for name, way in ways.items()))
     assert trainer.exit_codes(done) == [[0, 0]] * len(ways), done.stdout + done.stderr
     states = {way: trainer.tensors(tmp_path / f"runs/{way}/checkpoints/step-00000004") for way in ways}
     differences = {True: 0.0, False: 0.0}

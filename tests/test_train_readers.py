@@ -132,7 +132,7 @@ def test_training_from_shards_is_that_from_folders(images, tmp_path, capsys):
     assert "at step 5 (exact)" in capsys.readouterr().out
     runs = tmp_path / "runs"
     trainer.assert_same_checkpoint(*(runs / name / "checkpoints/step-00000009" for name in ("tiny", "wds")))
-    assert trainer.learning(runs / "wds") == trainer.learning(runs / "tiny")
+    assert trainer.stable_metrics(runs / "wds") == trainer.stable_metrics(runs / "tiny")
 
 
 def lacks_a_class(root):

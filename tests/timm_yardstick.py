@@ -1,7 +1,8 @@
 """A pytest plugin that runs timm's own model tests on our models: `pytest -p timm_yardstick .../test_models.py`.
 
-timm's tests are parametrized by calls of `timm.list_models`, which this plugin replaces: it lists the models named in
-`TESSEL_YARDSTICK`, separated by commas. timm's TorchScript tests are left out, see docs/models.md.
+timm parametrizes its tests with calls of `timm.list_models`. This plugin replaces that function by one that returns the
+models named in the environment variable `TESSEL_YARDSTICK`, separated by commas. It skips timm's TorchScript tests; see
+docs/models.md.
 """
 
 import os
@@ -25,7 +26,7 @@ CORE_TESTS = (
 
 
 def _list_models(*args, include_tags: bool = False, pretrained: bool = False, filter="", **kwargs) -> list[str]:
-    # tests that need the network, and those that timm parametrizes by name patterns, are not for our models
+    # no models for tests that need the network, nor for those that timm parametrizes by name patterns
     if pretrained or filter or (args and args[0]):
         return []
     names = os.environ["TESSEL_YARDSTICK"].split(",")

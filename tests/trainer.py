@@ -1,4 +1,4 @@
-"""A few dozen images, a tiny model and short runs of the trainer, for its tests."""
+"""Helpers of the trainer's tests: a few dozen images, recipes for tiny models, short runs, readers of their files."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from tessel.train.run.signals import Signals
 from tessel.train.trainer import build
 
 SIZE = 32
-SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks that look at digit scenes
+SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks that train on digit scenes
     "segment": {
         "model": {"name": "test_convnext"},
         "task": {
@@ -56,18 +56,18 @@ SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks 
 
 
 def open_source(source: str, split: str, **options: Any) -> Any:
-    """A split of a data source with class labels, opened as a recipe does."""
+    """Open a split of a data source with class labels through a recipe."""
     return open_dataset(recipe_of(source=source, **options), split)
 
 
 def recipe_of(**data: Any) -> Recipe:
-    """A recipe with this section `data`."""
+    """A minimal recipe whose section `data` has these keys."""
     sections = {"model": {"name": "test_resnet"}, "data": data, "sched": {"steps": 1}}
     return make_recipe(json.loads(json.dumps(sections)), source="test")
 
 
 def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) -> Path:
-    """`root/{train,val}/CLASS/*.png`: noisy stripes, whose direction and colour are the class."""
+    """Write `root/{train,val}/CLASS/*.png`: noisy stripes whose spacing and color depend on the class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
@@ -80,22 +80,22 @@ def draw_folder(root: Path, *, train: int = 12, val: int = 5, classes: int = 3) 
     return root
 
 
-def asked_to_end() -> None:
-    """This process is, as by a cluster's scheduler."""
+def send_sigterm() -> None:
+    """Send SIGTERM to this process, as a cluster's scheduler does."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def before_step(number: int, action: Callable[[], None] = asked_to_end) -> Iterator[None]:
-    """Within, `action()` is called whenever an engine is about to begin update `number` (from 0)."""
+def before_step(number: int, action: Callable[[], None] = send_sigterm) -> Iterator[None]:
+    """Within this context, call `action()` whenever an engine is about to begin update `number` (counted from 0)."""
     step = engine.Engine.step
 
-    def hooked(self: engine.Engine) -> bool:
+    def step_with_action(self: engine.Engine) -> bool:
         if self.progress.step == number:
             action()
         return step(self)
 
-    engine.Engine.step = hooked
+    engine.Engine.step = step_with_action
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def before_step(number: int, action: Callable[[], None] = asked_to_end) -> Itera
 
 
 def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
-    """A recipe of 9 steps of 8 images, with augmentation, drop path, mixing and moving average on."""
+    """Write a recipe of 9 steps of 8 images with augmentation, drop path, mixing and EMA; `sections` replace keys."""
     recipe: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
         "model": {"name": "test_efficientnet", "drop_path_rate": 0.1},
@@ -135,7 +135,7 @@ def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
 
 
 def train(recipe: Path, *overrides: str) -> int:
-    """Run the command line in this process; its exit code."""
+    """Run the trainer's command line in this process. Returns its exit code."""
     return main([str(recipe), *overrides])
 
 
@@ -143,14 +143,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def learning(run: Path) -> list[dict[str, Any]]:
-    """The metrics without what depends on the clock."""
+def stable_metrics(run: Path) -> list[dict[str, Any]]:
+    """The logged metrics without times, speeds and memory: two equal runs log the same values."""
     clock = {"time", "images_per_second", "data_wait", "step_seconds", "tflops", "memory_gb"}
     return [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by name."""
+    """All tensors of a checkpoint by name."""
     entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -162,17 +162,18 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """Bitwise equal in every tensor: weights, optimizer state, moving average."""
+    """Assert that all tensors are bitwise equal: weights, optimizer state, moving average."""
     left, right = tensors(one), tensors(other)
     assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
 
 
-def on_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str]:
-    """One run of the trainer after another, each on `size` processes; their exit codes are the last line of stdout.
+def run_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str]:
+    """Train the runs one after another, each on `size` processes; the last line of stdout has their exit codes.
 
-    A run may begin with "@RANK:STEP[:SIGNAL[:evaluation|finish]]": what befalls which process where; see ranks.py.
+    A run is a list of command-line arguments. It may begin with "@RANK:STEP[:SIGNAL[:evaluation|finish]]": that rank
+    then gets the signal at that step; see ranks.py.
     """
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(size)]
     arguments = json.dumps([[str(word) for word in run] for run in runs])
@@ -184,7 +185,7 @@ def exit_codes(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
 
 
 def learning_rate(recipe: Recipe, planned: Plan) -> Callable[[int], float]:
-    """The learning rate by step."""
+    """A function that returns the learning rate of a step."""
     optimizer = build_optimizer(torch.nn.Linear(1, 1), Optim(name="sgd"), planned.lr)
     schedule = build_schedule(optimizer, recipe, planned)
 
@@ -195,11 +196,11 @@ def learning_rate(recipe: Recipe, planned: Plan) -> Callable[[int], float]:
     return lr
 
 
-def updated(recipe: Recipe, steps: int) -> tuple[engine.Engine, set[str]]:
-    """The engine after that many updates, all of them finite, and the names of the weights that moved."""
+def run_updates(recipe: Recipe, steps: int) -> tuple[engine.Engine, set[str]]:
+    """Train `steps` updates and assert that all are finite. Returns the engine and the names of the changed weights."""
     task, planned, built = build(recipe, World())
     before = {key: tensor.detach().clone() for key, tensor in built.model.named_parameters()}
-    ready(built, task, planned, Path(recipe.run.out))
+    prepare_engine(built, task, planned, Path(recipe.run.out))
     assert all(built.step() for _ in range(steps)) and built.progress.step == steps
     built.finalize_step()
     after = dict(built.model.named_parameters())
@@ -208,8 +209,8 @@ def updated(recipe: Recipe, steps: int) -> tuple[engine.Engine, set[str]]:
     return built, {key for key in after if not torch.equal(before[key], after[key])}
 
 
-def ready(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
-    """Make `engine.step()` possible without a run directory: the first batches, and nobody who listens."""
+def prepare_engine(engine: Any, task: Any, schedule: Any, folder: Path) -> None:
+    """Make `engine.step()` work without a run directory: set its first batches, and loggers that only print."""
     batches = task.train_batches(schedule, 0)
     engine.signals, engine.loggers = Signals(), SimpleNamespace(say=print)
     engine.stream = BatchStream(batches, World(), {}, 0, folder / "corrupt.jsonl")
