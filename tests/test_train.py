@@ -1,4 +1,4 @@
-"""The trainer's promises: exact resume, one result on any number of processes, nothing lost or begun by accident."""
+"""Whole runs of the trainer: exact resume, equal results on two processes, evaluation, logs, no accidental restart."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_resume_after_a_signal_is_exact(recipe, straight, capsys, workers):
     assert trainer.stable_metrics(run) == trainer.stable_metrics(straight)
 
 
-def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
+def test_resume_after_a_crash_skips_a_damaged_checkpoint(recipe, straight, capsys):
     run = recipe.parent / "runs" / "tiny"
 
     def crash():
@@ -80,20 +80,20 @@ def test_crash_and_broken_checkpoint_fall_back(recipe, straight, capsys):
     assert not list((run / "checkpoints").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("harm", ["cut", "file", "manifest"])
-def test_incomplete_checkpoints_are_named(straight, tmp_path, harm):
+@pytest.mark.parametrize("damage", ["cut", "file", "manifest"])
+def test_find_damage_names_the_incomplete_file(straight, tmp_path, damage):
     copy = tmp_path / "step-00000009"
     subprocess.run(["cp", "-r", straight / "checkpoints/step-00000009", copy], check=True)
     assert checkpoint.find_damage(copy) is None
-    victim = copy / "manifest.json" if harm == "manifest" else next(copy.glob("*.distcp"))
-    if harm == "cut":
-        victim.write_bytes(victim.read_bytes()[:-1])
+    damaged = copy / "manifest.json" if damage == "manifest" else next(copy.glob("*.distcp"))
+    if damage == "cut":
+        damaged.write_bytes(damaged.read_bytes()[:-1])
     else:
-        victim.unlink()
-    assert victim.name in str(checkpoint.find_damage(copy))
+        damaged.unlink()
+    assert damaged.name in str(checkpoint.find_damage(copy))
 
 
-def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, capsys):
+def test_run_without_a_good_checkpoint_is_an_error(recipe, capsys):
     with trainer.before_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
         assert trainer.train(recipe) == 0
     for manifest in (recipe.parent / "runs/tiny/checkpoints").glob("*/manifest.json"):
@@ -102,7 +102,7 @@ def test_no_good_checkpoint_is_not_a_reason_to_start_over(recipe, capsys):
     assert "none of the checkpoints" in capsys.readouterr().err
 
 
-def test_finished_run_is_left_alone(straight, capsys):
+def test_finished_run_is_not_trained_again(straight, capsys):
     before = trainer.metrics(straight)
     recipe = straight.parent.parent / "tiny.yaml"
     assert trainer.train(recipe, "data.workers=1", "log.every=1") == 0
@@ -112,7 +112,7 @@ def test_finished_run_is_left_alone(straight, capsys):
     assert trainer.metrics(straight) == before
 
 
-def test_another_recipe_is_refused_by_key(straight, capsys):
+def test_resume_with_another_recipe_is_an_error(straight, capsys):
     recipe = straight.parent.parent / "tiny.yaml"
     assert trainer.train(recipe, "optim.lr=1e-4", "data.size=48") == 1
     error = capsys.readouterr().err
@@ -136,15 +136,15 @@ def test_fresh_moves_the_old_run_aside(recipe, capsys):
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypatch, capsys, background):
-    """A checkpoint is saved although the evaluation failed; the next start evaluates it, once."""
+def test_failed_evaluation_loses_no_update(recipe, straight, monkeypatch, capsys, background):
+    """The checkpoint is saved although its evaluation fails; the next start evaluates it once."""
     run, option = recipe.parent / "runs/tiny", f"ckpt.background={background}"
 
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise UserError("images/val/0.png cannot be decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", refuse)
+        patch.setattr(engine, "measure", fail)
         assert trainer.train(recipe, option) == 1
     assert "val/0.png" in capsys.readouterr().err
     assert checkpoint.find_damage(run / "checkpoints/step-00000003") is None
@@ -161,8 +161,8 @@ def test_what_an_evaluation_fails_on_costs_no_update(recipe, straight, monkeypat
 
 
 @pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restart_goes_on_with_what_its_start_made_afresh(recipe, monkeypatch, capsys, count):
-    """Whoever restarts it does so with the same arguments; and the run's own recipe wipes nothing."""
+def test_restart_by_torchrun_or_slurm_resumes_a_fresh_run(recipe, monkeypatch, capsys, count):
+    """A restart has the same arguments, run.fresh=true too. The recipe in the run directory has run.fresh=false."""
     run = recipe.parent / "runs/tiny"
     for value, step in (("", 1), ("0", 1), ("1", 2)):
         monkeypatch.setenv(count, value)
@@ -199,7 +199,7 @@ def test_kept_checkpoints_are_the_last_and_the_best(straight):
     assert kept == {best, 6, 9}
 
 
-def test_metrics_have_the_promised_fields(straight):
+def test_metrics_have_the_documented_fields(straight):
     steps = {"train": [2, 4, 6, 8, 9], "eval": [3, 6, 9]}
     fields = {
         "train": "epoch loss lr grad_norm images_per_second data_wait step_seconds tflops memory_gb",
@@ -212,7 +212,7 @@ def test_metrics_have_the_promised_fields(straight):
     assert all(record["images_per_second"] > 0 for record in trainer.metrics(straight) if record["kind"] == "train")
 
 
-def test_run_directory_reads_back(straight):
+def test_finished_run_can_be_loaded(straight):
     recipe, model = evaluate.load_run(straight)
     assert recipe == load_recipe(straight / "recipe.yaml") and not model.training
     done = json.loads((straight / "DONE").read_text())
@@ -238,10 +238,10 @@ def test_evaluation_of_run_and_checkpoint(straight, capsys):
         assert 100 * (arrays["prediction"] == arrays["target"]).mean() == pytest.approx(last["top1"])
 
 
-def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, capsys):
+def test_evaluation_records_overrides_and_refuses_other_classes(straight, tmp_path, capsys):
     run = shutil.copytree(straight, tmp_path / "run")
     other = trainer.draw_folder(tmp_path / "other", train=2, val=3)
-    shutil.rmtree(other / "train")  # an evaluation does without
+    shutil.rmtree(other / "train")  # an evaluation needs no training data
     assert evaluate.main([str(run), f"data.root={other}", "data.eval_batch=4"]) == 0
     metrics = json.loads((run / "evaluation/evaluation.json").read_text())
     assert metrics["count"] == 9 and metrics["overrides"] == [f"data.root={other}"]
@@ -258,7 +258,7 @@ def test_other_data_is_told_and_other_classes_are_refused(straight, tmp_path, ca
     assert json.loads((run / "evaluation/evaluation.json").read_text()) == metrics
 
 
-def test_splits_of_other_classes_are_refused(recipe, tmp_path, capsys):
+def test_splits_with_different_classes_are_an_error(recipe, tmp_path, capsys):
     other = trainer.draw_folder(tmp_path / "other", train=8, val=3)
     (other / "val/class_1").rename(other / "val/class_1b")
     assert trainer.train(recipe, f"data.root={other}") == 1
@@ -274,7 +274,7 @@ def test_dry_run_writes_nothing(recipe, capsys):
     assert not (recipe.parent / "runs").exists()
 
 
-def test_reduced_precision_checkpointing_and_layout(recipe):
+def test_bf16_grad_checkpointing_and_channels_last_train(recipe):
     switches = ["parallel.precision=bf16", "parallel.channels_last=true", "parallel.grad_checkpointing=true"]
     losses = ["task.loss=bce", "task.smoothing=0.1", "optim.name=lamb", "optim.clip_mode=agc", "sched.name=poly"]
     assert trainer.train(recipe, "sched.steps=3", *switches, *losses) == 0
@@ -288,7 +288,7 @@ def torchrun(recipe: Path, *overrides: str, processes: int = 2) -> subprocess.Co
 
 
 def test_two_processes_learn_the_same(recipe):
-    """Without batch statistics; with drop path, mixing and augmentation, which follow the chunk, not the rank."""
+    """The model has no batch statistics; drop path, mixing and augmentation depend on the micro-batch, not the rank."""
     shared = ["model.name=test_convnext", "sched.steps=4", "ckpt.every=4", "eval.every=2", "log.every=1"]
     done = torchrun(recipe, *shared, "run.name=two")
     assert done.returncode == 0, done.stderr
@@ -307,7 +307,7 @@ def test_two_processes_learn_the_same(recipe):
 
 @pytest.mark.slow
 def test_signal_to_torchrun_and_resume_on_another_number_of_processes(recipe):
-    """Preempted with two processes, gone on with one; a signal reaches the whole process group, loader workers too."""
+    """Two processes are preempted, one resumes. The signal reaches the whole process group, loader workers included."""
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessel.train"]
     overrides = ["sched.steps=2000", "data.workers=1", "log.every=1"]
     command = [sys.executable, *arguments, str(recipe), *overrides]
@@ -354,7 +354,7 @@ def test_resume_is_exact_on_two_processes(recipe, images):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_model_trains_and_exports(recipe, monkeypatch):
-    """Through dynamo alone: what the inductor makes of the graph takes minutes and is not ours."""
+    """With the backend "eager", because compiling with inductor takes minutes and only tests torch."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="eager"))
     overrides = ["parallel.compile=true", "sched.steps=3", "model.name=test_resnet", "model.drop_path_rate=null"]
@@ -366,7 +366,7 @@ def test_compiled_model_trains_and_exports(recipe, monkeypatch):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("mode", ["offline", "auto"])
 def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
-    """Without account and network; both starts of a run are one run to wandb, to be sent later."""
+    """Without account and network. Both starts of the run get the same wandb id, so that a later sync merges them."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("HOME", "NETRC", "XDG_CONFIG_HOME"):
@@ -385,8 +385,8 @@ def test_tensorboard_and_offline_wandb(recipe, monkeypatch, capsys, mode):
     assert len(records) == len(list(run.glob("wandb/offline-run-*"))) == 2
 
 
-def test_an_overflow_is_null_in_json_and_no_obstacle_elsewhere(tmp_path):
-    """As where half precision skips an update whose gradients it cannot hold."""
+def test_non_finite_metrics_are_null_in_json_and_do_not_stop_tensorboard(tmp_path):
+    """Such values occur when half precision skips an update because its gradients overflow."""
     record = {"kind": "train", "step": 3, "loss": 0.5, "grad_norm": math.inf, "loss_box": math.nan}
     for sink in (loggers.JsonlLogger(tmp_path / "metrics.jsonl"), loggers.TensorBoardLogger(tmp_path / "tensorboard")):
         sink.log(record)
@@ -394,11 +394,11 @@ def test_an_overflow_is_null_in_json_and_no_obstacle_elsewhere(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record | {"grad_norm": None, "loss_box": None}
 
 
-def test_a_logger_that_fails_costs_a_warning(recipe, monkeypatch, capsys):
-    def refuse(*_):
+def test_logger_that_fails_to_start_is_a_warning(recipe, monkeypatch, capsys):
+    def fail(*_):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(loggers, "WandbLogger", refuse)
+    monkeypatch.setattr(loggers, "WandbLogger", fail)
     assert trainer.train(recipe, "sched.steps=3", "log.wandb=auto") == 0
     assert "warning: log.wandb is left out, it did not start: no network" in capsys.readouterr().out
 

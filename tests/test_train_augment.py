@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: erasing, then mixing, drawn from the seeds of the update."""
+"""Augmentation of a batch on the device: random erasing, then mixing, with the seed of the update."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tessel.train.tasks.classify.task import ClassifyTask
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
-def test_loader_processes_do_not_erase():
+def test_loader_workers_do_not_erase():
     image = trainer.open_source("digits", "train")[0][0]
     config = {"input_size": (3, 32, 32)}
     plain, erased = (
@@ -25,7 +25,7 @@ def test_loader_processes_do_not_erase():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_each_image_is_erased_by_itself_and_by_the_seed(device):
+def test_erasing_differs_between_images_and_repeats_with_the_seed(device):
     erase = erasing(ClassifyAug(erasing=0.25), torch.device(device))
     assert erase and erasing(ClassifyAug(), torch.device(device)) is None
 
@@ -40,14 +40,14 @@ def test_each_image_is_erased_by_itself_and_by_the_seed(device):
     assert torch.equal(erased(1, 2), batch) and not torch.equal(erased(1, 3), batch)
     areas = changed[rows][:, 0].flatten(1).float().mean(1)
     assert areas.min() > 0.01 and areas.max() < 0.37 and len(areas.unique()) > 50
-    for mask in changed[rows][:20, 0]:  # rectangles
+    for mask in changed[rows][:20, 0]:  # the erased regions are rectangles
         height, width = mask.any(1).sum(), mask.any(0).sum()
         assert mask.sum() == height * width
     noise = batch[changed]
     assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05 and batch.device.type == device
 
 
-def test_the_task_erases_before_it_mixes(tmp_path):
+def test_erasing_precedes_mixing(tmp_path):
     data = {"source": "digits", "aug": {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0}}
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path_rate": None}

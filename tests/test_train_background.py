@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the same, complete or absent, one at a time."""
+"""Background saving: checkpoints equal those of the foreground, are complete or absent, are written one at a time."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def recipe(tmp_path):
     return trainer.write_recipe(tmp_path / "tiny.yaml", **TINY, sched={"steps": 4}, ckpt={"every": 1, "keep_last": 4})
 
 
-def test_background_writes_what_the_foreground_does(recipe):
+def test_background_and_foreground_checkpoints_are_equal(recipe):
     assert trainer.train(recipe, "run.name=fore") == 0
     assert trainer.train(recipe, "run.name=back", "ckpt.background=true") == 0
     runs = recipe.parent / "runs"
@@ -31,13 +31,13 @@ def test_background_writes_what_the_foreground_does(recipe):
         trainer.assert_same_checkpoint(*(runs / f"{name}/checkpoints/step-{step:08d}" for name in ("fore", "back")))
 
 
-def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatch):
-    """Steps go on while a checkpoint is being written; the next save waits for it."""
-    gate, save, writing = threading.Event(), checkpoint.dcp.save, []
+def test_save_copies_at_once_and_waits_for_the_previous_write(tmp_path, monkeypatch):
+    """The training continues while a checkpoint is written; the next save waits for that write."""
+    may_write, save, writing = threading.Event(), checkpoint.dcp.save, []
 
     def slow(state, **kwargs):
         writing.append(kwargs["checkpoint_id"].name)
-        assert gate.wait(20) and len(writing) <= 2
+        assert may_write.wait(20) and len(writing) <= 2
         save(state, **kwargs)
         writing.pop(0)
 
@@ -47,7 +47,7 @@ def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatc
     checkpoints.save({"weight": weight}, {"step": 1}, best=0, last=2)
     weight += 1
     assert not list(tmp_path.glob("step-*"))
-    threading.Timer(0.5, gate.set).start()
+    threading.Timer(0.5, may_write.set).start()
     checkpoints.save({"weight": weight}, {"step": 2}, best=0, last=2)
     assert find_damage(tmp_path / "step-00000001") is None
     weight += 1
@@ -56,14 +56,14 @@ def test_copy_is_taken_at_once_and_one_is_written_at_a_time(tmp_path, monkeypatc
     assert [trainer.tensors(tmp_path / f"step-0000000{step}")["weight"][0].item() for step in (1, 2)] == [0, 1]
 
 
-def test_one_copy_at_a_time(tmp_path, monkeypatch):
-    """Whatever the pace: no copy is taken while another is there to be written."""
-    copies, most = [], []
+def test_only_one_copy_of_the_state_exists_at_a_time(tmp_path, monkeypatch):
+    """However slow the writing is, no copy is taken while another one waits to be written."""
+    copies, counts = [], []
     write, stage = Checkpoints._write, DefaultStager.stage
 
     def counted(self, state):
         copies.append(state)
-        most.append(len(copies))
+        counts.append(len(copies))
         return stage(self, state)
 
     def slow(self, *arguments):
@@ -80,13 +80,13 @@ def test_one_copy_at_a_time(tmp_path, monkeypatch):
         checkpoints.save({"weight": torch.full((3,), float(step))}, {"step": step}, best=0, last=5)
     checkpoints.wait()
     checkpoints.close()
-    assert most == [1] * 5 and not copies
+    assert counts == [1] * 5 and not copies
     for step in range(1, 6):
         path = tmp_path / f"step-{step:08d}"
         assert find_damage(path) is None and trainer.tensors(path)["weight"].tolist() == [step] * 3
 
 
-def test_full_disk_in_the_background_is_told(recipe, monkeypatch, capsys):
+def test_full_disk_in_the_background_is_an_error(recipe, monkeypatch, capsys):
     publish = Checkpoints._publish
 
     def full(self, part, facts):
@@ -105,7 +105,7 @@ def test_full_disk_in_the_background_is_told(recipe, monkeypatch, capsys):
     assert "at step 1 (exact)" in capsys.readouterr().out
 
 
-def test_signal_waits_for_the_writing(recipe, monkeypatch):
+def test_signal_waits_for_the_background_write(recipe, monkeypatch):
     step = Engine.step
 
     def hooked(self):
@@ -119,7 +119,7 @@ def test_signal_waits_for_the_writing(recipe, monkeypatch):
 
 
 @pytest.mark.slow
-def test_shards_and_replicas_in_the_background(recipe):
+def test_background_saving_with_ddp_and_fsdp(recipe):
     recipe = trainer.write_recipe(recipe, **TINY | {"data": {"source": "digits", "micro_batch": 4}})
     ways = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
     runs = [

@@ -1,4 +1,4 @@
-"""Mistakes and failures: one clear message on stderr, a non-zero exit code, and nothing that was saved is lost."""
+"""Wrong input and failures: one clear message on stderr, a nonzero exit code, and no saved data is lost."""
 
 import errno
 import json
@@ -31,8 +31,8 @@ def recipe(tmp_path):
     )
 
 
-def refusal(capsys, code):
-    """The one message of a command that failed."""
+def error_message(capsys, code):
+    """Assert that the command failed with a single message. Returns the message."""
     captured = capsys.readouterr()
     assert code == 1
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
@@ -45,28 +45,28 @@ def empty_class(images):
         path.unlink()
 
 
-def no_samples(images):
+def no_classes(images):
     shutil.rmtree(images / "train")
     (images / "train").mkdir()
 
 
-def one_file(images):
+def split_is_a_file(images):
     shutil.rmtree(images / "val")
     (images / "val").write_text("not a folder")
 
 
-def odd_class(images):
+def renamed_class(images):
     (images / "val/class_0").rename(images / "val/class_9")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "harm", "fragments"),
+    ("overrides", "damage", "fragments"),
     [
         (["data.root=/nowhere"], None, ["/nowhere/val", "No such file", "data.root must contain"]),
-        ([], one_file, ["images/val", "Not a directory"]),
+        ([], split_is_a_file, ["images/val", "Not a directory"]),
         ([], empty_class, ["class class_0", "no images", ".jpg"]),
-        ([], no_samples, ["no class folders", "data.root must contain"]),
-        ([], odd_class, ["different classes: class_0, class_9"]),
+        ([], no_classes, ["no class folders", "data.root must contain"]),
+        ([], renamed_class, ["different classes: class_0, class_9"]),
         (["data.batch=512"], None, ["data.batch=512", "12 training images", "data.batch=12"]),
         (["model.name=biformer_atom"], None, ["'biformer_atom'", "import tessel.zoo", "biformer_atto"]),
         (["model.name=local-dir:/nowhere"], None, ["model.name=local-dir:/nowhere"]),
@@ -97,37 +97,37 @@ def odd_class(images):
         (["run.device=cuda"], None, ["run.device=cuda", "run.device=cpu"]),
     ],
 )
-def test_mistake_is_named_before_anything_is_written(recipe, monkeypatch, capsys, overrides, harm, fragments):
+def test_wrong_input_is_an_error_before_anything_is_written(recipe, monkeypatch, capsys, overrides, damage, fragments):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if harm:
-        harm(recipe.parent / "images")
-    message = refusal(capsys, trainer.train(recipe, *overrides))
+    if damage:
+        damage(recipe.parent / "images")
+    message = error_message(capsys, trainer.train(recipe, *overrides))
     assert all(fragment in message for fragment in fragments), message
     assert not (recipe.parent / "runs").exists()
 
 
-def test_batch_norm_of_one_pixel(recipe, capsys):
-    message = refusal(capsys, trainer.train(recipe, *PLAIN, "model.name=resnet18", "data.micro_batch=1"))
+def test_batch_norm_over_a_single_value_is_an_error(recipe, capsys):
+    message = error_message(capsys, trainer.train(recipe, *PLAIN, "model.name=resnet18", "data.micro_batch=1"))
     assert "micro-batch of 1" in message and "data.micro_batch" in message and "data.size" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_corrupt_image_is_named(recipe, capsys, split, workers):
-    victim = recipe.parent / f"images/{split}/class_1/2.png"
-    victim.write_bytes(victim.read_bytes()[:60])
-    message = refusal(capsys, trainer.train(recipe, f"data.workers={workers}"))
-    assert str(victim) in message and "cannot be decoded" in message and "repair or remove" in message
+def test_error_names_the_corrupt_image(recipe, capsys, split, workers):
+    corrupt = recipe.parent / f"images/{split}/class_1/2.png"
+    corrupt.write_bytes(corrupt.read_bytes()[:60])
+    message = error_message(capsys, trainer.train(recipe, f"data.workers={workers}"))
+    assert str(corrupt) in message and "cannot be decoded" in message and "repair or remove" in message
 
 
-def test_broken_validation_image_costs_no_update_on_two_processes(recipe, capsys):
-    """Though one process alone meets it; resumed by one process, whose batch norms see more images at once."""
-    victim = recipe.parent / "images/val/class_1/2.png"
-    content = victim.read_bytes()
-    victim.write_bytes(content[:60])
+def test_corrupt_validation_image_loses_no_update_on_two_processes(recipe, capsys):
+    """Only one process reads the image. Then one process resumes, and its batch norms see more images at once."""
+    corrupt = recipe.parent / "images/val/class_1/2.png"
+    content = corrupt.read_bytes()
+    corrupt.write_bytes(content[:60])
     done = trainer.run_processes(2, [recipe, "ckpt.every=9"])
-    assert trainer.exit_codes(done) == [[1, 1]] and str(victim) in done.stderr, done.stderr
-    victim.write_bytes(content)
+    assert trainer.exit_codes(done) == [[1, 1]] and str(corrupt) in done.stderr, done.stderr
+    corrupt.write_bytes(content)
     assert trainer.train(recipe, "data.micro_batch=8") == 0
     out = capsys.readouterr().out
     assert "at step 6 (not bitwise: processes was 2, now 1" in out
@@ -137,30 +137,30 @@ def test_broken_validation_image_costs_no_update_on_two_processes(recipe, capsys
     ]
 
 
-def test_unwritable_output(recipe, capsys):
+def test_unwritable_output_folder_is_an_error(recipe, capsys):
     (recipe.parent / "file").touch()
-    message = refusal(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs"))
+    message = error_message(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs"))
     assert "file/runs/tiny cannot be written" in message and "run.out" in message
 
 
-def test_directory_of_something_else(recipe, capsys):
+def test_run_directory_with_other_files_is_refused(recipe, capsys):
     (other := recipe.parent / "runs/tiny").mkdir(parents=True)
     (other / "thesis.tex").touch()
-    message = refusal(capsys, trainer.train(recipe))
+    message = error_message(capsys, trainer.train(recipe))
     assert "has no recipe.yaml" in message and (other / "thesis.tex").exists()
 
 
-def no_space(*_, **__):
+def fail_without_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def half_written(self, plan, planner):
+def write_half_and_fail(self, plan, planner):
     (self.path / "__0_0.distcp").write_bytes(b"half")
-    no_space()
+    fail_without_space()
 
 
 @pytest.mark.parametrize("stage", ["tensors", "manifest", "rename"])
-def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage):
+def test_full_disk_while_saving_keeps_the_last_checkpoint(recipe, monkeypatch, capsys, stage):
     path = recipe.parent / "runs/tiny/checkpoints"
     with monkeypatch.context() as patch:
         save = Engine.save
@@ -168,15 +168,15 @@ def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage
         def hooked(self):
             if self.progress.step == 4:
                 if stage == "tensors":
-                    patch.setattr(FileSystemWriter, "write_data", half_written)
+                    patch.setattr(FileSystemWriter, "write_data", write_half_and_fail)
                 elif stage == "manifest":
-                    patch.setattr(checkpoint, "write_atomically", no_space)
+                    patch.setattr(checkpoint, "write_atomically", fail_without_space)
                 else:
-                    patch.setattr(checkpoint.os, "replace", no_space)
+                    patch.setattr(checkpoint.os, "replace", fail_without_space)
             save(self)
 
         patch.setattr(Engine, "save", hooked)
-        message = refusal(capsys, trainer.train(recipe))
+        message = error_message(capsys, trainer.train(recipe))
     assert "step 4 cannot be written" in message and "No space left on device" in message and str(path) in message
     assert [entry.name for entry in path.iterdir()] == ["step-00000002"]
     assert checkpoint.find_damage(path / "step-00000002") is None
@@ -184,14 +184,14 @@ def test_full_disk_while_saving_loses_nothing(recipe, monkeypatch, capsys, stage
     assert "at step 2 (exact)" in capsys.readouterr().out
 
 
-def test_full_disk_while_logging(recipe, monkeypatch, capsys):
+def test_full_disk_while_logging_is_an_error(recipe, monkeypatch, capsys):
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(loggers.JsonlLogger, "__init__", lambda self, path: setattr(self, "file", full))
-        message = refusal(capsys, trainer.train(recipe))
+        message = error_message(capsys, trainer.train(recipe))
     assert "/dev/full cannot be written (No space left on device)" in message
 
 
-def spoil(monkeypatch, *steps):
+def make_loss_infinite(monkeypatch, *steps):
     """Make the loss of these updates infinite."""
     loss, step = classify.ClassifyTask.loss, Engine.step
     current = []
@@ -200,19 +200,19 @@ def spoil(monkeypatch, *steps):
         current[:] = [self.progress.step]
         return step(self)
 
-    def spoiled(self, model, batch):
+    def infinite_loss(self, model, batch):
         return {
             name: value * (float("inf") if current[0] in steps else 1)
             for name, value in loss(self, model, batch).items()
         }
 
     monkeypatch.setattr(Engine, "step", hooked)
-    monkeypatch.setattr(classify.ClassifyTask, "loss", spoiled)
+    monkeypatch.setattr(classify.ClassifyTask, "loss", infinite_loss)
 
 
-def test_non_finite_loss_stops_with_step_and_images(recipe, monkeypatch, capsys):
-    spoil(monkeypatch, 3)
-    message = refusal(capsys, trainer.train(recipe))
+def test_non_finite_loss_stops_the_run_and_names_step_and_images(recipe, monkeypatch, capsys):
+    make_loss_infinite(monkeypatch, 3)
+    message = error_message(capsys, trainer.train(recipe))
     run = recipe.parent / "runs/tiny"
     assert "loss inf" in message and "at step 3" in message and "up to step 2 are good" in message
     dump = json.loads((run / "nonfinite-00000003.json").read_text())
@@ -223,8 +223,8 @@ def test_non_finite_loss_stops_with_step_and_images(recipe, monkeypatch, capsys)
 
 
 def test_non_finite_updates_are_skipped_up_to_a_limit(recipe, monkeypatch, capsys):
-    spoil(monkeypatch, 1, 3, 4)
-    message = refusal(capsys, trainer.train(recipe, "guard.max_skips=1"))
+    make_loss_infinite(monkeypatch, 1, 3, 4)
+    message = error_message(capsys, trainer.train(recipe, "guard.max_skips=1"))
     assert "at step 4" in message
     assert trainer.train(recipe, "guard.max_skips=2", "run.name=skips") == 0
     out = capsys.readouterr().out
@@ -233,21 +233,21 @@ def test_non_finite_updates_are_skipped_up_to_a_limit(recipe, monkeypatch, capsy
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_evaluate_refuses_what_is_no_run(recipe, capsys):
-    assert "neither a run directory" in refusal(capsys, evaluate.main([str(recipe.parent)]))
+def test_evaluate_rejects_folders_without_a_finished_run(recipe, capsys):
+    assert "neither a run directory" in error_message(capsys, evaluate.main([str(recipe.parent)]))
     (run := recipe.parent / "runs/begun").mkdir(parents=True)
     shutil.copy(recipe, run / "recipe.yaml")
-    assert "not finished" in refusal(capsys, evaluate.main([str(run)]))
-    assert "data.sise" in refusal(capsys, evaluate.main([str(run), "--data", "sise=3"]))
+    assert "not finished" in error_message(capsys, evaluate.main([str(run)]))
+    assert "data.sise" in error_message(capsys, evaluate.main([str(run), "--data", "sise=3"]))
 
 
 @pytest.mark.slow
 def test_torchrun_prints_one_message(recipe):
-    """Though only the second process meets the broken image, and both meet the unknown model."""
+    """Both processes reject the unknown model; only the second one reads the corrupt image."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    victim = recipe.parent / "images/train/class_1/2.png"
-    victim.write_bytes(b"")
-    for override, fragment in (("model.name=nonsense", "'nonsense'"), ("data.batch=4", str(victim))):
+    corrupt = recipe.parent / "images/train/class_1/2.png"
+    corrupt.write_bytes(b"")
+    for override, fragment in (("model.name=nonsense", "'nonsense'"), ("data.batch=4", str(corrupt))):
         arguments = ["-m", "tessel.train", str(recipe), "data.micro_batch=2", override]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
         messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

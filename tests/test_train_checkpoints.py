@@ -1,4 +1,4 @@
-"""What may become of a checkpoint on its disk: whatever it is, it is seen, named, and the one before is taken."""
+"""Damaged checkpoints: every damage is detected, the file is named, and the previous checkpoint is used."""
 
 import dataclasses
 import gc
@@ -37,26 +37,27 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    """The checkpoints, the newest of them, and their recipe; to be harmed."""
+    """A copy of the checkpoints that may be damaged: their folder, the newest one, and their recipe."""
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    newest = tmp_path / "checkpoints/step-00000003"
-    return tmp_path / "checkpoints", newest, load_recipe(run / "recipe.yaml")
+    choose_newest = tmp_path / "checkpoints/step-00000003"
+    return tmp_path / "checkpoints", choose_newest, load_recipe(run / "recipe.yaml")
 
 
-def newest(path: Path, recipe: Recipe) -> tuple[Path | None, str]:
-    said: list[str] = []
-    return Checkpoints(path, World(), said.append).newest(recipe), "\n".join(said)
+def choose_newest(path: Path, recipe: Recipe) -> tuple[Path | None, str]:
+    """The checkpoint that a resume uses, and what is logged about the others."""
+    logged: list[str] = []
+    return Checkpoints(path, World(), logged.append).choose_newest(recipe), "\n".join(logged)
 
 
 def rewrite_manifest(path: Path, **facts: object) -> None:
-    """Save the checkpoint's manifest with other facts, as if it had been written with them."""
+    """Write the checkpoint's manifest again with other facts and a valid sha256."""
     content = checkpoint.read_manifest(path) | facts
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(content | {"sha256": digest}))
 
 
-def harm(file: Path, other: Path, rng: random.Random) -> str:
-    """Change `file` in one of the ways of disks and people; which one."""
+def damage(file: Path, other: Path, rng: random.Random) -> str:
+    """Damage `file` in a random way, as disks and people do. Returns the kind of damage."""
     content = bytearray(file.read_bytes())
     at = rng.randrange(len(content))
     kind = rng.choice(["cut", "bit", "zeros", "longer", "gone", "foreign", "folder", "swapped"])
@@ -82,78 +83,78 @@ def harm(file: Path, other: Path, rng: random.Random) -> str:
 
 
 @pytest.mark.slow
-def test_no_harm_goes_unseen(copied):
-    """Two hundred of them; a change that leaves every byte, or what the manifest says, as it was is none."""
-    path, victim, recipe = copied
+def test_every_kind_of_damage_is_detected(copied):
+    """200 random damages. A change that keeps every byte of a file, or the content of the manifest, is no damage."""
+    path, latest, recipe = copied
     other, rng, seen = path / "step-00000002", random.Random(0), set()
     keep = path.parent / "kept"
-    shutil.copytree(victim, keep)
-    facts = checkpoint.read_manifest(victim)
+    shutil.copytree(latest, keep)
+    facts = checkpoint.read_manifest(latest)
     for number in range(200):
-        file = rng.choice(sorted(victim.iterdir()))
+        file = rng.choice(sorted(latest.iterdir()))
         before = file.read_bytes()
-        kind = harm(file, other / file.name, rng)
-        same = file.is_file() and file.read_bytes() == before
-        if not same and file.name == checkpoint.MANIFEST and file.is_file():
-            same = find_damage(victim) is None and checkpoint.read_manifest(victim) == facts
-        problem = find_damage(victim)
-        assert same == (problem is None), (number, kind, file.name, problem)
-        if not same:
-            found, said = newest(path, recipe)
-            # beside another step's manifest, it is the tensors that seem wrong
-            assert found == other and str(victim) in said, (number, kind, said)
-            assert file.name in said or kind == "foreign", (number, kind, said)
+        kind = damage(file, other / file.name, rng)
+        unchanged = file.is_file() and file.read_bytes() == before
+        if not unchanged and file.name == checkpoint.MANIFEST and file.is_file():
+            unchanged = find_damage(latest) is None and checkpoint.read_manifest(latest) == facts
+        problem = find_damage(latest)
+        assert unchanged == (problem is None), (number, kind, file.name, problem)
+        if not unchanged:
+            found, logged = choose_newest(path, recipe)
+            # with the manifest of another step, the error names a file of tensors
+            assert found == other and str(latest) in logged, (number, kind, logged)
+            assert file.name in logged or kind == "foreign", (number, kind, logged)
             seen.add((kind, file.name))
-        shutil.rmtree(victim)
-        shutil.copytree(keep, victim)
+        shutil.rmtree(latest)
+        shutil.copytree(keep, latest)
     assert {kind for kind, _ in seen} == {"cut", "bit", "zeros", "longer", "gone", "foreign", "folder", "swapped"}
-    assert {name for _, name in seen} == {file.name for file in victim.iterdir()}
+    assert {name for _, name in seen} == {file.name for file in latest.iterdir()}
 
 
-def test_foreign_checkpoints_are_passed_over(copied):
-    path, victim, recipe = copied
-    shutil.copytree(victim, path / "step-00000009")  # a good one under another name
-    found, said = newest(path, recipe)
-    assert found == victim and "it is the checkpoint of step 3" in said
+def test_checkpoints_of_another_step_or_recipe_are_skipped(copied):
+    path, latest, recipe = copied
+    shutil.copytree(latest, path / "step-00000009")  # a good checkpoint under the name of another step
+    found, logged = choose_newest(path, recipe)
+    assert found == latest and "it is the checkpoint of step 3" in logged
     other = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr=0.5))
     shutil.rmtree(path / "step-00000009")
     with pytest.raises(UserError, match="none of the checkpoints"):
-        newest(path, other)
-    found, said = newest(path, recipe)
-    assert (found, said) == (victim, "")
-    rewrite_manifest(victim, recipe=as_dict(other))
-    found, said = newest(path, recipe)
-    assert found == path / "step-00000002" and f"{victim} is of another recipe (optim.lr" in said
-    assert find_damage(victim) is None  # to begin another run with it is the user's to say
+        choose_newest(path, other)
+    found, logged = choose_newest(path, recipe)
+    assert (found, logged) == (latest, "")
+    rewrite_manifest(latest, recipe=as_dict(other))
+    found, logged = choose_newest(path, recipe)
+    assert found == path / "step-00000002" and f"{latest} is of another recipe (optim.lr" in logged
+    assert find_damage(latest) is None  # the user may still start another run from it
 
 
-def test_manifest_is_believed_only_whole(copied):
-    _, victim, _ = copied
-    text = (victim / "manifest.json").read_text()
+def test_changed_or_invalid_manifest_is_detected(copied):
+    _, latest, _ = copied
+    text = (latest / "manifest.json").read_text()
     for changed in (text.replace('"step": 3', '"step": 4'), "[]", "{}", "[" * 10**5, text[:-3], "\udcff"):
-        (victim / "manifest.json").write_text(changed, errors="surrogateescape")
-        assert "manifest.json" in str(find_damage(victim))
-    (victim / "manifest.json").write_text(text)
-    assert find_damage(victim) is None
+        (latest / "manifest.json").write_text(changed, errors="surrogateescape")
+        assert "manifest.json" in str(find_damage(latest))
+    (latest / "manifest.json").write_text(text)
+    assert find_damage(latest) is None
 
 
-def test_the_good_one_is_offered(copied, run, tmp_path, capsys):
-    path, victim, _ = copied
-    next(victim.glob("*.distcp")).write_bytes(b"")
+def test_errors_suggest_a_good_checkpoint(copied, run, tmp_path, capsys):
+    path, latest, _ = copied
+    next(latest.glob("*.distcp")).write_bytes(b"")
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
-    for place in (victim, path, path.parent):
+    for place in (latest, path, path.parent):
         assert trainer.train(recipe, f"ckpt.resume={place}") == 1
         assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
     shutil.copy(run / "recipe.yaml", tmp_path)
-    assert evaluate.main([str(victim)]) == 1
+    assert evaluate.main([str(latest)]) == 1
     assert f"{path / 'step-00000002'} is good" in capsys.readouterr().err
     shutil.rmtree(path / "step-00000002")
-    assert evaluate.main([str(victim)]) == 1
+    assert evaluate.main([str(latest)]) == 1
     assert f"no other checkpoint in {path} is good" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
+def test_killed_loader_worker_is_reported(tmp_path, monkeypatch, capsys):
     step = Engine.step
 
     def hooked(self):
@@ -170,12 +171,12 @@ def test_dead_loader_process_is_told(tmp_path, monkeypatch, capsys):
     assert "data.workers" in error and "The same command continues" in error
     kept = sorted((tmp_path / "runs/tiny/checkpoints").iterdir())
     assert kept and all(path.name.startswith("step-") and find_damage(path) is None for path in kept)
-    # torch raises the death amid whatever goes on, which may leave a file open: let that not come up in another test
+    # torch raises the worker's death at any point, which may leave a file open: collect it here, not in another test
     gc.collect()
 
 
-def test_lost_process_is_told_by_the_one_left(tmp_path):
-    """The second of two processes is killed in step 2."""
+def test_killed_process_is_reported_by_the_other(tmp_path):
+    """The second of two processes is killed at step 2."""
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", **TINY)
     done = trainer.run_processes(2, ["@1:2", recipe, "ckpt.every=1", "data.micro_batch=4"])
     assert trainer.exit_codes(done) == [[1, -signal.SIGKILL]]

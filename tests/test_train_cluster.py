@@ -1,4 +1,4 @@
-"""On a cluster: what the batch script does at each end of a run, and torchrun's restart after a loss."""
+"""On a cluster: how the SLURM script reacts to signals and exits, and torchrun's restart after a process is killed."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ SCRIPT = PACKAGED / "slurm/train.sbatch"
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A directory with stand-ins for SLURM's commands, which write down how they were called."""
+    """A folder with stubs of SLURM's commands; they write their calls to the file `calls`."""
     commands = {
         "srun": 'echo "srun $@" >> calls; exec bash -c "$STEP"',
         "scontrol": 'echo "scontrol $@" >> calls; echo node1',
@@ -32,6 +32,7 @@ def cluster(tmp_path):
 
 
 def submit(cluster, step, *arguments):
+    """Start the batch script with the stubs; `srun` then executes the shell code `step`."""
     environment = os.environ | {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "STEP": step, "SLURM_JOB_ID": "7"}
     environment["HOME"] = str(cluster)
     command = ["bash", str(SCRIPT), "demo/digits.yaml", *arguments]
@@ -40,8 +41,8 @@ def submit(cluster, step, *arguments):
 
 @pytest.mark.parametrize("out", ["out", "~/out"])
 @pytest.mark.parametrize(("marker", "code", "requeued"), [("DONE", 0, False), ("PREEMPTED", 0, True), (None, 1, False)])
-def test_markers_decide_over_the_exit_code(cluster, marker, code, requeued, out):
-    """torchrun's code is 1 here in every case; a marker of an earlier start does not count."""
+def test_run_markers_take_precedence_over_the_exit_code(cluster, marker, code, requeued, out):
+    """The marker of an earlier start is ignored. The exit code of torchrun is 1 in every case."""
     (run := cluster / "out/first").mkdir(parents=True)
     (run / "PREEMPTED").touch()
     step = f"touch out/first/{marker}; exit 1" if marker else "exit 1"
@@ -53,7 +54,7 @@ def test_markers_decide_over_the_exit_code(cluster, marker, code, requeued, out)
     assert f"-m tessel.train demo/digits.yaml run.name=first run.out={out}" in calls
 
 
-def test_signal_is_passed_on_and_the_save_awaited(cluster):
+def test_signal_is_forwarded_and_the_script_waits_for_the_save(cluster):
     step = (
         "mkdir -p runs/digits; touch up; until [ -e told ]; do sleep 0.05; done; sleep 0.3; touch runs/digits/PREEMPTED"
     )
@@ -68,7 +69,7 @@ def test_signal_is_passed_on_and_the_save_awaited(cluster):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
+def test_torchrun_restart_after_a_killed_process_gives_the_same_result(tmp_path):
     """The second process is killed at step 4 of the first start; torchrun restarts both."""
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
@@ -78,9 +79,9 @@ def test_torchrun_restarts_after_a_loss_and_ends_equal(tmp_path):
     done = trainer.run_processes(2, [recipe, "run.name=straight"])
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    mortal = str(Path(__file__).with_name("mortal.py"))
+    trainer_script = str(Path(__file__).with_name("mortal.py"))
     done = subprocess.run(
-        [*command, "--max-restarts", "1", mortal, "1:4", str(recipe), "run.fresh=true"],
+        [*command, "--max-restarts", "1", trainer_script, "1:4", str(recipe), "run.fresh=true"],
         capture_output=True,
         text=True,
         timeout=290,

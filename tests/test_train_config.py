@@ -1,4 +1,4 @@
-"""Recipes: typed by the schema, refused by name, the same in every form they can be given."""
+"""Recipes: files and overrides get the schema's types, errors name the key, and a dumped recipe loads unchanged."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ def recipe(tmp_path):
     return path
 
 
-def test_defaults_and_name(recipe):
+def test_defaults_and_run_name(recipe):
     loaded = load_recipe(recipe)
     assert (loaded.run.name, loaded.model.name) == ("small", "test_resnet")
     assert (loaded.optim.lr, loaded.sched.epochs) == (1e-3, 2)
@@ -37,7 +37,7 @@ def test_defaults_and_name(recipe):
         loaded.run.seed = 1  # type: ignore[misc]
 
 
-def test_dump_reads_back_equal(tmp_path):
+def test_dumped_recipe_loads_equal(tmp_path):
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml")
     loaded = load_recipe(recipe, ["data.root=x", "optim.kwargs={betas: [0.9, 0.99]}"])
     (tmp_path / "again.yaml").write_text(dump(loaded))
@@ -47,7 +47,7 @@ def test_dump_reads_back_equal(tmp_path):
 @given(st.text(), st.from_regex(r"[-+.0-9a-fox_:e]{1,8}", fullmatch=True), st.floats(0.5, 1e300), st.text(min_size=1))
 @example("null", "1e-3", 1e16, "on")
 @example("a: b #c", "09", 5e5, "<<")
-def test_every_word_and_number_reads_back(text, word, number, key):
+def test_dump_and_load_keep_every_string_and_number(text, word, number, key):
     recipe = make_recipe({**MINIMAL, "model": {"name": text}}, [], source="test")
     model, optim = (
         dataclasses.replace(recipe.model, init_from=word, kwargs={key: [text, word, number], word: key}),
@@ -60,7 +60,7 @@ def test_every_word_and_number_reads_back(text, word, number, key):
 
 
 @pytest.mark.parametrize("name", ["1e-3", "09", "5e-4", "null", "true", "0x1f", "1_000"])
-def test_a_run_may_have_a_number_for_a_name(recipe, name):
+def test_run_names_that_look_like_numbers_stay_strings(recipe, name):
     loaded = load_recipe(recipe, [f"run.name={name}"])
     (recipe.parent / "again.yaml").write_text(dump(loaded))
     assert load_recipe(recipe.parent / "again.yaml") == loaded
@@ -82,12 +82,12 @@ def test_a_run_may_have_a_number_for_a_name(recipe, name):
         ("run.fresh=true", "run.fresh", True),
     ],
 )
-def test_override_is_typed_by_the_schema(recipe, text, key, value):
+def test_override_gets_the_type_of_the_schema(recipe, text, key, value):
     found = flatten(load_recipe(recipe, [text]))[key]
     assert found == value and type(found) is type(value)
 
 
-def test_yaml_numbers_and_words(tmp_path):
+def test_yaml_value_gets_the_type_of_the_schema(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("model: {name: no}\ndata: {source: digits}\nsched: {epochs: 1e1}\noptim: {lr: 5e-4}\n")
     loaded = load_recipe(path)
@@ -124,7 +124,7 @@ def test_yaml_numbers_and_words(tmp_path):
         ("optim.name=adahessian", ["adahessian", "use adamw"]),
     ],
 )
-def test_mistaken_override_is_refused_by_name(recipe, text, fragments):
+def test_wrong_override_is_an_error_that_names_the_key(recipe, text, fragments):
     with pytest.raises(UserError) as caught:
         load_recipe(recipe, [text])
     message = str(caught.value)
@@ -133,14 +133,14 @@ def test_mistaken_override_is_refused_by_name(recipe, text, fragments):
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
-def test_optimizers_that_cannot_update_shards_are_refused(recipe, strategy):
+def test_optimizers_that_cannot_update_shards_are_refused_with_fsdp(recipe, strategy):
     assert load_recipe(recipe, ["optim.name=adamp"]).optim.name == "adamp"
     with pytest.raises(UserError, match="adamp cannot update sharded parameters; use adamw, or parallel.strategy=ddp"):
         load_recipe(recipe, ["optim.name=adamp", f"parallel.strategy={strategy}"])
 
 
-def test_a_recipe_can_be_switched_off_in_parts():
-    """Keys that only parametrize a disabled feature are allowed."""
+def test_keys_of_a_disabled_feature_are_allowed():
+    """A recipe may keep the keys that only parametrize a disabled feature."""
     off = ["sched.warmup=0", "data.aug.mixup=0", "data.aug.cutmix=0", "optim.clip=null", "ema.decay=null"]
     assert load_recipe("imagenet/transnext_tiny", ["data.root=x", *off]).sched.warmup == 0
 
@@ -156,7 +156,7 @@ def test_a_recipe_can_be_switched_off_in_parts():
         ("data: {aug: {mixup: 1}}", ["data.source is missing", "digits, digit_scenes"]),
     ],
 )
-def test_mistaken_file_is_refused_by_name(tmp_path, text, fragments):
+def test_wrong_recipe_file_is_an_error_that_names_it(tmp_path, text, fragments):
     path = tmp_path / "bad.yaml"
     sections = [f"{name}: {yaml.safe_dump(body, default_flow_style=True)}" for name, body in MINIMAL.items()]
     path.write_text("\n".join([line for line in sections if not text.startswith(line.split(":")[0])] + [text]))
@@ -165,7 +165,7 @@ def test_mistaken_file_is_refused_by_name(tmp_path, text, fragments):
     assert all(fragment in str(caught.value) for fragment in [*fragments, str(path)]), str(caught.value)
 
 
-def test_missing_keys_and_files(tmp_path):
+def test_missing_keys_and_files_are_errors(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "part.yaml").write_text("run: {seed: 1}")
     for name, fragment in [("empty", "model.name"), ("part", "data.source is missing"), ("none", "demo/digits.yaml")]:
@@ -182,27 +182,27 @@ def test_missing_keys_and_files(tmp_path):
         ("x" * 300, "packaged recipes are "),
     ],
 )
-def test_mistaken_name_of_a_recipe(name, fragment):
+def test_misspelled_recipe_name_gets_a_suggestion(name, fragment):
     with pytest.raises(UserError) as caught:
         load_recipe(name)
     assert fragment in str(caught.value), str(caught.value)
 
 
-def test_file_whose_name_is_none_for_a_run(recipe):
+def test_file_name_that_is_no_valid_run_name_is_an_error(recipe):
     file = recipe.rename(recipe.with_name("my first.yaml"))
     with pytest.raises(UserError, match="'my first' is not a valid run name; set run.name="):
         load_recipe(file)
     assert load_recipe(file, ["run.name=first"]).run.name == "first"
 
 
-def test_packaged_recipe_by_short_name(tmp_path, monkeypatch):
+def test_packaged_recipe_is_found_without_its_suffix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("demo/digits") == find_recipe("demo/digits.yaml")
     assert load_recipe("demo/digits").run.name == "digits"
 
 
 @pytest.mark.parametrize("path", sorted(str(p) for p in find_recipe("demo/digits").parent.parent.rglob("*.yaml")))
-def test_packaged_recipes_load_and_say_what_to_expect(path):
+def test_packaged_recipes_load_and_document_command_and_cost(path):
     load_recipe(path)
     with open(path) as file:
         head = [line for line in file if line.startswith("#")]
@@ -210,7 +210,7 @@ def test_packaged_recipes_load_and_say_what_to_expect(path):
         assert any(word in line.lower() for line in head), f"{path} does not open with its {word}"
 
 
-def test_what_decides_the_training(recipe):
+def test_only_keys_that_change_the_training_are_differences(recipe):
     base = load_recipe(recipe)
     neutral = ["run.out=x", "data.workers=4", "ckpt.every=7", "log.every=3", "eval.every=2", "parallel.compile=true"]
     assert differences(base, load_recipe(recipe, neutral)) == []
@@ -222,14 +222,14 @@ def test_what_decides_the_training(recipe):
         ]
 
 
-def test_plan_counts_once(recipe):
+def test_plan_computes_steps_warmup_and_accumulation(recipe):
     loaded = load_recipe(recipe, ["data.batch=32", "sched.epochs=1.5", "sched.warmup=0.5", "data.micro_batch=4"])
     counted = plan(loaded, samples=100, world_size=2)
     assert (counted.steps, counted.warmup, counted.epoch_steps, counted.accumulate) == (5, 2, 3, 4)
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("none", 1e-3), ("linear", 5e-4), ("sqrt", 1e-3 * 0.5**0.5)])
-def test_lr_rule_is_applied_and_told(recipe, rule, lr):
+def test_lr_rule_is_applied_and_printed(recipe, rule, lr):
     loaded = load_recipe(recipe, [f"optim.lr_rule={rule}", "data.batch=128"])
     counted = plan(loaded, samples=1000, world_size=1)
     assert counted.lr == pytest.approx(lr)
@@ -245,7 +245,7 @@ def test_lr_rule_is_applied_and_told(recipe, rule, lr):
         (["data.batch=10", "sched.warmup=2"], "sched.warmup=2"),
     ],
 )
-def test_plan_refuses_what_does_not_fit(recipe, overrides, fragment):
+def test_plan_rejects_batches_and_warmup_that_do_not_fit(recipe, overrides, fragment):
     with pytest.raises(UserError, match=fragment):
         plan(load_recipe(recipe, overrides), samples=100, world_size=1, micro_batch_multiple=2)
 
@@ -269,7 +269,7 @@ def test_help_lists_keys_without_loading_torch():
 
 
 @pytest.mark.parametrize(("length", "wanted"), [("epochs=2", (100, 150)), ("steps=200", (2, 3))])
-def test_milestones_are_in_the_unit_of_the_length(recipe, length, wanted):
+def test_milestones_have_the_unit_of_the_training_length(recipe, length, wanted):
     other = "steps=null" if length.startswith("epochs") else "epochs=null"
     marks = "[1, 1.5]" if length.startswith("epochs") else "[2, 3]"
     keys = [f"sched.{length}", f"sched.{other}", "sched.name=multistep", f"sched.milestones={marks}", "data.batch=10"]

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: named, counted once, replaced up to a budget; nothing else changes."""
+"""Corrupt samples: each is named, logged once and replaced, up to a limit; no other sample changes."""
 
 import json
 import shutil
@@ -13,12 +13,12 @@ from tessel.train.data.sampler import RepeatedAugSampler
 from tessel.train.data.sources.folder import ImageFolder
 from tessel.train.errors import UserError
 
-VICTIMS = "class_0/3.png", "class_2/7.png"
-BUDGET = "guard.max_corrupt=2"
+CORRUPT_FILES = "class_0/3.png", "class_2/7.png"
+LIMIT = "guard.max_corrupt=2"
 
 
 class Numbers:
-    """Any data set: an image and a target of several parts, some of them unreadable."""
+    """A data set whose images hold their index and whose targets are dicts; the samples `bad` cannot be read."""
 
     def __init__(self, *bad):
         self.bad = bad
@@ -42,8 +42,8 @@ def order(repeats=1):
     return RepeatedAugSampler(repeats=repeats, length=20, seed=3, start=0, stop=60, **sizes)
 
 
-def drawn(dataset, repeats=1, max_retries=3, workers=0):
-    """(image, index) of 60 samples, and the failures."""
+def load_samples(dataset, repeats=1, max_retries=3, workers=0):
+    """(image, index) of 60 samples, and the reasons of the failures by index."""
     stream = order(repeats)
     seeded = SeededDataset(dataset, jittered, 1, order=stream, max_retries=max_retries)
     loader = Loader(seeded, stream, workers=workers, prefetch=2, pin=False)
@@ -55,10 +55,10 @@ def drawn(dataset, repeats=1, max_retries=3, workers=0):
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_the_next_sample_of_the_epoch_is_the_substitute_and_no_other_changes(repeats):
-    epochs = [[index for _, index in drawn(Numbers())[0][at : at + 20]] for at in (0, 20, 40)]
+def test_only_unreadable_samples_are_replaced_by_the_next_of_the_epoch(repeats):
+    epochs = [[index for _, index in load_samples(Numbers())[0][at : at + 20]] for at in (0, 20, 40)]
     bad = epochs[0][0], epochs[0][4], epochs[0][5]
-    whole, (replaced, failures) = drawn(Numbers(), repeats)[0], drawn(Numbers(*bad), repeats)
+    whole, (replaced, failures) = load_samples(Numbers(), repeats)[0], load_samples(Numbers(*bad), repeats)
     assert failures == {index: f"scene {index} is torn" for index in bad}
     keys = [key for batch in order(repeats) for key in batch]
     assert len(keys) == len(whole) == 60
@@ -69,16 +69,16 @@ def test_the_next_sample_of_the_epoch_is_the_substitute_and_no_other_changes(rep
             continue
         good = [i for i in 2 * epochs[epoch // repeats] if i not in bad or i == index]
         assert after[1] == good[good.index(index) + 1]
-        # augmented as the unreadable one would have been
-        shift = [value - index for value in before[0]]
-        assert after[0] == pytest.approx([after[1] + value for value in shift], abs=1e-5)
+        # the substitute gets the random numbers of the unreadable sample
+        noise = [value - index for value in before[0]]
+        assert after[0] == pytest.approx([after[1] + value for value in noise], abs=1e-5)
 
 
-def test_workers_change_nothing():
-    assert drawn(Numbers(2, 11)) == drawn(Numbers(2, 11), workers=2)
+def test_workers_do_not_change_the_samples():
+    assert load_samples(Numbers(2, 11)) == load_samples(Numbers(2, 11), workers=2)
 
 
-def test_a_batch_without_substitutes_is_an_error():
+def test_batch_without_readable_substitutes_is_an_error():
     for max_retries in (0, 3):
         stream = order()
         loader = Loader(
@@ -96,14 +96,14 @@ def test_a_batch_without_substitutes_is_an_error():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = trainer.draw_folder(tmp_path_factory.mktemp("corrupt") / "images")
-    for victim in VICTIMS:
-        path = root / "train" / victim
+    for bad_file in CORRUPT_FILES:
+        path = root / "train" / bad_file
         path.write_bytes(path.read_bytes()[:60])
     return root
 
 
 def write_recipe(folder, images):
-    # no batch statistics, so that any number of processes learns the same
+    # a model without batch statistics, so that the number of processes does not change the result
     return trainer.write_recipe(
         folder / "tiny.yaml", data={"root": str(images), "micro_batch": 2}, model={"name": "test_convnext"}
     )
@@ -117,79 +117,79 @@ def recipe(tmp_path, images):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, images):
     recipe = write_recipe(tmp_path_factory.mktemp("straight"), images)
-    assert trainer.train(recipe, BUDGET) == 0
+    assert trainer.train(recipe, LIMIT) == 0
     return recipe.parent / "runs/tiny"
 
 
-def account(run):
+def corrupt_log(run):
     return [json.loads(line) for line in (run / "corrupt.jsonl").read_text().splitlines()]
 
 
-def test_the_account_names_each_once(straight, images):
-    """Over two epochs, in the run directory and in its checkpoints."""
-    found = account(straight)
+def test_corrupt_samples_are_logged_once(straight, images):
+    """Two epochs give one entry per file in the run directory and in the checkpoints."""
+    found = corrupt_log(straight)
     paths = [path.decode() for path in ImageFolder(images / "train").paths]
-    assert {paths[entry["index"]] for entry in found} == {str(images / "train" / victim) for victim in VICTIMS}
+    assert {paths[entry["index"]] for entry in found} == {str(images / "train" / bad_file) for bad_file in CORRUPT_FILES}
     for entry in found:
         assert f"image {paths[entry['index']]} cannot be decoded" in entry["reason"]
     manifest = json.loads((straight / "checkpoints/step-00000009/manifest.json").read_text())
     assert manifest["progress"]["corrupt"] == {str(entry["index"]): entry["reason"] for entry in found}
 
 
-def test_resume_is_exact_and_counts_on(recipe, straight, capsys):
-    """Also with another number of workers."""
+def test_resume_is_exact_and_keeps_the_corrupt_log(recipe, straight, capsys):
+    """The resumed start has another number of workers."""
     run = recipe.parent / "runs/tiny"
     with trainer.before_step(5):
-        assert trainer.train(recipe, BUDGET) == 0
+        assert trainer.train(recipe, LIMIT) == 0
     assert capsys.readouterr().out.count("is replaced by another") == 2
-    assert trainer.train(recipe, BUDGET, "data.workers=2") == 0
+    assert trainer.train(recipe, LIMIT, "data.workers=2") == 0
     out = capsys.readouterr().out
     assert "at step 5 (exact)" in out and "is replaced by another" not in out
-    assert account(run) == account(straight) and trainer.stable_metrics(run) == trainer.stable_metrics(straight)
+    assert corrupt_log(run) == corrupt_log(straight) and trainer.stable_metrics(run) == trainer.stable_metrics(straight)
     trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
 
 
-def test_two_processes_count_together(recipe, straight):
-    done = trainer.run_processes(2, [recipe, BUDGET, "run.name=two"], [recipe, "guard.max_corrupt=1", "run.name=one"])
+def test_two_processes_share_the_limit_of_corrupt_samples(recipe, straight):
+    done = trainer.run_processes(2, [recipe, LIMIT, "run.name=two"], [recipe, "guard.max_corrupt=1", "run.name=one"])
     assert trainer.exit_codes(done) == [[0, 0], [1, 1]], done.stderr
     two = recipe.parent / "runs/two"
-    assert account(two) == account(straight)
+    assert corrupt_log(two) == corrupt_log(straight)
     for left, right in zip(trainer.stable_metrics(straight), trainer.stable_metrics(two), strict=True):
         for key in left.keys() & {"loss", "grad_norm", "top1"}:
             assert right[key] == pytest.approx(left[key], abs=1e-5, rel=1e-5), key
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1 and all(victim in messages[0] for victim in VICTIMS), done.stderr
+    assert len(messages) == 1 and all(bad_file in messages[0] for bad_file in CORRUPT_FILES), done.stderr
 
 
-def test_over_the_budget_stops_with_the_list_and_goes_on_with_a_larger_one(recipe, straight, capsys):
+def test_too_many_corrupt_samples_stop_the_run_and_a_larger_limit_resumes_it(recipe, straight, capsys):
     run = recipe.parent / "runs/tiny"
     assert trainer.train(recipe, "guard.max_corrupt=1", "ckpt.every=1") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: 2 samples cannot be read, and guard.max_corrupt=1") and error.count("\n") == 1
-    assert all(fragment in error for fragment in (*VICTIMS, str(run / "corrupt.jsonl"), "repair or remove"))
-    assert account(run) == account(straight)
+    assert all(fragment in error for fragment in (*CORRUPT_FILES, str(run / "corrupt.jsonl"), "repair or remove"))
+    assert corrupt_log(run) == corrupt_log(straight)
     stopped = len(list((run / "checkpoints").iterdir()))
-    assert trainer.train(recipe, BUDGET) == 0
+    assert trainer.train(recipe, LIMIT) == 0
     assert ("(exact)" in capsys.readouterr().out) == bool(stopped)
-    assert account(run) == account(straight)
+    assert corrupt_log(run) == corrupt_log(straight)
     trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
 
 
-def test_repaired_files_are_off_the_account_of_a_new_start(recipe, images, tmp_path, capsys):
+def test_new_start_forgets_repaired_files(recipe, images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     train = partial(trainer.train, recipe, f"data.root={tmp_path}/images", "sched.steps=5", "eval.every=5")
     assert train() == 1
     assert "cannot be decoded" in capsys.readouterr().err
-    assert len(account(recipe.parent / "runs/tiny")) == 1
-    for victim in VICTIMS:
-        shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / victim)
-    assert train() == 0 and account(recipe.parent / "runs/tiny") == []
+    assert len(corrupt_log(recipe.parent / "runs/tiny")) == 1
+    for bad_file in CORRUPT_FILES:
+        shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / bad_file)
+    assert train() == 0 and corrupt_log(recipe.parent / "runs/tiny") == []
 
 
-def test_evaluation_replaces_nothing(recipe, images, tmp_path, capsys):
+def test_corrupt_validation_image_is_an_error(recipe, images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
-    victim = tmp_path / "images/val/class_1/2.png"
-    victim.write_bytes(b"")
+    bad_file = tmp_path / "images/val/class_1/2.png"
+    bad_file.write_bytes(b"")
     assert trainer.train(recipe, f"data.root={tmp_path}/images", "guard.max_corrupt=9") == 1
     error = capsys.readouterr().err
-    assert str(victim) in error and "cannot be decoded" in error
+    assert str(bad_file) in error and "cannot be decoded" in error

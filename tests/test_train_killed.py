@@ -1,4 +1,4 @@
-"""kill -9 at any instant costs the steps since the last checkpoint and nothing else."""
+"""A run that is killed with SIGKILL at any instant loses only the steps since its last checkpoint."""
 
 import json
 import os
@@ -25,8 +25,8 @@ DIGITS = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"so
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "number"), [("classify", 25), ("segment", 8), ("detect", 8)])
-def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
-    """By the `number`-th kill every instant had its turn, of 25 in both ways of saving."""
+def test_killed_runs_resume_with_the_same_result(tmp_path, task, number):
+    """8 kills cover every instant once; 25 kills cover it with foreground and with background saving."""
     steps = number + 5
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
@@ -46,11 +46,11 @@ def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
     ways = {(kill["instant"], kill["background"]) for kill in kills}
     assert len(ways) == min(number, 2 * len(INSTANTS))
     for kill in kills:
-        # who was left has noticed
+        # the process that was not killed notices and exits with 1
         assert kill["codes"] == [-signal.SIGKILL if rank in kill["killed"] else 1 for rank in range(2)], kill
         assert not kill["broken"] and kill["before"] <= kill["step"] <= kill["before"] + 2, kill
         if kill["instant"] in PLACES[:3]:
-            # the first process clears away what it cannot complete
+            # rank 0, if it was not killed, removes the partial checkpoint
             assert kill["step"] == kill["before"] and kill["partial"] == (0 in kill["killed"]), kill
         elif kill["instant"] == "prune":
             assert kill["step"] == kill["before"] + 1, kill
@@ -61,7 +61,7 @@ def test_killed_anywhere_and_equal_at_the_end(tmp_path, task, number):
     assert not list((runs / "tiny/checkpoints").glob(".tmp-*"))
     paths = (runs / f"{name}/checkpoints/step-{steps:08d}" for name in ("straight", "tiny"))
     trainer.assert_same_checkpoint(*paths)
-    # metrics of a step say the same, whichever start wrote them
+    # the metrics of a step do not depend on the start that logged them
     assert trainer.stable_metrics(runs / "tiny") == trainer.stable_metrics(runs / "straight")
 
 
@@ -76,7 +76,7 @@ def newest(checkpoints):
     return checkpoints.newest(make_recipe(RECIPE, source="test"))
 
 
-def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
+def test_damaged_newer_checkpoint_is_pruned_before_a_good_one(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, World(), print)
     for step in (3, 6):
         save(checkpoints, step, last=2)
@@ -88,16 +88,16 @@ def test_broken_newer_checkpoints_do_not_cost_a_good_one(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004"]
 
 
-def test_a_checkpoint_appears_by_one_rename(tmp_path, monkeypatch):
+def test_failed_rename_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     rename = os.replace
 
-    def refuse(source, target):
+    def fail_for_folders(source, target):
         if Path(source).is_dir():
             raise OSError("not today")
         rename(source, target)
 
     save(Checkpoints(tmp_path, World(), print), 1, last=2)
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", fail_for_folders)
     with pytest.raises(UserError, match="step 2 cannot be written.*not today"):
         save(Checkpoints(tmp_path, World(), print), 2, last=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and not find_damage(
@@ -105,7 +105,7 @@ def test_a_checkpoint_appears_by_one_rename(tmp_path, monkeypatch):
     )
 
 
-def test_what_is_no_folder_is_no_obstacle(tmp_path):
+def test_files_and_links_in_the_checkpoint_folder_do_not_block_saving(tmp_path):
     for step in (1, 9):
         (tmp_path / f"step-0000000{step}").touch()
     (tmp_path / ".tmp-left").symlink_to(tmp_path)
@@ -115,8 +115,8 @@ def test_what_is_no_folder_is_no_obstacle(tmp_path):
     )
 
 
-def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
-    """A process that outlives its start writes into a directory of its own."""
+def test_files_of_a_killed_start_are_not_used(tmp_path):
+    """Each start saves to its own temporary directory, in case a process of an earlier start still runs."""
     old, new = (Checkpoints(tmp_path, World(), print) for _ in range(2))
     assert old.temporary(1) != new.temporary(1) and old.at(1) == new.at(1)
     old.temporary(1).mkdir()
@@ -126,7 +126,7 @@ def test_what_a_killed_start_still_writes_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.yaml.part"]])
-def test_killed_while_it_began(tmp_path, left):
+def test_directory_of_a_start_killed_early_can_be_used(tmp_path, left):
     """A start that was killed before it wrote its recipe leaves a directory that a new start uses."""
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
     (run := tmp_path / "runs/tiny").mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_killed_while_it_began(tmp_path, left):
     assert not RunDirectory(recipe).check()
 
 
-def test_recipe_is_the_first_that_a_run_holds(tmp_path, monkeypatch):
+def test_recipe_is_written_before_anything_else(tmp_path, monkeypatch):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}))
     monkeypatch.setattr("tessel.train.run.directory.write_atomically", lambda path, text: 1 / 0)
     with RunDirectory(recipe).held() as run, pytest.raises(ZeroDivisionError):

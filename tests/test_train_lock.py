@@ -1,4 +1,4 @@
-"""One trainer a run directory: a second one is refused by name, until the first process is gone."""
+"""The lock of a run directory: a second trainer is refused with the process id of the first, until that ends."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def holder(recipe):
-    """Another process that trains the run, with a child as loader workers are; (its Popen, the child)."""
+    """Another process that holds the lock of the run, and the id of its child, which stands for a loader worker."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(recipe)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -40,7 +40,7 @@ def holder(recipe):
     try:
         yield process, child
     finally:
-        os.kill(child, 9)  # first, as it holds the pipe open
+        os.kill(child, 9)  # first, because it keeps the pipe open
         process.kill()
         process.communicate()
 
@@ -57,12 +57,12 @@ def test_second_trainer_is_refused_until_the_first_is_killed(recipe, holder, cap
 
     process.kill()
     process.wait()
-    os.kill(child, 0)  # a worker that outlives the trainer
+    os.kill(child, 0)  # the worker still runs and does not keep the lock
     with RunDirectory(load_recipe(recipe)).held() as run:
         run.open()
 
 
-def test_lock_follows_the_directory_and_ends_with_it(recipe):
+def test_lock_is_released_at_the_end_and_moves_with_a_fresh_run(recipe):
     for _ in range(2):
         with RunDirectory(load_recipe(recipe, ["run.fresh=true"])).held() as run:
             run.open()
@@ -71,7 +71,7 @@ def test_lock_follows_the_directory_and_ends_with_it(recipe):
     assert sorted(path.name for path in run.path.parent.iterdir()) == ["tiny", "tiny.old-1"]
 
 
-def test_what_another_began_in_the_meantime_is_seen(recipe):
+def test_a_run_started_by_another_process_is_detected(recipe):
     late = RunDirectory(load_recipe(recipe, ["optim.lr=1"]))
     assert not late.check()
     with RunDirectory(load_recipe(recipe)).held() as run:

@@ -1,4 +1,4 @@
-"""Data in archives and of other libraries: the same images and classes as in folders, at random, in any process."""
+"""Sources other than folders (tar, WebDataset, Hugging Face, TFDS) give the same images and classes as folders."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ def images(tmp_path_factory):
 
 
 def files(images, split):
-    """(class, path) of a split, in the order of the folder source."""
+    """(class, path) of the images of a split, in the order of the folder source."""
     return [(path.parent.name, path) for path in sorted((images / split).rglob("*.png"))]
 
 
@@ -54,8 +54,8 @@ def archives_in_an_archive(images, root, split):
     pack(root / f"{split}.tar", [(p.name, p.read_bytes()) for p in sorted((root / "parts" / split).iterdir())])
 
 
-def shards(images, root, split, label=str, places=("shard-{}.tar",)):
-    """Three shards of WebDataset."""
+def write_shards(images, root, split, label=str, places=("shard-{}.tar",)):
+    """Write a split as three WebDataset shards."""
     found = files(images, split)
     classes = sorted({name for name, _ in found})
     for shard in range(3):
@@ -68,7 +68,7 @@ def shards(images, root, split, label=str, places=("shard-{}.tar",)):
         pack(root / split / f"shard-{shard}.tar", members)
 
 
-def same(dataset, reference):
+def assert_same_samples(dataset, reference):
     assert len(dataset) == len(reference)
     for index in np.random.default_rng(0).permutation(len(reference)):
         (image, target), (expected, label) = dataset[int(index)], reference[int(index)]
@@ -76,14 +76,14 @@ def same(dataset, reference):
 
 
 @pytest.mark.parametrize("layout", [one_archive, archive_of_each_class, archives_in_an_archive])
-def test_tar_holds_what_the_folder_does(images, tmp_path, layout):
+def test_tar_source_equals_the_folder_source(images, tmp_path, layout):
     for split in ("train", "val"):
         layout(images, tmp_path, split)
         reference = trainer.open_source("folder", split, root=str(images))
         dataset = trainer.open_source("tar", split, root=str(tmp_path))
         assert dataset.classes == reference.classes
-        same(dataset, reference)
-        # timm's reader takes the class from the same places
+        assert_same_samples(dataset, reference)
+        # timm's reader of tar files finds the same classes
         single = tmp_path / f"{split}.tar"
         theirs = ReaderImageInTar(str(single if single.exists() else tmp_path / split))
         pairs = zip(theirs.targets, theirs.filenames(basename=True), strict=True)
@@ -102,27 +102,27 @@ def test_tar_holds_what_the_folder_does(images, tmp_path, layout):
         ({"input_key": "jpg;png", "val_split": "val/shard-*.tar"}, str, ["0", "1", "2"]),
     ],
 )
-def test_webdataset_holds_what_the_folder_does(images, tmp_path, keys, label, classes):
-    shards(images, tmp_path, "val", label)
+def test_webdataset_source_equals_the_folder_source(images, tmp_path, keys, label, classes):
+    write_shards(images, tmp_path, "val", label)
     (tmp_path / "names.txt").write_text("class_0\nclass_1\nclass_2\n\n")
     dataset = trainer.open_source("wds", "val", root=str(tmp_path), **keys)
     assert dataset.classes == classes
-    same(dataset, trainer.open_source("folder", "val", root=str(images)))
+    assert_same_samples(dataset, trainer.open_source("folder", "val", root=str(images)))
 
 
-def test_shards_of_the_webdataset_package_are_read(images, tmp_path):
+def test_shards_written_by_the_webdataset_package_are_read(images, tmp_path):
     wds = pytest.importorskip("webdataset")
     with wds.ShardWriter(str(tmp_path / "x-train-%06d.tar"), maxcount=10, verbose=0) as sink:
         for number, (label, path) in enumerate(files(images, "train")):
             sink.write({"__key__": f"a/b{number:03d}", "png": path.read_bytes(), "cls": int(label[-1])})
     dataset = trainer.open_source("wds", "train", root=str(tmp_path), train_split="x-train-*.tar")
-    same(dataset, trainer.open_source("folder", "train", root=str(images)))
+    assert_same_samples(dataset, trainer.open_source("folder", "train", root=str(images)))
 
 
-def test_training_from_shards_is_that_from_folders(images, tmp_path, capsys):
-    """Interrupted after five of nine updates, with two loader processes."""
+def test_training_from_shards_equals_training_from_folders(images, tmp_path, capsys):
+    """The run on shards has two loader workers, is interrupted after five of nine updates and resumes."""
     for split in ("train", "val"):
-        shards(images, tmp_path, split)
+        write_shards(images, tmp_path, split)
     recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
     assert trainer.train(recipe) == 0
     changes = ["data.source=wds", f"data.root={tmp_path}", "run.name=wds", "data.workers=2"]
@@ -135,37 +135,37 @@ def test_training_from_shards_is_that_from_folders(images, tmp_path, capsys):
     assert trainer.stable_metrics(runs / "wds") == trainer.stable_metrics(runs / "tiny")
 
 
-def lacks_a_class(root):
+def sample_without_image(root):
     pack(root / "train.tar", [("x.cls", b"1"), ("x.txt", b"a cat")])
 
 
-def is_compressed(root):
+def compressed_archive(root):
     (root / "train.tar").write_bytes(gzip.compress(b"0" * 9999))
 
 
-def is_cut(root):
+def truncated_archive(root):
     content = (root / "train/shard-1.tar").read_bytes()
     (root / "train/shard-1.tar").write_bytes(content[:700])
 
 
-def is_no_json(root):
+def json_without_the_key(root):
     pack(root / "train.tar", [("x.png", b""), ("x.json", b"{}")])
 
 
-def knows_few(root):
+def incomplete_class_map(root):
     (root / "names.txt").write_text("one\n")
 
 
 @pytest.mark.parametrize(
-    ("keys", "harm", "fragments"),
+    ("keys", "damage", "fragments"),
     [
         ({"root": "/nowhere"}, None, ["no /nowhere/train.tar", "data.root"]),
         ({"train_split": "/a/*.tar"}, None, ["/a/*.tar", "cannot be listed"]),
-        ({}, lacks_a_class, ["train.tar: sample x has .cls, .txt", ".png", "beside .cls"]),
-        ({}, is_compressed, ["train.tar cannot be read", "without compression"]),
-        ({}, is_cut, ["shard-1.tar cannot be read", "whole"]),
-        ({"target_key": "label"}, is_no_json, ["train.tar:x.json", "'label'", "data.target_key"]),
-        ({"class_map": "names.txt"}, knows_few, ["'1'", "data.class_map=names.txt", "every class"]),
+        ({}, sample_without_image, ["train.tar: sample x has .cls, .txt", ".png", "beside .cls"]),
+        ({}, compressed_archive, ["train.tar cannot be read", "without compression"]),
+        ({}, truncated_archive, ["shard-1.tar cannot be read", "whole"]),
+        ({"target_key": "label"}, json_without_the_key, ["train.tar:x.json", "'label'", "data.target_key"]),
+        ({"class_map": "names.txt"}, incomplete_class_map, ["'1'", "data.class_map=names.txt", "every class"]),
         ({"class_map": "none.txt"}, None, ["data.class_map=none.txt cannot be read"]),
         ({"source": "tar", "train_split": "flat"}, lambda root: pack(root / "flat.tar", [("a.png", b"")]), ["folder"]),
         ({"source": "tar", "train_split": "flat"}, lambda root: pack(root / "flat.tar", [("a", b"")]), ["no images"]),
@@ -173,11 +173,11 @@ def knows_few(root):
         ({"source": "tfds", "name": "x"}, None, ["tensorflow_datasets", "pip install tensorflow-datasets"]),
     ],
 )
-def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, keys, harm, fragments):
-    shards(images, tmp_path, "train")
+def test_errors_name_what_cannot_be_read(images, tmp_path, monkeypatch, keys, damage, fragments):
+    write_shards(images, tmp_path, "train")
     monkeypatch.setattr("tessel.train.data.external.find_spec", lambda name: None)
-    if harm:
-        harm(tmp_path)
+    if damage:
+        damage(tmp_path)
     with pytest.raises(UserError) as caught:
         trainer.open_source("wds", "train", root=str(tmp_path), **keys)
     message = str(caught.value)
@@ -185,22 +185,22 @@ def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, keys, harm,
 
 
 def test_damaged_image_in_a_shard_is_named_and_counted(images, tmp_path):
-    shards(images, tmp_path, "val")
+    write_shards(images, tmp_path, "val")
     archive = tmp_path / "val/shard-1.tar"
     content = bytearray(archive.read_bytes())
     with tarfile.open(archive) as tar:
-        victim = tar.getmembers()[2]
-    content[victim.offset_data : victim.offset_data + 40] = bytes(40)
+        damaged = tar.getmembers()[2]
+    content[damaged.offset_data : damaged.offset_data + 40] = bytes(40)
     archive.write_bytes(content)
     dataset = trainer.open_source("wds", "val", root=str(tmp_path))
     loader = Loader(SeededDataset(dataset, lambda *pair: pair, 0), [[(0, 5)]], workers=0, prefetch=2, pin=False)
-    with pytest.raises(UserError, match=f"image {archive}:{victim.name.removeprefix('./')} cannot be decoded"):
+    with pytest.raises(UserError, match=f"image {archive}:{damaged.name.removeprefix('./')} cannot be decoded"):
         next(loader)
     assert list(loader.failures) == [5]
 
 
 class StandIn:
-    """What timm's reader uses of a Hugging Face dataset; the package itself, where it is there, is tested below."""
+    """The part of a Hugging Face dataset that timm's reader uses. Tests use the package too where it is installed."""
 
     def __init__(self, rows):
         names = sorted({name for name, _ in rows})
@@ -220,7 +220,7 @@ class StandIn:
 
 @pytest.fixture(params=["stand-in", "package"])
 def hugging_face(request, images, monkeypatch):
-    """The name of a dataset of the images."""
+    """The name under which `data.source=hfds` finds the images: with a stub of the package, and with the package."""
     if request.param == "package":
         pytest.importorskip("datasets")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -238,20 +238,20 @@ def hugging_face(request, images, monkeypatch):
     sys.modules.pop("timm.data.readers.reader_hfds", None)
     monkeypatch.setattr("tessel.train.data.external.find_spec", lambda name: True)
     yield "cats"
-    sys.modules.pop("timm.data.readers.reader_hfds", None)  # it holds on to the stand-in
+    sys.modules.pop("timm.data.readers.reader_hfds", None)  # it keeps a reference to the stub
 
 
 @pytest.mark.filterwarnings("default")
-def test_hugging_face_holds_what_the_folder_does(hugging_face, images, tmp_path):
+def test_hugging_face_source_equals_the_folder_source(hugging_face, images, tmp_path):
     for split in ("train", "val"):
         dataset = trainer.open_source("hfds", split, name=hugging_face, root=str(tmp_path / "store"))
         reference = trainer.open_source("folder", split, root=str(images))
         assert dataset.classes == reference.classes
-        same(dataset, reference)
+        assert_same_samples(dataset, reference)
     (tmp_path / "names.txt").write_text("class_2\nclass_1\nclass_0\n")
     options = {"name": hugging_face, "root": str(tmp_path / "store"), "class_map": str(tmp_path / "names.txt")}
-    turned = trainer.open_source("hfds", "val", **options)
-    assert turned.classes == ["class_2", "class_1", "class_0"] and [turned[i][1] for i in (0, 14)] == [2, 0]
+    remapped = trainer.open_source("hfds", "val", **options)
+    assert remapped.classes == ["class_2", "class_1", "class_0"] and [remapped[i][1] for i in (0, 14)] == [2, 0]
     with pytest.raises(UserError, match="data.source=hfds: split train of /no/such cannot be read: "):
         trainer.open_source("hfds", "train", name="/no/such")
 
@@ -281,7 +281,7 @@ def prepared_by_package(images, store):
 
 
 def prepared_stand_in(images, monkeypatch):
-    """The calls of tensorflow_datasets that are used; the package itself, where it is there, is tested too."""
+    """Replace tensorflow_datasets by a stub of the calls that are used."""
 
     def builder(name, data_dir):
         def as_data_source(split, decoders):
@@ -303,16 +303,16 @@ def prepared_stand_in(images, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("how", ["stand-in", "package"])
-def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeypatch, how):
+def test_tensorflow_datasets_source_equals_the_folder_source(images, tmp_path, monkeypatch, how):
     if how == "package":
         pytest.importorskip("tensorflow_datasets")
-        # in a process of its own, for the same reason as below
+        # in another process, because open files of array_record do not survive a fork
         call = f"from test_train_readers import *; prepared_by_package(Path({str(images)!r}), Path({str(tmp_path)!r}))"
         subprocess.run([sys.executable, "-c", call], check=True, cwd=Path(__file__).parent, capture_output=True)
     else:
         prepared_stand_in(images, monkeypatch)
     options = {"name": "stripes", "root": str(tmp_path)}
-    # first by loader processes: the files of array_record do not survive a fork once they are open
+    # first in loader workers, because open files of array_record do not survive a fork
     dataset = trainer.open_source("tfds", "train", **options)
     loader = Loader(SeededDataset(dataset, pixels, 0), [[(0, 4), (0, 0)], [(0, 9)]], workers=2, prefetch=2, pin=False)
     batches = list(loader)
@@ -329,7 +329,7 @@ def test_tensorflow_dataset_holds_what_the_folder_does(images, tmp_path, monkeyp
         wanted = [
             (target, np.asarray(image).tobytes()) for image, target in map(reference.__getitem__, range(len(reference)))
         ]
-        assert sorted(found) == sorted(wanted)  # its own order of preparation
+        assert sorted(found) == sorted(wanted)  # tensorflow_datasets shuffles the samples
     assert len(dataset) == 15 and dataset[3][1] == dataset[3][1]
     with pytest.raises(UserError, match=r"split train of nothing cannot be read at random.*array_record"):
         trainer.open_source("tfds", "train", name="nothing", root=str(tmp_path))
@@ -350,13 +350,13 @@ def pixels(image: Image.Image, target: int):
         ("source=digits val_split=x", "data.val_split has no effect with data.source=digits"),
     ],
 )
-def test_keys_that_a_source_does_not_look_at(tmp_path, keys, fragment):
+def test_missing_and_unused_keys_of_a_source_are_errors(tmp_path, keys, fragment):
     path = tmp_path / "r.yaml"
     path.write_text("model: {name: test_resnet}\ndata: {source: digits}\nsched: {epochs: 1}\n")
     with pytest.raises(UserError, match=fragment):
         load_recipe(path, [f"data.{key}" for key in keys.split()])
 
 
-def test_splits_of_a_folder_have_names(images):
+def test_folder_source_reads_the_named_splits(images):
     options = {"root": str(images), "train_split": "val", "val_split": "train"}
     assert [len(trainer.open_source("folder", split, **options)) for split in ("train", "val")] == [15, 36]
