@@ -11,8 +11,8 @@ import tessel.zoo  # noqa: F401  (registers the models)
     ("output_stride", "strides", "dilations"),
     [(32, (4, 8, 16, 32), (1, 1, 1, 1)), (16, (4, 8, 16, 16), (1, 1, 1, 1)), (8, (4, 8, 8, 8), (1, 1, 1, 2))],
 )
-def test_output_stride(output_stride, strides, dilations):
-    """Downsampling layers have the dilation of the stage before them: 1, then 2."""
+def test_output_stride_sets_strides_and_dilations(output_stride, strides, dilations):
+    """A downsampling layer has the dilation of the stage before it."""
     model = timm.create_model("affnet_atto", output_stride=output_stride).eval()
     assert tuple(info["reduction"] for info in model.feature_info) == strides
     assert tuple(stage.down.conv_dw.dilation[0] for stage in model.stages) == dilations
@@ -20,11 +20,11 @@ def test_output_stride(output_stride, strides, dilations):
     assert [tuple(m.shape[2:]) for m in maps] == [(-(-61 // s), -(-96 // s)) for s in strides]
 
 
-def test_output_stride_changes_no_weight():
+def test_output_stride_does_not_change_the_weights():
     dense = timm.create_model("affnet_atto", output_stride=8)
     dense.load_state_dict(timm.create_model("affnet_atto").state_dict())
 
 
-def test_output_stride_is_one_of_three():
+def test_unsupported_output_stride_is_an_error():
     with pytest.raises(ValueError, match="output_stride=4 must be 8, 16 or 32"):
         timm.create_model("affnet_atto", output_stride=4)

@@ -5,7 +5,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_length_scaled_cosine import bias_by_pairs, bins, randomise, resized_by_pairs
+from test_length_scaled_cosine import bias_by_pairs, bins, randomize, resized_by_pairs
 from torch import Tensor, nn
 
 from tessel.blocks import Aggregated
@@ -13,7 +13,7 @@ from tessel.blocks.length_scaled_cosine import LogPositionBias
 
 
 def pooled_tokens(mixer: Aggregated, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`[C, H, W]` to the tokens of the pooled map, bin by bin."""
+    """The tokens of the pooled map of one image `[C, H, W]`, as a loop over the bins."""
     features = torch.einsum("oc,chw->ohw", mixer.sr.weight[:, :, 0, 0], x) + mixer.sr.bias[:, None, None]
     features = nn.functional.gelu(features)
     rows, columns = (bins(n, k) for n, k in zip(x.shape[1:], grid, strict=True))
@@ -49,7 +49,7 @@ def by_loops(mixer: Aggregated, x: Tensor, grid: tuple[int, int], bias: Tensor) 
 
 def make(dim: int, **kwargs) -> Aggregated:
     mixer = Aggregated(dim, **{"num_heads": 2, "reduction": 2, "trained_size": 3, **kwargs}).double()
-    randomise(mixer)
+    randomize(mixer)
     return mixer
 
 
@@ -80,7 +80,7 @@ def test_equals_the_loop(size, heads, window, reduction, pool_size, nominal):
         torch.testing.assert_close(mixer(x)[0], by_loops(mixer, x[0], keys, bias), rtol=1e-9, atol=1e-9)
 
 
-def test_groups_of_rows_change_nothing(monkeypatch):
+def test_row_groups_do_not_change_output_and_gradients(monkeypatch):
     mixer = make(6, reduction=2)
     x = torch.randn(2, 6, 9, 7, dtype=torch.float64, requires_grad=True)
 
@@ -88,9 +88,9 @@ def test_groups_of_rows_change_nothing(monkeypatch):
         y = mixer(x)
         return [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])]
 
-    whole = run()
-    monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 12 * 7 * 2)  # two rows
-    for got, want in zip(run(), whole, strict=True):
+    unsplit = run()
+    monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 12 * 7 * 2)  # two rows at a time
+    for got, want in zip(run(), unsplit, strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -98,7 +98,7 @@ def test_groups_of_rows_change_nothing(monkeypatch):
 def test_gradcheck(size, reduction):
     mixer = make(4, reduction=reduction)
     mixer.position = LogPositionBias(2, trained_size=3, hidden=4).double()
-    randomise(mixer.position)
+    randomize(mixer.position)
     x = torch.randn(1, 4, *size, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
 
@@ -111,7 +111,7 @@ def test_zero_input_has_finite_gradients():
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_tables_follow_dtype_and_mode():
+def test_bias_tables_work_in_every_mode_and_dtype():
     mixer = Aggregated(8, num_heads=2, reduction=2, trained_size=7)
     x = torch.randn(1, 8, 6, 11)
     with torch.inference_mode():
@@ -155,13 +155,13 @@ def transnext():
 
 
 def variant(transnext: nn.Module, **options) -> nn.Module:
-    """The same weights under other options."""
+    """A model with the same weights and other options."""
     model = timm.create_model("transnext_atto", num_classes=10, **options).double().eval()
     model.load_state_dict(transnext.state_dict())
     return model
 
 
-def test_interpolation_changes_nothing_at_its_own_size(transnext):
+def test_interpolated_bias_is_exact_at_img_size(transnext):
     x, model = torch.randn(1, 3, 96, 96, dtype=torch.float64), variant(transnext, img_size=96)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), transnext(x))
@@ -169,17 +169,17 @@ def test_interpolation_changes_nothing_at_its_own_size(transnext):
         assert not torch.allclose(model(other), transnext(other), rtol=1e-7, atol=0)
 
 
-def test_options_reach_the_mixers(transnext):
+def test_model_options_reach_the_mixers(transnext):
     x = torch.randn(1, 3, 128, 128, dtype=torch.float64)
     with torch.inference_mode():
         y = transnext(x)
-        # what the reductions give at this size anyway
+        # at this size, the reductions also give a pooled grid of 4 x 4
         torch.testing.assert_close(variant(transnext, fixed_pool_size=4)(x), y)
         for options in ({"fixed_pool_size": 3}, {"pretrain_size": 256}, {"img_size": 224}):
             assert not torch.allclose(variant(transnext, **options)(x), y, rtol=1e-7, atol=0), options
 
 
-def test_no_weight_decay_is_the_published_list(transnext):
+def test_no_weight_decay_equals_the_published_list(transnext):
     published = {"temperature", "query_embedding", "relative_pos_bias_local", "fc1_weight", "fc2_weight"}
     names = {name.rpartition(".")[2] for name in transnext.no_weight_decay()}
     assert names == published

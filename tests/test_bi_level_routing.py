@@ -10,10 +10,10 @@ from tessel.blocks import BiLevelRouting
 
 
 def by_loops(mixer: BiLevelRouting, x: Tensor) -> Tensor:
-    """The mixer, pixel by pixel, for one image `[C, H, W]`."""
+    """The mixer for one image `[C, H, W]`, as a loop over pixels."""
     dim, height, width = x.shape
     n, head_dim = mixer.n_win, dim // mixer.num_heads
-    rows, cols = -(-height // n), -(-width // n)  # of a region
+    rows, cols = -(-height // n), -(-width // n)  # size of a region
     padded = torch.zeros(dim, rows * n, cols * n, dtype=x.dtype)
     padded[:, :height, :width] = x
     qkv = torch.einsum("oc,chw->ohw", mixer.qkv.weight, padded) + mixer.qkv.bias[:, None, None]
@@ -67,7 +67,7 @@ def test_gradcheck(size, n_win, topk):
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *parameters), fast_mode=True)
 
 
-def test_route_gives_the_regions_of_highest_affinity():
+def test_route_returns_the_regions_of_highest_affinity():
     mixer = BiLevelRouting(4, num_heads=1, n_win=2, topk=4).double()
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
     index = mixer.route(x)

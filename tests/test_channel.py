@@ -10,7 +10,7 @@ from tessel.blocks import Channel
 
 
 def by_loops(mixer: Channel, x: Tensor) -> Tensor:
-    """The mixer, channel by channel, for one image `[C, H, W]`."""
+    """The mixer for one image `[C, H, W]`, as a loop over channels."""
     dim, height, width = x.shape
     head_dim = dim // mixer.num_heads
     q, k, v = torch.stack([mixer.qkv(pixel) for pixel in x.flatten(1).T]).T.split(dim)  # each [C, N]
@@ -40,7 +40,7 @@ def test_equals_the_loop(height, width, heads, head_dim):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (9, 5)], ids=str)
-def test_both_ways_of_computing_agree(size):
+def test_direct_and_merged_computation_agree(size):
     mixer = make(8, num_heads=2)
     tokens = torch.randn(3, size[0] * size[1], 8, dtype=torch.float64)
     found = []
@@ -63,7 +63,7 @@ def test_gradcheck(size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_of_large_maps_are_not_rounded(dtype):
-    """Logits are sums over the map: in half precision they would be off by whole units, in half overflow."""
+    """Logits are sums over all pixels: in bfloat16 they would be off by whole units, in float16 they would overflow."""
     mixer = make(32, num_heads=2)
     kv = 5 * torch.randn(1, 20_000, 64, dtype=torch.float64).to(dtype)
     torch.testing.assert_close(mixer._attention(kv).double(), mixer._attention(kv.double()), rtol=1e-2, atol=1e-3)
@@ -87,7 +87,7 @@ def test_half_precision(size, way):
 
 
 @pytest.mark.parametrize("size", [(3, 2), (5, 7)], ids=["direct", "merged"])
-def test_takes_any_memory_format(size):
+def test_memory_format_does_not_change_the_output(size):
     mixer = make(8, num_heads=2)
     x = torch.randn(2, 8, *size, dtype=torch.float64)
     torch.testing.assert_close(mixer(x.contiguous(memory_format=torch.channels_last)), mixer(x))

@@ -1,4 +1,4 @@
-"""`tessel.checkpoints`: downloads are complete or deleted, and no code from a file runs."""
+"""`tessel.checkpoints`: downloads are complete, resumable or deleted, and files are read without running their code."""
 
 import argparse
 import errno
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", self.server.kind)
         self.send_header("Content-Length", str(len(PAYLOAD) - start))
         self.end_headers()
-        self.server.go_on.wait()
+        self.server.may_send.wait()
         self.wfile.write(PAYLOAD[start : self.server.cut])
 
     def log_message(self, format, *args):
@@ -57,23 +57,23 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves PAYLOAD under every path that starts with /file."""
+    """A server that returns PAYLOAD for every path that starts with /file."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.ranges = True
         self.kind = "application/octet-stream"
-        self.cut: int | None = None  # break off at this byte
-        self.starts: list[int] = []  # where each request asked to start
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.cut: int | None = None  # send only the bytes before this one
+        self.starts: list[int] = []  # the first byte that each request asks for
+        self.may_send = threading.Event()
+        self.may_send.set()
 
     def url(self, path: str = "/file.pth") -> str:
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
 
 
 @pytest.fixture(autouse=True)
-def own_surroundings(tmp_path, monkeypatch):
+def isolated_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("TESSEL_HOME", str(tmp_path / "home"))
 
@@ -120,23 +120,23 @@ def test_urls_with_one_base_name_do_not_collide(server, cache):
     assert fetch(server.url(), cache_dir=cache, filename="mine.pth") == cache / "mine.pth"
 
 
-def test_one_download_for_many(server, cache):
-    server.go_on.clear()
+def test_concurrent_fetches_share_one_download(server, cache):
+    server.may_send.clear()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(fetch, server.url(), sha256=DIGEST, cache_dir=cache) for _ in range(4)]
-        server.go_on.set()
+        server.may_send.set()
         paths = {future.result() for future in waiting}
     assert server.starts == [0]
     assert content(cache) == [path.name for path in paths]
 
 
-def test_waiting_downloads_go_on_after_a_failed_one(server, cache):
-    """Each of them resumes the partial file that the one before it left; no two write it at once."""
+def test_waiting_downloads_resume_after_a_failed_one(server, cache):
+    """Each resumes the partial file of the one before it; no two write it at the same time."""
     server.cut = 1000
-    server.go_on.clear()
+    server.may_send.clear()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(fetch, server.url(), sha256=DIGEST, cache_dir=cache) for _ in range(3)]
-        server.go_on.set()
+        server.may_send.set()
         errors = [future.exception() for future in waiting]
     assert all(isinstance(error, ConnectionError) for error in errors)
     assert server.starts == [0, 1000, 1000]
@@ -144,7 +144,7 @@ def test_waiting_downloads_go_on_after_a_failed_one(server, cache):
     assert fetch(server.url(), sha256=DIGEST, cache_dir=cache).read_bytes() == PAYLOAD
 
 
-def test_cache_order(server, tmp_path, monkeypatch):
+def test_precedence_of_cache_folders(server, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     assert fetch(server.url(), cache_dir=tmp_path / "given").parent == tmp_path / "given"
     assert fetch(server.url()).parent == tmp_path / "home" / "checkpoints"
@@ -170,7 +170,7 @@ def test_broken_download_is_resumed(server, cache):
     assert content(cache) == [path.name]
 
 
-def test_broken_download_that_cannot_be_resumed_leaves_nothing(server, cache):
+def test_broken_download_that_cannot_be_resumed_is_deleted(server, cache):
     server.ranges = False
     server.cut = 1000
     with pytest.raises(ConnectionError, match="ended after") as caught:
@@ -179,26 +179,27 @@ def test_broken_download_that_cannot_be_resumed_leaves_nothing(server, cache):
     assert content(cache) == []
 
 
-def left_over(url: str, cache: Path, data: bytes) -> None:
+def leave_partial_file(url: str, cache: Path, data: bytes) -> None:
+    """Put `data` into the cache as a partial download of `url`."""
     path = fetch(url, cache_dir=cache)
     path.unlink()
     path.with_name(path.name + ".part").write_bytes(data)
 
 
 @pytest.mark.parametrize("ranges, more", [(False, -1), (False, 0), (False, 1), (True, 0), (True, 1)])
-def test_what_cannot_be_resumed_starts_over(server, cache, ranges, more):
+def test_download_that_cannot_be_resumed_starts_over(server, cache, ranges, more):
     server.ranges = ranges
-    left_over(server.url(), cache, b"x" * (len(PAYLOAD) + more))
+    leave_partial_file(server.url(), cache, b"x" * (len(PAYLOAD) + more))
     path = fetch(server.url(), cache_dir=cache)
     assert path.read_bytes() == PAYLOAD
     assert content(cache) == [path.name]
 
 
-@pytest.mark.parametrize("begun", [b"", b"not what the server has"])
-def test_wrong_hash_leaves_nothing(server, cache, begun):
-    left_over(server.url(), cache, begun)
+@pytest.mark.parametrize("partial", [b"", b"not what the server has"])
+def test_download_with_wrong_hash_is_deleted(server, cache, partial):
+    leave_partial_file(server.url(), cache, partial)
     with pytest.raises(ValueError, match="refused") as caught:
-        fetch(server.url(), sha256=WRONG if not begun else DIGEST, cache_dir=cache)
+        fetch(server.url(), sha256=WRONG if not partial else DIGEST, cache_dir=cache)
     assert server.url() in message(caught)
     assert content(cache) == []
 
@@ -231,11 +232,12 @@ def test_bad_arguments_are_refused_before_any_request(server, cache, arguments, 
 
 
 def offline_url() -> str:
+    """The URL of a server that has been closed."""
     with Server() as closed:
         return closed.url()
 
 
-def test_offline_says_what_to_do(cache):
+def test_offline_error_explains_the_manual_download(cache):
     url = offline_url()
     with pytest.raises(ConnectionError, match="refused") as caught:
         fetch(url, cache_dir=cache, source="https://example.org/weights")
@@ -248,8 +250,8 @@ def test_offline_says_what_to_do(cache):
     assert fetch(url, sha256=DIGEST, cache_dir=cache) == place
 
 
-def test_offline_keeps_what_was_received(server, cache):
-    left_over(server.url(), cache, PAYLOAD[:1000])
+def test_offline_keeps_the_partial_file(server, cache):
+    leave_partial_file(server.url(), cache, PAYLOAD[:1000])
     server.shutdown()
     server.server_close()
     with pytest.raises(ConnectionError):
@@ -259,7 +261,7 @@ def test_offline_keeps_what_was_received(server, cache):
 
 
 @pytest.mark.parametrize("path, kind, word", [("/gone", "", "HTTP 404"), ("/file", "text/html", "a web page")])
-def test_answers_that_are_no_file(server, cache, path, kind, word):
+def test_http_errors_and_web_pages_are_refused(server, cache, path, kind, word):
     server.kind = kind
     with pytest.raises(ConnectionError, match=word) as caught:
         fetch(server.url(path), cache_dir=cache)
@@ -267,7 +269,7 @@ def test_answers_that_are_no_file(server, cache, path, kind, word):
     assert content(cache) == []
 
 
-def test_full_disk_leaves_nothing(server, cache):
+def test_full_disk_leaves_no_partial_file(server, cache):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
@@ -280,7 +282,7 @@ def test_full_disk_leaves_nothing(server, cache):
     assert content(cache) == []
 
 
-def test_unusable_cache_folder(server, tmp_path):
+def test_unusable_cache_folder_is_an_error(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="TESSEL_HOME"):
         fetch(server.url(), cache_dir=tmp_path / "file" / "cache")
@@ -356,7 +358,7 @@ def test_read_torch_files(tmp_path, stored, state_key, zipped):
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
-def test_yacs_settings_beside_weights(tmp_path, monkeypatch):
+def test_weights_with_yacs_settings_can_be_read(tmp_path, monkeypatch):
     path = tmp_path / "weights.pth"
     node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     settings = node(TRAIN=node(EPOCHS=300))
@@ -376,7 +378,9 @@ def test_read_safetensors_by_suffix_and_by_content(tmp_path, name):
         read_state(tmp_path / f"no_{name}")
 
 
-class Malice:
+class RunsCode:
+    """Creates the file `marker` with `call` when it is unpickled."""
+
     def __init__(self, marker: Path, call):
         self.marker, self.call = marker, call
 
@@ -388,9 +392,9 @@ class Malice:
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_code_is_refused_and_does_not_run(tmp_path, call, form):
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
-    stored = {"model": STATE, "extra": Malice(marker, call)}
+    stored = {"model": STATE, "extra": RunsCode(marker, call)}
     if form == "pickle":
-        path.write_bytes(pickle.dumps(Malice(marker, call), protocol=2))
+        path.write_bytes(pickle.dumps(RunsCode(marker, call), protocol=2))
     else:
         torch.save(stored, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(ValueError, match="no code was run") as caught:
@@ -418,7 +422,7 @@ def saved(stored) -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_damaged_files_are_named(tmp_path, name, data):
+def test_damaged_file_is_an_error_that_names_it(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged") as caught:
@@ -442,7 +446,7 @@ def test_damaged_files_are_named(tmp_path, name, data):
     ],
     ids=["missing", "bare", "stray", "nested", "ema", "number", "no-dict", "list", "empty", "many"],
 )
-def test_files_without_a_state_dict(tmp_path, stored, state_key, words):
+def test_files_without_a_state_dict_are_errors(tmp_path, stored, state_key, words):
     path = tmp_path / "weights.pth"
     torch.save(stored, path)
     with pytest.raises(ValueError) as caught:
@@ -451,7 +455,7 @@ def test_files_without_a_state_dict(tmp_path, stored, state_key, words):
         assert word in message(caught)
 
 
-def test_write_round_trip(tmp_path):
+def test_written_state_reads_back(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     state = {"module.strided": base.T, "half": base[:1].bfloat16(), "shared": base, "learned": torch.nn.Parameter(base)}
     path = tmp_path / "weights.safetensors"
@@ -493,7 +497,7 @@ def test_full_disk_keeps_the_old_file_and_no_temporary(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, state, word", [("weights.pth", STATE, ".safetensors"), ("weights.safetensors", {"a": 1}, "'a'")]
 )
-def test_write_refusals(tmp_path, name, state, word):
+def test_state_that_cannot_be_written_is_refused(tmp_path, name, state, word):
     with pytest.raises(ValueError, match=word):
         write_state(state, tmp_path / name)
     assert content(tmp_path) == []

@@ -1,3 +1,5 @@
+"""Cross-shaped window attention against a loop over windows and pixels."""
+
 import math
 
 import pytest
@@ -19,7 +21,7 @@ def image(*shape):
 
 
 def windows(height, width, stripe, *, vertical):
-    """Lists of (row, column), of which some may lie outside the map; stripes are centred on it."""
+    """Each window as a list of (row, column). The stripes are centered on the map, so some positions lie outside."""
     if stripe is None:
         yield [(r, c) for r in range(height) for c in range(width)]
         return
@@ -32,7 +34,7 @@ def windows(height, width, stripe, *, vertical):
 
 
 def reference(mixer, x):
-    """Pixel by pixel and tap by tap, with zeros wherever a position lies outside the map or its window."""
+    """The definition, as a loop over pixels and taps; values at positions outside the map or the window are zero."""
     batch, dim, height, width = x.shape
     heads, stripe = mixer.num_heads, mixer.stripe_width
     head_dim = dim // heads
@@ -120,7 +122,7 @@ def test_gradcheck(stripe_width):
 
 
 @pytest.mark.parametrize("stripe_width", [1, 2])
-def test_a_pixel_reaches_its_cross_and_nothing_else(stripe_width):
+def test_a_pixel_affects_only_its_cross(stripe_width):
     mixer, x = make(stripe_width=stripe_width), image(1, 8, 6, 6)
     changed = x.clone()
     changed[:, :, 2, 3] += 1
@@ -129,19 +131,19 @@ def test_a_pixel_reaches_its_cross_and_nothing_else(stripe_width):
     torch.testing.assert_close(reached, (stripe == stripe[2])[:, None] | (stripe == stripe[3])[None])
 
 
-def test_one_stripe_over_the_map_is_global_attention():
-    wide, globally = make(stripe_width=4), make(stripe_width=None)
-    state = {key: value for key, value in wide.state_dict().items() if not key.startswith("lepe")}
+def test_one_stripe_over_the_whole_map_is_global_attention():
+    striped, unstriped = make(stripe_width=4), make(stripe_width=None)
+    state = {key: value for key, value in striped.state_dict().items() if not key.startswith("lepe")}
     for leaf in ("weight", "bias"):
-        state[f"lepe.0.{leaf}"] = torch.cat([wide.state_dict()[f"lepe.{i}.{leaf}"] for i in (0, 1)])
-    globally.load_state_dict(state)
+        state[f"lepe.0.{leaf}"] = torch.cat([striped.state_dict()[f"lepe.{i}.{leaf}"] for i in (0, 1)])
+    unstriped.load_state_dict(state)
     x = image(2, 8, 4, 4)
-    torch.testing.assert_close(wide(x), globally(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(striped(x), unstriped(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stripe_width", [1, 3, None])
-def test_lower_precision_and_autocast_stay_close(dtype, stripe_width):
+def test_float32_and_autocast_stay_close_to_float64(dtype, stripe_width):
     mixer, x = make(32, 4, stripe_width), image(2, 32, 5, 7)
     want = mixer(x)
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
@@ -165,10 +167,10 @@ def test_keeps_channels_last():
         ({"num_heads": 2, "stripe_width": 0}, "stripe_width=0 must be at least 1"),
     ],
 )
-def test_refuses_what_cannot_be_built(arguments, message):
+def test_constructor_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         CrossShapedWindow(8, **arguments)
 
 
-def test_one_head_attends_globally():
+def test_one_head_is_allowed_without_stripes():
     assert CrossShapedWindow(8, num_heads=1, stripe_width=None)(torch.randn(1, 8, 3, 2)).shape == (1, 8, 3, 2)

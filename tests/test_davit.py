@@ -1,4 +1,4 @@
-"""DaViT: its modules on padded maps, checkpoints of timm's models, the head."""
+"""DaViT: its modules against the released code, checkpoints of timm's DaViT, parameter counts, the head."""
 
 import golden
 import pytest
@@ -12,7 +12,7 @@ from tessel.blocks import Channel, conv_norm
 from tessel.zoo._backbone import Backbone
 from tessel.zoo.davit import VARIANTS, DaViTConfig, Head, Merge, norm, pair
 
-# ours -> the released code's, inside a module
+# parts of our keys -> parts of the released code's keys, within a module
 PUBLISHED = {
     "mixer.norm": "norm1", "mixer.fn": "attn", "mlp.norm": "norm2", "mlp.fn": "mlp",
     "cpe1.fn": "cpe.0.proj", "cpe2.fn": "cpe.1.proj", "conv": "proj",
@@ -27,7 +27,7 @@ def channel() -> nn.Module:
     return pair(DaViTConfig((32,), (1,), (4,)), 0, (0.0, 0.0))[1]
 
 
-# what the released code returns: norm, sum, first and last element of the tokens [B, N, C]
+# a module, and the norm, sum, first and last element of the tokens [B, N, C] that the released code returns
 CASES = {
     "ca": (lambda: Channel(32, num_heads=4), (43.475354541121, 8.802501354446, 0.234681948645, -0.102318899617)),
     "cb": (channel, (112.952035788313, -180.340416184791, -1.069037394339, -3.159205761622)),
@@ -67,7 +67,7 @@ def make(name: str) -> Backbone:
     return model
 
 
-def timms(cfg: DaViTConfig) -> DaVit:
+def timm_davit(cfg: DaViTConfig) -> DaVit:
     return DaVit(
         depths=cfg.depths,
         embed_dims=cfg.dims,
@@ -79,8 +79,8 @@ def timms(cfg: DaViTConfig) -> DaVit:
 
 @pytest.mark.parametrize("name", ["tessel_davit_atto", pytest.param("tessel_davit_tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [(64, 64), (97, 150)], ids=str)
-def test_timms_weights_give_timms_outputs(name, size):
-    theirs = timms(VARIANTS[name]).double().eval()
+def test_outputs_equal_timms_with_the_same_weights(name, size):
+    theirs = timm_davit(VARIANTS[name]).double().eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
@@ -93,9 +93,9 @@ def test_timms_weights_give_timms_outputs(name, size):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_a_file_in_timms_layout_loads(tmp_path):
+def test_checkpoint_with_timms_keys_loads(tmp_path):
     name = "tessel_davit_atto"
-    theirs = timms(VARIANTS[name]).eval()
+    theirs = timm_davit(VARIANTS[name]).eval()
     torch.save(theirs.state_dict(), tmp_path / "davit.pth")
     overlay = {"file": str(tmp_path / "davit.pth")}
     ours = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
@@ -117,7 +117,7 @@ def test_parameter_counts(name, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_head_pools_before_it_normalises():
+def test_head_pools_before_it_normalizes():
     head = Head(8, 5, pool_type="avg", drop_rate=0.0).double()
     x = torch.randn(2, 8, 4, 3, dtype=torch.float64)
     mean = x.flatten(2).mean(-1)
@@ -126,7 +126,7 @@ def test_head_pools_before_it_normalises():
     torch.testing.assert_close(head(x, pre_logits=True), expected)
 
 
-def test_head_normalises_each_of_two_pooled_vectors():
+def test_head_normalizes_each_of_two_pooled_vectors():
     head = Head(8, 5, pool_type="catavgmax", drop_rate=0.0)
     single = {kind: Head(8, 5, pool_type=kind, drop_rate=0.0) for kind in ("avg", "max")}
     x = torch.randn(2, 8, 4, 3)
@@ -135,7 +135,7 @@ def test_head_normalises_each_of_two_pooled_vectors():
     assert head(x).shape == (2, 5) and head.num_features == 16
 
 
-def test_head_without_a_job_holds_nothing():
+def test_head_without_classifier_and_pooling_has_no_parameters():
     head = Head(8, 5, pool_type="avg", drop_rate=0.0)
     x = torch.randn(2, 8, 4, 3)
     kept = head.norm
@@ -150,7 +150,7 @@ def test_head_without_a_job_holds_nothing():
     assert head(x[:, :6]).shape == (2, 4)
 
 
-def test_feature_extractor_has_no_idle_parameter():
+def test_feature_extractor_has_no_unused_parameter():
     model = timm.create_model("tessel_davit_atto", features_only=True)
     torch.stack([m.square().mean() for m in model(torch.randn(1, 3, 64, 64))]).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

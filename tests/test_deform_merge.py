@@ -14,7 +14,7 @@ from tessel.blocks import DeformableConv, deformable_merge
 
 
 def shifted(in_chs: int, out_chs: int, spread: float) -> DeformableConv:
-    """A layer in float64 whose taps are off by about `spread` pixels."""
+    """A layer in float64 with random offsets of about `spread` pixels."""
     conv = DeformableConv(in_chs, out_chs).double()
     with torch.no_grad():
         conv.offset.weight.normal_(std=spread / (4 * in_chs) ** 0.5)
@@ -27,7 +27,7 @@ def by_torchvision(conv: DeformableConv, x: Tensor) -> Tensor:
 
 
 def by_loops(conv: DeformableConv, x: Tensor) -> Tensor:
-    """The layer for one image `[C, H, W]`, neighbour by neighbour."""
+    """The layer for one image `[C, H, W]`, as a loop over pixels, taps and the neighbors to interpolate."""
     _, height, width = x.shape
     shift = conv.offset(x[None])[0]
     out = conv.bias[:, None, None].expand(-1, height // 2, width // 2).clone()
@@ -83,7 +83,7 @@ def test_gradcheck(size):
     assert torch.autograd.gradcheck(lambda x, *_: conv(x), (x, *conv.parameters()), fast_mode=True)
 
 
-def test_starts_as_an_ordinary_convolution():
+def test_initial_layer_equals_a_plain_convolution():
     conv = DeformableConv(3, 4).double()
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     ordinary = torch.nn.functional.conv2d(x, conv.weight.permute(0, 3, 1, 2), conv.bias, stride=2)
@@ -101,7 +101,7 @@ def test_a_side_of_one_pixel_is_padded_to_two(size):
     torch.testing.assert_close(conv(x), by_torchvision(conv, padded), rtol=1e-11, atol=1e-11)
 
 
-def test_never_computes_in_half_precision():
+def test_half_precision_inputs_are_computed_in_float32():
     conv = DeformableConv(8, 4)
     x = torch.randn(2, 8, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -112,20 +112,20 @@ def test_never_computes_in_half_precision():
     torch.testing.assert_close(half.float(), conv.float()(x.bfloat16().float()), rtol=2**-8, atol=1e-3)
 
 
-def test_one_image_has_the_gradients_it_has_in_a_batch():
-    """Batch norm on the CPU gets them wrong where memory formats of one image are mixed."""
+def test_gradients_of_an_image_do_not_depend_on_its_batch():
+    """Batch norm on the CPU returns wrong gradients if the memory formats of a single image are mixed."""
     merge = deformable_merge(4, 8).double().eval()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
 
     def loss(x: Tensor) -> Tensor:
-        # tokens put back on the grid, as a feature map of one image can come
+        # tokens reshaped to a map, so that the gradient has another memory format
         return (merge(x).flatten(2).mT.cumsum(1).mT.unflatten(2, (3, 3)) ** 2).sum()
 
-    (together,) = torch.autograd.grad(loss(x), x)
+    (batch_grad,) = torch.autograd.grad(loss(x), x)
     for i in range(2):
-        alone = x[i : i + 1].detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss(alone), alone)
-        torch.testing.assert_close(grad, together[i : i + 1], rtol=1e-10, atol=1e-10)
+        single = x[i : i + 1].detach().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(single), single)
+        torch.testing.assert_close(grad, batch_grad[i : i + 1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_one_image_has_the_gradients_it_has_in_a_batch():
         ((250, 331), [(63, 83), (31, 41), (15, 20), (7, 10)]),
     ],
 )
-def test_maps_of_the_published_backbones(image, maps):
+def test_feature_map_sizes_of_the_published_backbones(image, maps):
     model = timm.create_model("litv2_atto", features_only=True).eval()
     with torch.inference_mode():
         assert [tuple(m.shape[2:]) for m in model(torch.randn(1, 3, *image))] == maps

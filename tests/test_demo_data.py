@@ -1,3 +1,5 @@
+"""The digits data set: its images, its splits and its errors."""
+
 import pickle
 import sys
 
@@ -26,7 +28,7 @@ def test_items_are_upsampled_rgb_digits(splits, split):
     assert low < 30 and high > 225, "ink and paper use the whole range"
 
 
-def test_upsampling_keeps_the_picture(splits):
+def test_upsampling_keeps_the_digit(splits):
     data = splits["val"]
     for index in range(0, 360, 40):
         shrunk = np.asarray(data[index][0].convert("L"), dtype=float).reshape(8, 4, 8, 4).mean((1, 3))
@@ -38,14 +40,14 @@ def test_splits_are_stratified(splits):
     np.testing.assert_array_less(np.abs(val - 0.2 * (train + val)), 1)
 
 
-def test_splits_are_the_same_every_time_and_for_every_seed(splits):
+def test_splits_do_not_depend_on_the_seed(splits):
     np.random.seed(7)
     again = load_digits("val")
     assert again.targets == splits["val"].targets
     np.testing.assert_array_equal(again.pixels, splits["val"].pixels)
 
 
-def test_splits_part_the_source(splits):
+def test_splits_partition_the_source(splits):
     from sklearn.datasets import load_digits
 
     def keys(pixels):
@@ -59,17 +61,17 @@ def test_splits_part_the_source(splits):
     assert keys(parts) == source
 
 
-def test_loader_workers_can_receive_it(splits):
-    twin = pickle.loads(pickle.dumps(splits["val"]))
-    assert twin[5][0].tobytes() == splits["val"][5][0].tobytes()
+def test_data_set_can_be_pickled_for_loader_workers(splits):
+    copy = pickle.loads(pickle.dumps(splits["val"]))
+    assert copy[5][0].tobytes() == splits["val"][5][0].tobytes()
 
 
-def test_another_split_is_refused():
+def test_unknown_split_is_an_error():
     with pytest.raises(ValueError, match="split='test'.*'train' or 'val'"):
         load_digits("test")
 
 
-def test_missing_scikit_learn_names_the_extra(monkeypatch):
+def test_missing_scikit_learn_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'tessel\[train\]'"):
         load_digits("train")

@@ -1,4 +1,4 @@
-"""`DenseBackbone`: its feature maps, norms and weights."""
+"""`DenseBackbone`: feature maps, norms, loading of weights, parameter groups."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ from tessel.zoo._keymap import KeyRule, Pattern
 from tessel.zoo.dense import DenseBackbone
 
 ATTO = [name for name in zoo.list_models() if name.endswith("_atto")]
-# of each family's dense backbone, by its smallest model
+# the norms of each family's dense backbone, by the name of its smallest model
 NORMS = {n: family.dense_norm for family in zoo.list_families() for n in family.variants if n.endswith("_atto")}
 
 
@@ -28,13 +28,13 @@ NORMS = {n: family.dense_norm for family in zoo.list_families() for n in family.
     ],
 )
 def test_norms_are_those_of_the_papers(name, eps, key):
-    """eps of the norms, and the published key of the third one."""
+    """Check the eps of the norms and the published key of the third norm."""
     assert {norm.eps for norm in DenseBackbone(name).norms.values()} == {eps}
     assert KeyRule(NORMS[name].keys, "norms.{s}.{p}").to_ours(key) == "norms.2.weight"
 
 
 @pytest.mark.parametrize("name", ATTO)
-def test_maps_and_norms(name):
+def test_feature_maps_and_their_norms(name):
     model = DenseBackbone(name).eval()
     x = torch.randn(1, 3, 96, 131)
     maps = model(x)
@@ -52,21 +52,21 @@ def test_maps_and_norms(name):
 @pytest.mark.parametrize("name", ["biformer_atto", "litv2_atto"])
 @settings(max_examples=4, deadline=None)
 @given(height=st.integers(33, 90), width=st.integers(33, 90))
-def test_any_size(name, height, width):
+def test_images_of_any_size(name, height, width):
     maps = DenseBackbone(name, out_indices=(1, 3)).eval()(torch.zeros(1, 3, height, width))
     assert len(maps) == 2
     assert all(m.isfinite().all() for m in maps)
 
 
 @pytest.mark.parametrize("name", ATTO)
-def test_every_parameter_is_used(name):
+def test_every_parameter_gets_a_gradient(name):
     model = DenseBackbone(name, out_indices=(1, 2, 3))
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def published_backbone(name: str, prefix: str) -> tuple[dict, dict, dict]:
-    """The state dict of a published segmenter without its decoder; the same backbone and norms with our keys."""
+    """The state dict of a published segmenter without its decoder; then its backbone and its norms with our keys."""
     state = timm.create_model(name).state_dict()
     ours = {key: tensor for key, tensor in state.items() if not key.startswith(("norm.", "head."))}
     marked = {key: tensor if key in ours else torch.full_like(tensor, -7) for key, tensor in state.items()}
@@ -83,7 +83,7 @@ def published_backbone(name: str, prefix: str) -> tuple[dict, dict, dict]:
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.", "encoder."])
 @pytest.mark.parametrize("name", ATTO)
-def test_published_segmenter(name, prefix):
+def test_published_segmenter_loads(name, prefix):
     state, body, norms = published_backbone(name, prefix)
     head = {"decode_head.conv_seg.weight": torch.zeros(3)} if prefix else {}
     model = DenseBackbone(name)
@@ -94,7 +94,7 @@ def test_published_segmenter(name, prefix):
     assert all(torch.equal(model.norms.state_dict()[key], tensor) for key, tensor in norms.items())
 
 
-def test_published_segmenter_in_part():
+def test_incomplete_published_segmenter_is_an_error():
     state, *_ = published_backbone("cswin_atto", "backbone.")
     model = DenseBackbone("cswin_atto")
     with pytest.raises(ValueError, match=r"the checkpoint lacks norms that this backbone has: 2\.weight"):
@@ -107,7 +107,7 @@ def test_published_segmenter_in_part():
         DenseBackbone("cswin_atto", norms=[False, True, True, True]).load_published(state)
 
 
-def test_loads_a_classifier():
+def test_classifier_loads():
     classifier, model = timm.create_model("litv2_atto", num_classes=10), DenseBackbone("litv2_atto")
     model.load_classifier(classifier.state_dict())
     assert torch.equal(model.body.stem.conv.weight, classifier.stem.conv.weight)
@@ -119,7 +119,7 @@ def test_loads_a_classifier():
 
 
 @pytest.mark.parametrize("name", ["cswin_atto", "resnet18", "pvt_v2_b0"])
-def test_layers_are_those_of_the_body(name):
+def test_layer_groups_are_those_of_the_body(name):
     model = DenseBackbone(name)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     inner = group_parameters(model.body, model.body.group_matcher(), reverse=True)
@@ -130,7 +130,7 @@ def test_layers_are_those_of_the_body(name):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
-def test_batch_norm(mode):
+def test_batch_norm_modes(mode):
     with pytest.raises(ValueError, match="batch_norm='froze' is unknown; use one of train, eval, frozen"):
         DenseBackbone("biformer_atto", batch_norm="froze")
     model = DenseBackbone("biformer_atto", batch_norm=mode).train()
@@ -142,7 +142,7 @@ def test_batch_norm(mode):
     assert model.norms.training
 
 
-def test_models_of_timm():
+def test_timm_models_as_backbones():
     model = DenseBackbone("resnet18", norms=[True] * 4).eval()
     assert model.strides == [4, 8, 16, 32] and len(model.norms) == 4
     assert len(DenseBackbone("resnet18").norms) == 0
@@ -150,7 +150,7 @@ def test_models_of_timm():
         DenseBackbone("vit_tiny_patch16_224")
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_errors():
     with pytest.raises(ValueError, match="out_indices=\\[3, 1\\] must be stages"):
         DenseBackbone("cswin_atto", out_indices=(3, 1))
     with pytest.raises(ValueError, match="norms"):

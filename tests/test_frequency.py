@@ -1,4 +1,4 @@
-"""The adaptive frequency filter against sums over pixels and frequencies, written out."""
+"""The adaptive frequency filter against a loop over frequencies."""
 
 import math
 
@@ -31,7 +31,7 @@ def shrink(z: Tensor, by: float) -> Tensor:
 
 
 def by_loops(mixer: AdaptiveFrequencyFilter, x: Tensor) -> Tensor:
-    """The mixer, frequency by frequency, for one image `[C, H, W]`."""
+    """The mixer for one image `[C, H, W]`, as a loop over frequencies."""
     dim, height, width = x.shape
     rows, columns = waves(height), waves(width)
     w1, w2, b1, b2 = (torch.complex(p[0], p[1]) for p in (mixer.w1, mixer.w2, mixer.b1, mixer.b2))
@@ -84,7 +84,7 @@ def test_equals_the_loop(height, width, groups, size, shrinkage):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (4, 4), (5, 6)], ids=str)
-def test_symmetry_is_what_the_inverse_transform_assumes(size):
+def test_symmetric_spectrum_gives_the_same_inverse_transform(size):
     height, width = size
     spectrum = torch.randn(3, height, width // 2 + 1, dtype=torch.complex128)
     expected = torch.fft.irfft2(spectrum, s=size)
@@ -100,21 +100,21 @@ def test_gradcheck(size):
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
 
 
-def test_is_a_circular_convolution():
+def test_constant_mask_scales_the_input():
     mixer = make(8, num_groups=2)
     x = torch.randn(1, 8, 5, 6, dtype=torch.float64)
-    kernel_of_x = mixer(x)
-    # a constant mask scales: no frequency, no other channel takes part
+    before = mixer(x)
+    # a mask that is 2 at every frequency doubles the image, apart from the shrinkage
     with torch.no_grad():
         mixer.w2.zero_()
         mixer.b2[0].fill_(2.0)
         mixer.b2[1].zero_()
     torch.testing.assert_close(mixer(x), (2.0 - mixer.shrinkage) * x)
-    assert not torch.allclose(kernel_of_x, 2 * x, atol=0.1)
+    assert not torch.allclose(before, 2 * x, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_computed_in_single(dtype):
+def test_half_precision_inputs_are_computed_in_float32(dtype):
     mixer = AdaptiveFrequencyFilter(16).requires_grad_(False)
     x = torch.randn(2, 16, 7, 9).to(dtype)
     exact = mixer(x.float())
@@ -127,7 +127,7 @@ def test_half_precision_is_computed_in_single(dtype):
     assert y.dtype == dtype and (y.float() - exact).norm() < 0.02 * exact.norm()
 
 
-def test_takes_any_memory_format():
+def test_memory_format_does_not_change_the_output():
     mixer = make(8)
     x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
     torch.testing.assert_close(mixer(x.contiguous(memory_format=torch.channels_last)), mixer(x))
@@ -139,6 +139,6 @@ def test_constructor_errors(dim, groups):
         AdaptiveFrequencyFilter(dim, num_groups=groups)
 
 
-def test_shrinkage_is_not_negative():
+def test_negative_shrinkage_is_an_error():
     with pytest.raises(ValueError, match="shrinkage=-0.1"):
         AdaptiveFrequencyFilter(16, shrinkage=-0.1)

@@ -1,4 +1,4 @@
-"""Full attention against softmax written out."""
+"""Full attention against a plain softmax."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tessel.blocks import FullAttention
 
 @settings(deadline=None, max_examples=25)
 @given(height=st.integers(1, 6), width=st.integers(1, 6), heads=st.sampled_from([1, 2, 4]), local=st.booleans())
-def test_equals_softmax_written_out(height, width, heads, local):
+def test_equals_plain_softmax_attention(height, width, heads, local):
     torch.manual_seed(0)
     branch = nn.Conv2d(8, 8, 3, padding=1, groups=8) if local else None
     mixer = FullAttention(8, num_heads=heads, qkv_bias=False, local=branch).double()

@@ -1,4 +1,4 @@
-"""Models with converted published weights compute what the golden records say, in float64."""
+"""Models with converted published weights reproduce the golden records in float64."""
 
 import golden
 import pytest
@@ -63,7 +63,7 @@ def test_unknown_and_missing_keys_are_named(record):
         tessel.zoo.to_published(name, {**ours, "no_such_layer": torch.zeros(1)})
 
 
-def test_every_record_is_of_a_registered_model():
+def test_every_record_has_a_registered_model():
     assert set(RECORDS) <= set(tessel.zoo.list_models())
 
 

@@ -1,3 +1,5 @@
+"""Halo attention against a loop over queries and keys, and HaloNet against timm."""
+
 import copy
 from typing import Any
 
@@ -21,7 +23,7 @@ def create(name: str, **options) -> Any:
 
 
 def reference(mixer, x, *, block, radius, stride=1, masked=False):
-    """Query by query and key by key, straight from the definition; average pooling is left to the caller."""
+    """The definition, as a loop over queries and keys. With stride 2, the caller must apply the average pooling."""
     heads, height_rel, width_rel = mixer.num_heads, mixer.height_rel, mixer.width_rel
     head_dim = height_rel.shape[1]
     (height, width), window = x.shape[-2:], block + 2 * radius
@@ -116,8 +118,8 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(call, (x, *values))
 
 
-def of_timm(layer, **options):
-    """Ours with the weights of timm's layer."""
+def from_timm(layer, **options):
+    """Our mixer with the weights of timm's layer."""
     ours = Halo(layer.q.in_channels, num_heads=layer.num_heads, head_dim=layer.dim_head_qk, **options).to(
         layer.q.weight
     )
@@ -142,22 +144,22 @@ def test_matches_timm(options):
     torch.manual_seed(0)
     layer = HaloAttn(32, num_heads=4, **options).double()
     own = {key: value for key, value in options.items() if key in ("block_size", "halo_size", "stride")}
-    ours = of_timm(layer, out_dim=options.get("dim_out", 32), **own)
+    ours = from_timm(layer, out_dim=options.get("dim_out", 32), **own)
     x = torch.randn(2, 32, 2 * options["block_size"], 4 * options["block_size"], dtype=torch.float64)
     assert_same(ours(x), layer(x))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_uneven_maps_behave_as_padded_ones(stride):
+def test_uneven_maps_equal_timm_on_padded_maps(stride):
     torch.manual_seed(0)
     layer = HaloAttn(16, num_heads=2, block_size=4, halo_size=1, stride=stride).double()
-    ours = of_timm(layer, block_size=4, halo_size=1, stride=stride)
+    ours = from_timm(layer, block_size=4, halo_size=1, stride=stride)
     x = torch.randn(1, 16, 9, 6, dtype=torch.float64)
     rows, cols = -(-9 // stride), -(-6 // stride)
     assert_same(ours(x), layer(F.pad(x, (0, 2, 0, 3)))[:, :, :rows, :cols])
 
 
-def test_a_masked_border_leaves_inner_windows_alone():
+def test_mask_border_does_not_change_inner_windows():
     torch.manual_seed(0)
     zeros = Halo(8, num_heads=2, block_size=2, halo_size=2).double()
     masked = Halo(8, num_heads=2, block_size=2, halo_size=2, mask_border=True).double()
@@ -172,19 +174,19 @@ def test_a_masked_border_leaves_inner_windows_alone():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_groups_of_windows_change_nothing(monkeypatch, masked):
+def test_window_groups_do_not_change_the_output(monkeypatch, masked):
     torch.manual_seed(0)
     mixer = Halo(8, num_heads=2, block_size=2, halo_size=1, mask_border=masked).double()
     x = torch.randn(2, 8, 5, 9, dtype=torch.float64)
     want = mixer(x)
-    # three of the thirty windows at a time
+    # the mixer now computes three of the thirty windows at a time
     monkeypatch.setattr(halo.reference, "CHUNK_BYTES", 3 * 2 * 4 * 16 * 8)
     with torch.no_grad():
         assert_same(mixer(x), want)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_table_rows_out_of_reach_get_no_gradient(stride):
+def test_unused_rows_of_the_tables_get_no_gradient(stride):
     torch.manual_seed(0)
     mixer = Halo(8, num_heads=2, block_size=4, halo_size=1, stride=stride)
     mixer(torch.randn(1, 8, 8, 8)).square().sum().backward()
@@ -194,7 +196,7 @@ def test_table_rows_out_of_reach_get_no_gradient(stride):
         assert used.tolist() == [False] * (6 - 4 // stride) + [True] * (11 - 6 + 4 // stride)
 
 
-def test_dtype_layout_and_copies():
+def test_memory_formats_dtypes_and_deep_copies():
     torch.manual_seed(0)
     mixer = Halo(16, num_heads=4, block_size=4, halo_size=1)
     x = torch.randn(2, 16, 8, 8)
@@ -203,8 +205,8 @@ def test_dtype_layout_and_copies():
         last = mixer(x.contiguous(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, want)
-    twin = copy.deepcopy(mixer).double()
-    torch.testing.assert_close(twin(x.double()).float(), want)
+    copied = copy.deepcopy(mixer).double()
+    torch.testing.assert_close(copied(x.double()).float(), want)
     half = copy.deepcopy(mixer).bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), want, rtol=0.05, atol=0.05)
@@ -222,13 +224,13 @@ def test_dtype_layout_and_copies():
         ({"num_heads": 4, "stride": 3}, "stride=3 must be 1 or 2"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(options, message):
+def test_constructor_errors(options, message):
     with pytest.raises(ValueError, match=message):
         Halo(16, **options)
 
 
-def drawn(model):
-    """Weights under which every branch of every block counts, running statistics included."""
+def random_state(model):
+    """Random weights and running statistics with which every branch of every block has an effect."""
     generator = torch.Generator().manual_seed(0)
     state = model.state_dict()
     for key, value in state.items():
@@ -243,7 +245,7 @@ def drawn(model):
 @pytest.mark.parametrize("name", ["halonet26t", "sehalonet33ts"])
 def test_model_matches_timm(name):
     theirs, ours = (create(n).double().eval() for n in (name, "tessel_" + name))
-    state = drawn(theirs)
+    state = random_state(theirs)
     theirs.load_state_dict(state)
     ours.load_state_dict(from_published("tessel_" + name, state))
     x = torch.randn(1, 3, 256, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -264,13 +266,13 @@ def test_model_matches_timm(name):
     ("name", "millions"),
     [("h0", 5.5), ("h1", 8.1), ("h2", 9.4), ("h3", 11.8), ("h4", 19.1), ("h5", 30.7), ("h6", 43.4), ("h7", 67.4)],
 )
-def test_paper_sizes(name, millions):
+def test_parameter_counts_of_the_paper(name, millions):
     model = create(f"tessel_halonet_{name}", device="meta")
-    # the published 43.4 of h6 is 43.46 cut off
+    # the paper truncates h6 to 43.4; the exact number is 43.46
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-def test_starts_as_shortcuts_and_keeps_its_final_convolution():
+def test_initial_residual_branches_are_zero_and_reset_keeps_the_final_convolution():
     model = create("tessel_halonet_atto")
     last_norms = [value for key, value in model.named_parameters() if key.endswith("expand.norm.weight")]
     assert len(last_norms) == 6 and not any(value.detach().any() for value in last_norms)
@@ -281,7 +283,7 @@ def test_starts_as_shortcuts_and_keeps_its_final_convolution():
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_without_classifier_and_pooling_the_last_stage_is_the_output(reset):
+def test_model_without_classifier_and_pooling_returns_the_last_stage(reset):
     model = create("tessel_halonet_atto", **({} if reset else {"num_classes": 0, "global_pool": ""})).eval()
     if reset:
         model.reset_classifier(0, "")
@@ -302,7 +304,7 @@ def test_without_classifier_and_pooling_the_last_stage_is_the_output(reset):
         ({"act": "swoosh"}, "act='swoosh'"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(options, message):
+def test_invalid_model_options_are_errors(options, message):
     assert "tessel_halonet_atto" in tessel.zoo.list_models()
     with pytest.raises(ValueError, match=message):
         create("tessel_halonet_atto", **options)

@@ -12,7 +12,7 @@ from tessel.blocks import FullAttention, HiLo
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`[N, C]` queries, `[M, C]` keys and values, head by head and query by query."""
+    """Attention of queries `[N, C]` to keys and values `[M, C]`, as a loop over heads and queries."""
     out = torch.zeros_like(q)
     for c in torch.arange(q.shape[1]).chunk(heads):
         for i in range(len(q)):
@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def by_loops(mixer: HiLo, x: Tensor) -> Tensor:
-    """The mixer for one image `[C, H, W]`, every head and window on its own."""
+    """The mixer for one image `[C, H, W]`, as a loop over heads and windows."""
     dim, height, width = x.shape
     s = mixer.window
     rows, cols = -(-height // s), -(-width // s)
@@ -64,7 +64,7 @@ def test_equals_the_loop(height, width, heads, window, alpha, channels_last):
         torch.testing.assert_close(mixer(x), expected, rtol=1e-10, atol=1e-10)
 
 
-# window, alpha, (H, W), then of the published code's output: norm, sum, first and last number
+# window, alpha, (H, W), and the norm, sum, first and last number of the published code's output
 PUBLISHED = [
     (2, 0.5, (6, 8), 28.541345021177, 14.634241193668, -0.450426725049, -0.120440620085),
     (2, 0.5, (5, 7), 23.205416481251, 11.062180683757, -0.167337187266, -0.155897764834),
@@ -108,8 +108,8 @@ def test_window_one_is_full_attention():
     torch.testing.assert_close(mixer(x), full(x), rtol=1e-12, atol=1e-12)
 
 
-def test_the_last_row_sees_padding_as_tokens():
-    """Padded keys of a window carry the projection's bias, so a border window differs from a smaller one."""
+def test_padded_tokens_are_keys_with_a_bias():
+    """A padded key is the bias of the projection, so a padded window differs from a smaller one."""
     mixer = HiLo(4, num_heads=1, window=2, alpha=0.0).double()
     x = torch.randn(1, 4, 1, 2, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rules for every operator: public names and choice of a backend. Runs the Triton tests in separate processes."""
+"""Public names of every operator and the choice of a backend; runs the tests of the Triton kernels in new processes."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ OPERATORS = sorted(p.parent.name for p in (HERE.parent / "kernels").glob("*/func
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_four_public_names(name):
+def test_public_names_of_every_operator(name):
     module = importlib.import_module(f"tessel.kernels.{name}")
     for public in (f"{name}_attention", f"{name}_attention_reference", f"{name}_attention_unsupported"):
         assert getattr(tessel.kernels, public) is getattr(module, public)
@@ -25,7 +25,7 @@ def test_four_public_names(name):
     assert module.CASES
 
 
-def test_choice_of_a_backend():
+def test_choose_backend():
     assert choose_backend("op", "auto", []) == "auto", "auto takes only kernels that were measured on a GPU"
     assert choose_backend("op", "triton", []) == "triton"
     assert choose_backend("op", "reference", ["no GPU"]) == "reference"
@@ -35,7 +35,7 @@ def test_choice_of_a_backend():
         choose_backend("op", "triton", ["no GPU", "float64"])
 
 
-def test_auto_takes_kernels_that_are_enabled(monkeypatch):
+def test_auto_uses_enabled_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", frozenset({"op"}))
     assert choose_backend("op", "auto", []) == "triton"
     assert choose_backend("op", "auto", ["no GPU"]) == "auto"
@@ -48,8 +48,8 @@ def test_default_backend(monkeypatch):
     assert choose_backend("op", "triton", []) == "triton"
 
 
-def in_its_own_process(*command: str, interpret: bool) -> str:
-    """Run Python in a new process, because Triton decides at import whether it interprets."""
+def in_a_new_process(*command: str, interpret: bool) -> str:
+    """Run Python in a new process, because Triton chooses interpreter or compiler at import."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE, env=environment)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
@@ -57,13 +57,13 @@ def in_its_own_process(*command: str, interpret: bool) -> str:
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("interpreted_*.py")))
-def test_in_the_interpreter(file):
+def test_triton_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
-    assert " passed" in in_its_own_process("-m", "pytest", "-q", "-x", file, interpret=True)
+    assert " passed" in in_a_new_process("-m", "pytest", "-q", "-x", file, interpret=True)
 
 
 @pytest.mark.slow
-def test_resources_of_the_compiled_kernels():
+def test_compiled_kernels_stay_within_the_documented_resources():
     pytest.importorskip("triton")
     script = HERE.parent / "benchmarks" / "kernel_resources.py"
-    assert "kernels within docs/kernels.md" in in_its_own_process(str(script), interpret=False)
+    assert "kernels within docs/kernels.md" in in_a_new_process(str(script), interpret=False)

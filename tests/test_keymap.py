@@ -1,4 +1,4 @@
-"""Key mappings: placeholders, offsets, joined tensors, dropped keys."""
+"""Key maps between published and our keys: placeholders, offsets, joined tensors, dropped keys."""
 
 import pytest
 import torch
@@ -37,27 +37,27 @@ def test_offsets_and_joined_tensors_in_both_directions():
     assert all(torch.equal(back[k], v) for k, v in PUBLISHED.items())
 
 
-def test_an_offset_gives_no_negative_number():
+def test_offset_does_not_match_negative_numbers():
     assert Pattern("stages.{s+1}.down.{p}").match("stages.0.down.weight") is None
     assert Pattern("stages.{s+1}.down.{p}").match("stages.4.down.weight") == {"s": "3", "p": "weight"}
 
 
-def test_a_repeated_placeholder_must_have_one_value():
+def test_repeated_placeholder_must_have_one_value():
     pattern = Pattern("layers.{s}.blocks.{s}.{p}")
     assert pattern.match("layers.1.blocks.1.weight") and not pattern.match("layers.1.blocks.2.weight")
 
 
-def test_a_tensor_to_join_is_missing():
+def test_missing_part_of_a_joined_tensor_is_an_error():
     with pytest.raises(MissingKeys, match=r"layers\.1\.kv\.bias"):
         key_map().from_published({k: v for k, v in PUBLISHED.items() if "kv" not in k})
 
 
-def test_a_key_the_model_lacks_is_unknown_by_its_published_name():
+def test_unknown_key_is_an_error_with_its_published_name():
     with pytest.raises(UnknownKeys, match=r"layers\.7\.merge\.weight"):
         key_map().from_published({**PUBLISHED, "layers.7.merge.weight": torch.zeros(1)})
 
 
-def test_buffers_are_all_there_or_all_absent():
+def test_incomplete_buffers_are_an_error():
     buffers = ("head.fc.mean", "head.fc.var")
     with_buffers = key_map(buffers=buffers)
     assert set(with_buffers.from_published(PUBLISHED)) == set(OURS), "gradients have no buffers"

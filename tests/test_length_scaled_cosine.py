@@ -1,4 +1,4 @@
-"""Length-scaled cosine attention and its position bias, against pairs of positions taken one by one."""
+"""Length-scaled cosine attention and its position bias, against a loop over pairs of positions."""
 
 import math
 
@@ -26,7 +26,7 @@ def coordinate(query: int, key: Tensor, trained_size: int) -> Tensor:
 
 
 def bias_by_pairs(position: LogPositionBias, size: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-    """`[heads, H*W, keys]` in float64, the MLP run for each pair of positions."""
+    """The bias `[heads, H*W, keys]` in float64, with the MLP evaluated for each pair of positions."""
     vertical, horizontal = (
         [[coordinate(q, key, position.trained_size) for key in bins(n, k)] for q in range(n)]
         for n, k in zip(size, keys, strict=True)
@@ -44,19 +44,19 @@ def bias_by_pairs(position: LogPositionBias, size: tuple[int, int], keys: tuple[
 
 
 def resized_by_pairs(position: LogPositionBias, nominal, size, keys) -> Tensor:
-    """The bias of the grids `nominal` at the grids `size` and `keys`: resized over the keys, then over the queries."""
+    """The bias of the grids `nominal`, resized over the keys to `keys` and then over the queries to `size`."""
     bias = bias_by_pairs(position, *nominal).unflatten(2, nominal[1])
     bias = F.interpolate(bias, size=keys, mode="bilinear", align_corners=False).flatten(2).mT
     return F.interpolate(bias.unflatten(2, nominal[0]), size=size, mode="bilinear", align_corners=False).flatten(2).mT
 
 
 def dense(position: LogPositionBias, *args) -> Tensor:
-    """The bias as `LogPositionBias` gives it, `[heads, H*W, keys]`."""
+    """The bias of `LogPositionBias`, expanded to `[heads, H*W, keys]`."""
     return expand_bias(*position(*args)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
 
 
-def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Parameters of a size at which each of them matters."""
+def randomize(module: torch.nn.Module) -> torch.nn.Module:
+    """Fill the parameters with random numbers large enough that each has an effect."""
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn_like(p) * 0.5)
@@ -64,7 +64,7 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def by_pairs(mixer: LengthScaledCosine, x: Tensor, bias: Tensor) -> Tensor:
-    """The mixer, query by query, for one image `[C, H, W]`."""
+    """The mixer for one image `[C, H, W]`, as a loop over queries."""
     dim, height, width = x.shape
     tokens = x.flatten(1).T
     q, k, v = (tokens @ mixer.qkv.weight.T + mixer.qkv.bias).split(dim, 1)
@@ -85,10 +85,10 @@ def by_pairs(mixer: LengthScaledCosine, x: Tensor, bias: Tensor) -> Tensor:
     heads=st.sampled_from([1, 2, 3]),
     nominal=st.sampled_from([None, 1, 2, 3]),
 )
-def test_equals_pairs(height, width, heads, nominal):
+def test_equals_the_loop_over_pairs(height, width, heads, nominal):
     torch.manual_seed(0)
     mixer = LengthScaledCosine(4 * heads, num_heads=heads, trained_size=3, nominal_size=nominal).double()
-    randomise(mixer)
+    randomize(mixer)
     x, size = torch.randn(2, 4 * heads, height, width, dtype=torch.float64), (height, width)
     with torch.no_grad():
         if nominal is None:
@@ -101,16 +101,16 @@ def test_equals_pairs(height, width, heads, nominal):
 
 @settings(deadline=None, max_examples=25)
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), data=st.data())
-def test_bias_equals_pairs(size, data):
+def test_bias_equals_the_loop_over_pairs(size, data):
     keys = tuple(data.draw(st.integers(1, n)) for n in size)
-    position = randomise(LogPositionBias(2, trained_size=5, hidden=8).double())
+    position = randomize(LogPositionBias(2, trained_size=5, hidden=8).double())
     with torch.no_grad():
         torch.testing.assert_close(dense(position, size, keys), bias_by_pairs(position, size, keys))
 
 
 @pytest.mark.parametrize("nominal", [((4, 4), (2, 2)), ((6, 3), (3, 1)), ((7, 9), (3, 4)), ((7, 9), (2, 2))], ids=str)
-def test_resized_bias_equals_pairs(nominal):
-    position = randomise(LogPositionBias(2, trained_size=5, hidden=8).double())
+def test_resized_bias_equals_the_loop_over_pairs(nominal):
+    position = randomize(LogPositionBias(2, trained_size=5, hidden=8).double())
     with torch.no_grad():
         expected = resized_by_pairs(position, nominal, (7, 9), (3, 4))
         torch.testing.assert_close(dense(position, (7, 9), (3, 4), nominal), expected)
@@ -124,8 +124,8 @@ def test_each_distance_is_evaluated_once(size, reduction):
     assert rows.unique().tolist() == columns.unique().tolist() == list(range(2 * size - reduction))
 
 
-def test_slices_of_the_hidden_layer_change_nothing(monkeypatch):
-    position = randomise(LogPositionBias(2, trained_size=5, hidden=8).double())
+def test_hidden_layer_in_slices_gives_the_same_bias(monkeypatch):
+    position = randomize(LogPositionBias(2, trained_size=5, hidden=8).double())
     whole = position((7, 9), (3, 4))[0]
     monkeypatch.setattr("tessel.blocks.length_scaled_cosine._SLICE", 200)
     torch.testing.assert_close(position((7, 9), (3, 4))[0], whole)
@@ -134,12 +134,12 @@ def test_slices_of_the_hidden_layer_change_nothing(monkeypatch):
 def test_gradcheck():
     mixer = LengthScaledCosine(4, num_heads=2, trained_size=3).double()
     mixer.position = LogPositionBias(2, trained_size=3, hidden=4).double()
-    randomise(mixer)
+    randomize(mixer)
     x = torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
 
 
-def test_unit_is_the_plain_normalisation():
+def test_l2_normalize_equals_torch_normalize():
     x = torch.randn(3, 5, 4, dtype=torch.float64)
     x[1] = 0
     x[2] *= 1e-13
@@ -151,24 +151,24 @@ def test_unit_is_the_plain_normalisation():
     assert l2_normalize(x.detach().bfloat16(), dim=1).dtype == torch.float32
 
 
-def test_kept_tables_serve_every_mode():
-    made = []
+def test_cached_tensors_work_in_every_mode():
+    computed = []
 
     @cache_tensors
     def table(n: int) -> tuple[Tensor, ...]:
-        made.append(n)
+        computed.append(n)
         return (torch.ones(n),)
 
     with torch.inference_mode():
         (first,) = table(3)
-    assert not first.is_inference() and table(3)[0] is first and made == [3]
+    assert not first.is_inference() and table(3)[0] is first and computed == [3]
     with torch._subclasses.FakeTensorMode():
         assert type(table(3)[0]) is not Tensor
         table(4)
     assert type(table(4)[0]) is Tensor
 
 
-def test_a_model_traced_under_a_fake_mode_still_runs():
+def test_mixer_still_runs_after_a_fake_tensor_mode():
     mixer = LengthScaledCosine(4, num_heads=2, trained_size=3)
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():

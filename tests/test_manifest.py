@@ -26,7 +26,7 @@ def message(caught: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 @pytest.mark.parametrize("weight", load_manifest().values(), ids=lambda weight: weight.name)
-def test_row(weight):
+def test_rows_of_the_manifest_are_valid(weight):
     assert f"{weight.model}.{weight.tag}" == weight.name
     assert "in1k" in weight.tag or "in22k" in weight.tag
     assert weight.url.startswith("https://") if weight.url else weight.why_no_url
@@ -49,7 +49,7 @@ def test_released_biformers_are_listed():
         assert (weight.published_top1, weight.state_key, weight.crop_pct) == (top1, "model", 0.875)
 
 
-def test_options_of_a_row_reach_the_model():
+def test_model_options_of_a_row_reach_the_model():
     for tag, alpha in {"alpha00_in1k": 0.0, "alpha05_in1k": 0.5, "in1k": 0.9}.items():
         mixer = timm.create_model(f"litv2_small.{tag}").stages[2].blocks[0].mixer.fn
         assert mixer.low_heads == int(12 * alpha)
@@ -127,7 +127,7 @@ def test_manifest_errors_name_row_and_field(tmp_path, changes, words):
 
 
 @pytest.mark.parametrize("text", ["[a", "version = 1"])
-def test_manifest_that_is_no_table_of_rows(tmp_path, text):
+def test_manifest_without_rows_is_an_error(tmp_path, text):
     path = tmp_path / "m.toml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -156,7 +156,7 @@ def test_fetch_weight_without_url_says_why():
 
 
 def run(capsys, *argv: str, fails: bool = False) -> str:
-    """What the command prints to stdout; if it fails, the single line that it prints to stderr."""
+    """Run the command. Returns its output, or with `fails` its error, which must be a single line on stderr."""
     status = cli.main(argv)
     printed = capsys.readouterr()
     assert status == (1 if fails else 0)
@@ -169,7 +169,7 @@ def run(capsys, *argv: str, fails: bool = False) -> str:
     return printed.err
 
 
-def test_list(capsys):
+def test_list_command(capsys):
     lines = run(capsys, "list").splitlines()
     assert [line.split()[0] for line in lines] == ["name", *load_manifest()]
     lines = run(capsys, "list", "biformer_s*").splitlines()
@@ -179,7 +179,7 @@ def test_list(capsys):
     assert "'nothing*'" in run(capsys, "list", "nothing*", fails=True)
 
 
-def test_list_with_measured_values(own_manifest, capsys):
+def test_list_command_shows_size_and_accuracy(own_manifest, capsys):
     assert run(capsys, "list").splitlines()[1].split() == ["some_tiny.in1k", "0.0", "MB", "MIT", "81.50", "-", "yes"]
 
 
@@ -232,10 +232,10 @@ def zoo(monkeypatch):
     monkeypatch.setitem(sys.modules, "tessel.zoo", stub)
 
 
-def test_convert_both_ways(zoo, tmp_path, capsys):
+def test_convert_command_in_both_directions(zoo, tmp_path, capsys):
     start, ours, back = tmp_path / "in.pth", tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
     torch.save({"state_dict": {"A": torch.zeros(2)}, "state_dict_ema": {"A": torch.ones(2)}}, start)
-    # the manifest knows that the published number of cswin_tiny.in1k belongs to the EMA weights
+    # the manifest's state_key of cswin_tiny.in1k is that of the EMA weights
     printed = run(capsys, "convert", str(start), str(ours), "--model", "cswin_tiny.in1k")
     assert "1 tensors of cswin_tiny with tessel keys" in printed
     assert {key: tensor.tolist() for key, tensor in read_state(ours).items()} == {"a": [1, 1]}
@@ -246,7 +246,7 @@ def test_convert_both_ways(zoo, tmp_path, capsys):
     assert {key: tensor.tolist() for key, tensor in read_state(again).items()} == {"a": [0, 0]}
 
 
-def test_convert_errors(zoo, tmp_path, capsys):
+def test_convert_command_errors(zoo, tmp_path, capsys):
     start, end = tmp_path / "in.pth", tmp_path / "out.safetensors"
     torch.save({"A": torch.ones(2)}, start)
     convert = ["convert", str(start), str(end), "--model"]
@@ -267,7 +267,7 @@ def test_help_names_every_command(capsys):
         assert command in printed
 
 
-def test_import_brings_no_model():
+def test_importing_checkpoints_loads_no_models():
     code = "import sys, tessel.checkpoints; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"timm", "tessel.zoo", "tessel.blocks", "tessel.train"} & set(done.stdout.split())

@@ -64,22 +64,22 @@ def from_manifest(monkeypatch, server, folder, tmp_path):
     return build
 
 
-def left_behind(tmp_path: Path) -> list[Path]:
+def cached_files(tmp_path: Path) -> list[Path]:
     """The files in the cache, without the empty lock files."""
     return [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_download_hash_conversion_strict_load(from_manifest, folder, published, tmp_path):
+def test_pretrained_downloads_verifies_converts_and_loads(from_manifest, folder, published, tmp_path):
     digest = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
     model = from_manifest(sha256=digest)
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
     ours = tessel.zoo.from_published(NAME, published)
     assert state.keys() == ours.keys() and all(torch.equal(state[k], ours[k]) for k in ours)
-    assert len(left_behind(tmp_path)) == 1, "the cached file"
+    assert len(cached_files(tmp_path)) == 1, "the cached file"
     assert not model.pretrained_cfg.get("state_dict"), "the weights must not stay in the configuration"
 
 
-def test_adapts_channels_classes_and_features(from_manifest, published):
+def test_pretrained_adapts_to_in_chans_num_classes_and_features_only(from_manifest, published):
     gray = from_manifest(in_chans=1)
     stem = published["downsample_layers.0.0.weight"]
     torch.testing.assert_close(gray.stem[0].conv.weight, stem.sum(1, keepdim=True))
@@ -110,17 +110,19 @@ def test_hub_export_round_trip(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-def test_model_without_weights_says_so():
+def test_model_without_weights_is_an_error():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for biformer_atto.*pretrained=False"):
         timm.create_model("biformer_atto", pretrained=True)
 
 
-def test_row_without_url_says_why():
+def test_weights_without_url_are_an_error_with_the_reason():
     with pytest.raises(RuntimeError, match=r"biformer_small\.in1k.*no longer answers.*file="):
         timm.create_model("biformer_small", pretrained=True)
 
 
-class Payload:
+class RunsCode:
+    """Creates the file `marker` when it is unpickled."""
+
     def __init__(self, marker: Path):
         self.marker = marker
 
@@ -128,7 +130,9 @@ class Payload:
         return (Path.touch, (self.marker,))
 
 
-def broken_files(folder: Path, published: dict, marker: Path) -> dict[str, Path]:
+def write_broken_files(folder: Path, published: dict, marker: Path) -> dict[str, Path]:
+    """Write checkpoints that must be refused; the one named `code` creates the file `marker` if its code runs."""
+
     def save(name: str, content) -> Path:
         torch.save(content, folder / name)
         return folder / name
@@ -136,7 +140,7 @@ def broken_files(folder: Path, published: dict, marker: Path) -> dict[str, Path]
     truncated = folder / "truncated.pth"
     truncated.write_bytes((folder / "model.pth").read_bytes()[:-1000])
     code = folder / "code.pth"
-    code.write_bytes(pickle.dumps({"model": {"weight": Payload(marker)}}))
+    code.write_bytes(pickle.dumps({"model": {"weight": RunsCode(marker)}}))
     first, *rest = published
     ten = {k: v[:10] if k.startswith("head.") else v for k, v in published.items()}
     return {
@@ -160,25 +164,25 @@ def broken_files(folder: Path, published: dict, marker: Path) -> dict[str, Path]
         ("variant", r"norm\.weight.*\(3,\).*\(512,\)"),
     ],
 )
-def test_refuses(kind, message, from_manifest, folder, published, tmp_path):
+def test_unusable_file_is_refused_and_deleted(kind, message, from_manifest, folder, published, tmp_path):
     marker = tmp_path / "ran"
-    file = broken_files(folder, published, marker)[kind]
-    with pytest.raises(ValueError, match=message) as refusal:
+    file = write_broken_files(folder, published, marker)[kind]
+    with pytest.raises(ValueError, match=message) as caught:
         from_manifest(file.name)
-    assert "\n" not in str(refusal.value), "one clear message"
+    assert "\n" not in str(caught.value), "one clear message"
     assert not marker.exists(), "nothing in the file may run"
-    assert left_behind(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
-def test_refuses_a_wrong_hash(from_manifest, tmp_path):
+def test_file_with_wrong_hash_is_refused_and_deleted(from_manifest, tmp_path):
     with pytest.raises(ValueError, match="sha256"):
         from_manifest(sha256="0" * 64)
-    assert left_behind(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_an_older_download_is_not_deleted(from_manifest, folder, published, tmp_path):
     from_manifest()
-    (cached,) = left_behind(tmp_path)
+    (cached,) = cached_files(tmp_path)
     with pytest.raises(ValueError, match="sha256"):
         from_manifest(sha256="0" * 64)
-    assert left_behind(tmp_path) == [cached]
+    assert cached_files(tmp_path) == [cached]

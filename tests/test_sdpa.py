@@ -8,29 +8,29 @@ from tessel.kernels import sdpa
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """Set the limit to five batch entries; record the batch size of every launch."""
+def batch_sizes(monkeypatch):
+    """Set the limit to five batch entries. The list of the batch sizes of all launches."""
     batches = []
     launch = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(q, *args, **kwargs):
+    def recorded(q, *args, **kwargs):
         batches.append(q.shape[0])
         return launch(q, *args, **kwargs)
 
-    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", recorded)
     monkeypatch.setattr(sdpa, "MAX_BATCH", 5)
     return batches
 
 
 @pytest.mark.parametrize("biased", ["no bias", "one bias per entry", "one bias for all"])
-def test_split_batch_gives_the_same_result(biased, launched):
+def test_split_batch_gives_the_same_result(biased, batch_sizes):
     q, k, v = (torch.randn(12, 2, n, 8, dtype=torch.float64) for n in (3, 4, 4))
     entries = {"no bias": 0, "one bias per entry": 12, "one bias for all": 1}[biased]
     bias = torch.randn(entries, 2, 3, 4, dtype=torch.float64) if entries else None
     logits = 0.3 * q @ k.mT if bias is None else 0.3 * q @ k.mT + bias
     y = sdpa.fused_attention(q, k, v, bias, scale=0.3)
     torch.testing.assert_close(y, logits.softmax(-1) @ v, rtol=1e-12, atol=1e-12)
-    assert launched == [5, 5, 2]
+    assert batch_sizes == [5, 5, 2]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,6 @@ def test_split_batch_gives_the_same_result(biased, launched):
     ],
     ids=lambda mixer: type(mixer).__name__,
 )
-def test_every_mixer_splits_its_batch(mixer, launched):
+def test_every_mixer_splits_its_batch(mixer, batch_sizes):
     mixer(torch.randn(7, 16, 8, 8))
-    assert max(launched) == 5
+    assert max(batch_sizes) == 5

@@ -1,4 +1,4 @@
-"""ImageNet's further evaluation sets, in miniature: a model that reads the class off the image, and painted folders."""
+"""ImageNet's variant evaluation sets in miniature: painted images and a model that reads the class from their color."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ SYNSETS = timm.data.ImageNetInfo().label_names()
 CLASSES = SYNSETS[:12]
 
 
-class Reader(nn.Module):
-    """Logits from an image's colour: most for class red / 10, then for class green / 10, then for class 0, 1, ..."""
+class ColorReader(nn.Module):
+    """Logits from an image's color: highest for class red / 10, then class green / 10, then classes 0, 1, ..."""
 
     pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
 
@@ -42,26 +42,26 @@ def paint(path: Path, first: int, second: int = 0) -> None:
 @pytest.fixture
 def evaluator(tmp_path):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "x.yaml", data={"root": "x", "size": 16, "eval_batch": 4}))
-    return VariantEvaluator(recipe, Reader().eval(), CLASSES, World())
+    return VariantEvaluator(recipe, ColorReader().eval(), CLASSES, World())
 
 
-def test_all_classes(evaluator, tmp_path):
+def test_top1_and_top5_over_all_classes(evaluator, tmp_path):
     for number, name in enumerate(CLASSES):
         paint(tmp_path / "val" / name / "right.png", number, 11 - number)
         paint(tmp_path / "val" / name / "second.png", (number + 1) % 12, number)
         paint(tmp_path / "val" / name / "wrong.png", (number + 1) % 12, (number + 2) % 12)
     metrics = evaluator.evaluate("val", tmp_path / "val")
     assert metrics["top1"] == pytest.approx(100 / 3) and metrics["count"] == 36 and metrics["classes"] == 12
-    # the last of three is among the first five where its class is one that comes first anyway: 0, 1, 2
+    # wrong.png is in the top 5 only where its class is 0, 1 or 2, since these have the next logits
     assert metrics["top5"] == pytest.approx(100 * (24 + 3) / 36)
 
 
 def test_a_subset_masks_the_other_classes(evaluator, tmp_path):
-    few = [CLASSES[2], CLASSES[5], CLASSES[9]]
-    paint(tmp_path / "a" / few[0] / "0.png", 7, 2)  # 7 is no class of the set: of the three, 2 comes first
-    paint(tmp_path / "a" / few[1] / "0.png", 5)
-    paint(tmp_path / "a" / few[2] / "0.png", 2, 9)
-    paint(tmp_path / "a" / few[2] / "1.png", 7, 8)  # neither: 2 comes first, wrong
+    subset = [CLASSES[2], CLASSES[5], CLASSES[9]]
+    paint(tmp_path / "a" / subset[0] / "0.png", 7, 2)  # class 7 is masked; the highest of the three is class 2
+    paint(tmp_path / "a" / subset[1] / "0.png", 5)
+    paint(tmp_path / "a" / subset[2] / "0.png", 2, 9)
+    paint(tmp_path / "a" / subset[2] / "1.png", 7, 8)  # 7 and 8 are masked; the prediction is class 2, which is wrong
     metrics = evaluator.evaluate("a", tmp_path / "a")
     assert (metrics["top1"], metrics["count"], metrics["classes"]) == (50.0, 4, 3) and metrics["top5"] == 100
 
@@ -75,7 +75,7 @@ def test_folders_named_by_class_number(evaluator, tmp_path):
         evaluator.evaluate("v2", tmp_path / "v2")
 
 
-def test_an_unknown_class_is_named(evaluator, tmp_path):
+def test_unknown_class_and_missing_folder_are_errors(evaluator, tmp_path):
     paint(tmp_path / "r" / SYNSETS[500] / "0.png", 1)
     with pytest.raises(UserError, match=SYNSETS[500]):
         evaluator.evaluate("r", tmp_path / "r")
@@ -84,7 +84,7 @@ def test_an_unknown_class_is_named(evaluator, tmp_path):
 
 
 def test_corruption_error_is_relative_to_alexnet(evaluator, tmp_path):
-    """Of the two images of each severity one is right, in fog both, and in snow none from severity 3 on."""
+    """Of the two images of each severity one is classified correctly; in fog both, in snow from severity 3 on none."""
     for corruption in ALEXNET_ERROR:
         for severity in range(1, 6):
             folder = tmp_path / "c" / "group" / corruption / str(severity)
@@ -106,15 +106,15 @@ def test_partial_corruptions_have_no_mce(evaluator, tmp_path):
         evaluator.evaluate("c", tmp_path / "c" / "fog" / "1")
 
 
-def test_reassessed_labels(evaluator, tmp_path):
-    """Any of an image's labels is right; an image without one does not count."""
+def test_real_labels_of_imagenet(evaluator, tmp_path):
+    """Each of an image's labels counts as correct; images without labels are not counted."""
     labels = RealLabelsImagenet(range(50_000)).real_labels
     single = [file for file, found in labels.items() if len(found) == 1 and found[0] < 12][:2]
     several = next(file for file, found in labels.items() if len(found) > 1 and max(found) < 12)
     none = next(file for file, found in labels.items() if not found)
     a, b = (labels[file][0] for file in single)
-    for file, shown in ((single[0], a), (single[1], (b + 1) % 12), (several, labels[several][-1]), (none, 0)):
-        paint((tmp_path / "val" / CLASSES[7] / file).with_suffix(".png"), shown, shown)
+    for file, predicted in ((single[0], a), (single[1], (b + 1) % 12), (several, labels[several][-1]), (none, 0)):
+        paint((tmp_path / "val" / CLASSES[7] / file).with_suffix(".png"), predicted, predicted)
     metrics = evaluator.evaluate("real", tmp_path / "val")
     assert metrics["count"] == 3 and metrics["top1"] == pytest.approx(200 / 3)
     paint(tmp_path / "val" / CLASSES[7] / "other.png", 1)
@@ -123,12 +123,12 @@ def test_reassessed_labels(evaluator, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["sketc=x", "v2", "v2=", "=x"])
-def test_sets_are_named_with_their_folder(text):
+def test_sets_must_be_given_as_name_and_folder(text):
     with pytest.raises(UserError, match="NAME=FOLDER with NAME one of val, real, v2, a, r, sketch, c"):
         sets.parse_sets([text])
 
 
-def test_command_line_keeps_what_it_found(tmp_path, capsys):
+def test_command_line_keeps_earlier_results(tmp_path, capsys):
     images = trainer.draw_folder(tmp_path / "images", train=4, val=2)
     for split in ("train", "val"):
         for number in range(3):
@@ -152,7 +152,7 @@ def test_command_line_keeps_what_it_found(tmp_path, capsys):
     assert json.loads((run / "sets.json").read_text()) == found
 
 
-def test_a_published_model_by_its_name(tmp_path, capsys):
+def test_evaluation_of_a_model_by_name(tmp_path, capsys):
     torch.manual_seed(0)
     model = timm.create_model("biformer_atto").eval()
     torch.save(model.state_dict(), tmp_path / "published.pth")
@@ -161,19 +161,19 @@ def test_a_published_model_by_its_name(tmp_path, capsys):
         (images / "val" / f"class_{number}").rename(images / "val" / SYNSETS[number])
     options = ["--data", f"root={images}", "size=64", "--weights", str(tmp_path / "published.pth")]
     assert evaluate.main(["biformer_atto", *options]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     transform = timm.data.create_transform(**{**timm.data.resolve_model_data_config(model), "input_size": (3, 64, 64)})
     hits = [
         int(model(transform(Image.open(file).convert("RGB"))[None])[0, :3].argmax()) == number
         for number in range(3)
         for file in sorted((images / "val" / SYNSETS[number]).iterdir())
     ]
-    assert f"val: top1 {100 * np.mean(hits):.2f}" in said and "18 images of 3 classes" in said
+    assert f"val: top1 {100 * np.mean(hits):.2f}" in printed and "18 images of 3 classes" in printed
     assert evaluate.main(["biformer_atto", *options, "--sets", f"v2={images}/val"]) == 0
     assert "v2: top1" in capsys.readouterr().out
     (images / "val").rename(images / "held")
     assert evaluate.main(["biformer_atto", *options, "data.val_split=held"]) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_published_model_by_its_name(tmp_path, capsys):
         (["biformer_small", "--data", "sise=64"], "did you mean data.size"),
     ],
 )
-def test_a_model_that_cannot_be_evaluated(arguments, message, capsys):
+def test_models_that_cannot_be_evaluated_are_errors(arguments, message, capsys):
     assert evaluate.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_a_number_of_pictures_is_one(capsys):
+def test_negative_number_of_overlays_is_an_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["biformer_atto", "--overlays", "-2"])
     assert "-2 is no number of pictures" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Strip self-attention against dense attention written out, and S2AFormer's sizes."""
+"""Strip self-attention against plain dense attention; parameter counts and published keys of S2AFormer."""
 
 import pytest
 import timm
@@ -13,16 +13,16 @@ from tessel.blocks import Strip
 
 
 def by_heads(mixer: Strip, x: Tensor) -> Tensor:
-    """One dense attention a head, with the strips as they are."""
+    """The mixer, with plain dense attention head by head; the reduction of the keys is the mixer's own."""
     s, (height, width) = mixer.reduction, x.shape[2:]
     reduced = mixer.reduce(F.pad(x, (0, -width % s, 0, -height % s)))
-    tokens, few = x.flatten(2).mT, reduced.flatten(2).mT
-    q, k, v = mixer.q(tokens), mixer.k(few), mixer.v(few)
-    d, wide, parts = mixer.qk_dim, v.shape[-1] // mixer.num_heads, []
+    tokens, reduced_tokens = x.flatten(2).mT, reduced.flatten(2).mT
+    q, k, v = mixer.q(tokens), mixer.k(reduced_tokens), mixer.v(reduced_tokens)
+    d, v_dim, parts = mixer.qk_dim, v.shape[-1] // mixer.num_heads, []
     for head in range(mixer.num_heads):
         q_h, k_h = (t[..., head * d : (head + 1) * d] for t in (q, k))
         weights = (q_h @ k_h.mT / d**0.5).softmax(-1)
-        parts.append(weights @ v[..., head * wide : (head + 1) * wide])
+        parts.append(weights @ v[..., head * v_dim : (head + 1) * v_dim])
     return mixer.proj(torch.cat(parts, -1)).mT.unflatten(2, (height, width))
 
 
@@ -72,12 +72,12 @@ def test_constructor_errors(arguments, message):
         ("s2aformer_medium", 25_173_512),
     ],
 )
-def test_sizes(name, parameters):
+def test_parameter_counts(name, parameters):
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_key_map_is_total_both_ways():
+def test_every_key_is_converted_in_both_directions():
     state = {k: v for k, v in timm.create_model("s2aformer_atto").state_dict().items() if v.is_floating_point()}
     published = tessel.zoo.to_published("s2aformer_atto", state)
     assert published["stages.0.blocks.0.attn.q.weight"].shape == (1, 16, 1, 1)

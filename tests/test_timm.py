@@ -1,4 +1,4 @@
-"""timm's own model tests, from its source distribution, run on all models of this package."""
+"""Run timm's own model tests, taken from its source distribution, on all models of this package."""
 
 import os
 import re
@@ -18,15 +18,15 @@ from timm_yardstick import CORE_TESTS
 import tessel.zoo
 
 
-def structures(variants: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of variants with different configurations; a fine-tuned model may have that of the model it comes from."""
+def distinct_variants(variants: Mapping[str, Any]) -> tuple[str, ...]:
+    """The first name of every configuration. A fine-tuned variant may have the configuration of its base model."""
     first = {}
     for name, row in variants.items():
         first.setdefault(row, name)
     return tuple(first.values())
 
 
-FAMILIES = [structures(family.variants) for family in tessel.zoo.list_families()]
+FAMILIES = [distinct_variants(family.variants) for family in tessel.zoo.list_families()]
 LARGE = (
     *("cswin_large", "cswin_large_384", "tessel_davit_large"),
     *("tessel_halonet_h6", "tessel_halonet_h7", "transnext_base"),
@@ -36,7 +36,7 @@ ATTO = tuple(name for names in FAMILIES for name in names if name.endswith("_att
 
 @pytest.fixture(scope="session")
 def model_tests() -> Path:
-    """`tests/test_models.py` of the installed timm; skips the test if the source distribution cannot be downloaded."""
+    """`tests/test_models.py` of the installed timm. Skips the test if its source distribution cannot be downloaded."""
     home = Path(tempfile.gettempdir()) / f"timm-{timm.__version__}-tests"
     file = home / f"timm-{timm.__version__}" / "tests" / "test_models.py"
     if not file.exists():
@@ -48,13 +48,13 @@ def model_tests() -> Path:
             (archive,) = Path(folder).glob("*.tar.gz")
             with tarfile.open(archive) as tar:
                 tar.extractall(Path(folder) / "source", filter="data")
-            with suppress(OSError):  # another process of the suite was faster
+            with suppress(OSError):  # another pytest process has created the folder first
                 (Path(folder) / "source").rename(home)
     return file
 
 
-def passed(models: tuple[str, ...], file: Path) -> int:
-    """Number of timm's core tests that pass for `models`; fails with their output if one fails."""
+def count_passed(models: tuple[str, ...], file: Path) -> int:
+    """Run timm's core tests on `models`, assert that none fails, and return the number of tests that passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "timm_yardstick", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--rootdir", str(file.parent), "-c", os.devnull, str(file)]
     here = Path(__file__).parent
@@ -65,7 +65,7 @@ def passed(models: tuple[str, ...], file: Path) -> int:
 
 
 def test_small_models_pass_timms_tests(model_tests):
-    assert passed(ATTO, model_tests) == len(CORE_TESTS) * len(ATTO)
+    assert count_passed(ATTO, model_tests) == len(CORE_TESTS) * len(ATTO)
 
 
 @pytest.mark.slow
@@ -73,11 +73,11 @@ def test_small_models_pass_timms_tests(model_tests):
 def test_models_pass_timms_tests(models, model_tests):
     assert not set(LARGE) - {name for names in FAMILIES for name in names}
     others = tuple(name for name in models[1:] if name not in LARGE)
-    assert passed(others, model_tests) >= len(CORE_TESTS) * len(others)
+    assert count_passed(others, model_tests) >= len(CORE_TESTS) * len(others)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("model", LARGE)
 def test_large_models_pass_timms_tests(model, model_tests):
-    """Run by hand: these differ from other models of their families only in width, depth and image size."""
-    assert passed((model,), model_tests) >= len(CORE_TESTS)
+    """Run these by hand: the models differ from others of their families only in width, depth and image size."""
+    assert count_passed((model,), model_tests) >= len(CORE_TESTS)

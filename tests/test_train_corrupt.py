@@ -96,8 +96,8 @@ def test_batch_without_readable_substitutes_is_an_error():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = trainer.draw_folder(tmp_path_factory.mktemp("corrupt") / "images")
-    for bad_file in CORRUPT_FILES:
-        path = root / "train" / bad_file
+    for corrupt in CORRUPT_FILES:
+        path = root / "train" / corrupt
         path.write_bytes(path.read_bytes()[:60])
     return root
 
@@ -129,7 +129,7 @@ def test_corrupt_samples_are_logged_once(straight, images):
     """Two epochs give one entry per file in the run directory and in the checkpoints."""
     found = corrupt_log(straight)
     paths = [path.decode() for path in ImageFolder(images / "train").paths]
-    assert {paths[entry["index"]] for entry in found} == {str(images / "train" / bad_file) for bad_file in CORRUPT_FILES}
+    assert {paths[entry["index"]] for entry in found} == {str(images / "train" / corrupt) for corrupt in CORRUPT_FILES}
     for entry in found:
         assert f"image {paths[entry['index']]} cannot be decoded" in entry["reason"]
     manifest = json.loads((straight / "checkpoints/step-00000009/manifest.json").read_text())
@@ -158,7 +158,7 @@ def test_two_processes_share_the_limit_of_corrupt_samples(recipe, straight):
         for key in left.keys() & {"loss", "grad_norm", "top1"}:
             assert right[key] == pytest.approx(left[key], abs=1e-5, rel=1e-5), key
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1 and all(bad_file in messages[0] for bad_file in CORRUPT_FILES), done.stderr
+    assert len(messages) == 1 and all(corrupt in messages[0] for corrupt in CORRUPT_FILES), done.stderr
 
 
 def test_too_many_corrupt_samples_stop_the_run_and_a_larger_limit_resumes_it(recipe, straight, capsys):
@@ -181,15 +181,15 @@ def test_new_start_forgets_repaired_files(recipe, images, tmp_path, capsys):
     assert train() == 1
     assert "cannot be decoded" in capsys.readouterr().err
     assert len(corrupt_log(recipe.parent / "runs/tiny")) == 1
-    for bad_file in CORRUPT_FILES:
-        shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / bad_file)
+    for corrupt in CORRUPT_FILES:
+        shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / corrupt)
     assert train() == 0 and corrupt_log(recipe.parent / "runs/tiny") == []
 
 
 def test_corrupt_validation_image_is_an_error(recipe, images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
-    bad_file = tmp_path / "images/val/class_1/2.png"
-    bad_file.write_bytes(b"")
+    corrupt = tmp_path / "images/val/class_1/2.png"
+    corrupt.write_bytes(b"")
     assert trainer.train(recipe, f"data.root={tmp_path}/images", "guard.max_corrupt=9") == 1
     error = capsys.readouterr().err
-    assert str(bad_file) in error and "cannot be decoded" in error
+    assert str(corrupt) in error and "cannot be decoded" in error

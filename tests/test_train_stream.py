@@ -69,25 +69,25 @@ def stream(root, *overrides, workers=0, start=0):
 @pytest.mark.parametrize("start", [0, 2, 5])
 def test_batches_and_random_numbers_are_equal_from_any_start(root, workers, start):
     """Without and with loader workers; from the beginning, within the first epoch and within the second."""
-    all_batches = stream(root)
-    assert len(all_batches) == 2 * STEPS
+    whole = stream(root)
+    assert len(whole) == 2 * STEPS
     rest = stream(root, workers=workers, start=start)
     assert len(rest) == 2 * (STEPS - start)
-    for left, right in zip(all_batches[2 * start :], rest, strict=True):
+    for left, right in zip(whole[2 * start :], rest, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
 def test_no_two_samples_get_the_same_random_numbers(root):
     """This holds for two copies of an image in a batch and for an image in two epochs, with all three generators."""
-    all_batches = stream(root)
-    sample_numbers = torch.cat([batch[1] for batch in all_batches])
+    whole = stream(root)
+    sample_numbers = torch.cat([batch[1] for batch in whole])
     assert len(sample_numbers) == 8 * STEPS
     assert all(len(column.unique()) == len(sample_numbers) for column in sample_numbers.T)
-    index = torch.cat([batch[4] for batch in all_batches])
+    index = torch.cat([batch[4] for batch in whole])
     assert len(index.unique()) < len(index) / 2  # repeated augmentation, and a second epoch
-    images = torch.cat([batch[0] for batch in all_batches]).flatten(1)
+    images = torch.cat([batch[0] for batch in whole]).flatten(1)
     assert len(images.unique(dim=0)) == len(images)
-    assert not any(torch.equal(one[1], other[1]) for one, other in zip(all_batches, stream(root, "run.seed=1"), strict=True))
+    assert not any(torch.equal(one[1], other[1]) for one, other in zip(whole, stream(root, "run.seed=1"), strict=True))
 
 
 def test_order_does_not_depend_on_the_number_of_processes():
@@ -98,15 +98,15 @@ def test_order_does_not_depend_on_the_number_of_processes():
         flat = [key for keys in order for key in keys]
         return [flat[at : at + 3 * accumulate] for at in range(0, len(flat), 3 * accumulate)]
 
-    all_batches = [key for step in stream(0, 1) for key in step]
-    assert [key[0] for key in all_batches] == sorted(key[0] for key in all_batches)
+    whole = [key for step in stream(0, 1) for key in step]
+    assert [key[0] for key in whole] == sorted(key[0] for key in whole)
     for epoch in range(7):
-        assert sorted(index for number, index in all_batches if number == epoch) == list(range(17))
-    assert all_batches[:17] != [(0, index) for index in range(17)] and all_batches[:17] != [(0, i) for _, i in all_batches[17:34]]
+        assert sorted(index for number, index in whole if number == epoch) == list(range(17))
+    assert whole[:17] != [(0, index) for index in range(17)] and whole[:17] != [(0, i) for _, i in whole[17:34]]
     for world_size in (2, 4):
         ranks = [stream(rank, world_size) for rank in range(world_size)]
-        assert [key for step in zip(*ranks, strict=True) for part in step for key in part] == all_batches
-    assert [key for step in stream(0, 1, start=48) for key in step] == all_batches[48:]
+        assert [key for step in zip(*ranks, strict=True) for part in step for key in part] == whole
+    assert [key for step in stream(0, 1, start=48) for key in step] == whole[48:]
 
 
 def test_samples_depend_only_on_their_key(tmp_path, root):

@@ -1,4 +1,4 @@
-"""What a model takes from another, and the recipe keys that published recipes need: each does what its line says."""
+"""Transfer between models (initial weights, probes, distillation), and other recipe keys of published recipes."""
 
 from contextlib import nullcontext
 
@@ -25,7 +25,7 @@ from tessel.train.tasks.export import export_classifier
 from tessel.train.trainer import build
 
 MODEL = "biformer_atto"  # it has batch norm and drop path, which a frozen model must not use
-FIXED = {  # models of one input size, with the names of their classifiers
+FIXED = {  # models with a fixed input size, and the names of their classifiers
     "vit_tiny_patch16_224": ("{depth: 1, embed_dim: 24}", {"head"}),
     "deit_tiny_distilled_patch16_224": ("{depth: 1, embed_dim: 24}", {"head", "head_dist"}),
     "swin_tiny_patch4_window7_224": (
@@ -58,7 +58,7 @@ def write(path, images):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, images):
-    """A run of three steps, for others to begin with."""
+    """A finished run of three steps, whose export initializes other models."""
     path = write(tmp_path_factory.mktemp("base") / "base.yaml", images)
     assert trainer.train(path, "run.name=base") == 0
     return path.parent / "runs/base"
@@ -73,7 +73,7 @@ def built(recipe, *overrides):
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
-def test_probe_trains_its_classifier_alone(recipe, base, kind):
+def test_probe_trains_only_its_classifier(recipe, base, kind):
     run = recipe.parent / "runs/tiny"
     source = f"model.init_from=local-dir:{base}/export"
     assert trainer.train(recipe, f"task.probe={kind}", source, "model.kwargs={drop_path_rate: 0.5}") == 0
@@ -81,7 +81,7 @@ def test_probe_trains_its_classifier_alone(recipe, base, kind):
     frozen = (model if kind == "linear" else model.backbone).state_dict()
     classifier = {"head.fc.weight", "head.fc.bias"}
     assert frozen.keys() >= before.keys() - classifier
-    for key in before.keys() - classifier:  # running statistics and their counters too
+    for key in before.keys() - classifier:  # includes the running statistics and their counters
         assert torch.equal(frozen[key], before[key]), key
     start = built(recipe, f"task.probe={kind}", source)[2].model.state_dict()
     trained = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, start[key])}
@@ -96,8 +96,8 @@ def test_probe_trains_its_classifier_alone(recipe, base, kind):
 
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
-def test_models_of_one_size_are_probed(recipe, name, kind):
-    """Tokens, channels last, two classifiers: frozen, trained, exported and read back."""
+def test_models_of_a_fixed_input_size_can_be_probed(recipe, name, kind):
+    """These models return tokens or channels-last maps, and one has two classifiers."""
     kwargs, heads = FIXED[name]
     overrides = [f"model.name={name}", f"model.kwargs={kwargs}", f"task.probe={kind}"]
     assert trainer.train(recipe, *overrides) == 0
@@ -112,7 +112,7 @@ def test_models_of_one_size_are_probed(recipe, name, kind):
 @pytest.mark.parametrize(
     "key", ["task.probe=linear", "task.probe=attentive", "task.distill.teacher=local-dir:{}/export"]
 )
-def test_interrupted_transfer_goes_on_exactly(recipe, base, monkeypatch, capsys, key):
+def test_resume_of_a_probe_or_distillation_is_exact(recipe, base, monkeypatch, capsys, key):
     overrides = [key.format(base), f"model.init_from=local-dir:{base}/export"]
     step = engine.Engine.step
 
@@ -143,7 +143,7 @@ def test_attentive_probe_pools_tokens_by_attention(base):
     assert not torch.allclose(model(x), model.fc(tokens.mean(1)))
 
 
-def test_begins_with_the_weights_of_another(recipe, base):
+def test_init_from_copies_the_weights_of_an_export(recipe, base):
     start = built(recipe, f"model.init_from=local-dir:{base}/export")[2].model.state_dict()
     for key, tensor in exported(base).state_dict().items():
         assert torch.equal(start[key], tensor), key
@@ -156,7 +156,7 @@ def teacher(base, student=(0.5, 0.25), **keys):
     return Teacher(distill, classes=classes, size=32, config=config, device=torch.device("cpu"))
 
 
-def test_teacher_sees_the_image_normalised_its_own_way(base):
+def test_teacher_gets_images_with_its_own_normalization(base):
     model, image = exported(base), torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_teacher_sees_the_image_normalised_its_own_way(base):
     assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_distillation_losses_by_hand(base):
+def test_distillation_losses_equal_their_formulas(base):
     model, logits = exported(base), torch.randn(4, 3, requires_grad=True)
     images = torch.randn(4, 3, 32, 32)
     same = (model.pretrained_cfg["mean"][0], model.pretrained_cfg["std"][0])
@@ -185,7 +185,7 @@ def test_distillation_losses_by_hand(base):
     assert not any(p.requires_grad for p in imitated.model.parameters()) and not imitated.model.training
 
 
-def test_weight_shares_the_loss_between_labels_and_teacher(recipe, base):
+def test_distill_weight_splits_the_loss_between_labels_and_teacher(recipe, base):
     mixed = ["task.distill.weight=0.25", "data.aug.mixup=0", "data.aug.cutmix=0"]
     task, schedule, made = built(recipe, f"task.distill.teacher=local-dir:{base}/export", *mixed)
     batch = next(task.train_batches(schedule, 0))
@@ -216,28 +216,28 @@ def test_weight_shares_the_loss_between_labels_and_teacher(recipe, base):
         (["optim.lr_factors={head: 0}"], ["optim.lr_factors.head"]),
     ],
 )
-def test_mistakes_are_named(recipe, base, overrides, fragments, capsys):
+def test_errors_name_the_key(recipe, base, overrides, fragments, capsys):
     assert trainer.train(recipe, *(text.replace("BASE", str(base)) for text in overrides)) == 1
     message = capsys.readouterr().err
     assert all(fragment in message for fragment in fragments) and message.count("\n") == 1, message
     assert not (recipe.parent / "runs/tiny").exists()
 
 
-def test_teacher_must_know_the_same_classes(base):
+def test_teacher_with_other_classes_is_an_error(base):
     distill = Distill(teacher=f"local-dir:{base}/export")
     for classes in (["a", "b", "c"], ["class_0", "class_1"]):
         with pytest.raises(UserError, match="the same classes in the same order"):
             Teacher(distill, classes=classes, size=32, config={"mean": [0] * 3, "std": [1] * 3}, device="cpu")
 
 
-def test_teacher_must_take_the_images(tmp_path):
-    """An export has the size that its model was trained for."""
+def test_teacher_of_another_input_size_is_an_error(tmp_path):
+    """An exported model accepts only the image size that it was trained with."""
     model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_classes=2, img_size=32)
     config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 32, 32), "crop_pct": 1.0}
     export_classifier(model, tmp_path / "export", classes=["a", "b"], data_config=config)
     distill = Distill(teacher=f"local-dir:{tmp_path}/export")
-    for size, refusal in ((32, nullcontext()), (48, pytest.raises(UserError, match="distill.teacher=.*3 x 48 x 48"))):
-        with refusal:
+    for size, outcome in ((32, nullcontext()), (48, pytest.raises(UserError, match="distill.teacher=.*3 x 48 x 48"))):
+        with outcome:
             Teacher(distill, classes=["a", "b"], size=size, config=config, device="cpu")
 
 
@@ -255,7 +255,7 @@ def test_teacher_must_take_the_images(tmp_path):
         ("zeros.npz", bytes(500)),
     ],
 )
-def test_files_without_weights(recipe, tmp_path, capsys, name, content):
+def test_files_without_weights_are_errors(recipe, tmp_path, capsys, name, content):
     file = tmp_path / name
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     kwargs = f"model.kwargs={{pretrained_cfg_overlay: {{file: {file}}}}}"
@@ -265,7 +265,7 @@ def test_files_without_weights(recipe, tmp_path, capsys, name, content):
 
 
 @pytest.mark.parametrize("config", ["{}", '{"task": "segment", "model": {}}', "[]", "{"])
-def test_exports_of_no_classifier(recipe, tmp_path, capsys, config):
+def test_folders_without_an_exported_classifier_are_errors(recipe, tmp_path, capsys, config):
     (tmp_path / "config.json").write_text(config)
     assert trainer.train(recipe, f"model.init_from=local-dir:{tmp_path}") == 1
     message = capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_exports_of_no_classifier(recipe, tmp_path, capsys, config):
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_repeated_augmentation(repeats):
+def test_order_of_repeated_augmentation(repeats):
     def stream(rank, world_size):
         sizes = {"micro_batch": 3, "accumulate": 4 // world_size, "rank": rank, "world_size": world_size}
         return list(RepeatedAugSampler(repeats=repeats, length=17, seed=5, start=0, stop=120, **sizes))
@@ -284,7 +284,7 @@ def test_repeated_augmentation(repeats):
     for step in range(10):
         both = [key for rank in parts for chunk in rank[2 * step : 2 * step + 2] for key in chunk]
         assert both == whole[12 * step : 12 * step + 12]
-    assert len(set(whole)) == len(whole)  # no copy is augmented like another
+    assert len(set(whole)) == len(whole)  # each copy of an image has its own seed
     for epoch in range(7):
         seen = [index for number, index in whole if number // repeats == epoch]
         assert len(seen) == 17 and len(set(seen)) == -(-17 // repeats)
@@ -314,8 +314,8 @@ def test_lr_factors_and_decay_of_norms():
         assert {group["weight_decay"] for group in alike.param_groups} == {0.1}
 
 
-def test_slowed_parameters_end_where_all_end():
-    """LITv2's offsets: 0.01 of the peak is the minimum, so that their rate stays there after the warm-up."""
+def test_lr_factors_do_not_go_below_the_minimum_lr():
+    """LITv2 scales the rate of its offsets by 0.01. That is the minimum rate, so it is constant after the warm-up."""
     recipe = load_recipe("imagenet/litv2_small")
     planned = plan(recipe, samples=1_281_167, world_size=8)
     optimizer = build_optimizer(timm.create_model("litv2_atto"), recipe.optim, planned.lr)
@@ -327,7 +327,7 @@ def test_slowed_parameters_end_where_all_end():
     assert [rate[0] for rate in rates] == pytest.approx([1e-5] * 3) and rates[1][1] > 4e-4
 
 
-def test_cooldown_is_the_end_of_the_length(recipe):
+def test_cooldown_is_part_of_the_training_length(recipe):
     loaded = load_recipe(recipe, ["sched.steps=20", "sched.cooldown=5", "sched.min_lr=1e-5"])
     planned = plan(loaded, samples=18, world_size=1)
     assert (planned.steps, planned.cooldown) == (20, 5)
@@ -340,5 +340,5 @@ def test_cooldown_is_the_end_of_the_length(recipe):
     assert rates[15:] == [1e-5] * 5 and rates[14] > 1e-5 and rates[0] == pytest.approx(2e-3)
 
 
-def test_the_probe_is_no_model_of_the_zoo():
+def test_the_probe_is_not_listed_in_the_zoo():
     assert "attentive_probe" not in tessel.zoo.list_models() and timm.is_model("attentive_probe")

@@ -10,7 +10,7 @@ from tessel.blocks import Window
 
 
 def by_loops(mixer: Window, x: Tensor) -> Tensor:
-    """The mixer, pixel by pixel, for one image `[C, H, W]`; pixels beyond the map are zeros and are seen."""
+    """The mixer for one image `[C, H, W]`, as a loop over pixels; pixels beyond the map are zeros and count as keys."""
     dim, height, width = x.shape
     (rows, cols), head_dim = mixer.window, dim // mixer.num_heads
     out = torch.zeros_like(x)
@@ -57,7 +57,7 @@ def test_gradcheck(size, side):
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *parameters), fast_mode=True)
 
 
-def test_padding_is_a_map_of_zeros():
+def test_uneven_map_equals_a_map_padded_with_zeros():
     mixer = make(8, num_heads=2, window=(4, 3))
     x = torch.randn(1, 8, 6, 5, dtype=torch.float64)
     filled = torch.zeros(1, 8, 8, 6, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_padding_is_a_map_of_zeros():
     torch.testing.assert_close(mixer(x), mixer(filled)[..., :6, :5])
 
 
-def test_windows_do_not_see_each_other():
+def test_windows_do_not_affect_each_other():
     mixer = make(8, num_heads=2, window=3)
     x = torch.randn(1, 8, 6, 9, dtype=torch.float64, requires_grad=True)
     mixer(x)[..., 3:, 3:6].sum().backward()
@@ -74,7 +74,7 @@ def test_windows_do_not_see_each_other():
     assert touched[3:, 3:6].all() and touched.sum() == 9
 
 
-def test_takes_any_memory_format():
+def test_memory_format_does_not_change_the_output():
     mixer = make(8, num_heads=2, window=3)
     x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(mixer(x.contiguous(memory_format=torch.channels_last)), mixer(x))

@@ -28,7 +28,7 @@ def make(name: str, **kwargs) -> Backbone:
 
 
 def small(name: str, **kwargs) -> nn.Module:
-    """The model with ten classes, for a small head."""
+    """The model with ten classes, so that its head is small."""
     return timm.create_model(name, num_classes=10, **kwargs)
 
 
@@ -42,7 +42,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_no_name_is_one_of_timms():
+def test_no_model_name_is_one_of_timms():
     listing = subprocess.run(
         [sys.executable, "-c", "import json, timm; print(json.dumps(timm.list_models()))"],
         capture_output=True, text=True, check=True,
@@ -50,7 +50,7 @@ def test_no_name_is_one_of_timms():
     assert not set(tessel.zoo.list_models()) & set(json.loads(listing.stdout))
 
 
-def test_every_family_has_an_atto_row():
+def test_every_family_has_an_atto_variant():
     for family in tessel.zoo.list_families():
         assert sum(name.endswith("_atto") for name in family.variants) == 1, family.variants
 
@@ -78,7 +78,7 @@ def test_entry_points_are_attributes_of_their_module(family):
         assert lines[int(number) - 1].strip().startswith(f'"{name}": ')
 
 
-def test_each_family_has_a_class_that_adds_nothing_but_its_name():
+def test_family_classes_add_nothing_to_backbone():
     classes = [family.model for family in tessel.zoo.list_families()]
     assert len(set(classes)) == len(classes)
     for cls in classes:
@@ -90,7 +90,7 @@ def test_each_family_has_a_class_that_adds_nothing_but_its_name():
         assert cls.__doc__ and cls.__module__ == f"tessel.zoo.{Path(inspect.getfile(cls)).stem}"
 
 
-def test_models_are_of_the_class_of_their_family(model_name):
+def test_models_are_instances_of_their_family_class(model_name):
     model = small(model_name).eval()
     cls = next(family.model for family in tessel.zoo.list_families() if model_name in family.variants)
     assert type(model) is cls and repr(model).startswith(f"{cls.__name__}(")
@@ -102,25 +102,25 @@ def test_models_are_of_the_class_of_their_family(model_name):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 13), (33, 65), (40, 52), (64, 64)], ids=str)
-def test_takes_any_size(model_name, size):
+def test_images_of_any_size(model_name, size):
     model = small(model_name).eval()
     with torch.inference_mode():
         assert model(images(*size)).isfinite().all()
-        taps = model.forward_intermediates(images(*size), intermediates_only=True)
-    for tap, info in zip(taps, model.feature_info, strict=True):
-        assert tap.shape[1] == info["num_chs"]
-        for got, side in zip(tap.shape[2:], size, strict=True):
-            assert side // info["reduction"] <= got <= -(-side // info["reduction"]) + 1, (tap.shape, info)
+        intermediates = model.forward_intermediates(images(*size), intermediates_only=True)
+    for intermediate, info in zip(intermediates, model.feature_info, strict=True):
+        assert intermediate.shape[1] == info["num_chs"]
+        for got, side in zip(intermediate.shape[2:], size, strict=True):
+            assert side // info["reduction"] <= got <= -(-side // info["reduction"]) + 1, (intermediate.shape, info)
 
 
-def test_samples_do_not_see_each_other(model_name):
+def test_images_of_a_batch_do_not_affect_each_other(model_name):
     model = small(model_name).double().eval()
     x = images(64, 48).double()
     with torch.inference_mode():
         torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-9, atol=1e-9)
 
 
-def test_memory_format_does_not_matter(model_name):
+def test_memory_format_does_not_change_the_output(model_name):
     model = small(model_name).double().eval()
     x = images(64, 48).double()
     with torch.inference_mode():
@@ -181,7 +181,7 @@ def test_drop_path_reaches_the_blocks(model_name):
     assert rates and max(rates) == pytest.approx(0.5) and rates == sorted(rates)
 
 
-def test_classifier_is_reset_and_removed(model_name):
+def test_reset_classifier_replaces_or_removes_it(model_name):
     model = make(model_name, num_classes=10).eval()
     x = images(64, 64)
     assert model.get_classifier() is model.head.fc
@@ -198,7 +198,7 @@ def test_classifier_is_reset_and_removed(model_name):
 
 
 @pytest.mark.parametrize("pool", [None, "max"])
-def test_a_new_classifier_keeps_all_other_weights(model_name, pool):
+def test_reset_classifier_keeps_all_other_weights(model_name, pool):
     model = make(model_name, num_classes=10)
     kept = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("head.fc.")}
     old = model.head.fc.weight.std().item()
@@ -206,23 +206,23 @@ def test_a_new_classifier_keeps_all_other_weights(model_name, pool):
     state = model.state_dict()
     assert state.keys() - kept.keys() == {"head.fc.weight", "head.fc.bias"}
     assert all(torch.equal(state[key], tensor) for key, tensor in kept.items())
-    # the new classifier is initialized as the old one was
+    # the new classifier has the initialization of the old one
     assert state["head.fc.weight"].std().item() == pytest.approx(old, rel=0.2) and not state["head.fc.bias"].any()
 
 
-def test_intermediates(model_name):
+def test_forward_intermediates(model_name):
     model = make(model_name, num_classes=10).eval()
     x = images(96, 64)
     with torch.inference_mode():
         features = model.forward_features(x)
-        final, taps = model.forward_intermediates(x)
+        final, intermediates = model.forward_intermediates(x)
         torch.testing.assert_close(final, features)
-        assert len(taps) == len(model.feature_info)
+        assert len(intermediates) == len(model.feature_info)
         last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
         torch.testing.assert_close(last[0], features)
         picked = model.forward_intermediates(x, indices=[0, -2], intermediates_only=True)
-        torch.testing.assert_close(picked[0], taps[0])
-        torch.testing.assert_close(picked[1], taps[-2])
+        torch.testing.assert_close(picked[0], intermediates[0])
+        torch.testing.assert_close(picked[1], intermediates[-2])
         early, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
         torch.testing.assert_close(early, first)
     with pytest.raises(AssertionError, match="NHWC"):
@@ -251,7 +251,7 @@ def test_features_only_leaves_no_unused_parameter(model_name):
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_pruning_keeps_the_taps(model_name, level):
+def test_prune_intermediate_layers_keeps_the_feature_map(model_name, level):
     model = make(model_name, num_classes=10).eval()
     x = images(64, 64)
     with torch.inference_mode():
@@ -270,7 +270,7 @@ def test_every_parameter_gets_a_gradient(model_name):
     assert all(g.isfinite().all() for g in grads.values() if g is not None)
 
 
-def test_gradient_checkpointing_changes_nothing(model_name):
+def test_gradient_checkpointing_does_not_change_gradients(model_name):
     model = make(model_name, num_classes=10).double().train()
     x = images(64, 64).double()
     state = copy.deepcopy(model.state_dict())
@@ -348,11 +348,11 @@ def test_deep_copies_are_independent(model_name):
     x = images(64, 64)
     with torch.inference_mode():
         model(x)
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(twin(x), model(x))
+    duplicate = copy.deepcopy(model)
+    torch.testing.assert_close(duplicate(x), model(x))
     with torch.no_grad():
-        next(twin.parameters()).add_(1.0)
-    assert not torch.equal(next(twin.parameters()), next(model.parameters()))
+        next(duplicate.parameters()).add_(1.0)
+    assert not torch.equal(next(duplicate.parameters()), next(model.parameters()))
     # tables cached in inference mode must not break a later training step
     model.train()(x).sum().backward()
 
@@ -382,7 +382,7 @@ def test_layer_groups_cover_every_parameter_once(model_name):
         assert len(parameters) == len(set(parameters)) == len(names)
 
 
-def test_no_weight_decay_names_parameters(model_name):
+def test_no_weight_decay_lists_existing_parameters(model_name):
     model = make(model_name)
     named = dict(model.named_parameters())
     assert all(named[name].dim() > 1 for name in model.no_weight_decay())
@@ -399,7 +399,7 @@ def test_compiles_as_one_graph(model_name):
     torch._dynamo.reset()
 
 
-def test_exports(model_name):
+def test_torch_export(model_name):
     model = small(model_name).eval()
     x = images(64, 64)
     program = torch.export.export(model, (x,))
@@ -407,14 +407,14 @@ def test_exports(model_name):
     assert not any("tessel" in str(node.target) for node in program.graph.nodes), "the graph must not need tessel"
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, about tracing
-def test_traces(model_name):
+@pytest.mark.filterwarnings("ignore")  # torch warns about tracing
+def test_torch_jit_trace(model_name):
     model = small(model_name).eval()
     x = images(64, 64)
     torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_every_stage_is_a_stage(model_name):
+def test_stages_are_instances_of_stage(model_name):
     model = make(model_name)
     assert all(isinstance(stage, Stage) for stage in model.stages)
 
