@@ -73,7 +73,7 @@ def test_dry_run_of_the_trainer(tmp_path):
     }
 
 
-def test_needs_a_gpu_or_says_so(benchmark, monkeypatch, capsys):
+def test_missing_gpu_and_unknown_case_are_errors(benchmark, monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["kernels.py"])
@@ -171,7 +171,7 @@ def test_ends_on_time(benchmark):
     assert lost == {("op", "hangs"): "no time was left", ("op", "last"): "no time was left"}
 
 
-def test_child_that_does_not_start(benchmark):
+def test_child_process_that_does_not_start_is_reported(benchmark):
     with pytest.raises(SystemExit, match="did not start.*No module named 'nothing'"):
         benchmark("isolated_runner").run_isolated(
             [sys.executable, "-c", "import nothing"],
@@ -208,7 +208,7 @@ def test_report(benchmark):
 
 @pytest.fixture
 def script(benchmark, monkeypatch):
-    """Run a script of the folder here, and what it would start in a process of its own."""
+    """Run a benchmark script in this process, including the runs for which it would start new processes."""
 
     def run(name: str, *arguments: str) -> str:
         module = benchmark(Path(name).stem)
@@ -245,7 +245,7 @@ def test_models_dry_run(script, tmp_path):
     assert (tmp_path / "models.png").stat().st_size > 1000
 
 
-def test_models_refuses_what_it_does_not_know(script, capsys):
+def test_models_rejects_unknown_models_and_batch_sizes(script, capsys):
     for arguments, message in {
         ("--models", "biformer_huge"): "biformer_huge is not a registered model",
         ("--batch", "1;2"): "--batch 1;2 must be whole numbers with commas",

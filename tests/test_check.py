@@ -15,7 +15,7 @@ def coco(tmp_path):
     return root, detection.write_recipe(tmp_path / "r.yaml", root)
 
 
-def test_sound_data_pass(tmp_path, coco, capsys):
+def test_valid_data_pass(tmp_path, coco, capsys):
     root, recipe = coco
     detection.change(
         root, "val", lambda c: c["annotations"].remove(next(a for a in c["annotations"] if not a["bbox"][2]))
@@ -39,8 +39,8 @@ def edit_first(**values):
     return lambda c: next(a for a in c["annotations"] if a["image_id"] == 104).update(values)
 
 
-def alone(**values):
-    """Remove the objects of an image but one, and change that one."""
+def edit_only_object(**values):
+    """Remove all objects of an image except one, and change that one."""
 
     def edit(content):
         kept = next(a for a in content["annotations"] if a["image_id"] == 104)
@@ -59,8 +59,8 @@ SQUARE = [5, 5, 15, 5, 15, 15, 5, 15]
         (edit_first(bbox=[50, 5, 30, 9]), "extends beyond the image of 68 x 50"),
         (edit_first(bbox=[-5, 5, 30, 9]), "extends beyond the image of 68 x 50"),
         (edit_first(bbox=[5, 5, 0, 9]), "annotation 8, box [5.0, 5.0, 5.0, 14.0] has no area"),
-        (alone(bbox=[4, 4, 0, 10]), "box [4.0, 4.0, 4.0, 14.0] has no area"),
-        (alone(bbox=[9, 4, -5, 10]), "box [9.0, 4.0, 4.0, 14.0] has no area"),
+        (edit_only_object(bbox=[4, 4, 0, 10]), "box [4.0, 4.0, 4.0, 14.0] has no area"),
+        (edit_only_object(bbox=[9, 4, -5, 10]), "box [9.0, 4.0, 4.0, 14.0] has no area"),
         (edit_first(category_id=99), "has a category that the annotation file does not list"),
         (edit_first(segmentation={"size": [50, 68]}), "neither polygons nor RLE"),
         (edit_first(segmentation={"counts": [3000], "size": [50, 60]}), "json has a mask of size (50, 60)"),
@@ -75,7 +75,7 @@ SQUARE = [5, 5, 15, 5, 15, 15, 5, 15]
         (lambda c: c["categories"].append({"id": 90, "name": "toothbrush"}), "1 of 4 classes have no sample: toothbr"),
     ],
 )
-def test_what_is_wrong_with_annotations_is_listed(coco, capsys, edit, fragment):
+def test_faulty_annotations_are_listed(coco, capsys, edit, fragment):
     root, recipe = coco
     for split in ("train", "val"):
         detection.change(root, split, edit)
@@ -106,7 +106,7 @@ def test_unreadable_images_of_classes_are_listed(tmp_path, capsys):
 
 
 class Masks:
-    """Images with a class for every pixel, as segmentation has them."""
+    """A segmentation data set: images with a class for every pixel."""
 
     classes = ["ground", "wall", "door"]
 

@@ -245,14 +245,14 @@ def test_a_detector_starts_from_the_backbone_of_an_exported_model(tmp_path, task
         built("fcos", model=Model(name="cswin_atto", init_from=f"local-dir:{tmp_path}/export"))
 
 
-@pytest.mark.parametrize("harm", ["nothing", "classifier", "class"])
-def test_a_folder_without_a_detector_is_an_error(tmp_path, harm):
+@pytest.mark.parametrize("damage", ["nothing", "classifier", "class"])
+def test_a_folder_without_a_detector_is_an_error(tmp_path, damage):
     model = built("fcos")
     folder = tmp_path / "export"
-    if harm != "nothing":
+    if damage != "nothing":
         export(folder, model, DetectOptions(**SMALL))
         config = json.loads((folder / "config.json").read_text())
-        config = {"architecture": "resnet"} if harm == "classifier" else config | {"classes": ["a"]}
+        config = {"architecture": "resnet"} if damage == "classifier" else config | {"classes": ["a"]}
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=str(folder)):
         detect.load(folder)

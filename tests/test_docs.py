@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is true: Python blocks run, commands exist, recipes are valid, links lead somewhere.
+"""README.md and docs/ are correct: Python blocks run, commands exist, recipes are valid, links have a target.
 
 A block that cannot run here is marked in the page, with the reason: `<!-- skip: next "needs a downloaded file" -->`.
 `make docs` checks the links between pages and the references into the API.
@@ -33,7 +33,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pages
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """From top to bottom, as one session."""
+    """The blocks of a page run from top to bottom in one session."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not re.search(r"<!-- skip: \w+\s*-->", page.read_text()), "say why the block cannot run"
@@ -60,7 +60,7 @@ def test_commands_exist(page):
 
 @pages
 def test_recipes_are_valid(page, tmp_path, monkeypatch):
-    """Those that a page tells to save, and those that its commands name, with their overrides."""
+    """Checks the recipes that a page shows, and those that its commands name, with the overrides of the command."""
     monkeypatch.chdir(tmp_path)
     for name, recipe in re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL):
         Path(name).write_text(recipe)
@@ -68,7 +68,7 @@ def test_recipes_are_valid(page, tmp_path, monkeypatch):
     for line in "\n".join(blocks(page, "sh")).splitlines():
         if found := re.search(r"-m tessel\.train(?:\.check)? ([^-\s]\S*)((?: \S+=\S+)*)", line):
             recipe, overrides = found.groups()
-            if not recipe.isupper():  # RECIPE stands for any
+            if not recipe.isupper():  # RECIPE is a placeholder
                 load_recipe(recipe, overrides.split())
 
 

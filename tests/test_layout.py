@@ -1,4 +1,4 @@
-"""The package: what it ships, what importing it costs. Which room may import which is checked by `lint-imports`."""
+"""The files of the package, and what importing it loads. `lint-imports` checks which subpackage imports which."""
 
 import ast
 import subprocess
@@ -70,5 +70,5 @@ print(",".join({name.split(".")[0] for name in set(sys.modules) - before}))
     assert not heavy & set(new.split(","))
 
 
-def test_importing_the_package_alone_loads_no_room():
+def test_importing_the_package_loads_no_subpackage():
     assert in_a_new_process("import sys, tessel; print([n for n in sys.modules if n.startswith('tessel.')])") == "[]"

@@ -137,9 +137,9 @@ def test_optimizer_groups_of_the_full_model(name):
     optimizer = build_optimizer(model, recipe.optim, lr)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups) == len(list(model.parameters()))
-    spared = model.no_weight_decay()
+    undecayed = model.no_weight_decay()
     for key, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or key.endswith(".bias") or key in spared
+        exempt = parameter.ndim <= 1 or key.endswith(".bias") or key in undecayed
         wanted = 0 if exempt and not recipe.optim.decay_norms else recipe.optim.weight_decay
         assert groups[parameter]["weight_decay"] == wanted, key
         slow = {"litv2": (".offset.weight", 0.01), "cswin_large": ("", 0.05)}
@@ -148,14 +148,14 @@ def test_optimizer_groups_of_the_full_model(name):
         assert groups[parameter]["lr"] == pytest.approx(lr * factor if slowed else lr), key
 
 
-def test_transnext_spares_what_its_paper_names():
+def test_transnext_exempts_the_published_parameters_from_weight_decay():
     model = meta_model("transnext_tiny")
-    spared, named = model.no_weight_decay(), dict(model.named_parameters())
-    assert all(named[key].ndim > 1 for key in spared)
+    undecayed, named = model.no_weight_decay(), dict(model.named_parameters())
+    assert all(named[key].ndim > 1 for key in undecayed)
     for part in ("temperature", "query_embedding", "relative_pos_bias_local"):
-        assert any(key.endswith(part) for key in spared)
+        assert any(key.endswith(part) for key in undecayed)
     for part in ("learnable_tokens", "learnable_bias"):
-        assert any(key.endswith(part) for key in named) and not any(key.endswith(part) for key in spared)
+        assert any(key.endswith(part) for key in named) and not any(key.endswith(part) for key in undecayed)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -212,6 +212,6 @@ def test_two_steps_with_the_model_itself(name, images, tmp_path):
     two_steps(name, images, tmp_path, name)
 
 
-def test_the_page_of_recipes_is_current():
+def test_recipes_page_of_the_docs_is_current():
     done = subprocess.run([sys.executable, PAGE_SCRIPT, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Tasks and data sources are registrations: a toy of each, from outside the package, trains from end to end."""
+"""Registration of tasks and data sources: toy ones from outside the package train, resume and are evaluated."""
 
 import json
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Gradients(Source):
 
 
 class GradientImages:
-    """(image, depth): a ramp, and the depth map that it shows; a data set without classes."""
+    """Pairs (image, depth): a gradient and its depth map. The data set has no classes."""
 
     def __init__(self, count: int, side: int):
         self.count, self.side = count, side
@@ -131,7 +131,7 @@ class Reconstruction(Depth):
 
 @pytest.fixture(autouse=True)
 def toys():
-    """One line registers each."""
+    """Register the toy source and the two toy tasks; remove them after the test."""
     register_source(
         SourceSpec(name="toy_gradients", summary="ramps", options=Gradients, datasets={"depth": open_gradients})
     )
@@ -178,7 +178,7 @@ def recipe(tmp_path):
     return tmp_path / "toy.yaml"
 
 
-def test_a_toy_task_trains_stops_continues_and_is_evaluated(recipe, tmp_path, capsys):
+def test_registered_task_trains_resumes_and_is_evaluated(recipe, tmp_path, capsys):
     with trainer.before_step(6):
         assert main([str(recipe)]) == 0
     assert main([str(recipe)]) == 0
@@ -195,7 +195,7 @@ def test_a_toy_task_trains_stops_continues_and_is_evaluated(recipe, tmp_path, ca
     assert "Training" in (tmp_path / "runs/toy/report/index.html").read_text()
 
 
-def test_lower_is_better_decides_the_best_checkpoint(recipe, tmp_path, monkeypatch):
+def test_best_checkpoint_has_the_lowest_metric_if_lower_is_better(recipe, tmp_path, monkeypatch):
     found = iter([3.0, 1.0, 2.0, 2.0])
     monkeypatch.setattr(MeanError, "compute", lambda self: {"error": next(found), "count": 8})
     assert main([str(recipe), "ckpt.keep_last=1"]) == 0
@@ -219,7 +219,7 @@ def test_self_supervision_needs_no_classes_and_no_validation(recipe, tmp_path, m
     assert "toy_reconstruction has no evaluation" in capsys.readouterr().err
 
 
-def test_their_keys_are_typed_listed_and_refused_elsewhere(recipe, capsys):
+def test_keys_of_a_registered_task_are_typed_listed_and_checked(recipe, capsys):
     assert load_recipe(recipe, ["task.width=3"]).task.width == 3
     for text, fragment in [
         ("task.width=wide", "task.width='wide'"),
@@ -239,15 +239,15 @@ def test_their_keys_are_typed_listed_and_refused_elsewhere(recipe, capsys):
     assert "toy_gradients ramps" in " ".join(out.split()) and "task.width: 8" in out and "data.count: 32" in out
 
 
-def test_a_name_is_taken_once():
+def test_registering_a_name_twice_is_an_error():
     spec = registry.SOURCES["digits"]
     assert register_source(spec) is spec
     with pytest.raises(ValueError, match="'digits' is already registered"):
         register_source(SourceSpec(name="digits", summary="other", datasets={}))
 
 
-def test_a_source_for_a_task_of_the_package(recipe, tmp_path, capsys):
-    """A new source of labels serves classification without a change there."""
+def test_registered_source_works_with_classification(recipe, tmp_path, capsys):
+    """A new source with labels needs no change in the classification task."""
 
     class Halves(GradientImages):
         classes = ["dark", "bright"]
@@ -265,7 +265,7 @@ def test_a_source_for_a_task_of_the_package(recipe, tmp_path, capsys):
     assert "no problems" in capsys.readouterr().out
 
 
-def test_built_in_specs_resolve():
+def test_names_in_built_in_specs_can_be_imported():
     """Every dotted name of a registration can be imported."""
     for spec in registry.TASKS.values():
         names = [spec.task, spec.load] + ([spec.report] if spec.report else [])

@@ -189,11 +189,11 @@ def test_the_sections_have_their_texts(page):
 
 def test_the_command_prints_the_page_and_the_next_steps(run, undrawn, capsys):
     assert report.main([str(run)]) == 0
-    said = capsys.readouterr().out
-    assert f"report: {run}/report/index.html" in said
+    printed = capsys.readouterr().out
+    assert f"report: {run}/report/index.html" in printed
     for command in ("tessel.train.evaluate", "tessel.train ", "tessel.train.report"):
-        assert f"python -m {command}" in said
-    assert "run.seed=4" in said
+        assert f"python -m {command}" in printed
+    assert "run.seed=4" in printed
 
 
 @pytest.mark.parametrize(
@@ -385,12 +385,12 @@ def overwrite(file, change):
 
 
 def flipped(data):
-    """With one bit flipped in the middle."""
+    """The data with one bit flipped in the middle."""
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda run: (run / "recipe.yaml").unlink(), "is not a run directory: it has no recipe.yaml"),
         (lambda run: (run / "metrics.jsonl").write_text("nonsense\n"), "cannot be read"),
@@ -409,12 +409,12 @@ def flipped(data):
         (lambda run: (run / "report").rename(run / "old") and (run / "report").touch(), "cannot be written"),
     ],
 )
-def test_errors_are_one_line(run, spoil, message, capsys):
-    spoil(run)
+def test_errors_are_one_line(run, damage, message, capsys):
+    damage(run)
     assert report.main([str(run)]) == 1
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("error: ")
-    assert str(run) in said.err and message in said.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("error: ")
+    assert str(run) in printed.err and message in printed.err
 
 
 def test_several_runs_need_a_folder(finished, capsys):

@@ -208,7 +208,7 @@ def test_equal_sizes_share_a_forward():
     assert [len(group) for group in group_by_shape(samples(sizes))] == [2, 1, 1]
 
 
-def test_confusion_matrix_without_labelled_pixels():
+def test_confusion_matrix_without_labeled_pixels():
     assert confusion_matrix(torch.full((2, 2), 255), torch.zeros(2, 2), 3).sum() == 0
 
 

@@ -157,7 +157,7 @@ def test_loss_is_the_cross_entropy_of_the_resized_logits(batch):
     torch.testing.assert_close(lighter(images, masks)["auxiliary.loss_ce"], 0.4 * losses["auxiliary.loss_ce"])
 
 
-def test_loss_of_a_crop_without_labelled_pixels_is_zero(batch):
+def test_loss_of_a_crop_without_labeled_pixels_is_zero(batch):
     model = assembled(class_weight={"a": 0.2})
     loss = total(model(batch[0], torch.full_like(batch[1], 255)))
     loss.backward()

@@ -1,4 +1,4 @@
-"""What users have on disk outlives the code: artefacts of earlier versions resume, load and read.
+"""Files that earlier versions wrote still work: runs resume, exports load, recipes read.
 
 `artefacts/COMMIT` was written by that commit: recipes, an unfinished run, a finished run of each task, and what their
 exports answer. A change that breaks one of these tests needs a migration and a line in UPGRADING.md.
@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from trainer import learning, train
+from trainer import stable_metrics, train
 
 import tessel
 import tessel.train.detect
@@ -34,8 +34,8 @@ TASKS = ("classify", "segment", "detect")
 
 
 @pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
-def artefacts(request, tmp_path, monkeypatch):
-    """A copy with the runs in `runs/`, as the current directory."""
+def artifacts(request, tmp_path, monkeypatch):
+    """A copy of a version's files with the runs in `runs/`; it is the current directory."""
     shutil.copytree(request.param, tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs").mkdir()
     for name in ("digits_unfinished", *TASKS):
@@ -44,20 +44,20 @@ def artefacts(request, tmp_path, monkeypatch):
     return tmp_path
 
 
-def assert_continued():
-    """The run logged what the uninterrupted run of the earlier version had logged."""
-    records, expected = learning(Path("runs/digits_unfinished")), learning(Path("runs/classify"))
+def assert_same_metrics():
+    """Assert that the resumed run logged the same metrics as the uninterrupted run of the earlier version."""
+    records, expected = stable_metrics(Path("runs/digits_unfinished")), stable_metrics(Path("runs/classify"))
     assert [record["step"] for record in records] == [record["step"] for record in expected]
     for record, wanted in zip(records, expected, strict=True):
         assert record.pop("kind") == wanted.pop("kind") and record == pytest.approx(wanted, rel=1e-5)
 
 
-def test_unfinished_run_continues_as_if_never_interrupted(artefacts, capsys):
+def test_unfinished_run_of_an_earlier_version_resumes_with_the_same_metrics(artifacts, capsys):
     assert train(Path("digits.yaml"), "run.name=digits_unfinished") == 0
     assert "resuming runs/digits_unfinished at step 6 (exact)" in capsys.readouterr().out
     run = Path("runs/digits_unfinished")
-    assert_continued()
-    # from now on in the present format
+    assert_same_metrics()
+    # the resumed run writes its files in the current format
     manifest = checkpoint.read_manifest(run / "checkpoints" / "step-00000012")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     export = json.loads((run / "export" / "config.json").read_text())
@@ -65,22 +65,22 @@ def test_unfinished_run_continues_as_if_never_interrupted(artefacts, capsys):
     assert manifest["tessel"] == recipe["tessel"] == export["tessel"]
 
 
-def test_checkpoint_of_an_earlier_version_starts_another_run(artefacts, capsys):
+def test_checkpoint_of_an_earlier_version_can_start_another_run(artifacts, capsys):
     path = "runs/digits_unfinished/checkpoints/step-00000006"
     assert train(Path("digits.yaml"), "run.name=other", "optim.lr=1e-3", f"ckpt.resume={path}") == 0
     assert f"at step 6 from {path} (with another recipe" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["digits", "segment", "detect"])
-def test_recipes_mean_the_same(artefacts, task):
-    of_run = load_recipe(f"runs/{'classify' if task == 'digits' else task}/recipe.yaml")
-    written = load_recipe(f"{task}.yaml", [f"run.name={of_run.run.name}"])
-    assert differences(written, of_run) == []
-    Path("again.yaml").write_text(dump(of_run))
-    assert load_recipe("again.yaml") == of_run
+def test_recipes_of_an_earlier_version_load_unchanged(artifacts, task):
+    from_run = load_recipe(f"runs/{'classify' if task == 'digits' else task}/recipe.yaml")
+    from_file = load_recipe(f"{task}.yaml", [f"run.name={from_run.run.name}"])
+    assert differences(from_file, from_run) == []
+    Path("again.yaml").write_text(dump(from_run))
+    assert load_recipe("again.yaml") == from_run
 
 
-def test_exports_answer_as_before(artefacts):
+def test_exports_of_an_earlier_version_give_the_same_outputs(artifacts):
     torch.manual_seed(0)
     images = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32).sin()
     answers = json.loads(Path("answers.json").read_text())
@@ -97,7 +97,7 @@ def test_exports_answer_as_before(artefacts):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_finished_runs_are_evaluated_and_reported(artefacts, task):
+def test_finished_runs_of_an_earlier_version_are_evaluated_and_reported(artifacts, task):
     before = json.loads(Path(f"runs/{task}/evaluation/evaluation.json").read_text())
     recipe, model = load_run(f"runs/{task}")
     assert recipe.task.kind == task and not model.training
@@ -125,9 +125,9 @@ def test_every_renamed_key_is_read_under_its_old_name(tmp_path):
         lines = lines if kind == "segment" else [line for line in lines if "segment.decode" not in line]
         path = tmp_path / f"{kind}.yaml"
         path.write_text("model: {name: test_resnet}\ndata: {source: digits}\nsched: {epochs: 1}\n")
-        former = load_recipe(path, [*lines, *(f"{key}={value}" for key, value in old.items())])
-        assert former == load_recipe(path, [*lines, *(f"{RENAMED[key]}={value}" for key, value in old.items())])
-        assert former != load_recipe(path, lines)
+        renamed = load_recipe(path, [*lines, *(f"{key}={value}" for key, value in old.items())])
+        assert renamed == load_recipe(path, [*lines, *(f"{RENAMED[key]}={value}" for key, value in old.items())])
+        assert renamed != load_recipe(path, lines)
 
 
 def test_keys_that_had_no_effect_in_format_1_are_dropped(tmp_path):
@@ -142,8 +142,8 @@ def test_keys_that_had_no_effect_in_format_1_are_dropped(tmp_path):
         load_recipe(path)
 
 
-def continued_by_a_later_version(folder, change, *overrides):
-    """Continue the unfinished run with a copy of the trainer in which `change(text)` is made to the schema."""
+def resume_with_changed_schema(folder, change, *overrides):
+    """Resume the unfinished run with a copy of the trainer whose schema is replaced by `change(schema)`."""
     package, later = Path(tessel.__file__).parent, folder / "later" / "tessel"
     later.mkdir(parents=True)
     for entry in ("__init__.py", "kernels", "blocks", "zoo", "checkpoints", "configs"):
@@ -153,32 +153,32 @@ def continued_by_a_later_version(folder, change, *overrides):
     assert (changed := change(text := file.read_text())) != text
     file.write_text(changed)
     command = [sys.executable, "-m", "tessel.train", "digits.yaml", "run.name=digits_unfinished", *overrides]
-    # the arithmetic of the run: one thread
+    # one thread, as in the original run, so that the arithmetic is the same
     env = os.environ | {"PYTHONPATH": str(later.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-def test_a_new_key_with_a_neutral_default_leaves_a_run_resumable(artefacts):
+def test_run_resumes_after_a_new_key_with_a_neutral_default(artifacts):
     key = (
         'decay_norms: bool = False\n    """d"""\n    foreach: bool = False\n    """a new key"""\n    old_text: str = ""'
     )
-    done = continued_by_a_later_version(artefacts, lambda text: text.replace("decay_norms: bool = False", key))
+    done = resume_with_changed_schema(artifacts, lambda text: text.replace("decay_norms: bool = False", key))
     assert done.returncode == 0 and "at step 6 (exact)" in done.stdout, done.stdout + done.stderr
-    assert_continued()
+    assert_same_metrics()
 
 
-def test_a_changed_default_is_named_with_the_value_to_continue_with(artefacts):
+def test_resume_after_a_changed_default_needs_the_old_value(artifacts):
     def change(text):
         return text.replace("warmup: bool = True", "warmup: bool = False")
 
-    done = continued_by_a_later_version(artefacts, change)
+    done = resume_with_changed_schema(artifacts, change)
     assert done.returncode == 1 and "ema.warmup (there True, now False)" in done.stderr, done.stdout + done.stderr
     shutil.rmtree("later")
-    done = continued_by_a_later_version(artefacts, change, "ema.warmup=true")
+    done = resume_with_changed_schema(artifacts, change, "ema.warmup=true")
     assert done.returncode == 0 and "at step 6 (exact)" in done.stdout, done.stdout + done.stderr
 
 
-def test_files_of_a_later_version_are_refused_as_such(artefacts, capsys):
+def test_files_of_a_later_version_are_refused(artifacts, capsys):
     run = Path("runs/segment")
     config = json.loads((run / "export/config.json").read_text())
     (run / "export/config.json").write_text(json.dumps(config | {"format": 99, "tessel": "9.9"}))

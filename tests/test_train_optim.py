@@ -45,7 +45,7 @@ def test_schedule_is_a_function_of_the_step(tmp_path):
         ("rsqrt", 7, 4, None, None),
     ],
 )
-def test_decay_that_does_not_fit_is_rejected_by_key(tmp_path, name, steps, warmup, decay, fragment):
+def test_invalid_decay_is_an_error_that_names_the_key(tmp_path, name, steps, warmup, decay, fragment):
     sched = {"name": name, "steps": steps, "warmup": warmup} | ({"decay_steps": decay} if decay else {})
     loaded = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": "unread"}, sched=sched))
     plan = Plan(steps=steps, warmup=warmup, epoch_steps=5, micro_batch=4, accumulate=1, lr=1e-2, lr_text="")
@@ -71,7 +71,7 @@ def test_parameter_groups_decay_and_layers():
 
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
-def test_clip_returns_the_norm_before_it(mode):
+def test_clip_returns_the_norm_before_clipping(mode):
     model = torch.nn.Linear(3, 3)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 10.0)
