@@ -41,7 +41,7 @@ def main() -> None:
     rng = random.Random(0)
     importlib.import_module(f"tessel.train.tasks.{recipe.task.kind}")  # import it once, not at every start
     for number in range(kills):
-        # combines every instant with background and foreground saving
+        # every instant occurs with background and with foreground saving
         background = (number + number // len(INSTANTS)) % 2 == 1
         record = kill(INSTANTS[number % len(INSTANTS)], background, checkpoints, arguments, rng)
         print(json.dumps(record | remaining(checkpoints)), flush=True)
@@ -143,7 +143,7 @@ def hold_at_step(step: int) -> None:
 
 
 def fail(children: list[int], what: str) -> None:
-    """Exit with an error, after printing the stacks of the processes that did not get to the instant of the kill."""
+    """Exit with an error. First let the processes that still run print their stacks, and kill them."""
     alive = [child for child in children if not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
     for number in (signal.SIGUSR2, signal.SIGKILL):
         for child in alive:

@@ -84,7 +84,7 @@ def test_unknown_class_and_missing_folder_are_errors(evaluator, tmp_path):
 
 
 def test_corruption_error_is_relative_to_alexnet(evaluator, tmp_path):
-    """Of the two images of each severity one is classified correctly; in fog both, in snow from severity 3 on none."""
+    """Of two images of a severity, one is classified correctly; in fog both, in snow none from severity 3 on."""
     for corruption in ALEXNET_ERROR:
         for severity in range(1, 6):
             folder = tmp_path / "c" / "group" / corruption / str(severity)
