@@ -55,7 +55,7 @@ def fork(size: int, arguments: list[str], prepare: Callable[[int], Any] = lambda
 
 
 def send_signal_at(place: str) -> Callable[[int], None]:
-    """A function `prepare` for `fork`; `place` is "RANK:STEP[:SIGNAL[:evaluation|finish]]", see the module's docstring."""
+    """A function `prepare` for `fork`; `place` is "RANK:STEP[:SIGNAL[:evaluation|finish]]", see above."""
     rank_and_step, _, name = place.partition(":SIG")
     target_rank, target_step = map(int, rank_and_step.split(":"))
     name, _, within = name.partition(":")
