@@ -5,17 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
-@torch.compiler.assume_constant_result
-def autocast_available(device: str) -> bool:
-    """Whether devices of this type have autocast (meta has none). torch.compile of torch 2.11 cannot trace the call."""
-    return torch.amp.is_autocast_available(device)
+# device types with autocast (meta has none); looked up once, since torch.compile of torch 2.11 cannot trace the call
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla") if torch.amp.is_autocast_available(device)
+)
 
 
 def cast_to_autocast(x: Tensor) -> Tensor:
     """Cast `x` to the autocast dtype of its device if autocast is on. float64 tensors are returned as they are."""
     device = x.device.type
-    if autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -23,7 +22,7 @@ def cast_to_autocast(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context that turns autocast off for the device of `x` (a no-op on devices without autocast: meta)."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _AUTOCAST_DEVICES else nullcontext()
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tessel.train.data.sources.digits import load_digits
+from tessel.train.errors import UserError
 
 SIZES = {"train": 1437, "val": 360}
 
@@ -73,5 +74,5 @@ def test_unknown_split_is_an_error():
 
 def test_missing_scikit_learn_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'tessel\[train\]'"):
+    with pytest.raises(UserError, match=r"pip install 'tessel\[train\]'"):
         load_digits("train")

@@ -144,7 +144,7 @@ def test_backbone_starts_from_a_classifier():
         ({"kwargs": {"score_tresh": 1}}, ATTO, ["score_tresh", "score_thresh"]),
         ({"kwargs": {"num_classes": 1}}, ATTO, ["num_classes"]),
         ({"channels": 40}, ATTO, ["task.detect.channels=40", "task.detect.detector=fcos"]),
-        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 levels"]),
+        ({"dense": Dense(norms=(True,))}, ATTO, ["norms=[True]", "3 entries"]),
         ({}, Model(name="vit_tiny_patch16_224"), ["vit_tiny_patch16_224", "hierarchical"]),
         ({}, Model(name="biformer_atto", kwargs={"n_winn": 3}), ["n_winn"]),
         ({}, Model(name="biformer_atto", init_from="test_resnet"), ["test_resnet"]),

@@ -27,11 +27,11 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import task_spec
-from tessel.train.recipe.schema import Data
 from tessel.train.report import __main__ as report
 from tessel.train.report import attention_maps, classify, curves
 from tessel.train.report.page import STYLE, duration
 from tessel.train.report.runs import RunRecord, read_run
+from tessel.train.tasks.classify.options import ClassifyData
 from tessel.train.tasks.export import export_classifier
 
 SECTIONS = {
@@ -367,7 +367,7 @@ def test_the_code_of_dense_tasks_runs(kind, tmp_path, monkeypatch):
     recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", **trainer.SCENES[kind]))
     task = task_spec(recipe).build(recipe, World())
     model = task.build_model()
-    task.export_classifier(model, tmp_path / "export", model.state_dict())
+    task.export(model, tmp_path / "export", model.state_dict())
     record = RunRecord(tmp_path, recipe, [], [], {"step": 1}, None, None)
     run_code(report.usage(record)[1], tmp_path, monkeypatch)
 
@@ -536,7 +536,7 @@ def test_models_without_drawable_mixers_are_not_captured():
 def test_a_model_without_drawable_mixers_is_an_error():
     model = timm.create_model("test_efficientnet", num_classes=10).eval()
     with pytest.raises(UserError, match="no token mixer whose attention can be drawn"):
-        attention_maps.capture_examples(model, load_digits("val"), Data(source="digits", size=32))
+        attention_maps.capture_examples(model, load_digits("val"), ClassifyData(source="digits", size=32))
 
 
 def rectangles(axes, color):

@@ -212,6 +212,12 @@ def test_confusion_matrix_without_labeled_pixels():
     assert confusion_matrix(torch.full((2, 2), 255), torch.zeros(2, 2), 3).sum() == 0
 
 
+class Images(list):
+    """A data set with the attribute `palette`."""
+
+    palette: list[list[int]]
+
+
 def full(*_):
     yield 0, Image.new("RGB", (4, 4))
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -228,8 +234,9 @@ def test_overlay_shows_truth_beside_prediction(tmp_path):
     assert drawn[0, 2 + GAP].tolist() == orange and drawn[1, 3 + GAP].tolist() == black
     arrays = {"index": np.array([3, 5]), "size": np.array([[2, 2], [1, 2]])}
     arrays |= {"target": np.stack([target] * 2), "prediction": np.stack([guess] * 2)}
-    task: Any = SimpleNamespace(val=[(image, None)] * 6, palette=[[0, 0, 0], [200, 100, 0]])
-    task.pictures = partial(pictures, task)
+    dataset = Images([(image, None)] * 6)
+    dataset.palette = [[0, 0, 0], [200, 100, 0]]
+    task: Any = SimpleNamespace(pictures=partial(pictures, dataset))
     for count, names in ((2, ["000003.png", "000005.png"]), (1, ["000003.png"])):
         save_pictures(task, arrays, tmp_path / "overlays", count)
         assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == names

@@ -148,7 +148,7 @@ def test_command_line_keeps_earlier_results(tmp_path, capsys):
     assert found["val"]["top1"] == pytest.approx(wanted["top1"]) and found["a"]["folder"] == f"{images}/val"
     assert evaluate.main([str(run), "--sets", f"real={images}/val"]) == 1
     error = capsys.readouterr().err
-    assert "real needs the original names" in error and error.count("\n") == 1
+    assert "as real needs" in error and error.count("\n") == 1
     assert json.loads((run / "sets.json").read_text()) == found
 
 
@@ -201,4 +201,4 @@ def test_models_that_cannot_be_evaluated_are_errors(arguments, message, capsys):
 def test_negative_number_of_overlays_is_an_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["biformer_atto", "--overlays", "-2"])
-    assert "-2 is no number of pictures" in capsys.readouterr().err
+    assert "-2 is not a number of pictures" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_failed_evaluation_loses_no_update(recipe, straight, monkeypatch, capsys
         raise UserError("images/val/0.png cannot be decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", fail)
+        patch.setattr(engine, "run_evaluation", fail)
         assert trainer.train(recipe, option) == 1
     assert "val/0.png" in capsys.readouterr().err
     assert checkpoint.find_damage(run / "checkpoints/step-00000003") is None

@@ -86,14 +86,14 @@ def renamed_class(images):
         (
             [*PLAIN, "model.name=dla34", "parallel.grad_checkpointing=true"],
             None,
-            ["grad_checkpointing", "remove the key"],
+            ["grad_checkpointing", "remove"],
         ),
         (["optim.name=adamm"], None, ["'adamm'", "adam"]),
         (["optim.kwargs={beta: 1}"], None, ["optim.kwargs={'beta': 1}"]),
         (["optim.kwargs={betas: [0.9]}"], None, ["optim.kwargs={'betas': [0.9]}"]),
         (["optim.name=fusedadam"], None, ["optim.name=fusedadam", "CUDA required"]),
         (["data.aug.auto_augment=rnd-9"], None, ["rnd-9", "auto_augment"]),
-        (["parallel.precision=fp16"], None, ["fp16", "GPU", "bf16"]),
+        (["parallel.precision=fp16"], None, ["fp16", "cuda", "bf16"]),
         (["run.device=cuda"], None, ["run.device=cuda", "run.device=cpu"]),
     ],
 )

@@ -141,10 +141,10 @@ def test_resume_is_exact_and_keeps_the_corrupt_log(recipe, straight, capsys):
     run = recipe.parent / "runs/tiny"
     with trainer.before_step(5):
         assert trainer.train(recipe, LIMIT) == 0
-    assert capsys.readouterr().out.count("is replaced by another") == 2
+    assert capsys.readouterr().out.count("is unreadable and replaced by another") == 2
     assert trainer.train(recipe, LIMIT, "data.workers=2") == 0
     out = capsys.readouterr().out
-    assert "at step 5 (exact)" in out and "is replaced by another" not in out
+    assert "at step 5 (exact)" in out and "is unreadable and replaced by another" not in out
     assert corrupt_log(run) == corrupt_log(straight) and trainer.stable_metrics(run) == trainer.stable_metrics(straight)
     trainer.assert_same_checkpoint(*(path / "checkpoints/step-00000009" for path in (run, straight)))
 
@@ -165,7 +165,7 @@ def test_too_many_corrupt_samples_stop_the_run_and_a_larger_limit_resumes_it(rec
     run = recipe.parent / "runs/tiny"
     assert trainer.train(recipe, "guard.max_corrupt=1", "ckpt.every=1") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: 2 samples cannot be read, and guard.max_corrupt=1") and error.count("\n") == 1
+    assert error.startswith("error: 2 samples are unreadable, more than guard.max_corrupt=1") and error.count("\n") == 1
     assert all(fragment in error for fragment in (*CORRUPT_FILES, str(run / "corrupt.jsonl"), "repair or remove"))
     assert corrupt_log(run) == corrupt_log(straight)
     stopped = len(list((run / "checkpoints").iterdir()))

@@ -159,11 +159,11 @@ def incomplete_class_map(root):
 @pytest.mark.parametrize(
     ("keys", "damage", "fragments"),
     [
-        ({"root": "/nowhere"}, None, ["no /nowhere/train.tar", "data.root"]),
+        ({"root": "/nowhere"}, None, ["/nowhere/train.tar", "data.root"]),
         ({"train_split": "/a/*.tar"}, None, ["/a/*.tar", "cannot be listed"]),
         ({}, sample_without_image, ["train.tar: sample x has .cls, .txt", ".png", "beside .cls"]),
         ({}, compressed_archive, ["train.tar cannot be read", "without compression"]),
-        ({}, truncated_archive, ["shard-1.tar cannot be read", "whole"]),
+        ({}, truncated_archive, ["shard-1.tar cannot be read", "complete"]),
         ({"target_key": "label"}, json_without_the_key, ["train.tar:x.json", "'label'", "data.target_key"]),
         ({"class_map": "names.txt"}, incomplete_class_map, ["'1'", "data.class_map=names.txt", "every class"]),
         ({"class_map": "none.txt"}, None, ["data.class_map=none.txt cannot be read"]),
@@ -179,7 +179,7 @@ def test_errors_name_what_cannot_be_read(images, tmp_path, monkeypatch, keys, da
     if damage:
         damage(tmp_path)
     with pytest.raises(UserError) as caught:
-        trainer.open_source("wds", "train", root=str(tmp_path), **keys)
+        trainer.open_source(**{"source": "wds", "split": "train", "root": str(tmp_path), **keys})
     message = str(caught.value)
     assert all(fragment in message for fragment in fragments) and "\n" not in message, message
 
@@ -342,12 +342,15 @@ def pixels(image: Image.Image, target: int):
 @pytest.mark.parametrize(
     ("keys", "fragment"),
     [
-        ("source=tar", "data.source=tar needs data.root"),
-        ("source=hfds", "data.source=hfds needs data.name"),
-        ("source=wds root=x name=y", "data.name has no effect with data.source=wds"),
-        ("source=tar root=x target_key=y", "data.target_key has no effect with data.source=tar"),
-        ("source=folder root=x class_map=y", "data.class_map has no effect with data.source=folder"),
-        ("source=digits val_split=x", "data.val_split has no effect with data.source=digits"),
+        ("source=tar", "data.root is missing: folder with"),
+        ("source=hfds", "data.name is missing"),
+        ("source=wds root=x name=y", "data.name has no effect here: it is a key of data.source=hfds, tfds"),
+        (
+            "source=tar root=x target_key=y",
+            "data.target_key has no effect here: it is a key of data.source=wds, hfds, tfds",
+        ),
+        ("source=folder root=x class_map=y", "data.class_map has no effect here"),
+        ("source=digits val_split=x", "data.val_split has no effect here: it is a key of data.source=folder, tar"),
     ],
 )
 def test_missing_and_unused_keys_of_a_source_are_errors(tmp_path, keys, fragment):

@@ -210,7 +210,7 @@ def test_distill_weight_splits_the_loss_between_labels_and_teacher(recipe, base)
         (["task.distill.kind=hard"], ["without task.distill.teacher"]),
         (["task.distill.teacher=test_vit", "task.distill.kind=hard", "task.distill.temperature=2"], ["temperature"]),
         (["sched.cooldown=1", "sched.name=constant"], ["sched.cooldown has no effect"]),
-        (["sched.cooldown=3"], ["sched.cooldown=3", "shorten"]),
+        (["sched.cooldown=3"], ["sched.cooldown=3", "shorter"]),
         (["optim.lr_factors={nowhere: 0.1}"], ["optim.lr_factors", "'nowhere'"]),
         (["optim.lr_factors={'(': 0.1}"], ["optim.lr_factors", "regular expression"]),
         (["optim.lr_factors={head: 0}"], ["optim.lr_factors.head"]),

@@ -178,9 +178,10 @@ def key_groups() -> Iterator[tuple[str, list[Key]]]:
 
 
 def owners(key: str) -> list[str]:
-    """Headings of `key_groups` for the tasks and data sources that have the key or section `key`."""
-    return [
-        heading
-        for heading, found in key_groups()
-        if any(one.name == key or one.name.startswith(f"{key}.") for one in found)
-    ]
+    """The tasks and data sources that have the key or section `key`, for example ["data.source=tar, wds"]."""
+    values: dict[str, list[str]] = {}
+    for heading, found in key_groups():
+        if any(one.name == key or one.name.startswith(f"{key}.") for one in found):
+            chooser, _, names = heading.partition("=")
+            values.setdefault(chooser, []).append(names)
+    return ["=".join(filter(None, (chooser, ", ".join(names)))) for chooser, names in values.items()]

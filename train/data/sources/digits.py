@@ -37,13 +37,12 @@ def load_digits(split: str) -> Digits:
     if split not in ("train", "val"):
         raise ValueError(f"the digits have no split={split!r}; use 'train' or 'val'")
     try:
-        from sklearn import datasets, model_selection
+        from sklearn.datasets import load_digits as load
+        from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise UserError("the digits are part of scikit-learn: pip install 'tessel[train]'") from error
-    ink, targets = datasets.load_digits(return_X_y=True)
-    parts = model_selection.train_test_split(
-        np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=SPLIT_SEED
-    )
+    ink, targets = load(return_X_y=True)
+    parts = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=SPLIT_SEED)
     chosen = parts[("train", "val").index(split)]
     return Digits(ink[chosen].reshape(-1, 8, 8), targets[chosen])
 
