@@ -334,7 +334,7 @@ def test_signal_to_torchrun_and_resume_on_another_number_of_processes(recipe):
             single.send_signal(signal.SIGINT)
             break
     single.communicate(timeout=120)
-    assert single.returncode == 0 and "not bitwise: processes 2 then, 1 now" in "".join(lines)
+    assert single.returncode == 0 and "not bitwise: processes was 2, now 1" in "".join(lines)
     assert json.loads((run / "PREEMPTED").read_text())["step"] >= stopped + 2
 
 

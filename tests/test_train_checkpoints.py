@@ -46,7 +46,7 @@ def copied(run, tmp_path):
 def choose_newest(path: Path, recipe: Recipe) -> tuple[Path | None, str]:
     """The checkpoint that a resume uses, and what is logged about the others."""
     logged: list[str] = []
-    return Checkpoints(path, World(), logged.append).choose_newest(recipe), "\n".join(logged)
+    return Checkpoints(path, World(), logged.append).newest(recipe), "\n".join(logged)
 
 
 def rewrite_manifest(path: Path, **facts: object) -> None:

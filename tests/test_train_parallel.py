@@ -71,7 +71,7 @@ def test_checkpoints_can_be_resumed_with_another_strategy(finished, capfd):
 
     for source in ("ddp", "fsdp"):
         assert trainer.train(*begin(source, "one")) == 0
-        assert f"not bitwise: processes 2 then, 1 now, strategy {source} then" in capfd.readouterr().out
+        assert f"not bitwise: processes was 2, now 1, strategy was {source}" in capfd.readouterr().out
     pairs = [("one", "ddp"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("hsdp", "fsdp"), ("fsdp", "fsdp")]
     done = trainer.run_processes(2, *([*begin(a, b), *STRATEGIES[b]] for a, b in pairs))
     assert trainer.exit_codes(done) == [[0, 0]] * len(pairs), done.stdout + done.stderr
