@@ -52,6 +52,7 @@ def test_dry_run(tmp_path):
     assert all(row["least_bytes"] > 0 and row["flop"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_trainer(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "trainer.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

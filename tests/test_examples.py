@@ -24,6 +24,7 @@ def test_every_script_is_tested():
     assert set(PRINTED) == {path.name for path in FOLDER.glob("*.py")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTED)
 def test_example(name, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

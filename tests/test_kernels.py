@@ -56,7 +56,16 @@ def in_a_new_process(*command: str, interpret: bool) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in HERE.glob("interpreted_*.py")))
+SLOW = {"interpreted_compile.py", "interpreted_models.py"}  # whole models, about a minute each
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(path.name, marks=[pytest.mark.slow] * (path.name in SLOW))
+        for path in sorted(HERE.glob("interpreted_*.py"))
+    ],
+)
 def test_triton_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
     assert " passed" in in_a_new_process("-m", "pytest", "-q", "-x", file, interpret=True)
