@@ -3,11 +3,23 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
+
+
+def check_format(content: Mapping[str, Any], newest: int) -> int:
+    """The format number of a file's content; 1 if it has none. Raises UserError for a format of a later version."""
+    written = content.get("format", 1)
+    if not isinstance(written, int) or written > newest:
+        raise UserError(
+            f"it has format {written!r}, written by tessel {content.get('tessel')}; this version reads formats up to "
+            f"{newest}: upgrade tessel"
+        )
+    return written
 
 
 @contextmanager

@@ -88,6 +88,12 @@ class RepeatedAugSampler(GlobalBatchSampler):
         return key[0] // self.repeats
 
 
+def eval_batches(length: int, batch: int, rank: int, world_size: int) -> list[list[Key]]:
+    """The batches of one process over a data set of `length`, so that each sample is in one batch of one process."""
+    keys = [(0, index) for index in range(rank, length, world_size)]
+    return [keys[start : start + batch] for start in range(0, len(keys), batch)]
+
+
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of one epoch."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UserError
+from ..files import check_format
 from .registry import SOURCES, TASKS, recipe_keys
 
 FORMAT = 2
@@ -96,12 +97,9 @@ def migrate(data: dict[str, Any]) -> int:
 
     Raises UserError for a format of a later version of tessel.
     """
-    written, version = data.pop("format", 1), data.pop("tessel", None)
-    if not isinstance(written, int) or written > FORMAT:
-        raise UserError(
-            f"it has format {written!r}, written by tessel {version}; this version reads formats up to {FORMAT}: "
-            "upgrade tessel"
-        )
+    written = check_format(data, FORMAT)
+    data.pop("format", None)
+    data.pop("tessel", None)
     # a recipe written by hand has no format number and may use the names of any format
     rename_keys(data)
     return written

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ... import __version__
 from ..distributed.world import World
 from ..errors import UserError, one_line
-from ..files import sync_directory, write_atomically
+from ..files import check_format, sync_directory, write_atomically
 from ..recipe.load import differences, load_recipe, make_recipe
 from ..recipe.schema import Parallel, Recipe
 
@@ -159,11 +159,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise UserError(f"{MANIFEST} does not match the sha256 it has of itself")
-    if content.get("format", 1) > FORMAT:
-        raise UserError(
-            f"{path} has format {content['format']}, written by tessel {content.get('tessel')}; this version reads "
-            f"formats up to {FORMAT}: upgrade tessel"
-        )
+    check_format(content, FORMAT)
     return content
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ..data.loader import Loader, SeededDataset, Transform
-from ..data.sampler import GlobalBatchSampler, Key, RepeatedAugSampler
+from ..data.sampler import GlobalBatchSampler, Key, RepeatedAugSampler, eval_batches
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.plan import Plan
@@ -153,9 +153,7 @@ class DatasetTask(Task[TaskT, DataT]):
         return self._sampler(plan, step).keys(step * batch, (step + 1) * batch)
 
     def eval_batches(self) -> Loader:
-        size = self.recipe.data.eval_batch
-        keys = [(0, index) for index in range(self.world.rank, len(self.val), self.world.size)]
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        batches = eval_batches(len(self.val), self.recipe.data.eval_batch, self.world.rank, self.world.size)
         return self._loader(SeededDataset(self.val, self.eval_transform, self.recipe.run.seed), batches, 2)
 
     def _sampler(self, plan: Plan, step: int) -> GlobalBatchSampler:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ..errors import UserError, one_line
-from ..files import replacing
+from ..files import check_format, replacing
 from ..recipe.migrate import rename_keys
 from ..recipe.registry import TASKS
 from ..recipe.schema import Model
@@ -84,7 +84,7 @@ def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str,
         config = json.loads((path / CONFIG).read_text())
         if not isinstance(config, dict) or config.get("task") != task:
             raise ValueError(f"its {CONFIG} is not of task.kind={task}; timm.create_model reads a classifier")
-        check_format(config)
+        check_format(config, FORMAT)
         _migrate(config, task)
         classes = {"model": Model, **sections}
         return config | {
@@ -92,16 +92,6 @@ def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str,
         }
     except (OSError, ValueError, KeyError, ValidationError) as error:
         raise UserError(f"{path} has no readable export ({one_line(error)}); give the export/ of a run") from error
-
-
-def check_format(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for an export of a later version of tessel."""
-    written = config.get("format", 1)
-    if not isinstance(written, int) or written > FORMAT:
-        raise ValueError(
-            f"it has format {written!r}, written by tessel {config.get('tessel')}; this version reads formats up to "
-            f"{FORMAT}: upgrade tessel"
-        )
 
 
 def _migrate(config: dict[str, Any], task: str) -> None:
@@ -134,7 +124,7 @@ def read_classes(path: Path) -> list[str] | None:
     """Names of the outputs of an exported model, in their order; None if they are not classes."""
     try:
         config = json.loads((path / CONFIG).read_text())
-        check_format(config)
+        check_format(config, FORMAT)
         names = config["classes"] if "classes" in config else config["label_names"]
         return None if names is None else list(names)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from timm.data.real_labels import RealLabelsImagenet
 from torch import Tensor, nn
 
 from ...data.loader import Loader, SeededDataset
+from ...data.sampler import eval_batches
 from ...data.sources.folder import ImageFolder
 from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
@@ -95,8 +96,7 @@ class VariantEvaluator:
     def accuracy(self, images: ImageFolder, columns: list[int], correct_classes: CorrectClasses) -> dict[str, Any]:
         """Top-1 and top-5 over one folder; an image without a correct class does not count."""
         data, world = self.recipe.data, self.world
-        own = [(0, index) for index in range(world.rank, len(images), world.size)]
-        keys = [own[start : start + data.eval_batch] for start in range(0, len(own), data.eval_batch)]
+        keys = eval_batches(len(images), data.eval_batch, world.rank, world.size)
         dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
         pin, timeout = world.device.type == "cuda", self.recipe.guard.timeout
         batches = Loader(dataset, keys, workers=data.workers, prefetch=2, pin=pin, timeout=timeout)
