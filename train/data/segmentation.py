@@ -42,7 +42,10 @@ class SegmentationDataset:
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         path = self.masks[index].decode()
         mask = self.to_classes(read_mask(path), path)
-        return read_oriented(self.images[index].decode(), (mask.shape[1], mask.shape[0])), mask
+        return read_oriented(self.image_path(index), (mask.shape[1], mask.shape[0])), mask
+
+    def image_path(self, index: int) -> str:
+        return self.images[index].decode()
 
     def to_classes(self, values: np.ndarray, path: str) -> np.ndarray:
         """Values of a mask file to class indices. Raises UserError naming values without a class."""

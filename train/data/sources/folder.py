@@ -52,8 +52,11 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.paths[index].decode()
+        path = self.image_path(index)
         return read_image(partial(open, path, "rb"), path), int(self.targets[index])
+
+    def image_path(self, index: int) -> str:
+        return self.paths[index].decode()
 
 
 def open_folder(data: Folder, split: str) -> ImageFolder:
