@@ -53,6 +53,8 @@ class Model:
 class Dense:
     batch_norm: Literal["train", "eval", "frozen"] = "train"
     """batch norms of the backbone; eval: use the running statistics; frozen: freeze weights and biases too"""
+    sync_batch_norm: bool = True
+    """synchronize the batch norms of the backbone too, where parallel.sync_batch_norm synchronizes those of the heads"""
     norms: tuple[bool, ...] | None = None
     """add a norm to each output, one value per output; null: the norms of the paper, none for models of timm"""
 
