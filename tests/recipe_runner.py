@@ -102,7 +102,9 @@ def segment(recipe: Recipe, short: bool) -> dict[str, Any]:
     if options.test.mode == "slide":
         keys |= {"task.segment.test.crop": size, "task.segment.test.stride": size * 2 // 3}
     if short:
-        keys |= {f"task.segment.{part}.channels": 8 for part in ("decode_head", "auxiliary_head") if getattr(options, part)}
+        keys |= {
+            f"task.segment.{part}.channels": 8 for part in ("decode_head", "auxiliary_head") if getattr(options, part)
+        }
         keys |= {"task.segment.neck.out_channels": 8} if options.neck else {}
     return keys
 
@@ -175,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     failed = {name: log for name, log in attempt(names, folder, short=options.short) if log}
     for name, log in failed.items():
         print(f"\n== {name}\n{log[-3000:]}")
-    print(f"{len(names) - len(failed)} of {len(names)} recipes ran in {time.monotonic() - begun:.0f} s; logs in {folder}")
+    print(
+        f"{len(names) - len(failed)} of {len(names)} recipes ran in {time.monotonic() - begun:.0f} s; logs in {folder}"
+    )
     return int(bool(failed))
 
 

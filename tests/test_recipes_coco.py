@@ -121,7 +121,9 @@ def test_recipe_has_mmdetections_conventions_where_torchvision_lets_it(name):
     detect = load_recipe(f"coco/{name}").task.detect
     if detect.detector == "mask_rcnn":
         assert detect.roi_align == "mmdetection" and detect.kwargs == {"rpn_post_nms_top_n_train": 1000}
-        assert "the box losses are L1 (here smooth L1 with beta 1/9)" in " ".join(comments(name).replace("#", "").split())
+        assert "the box losses are L1 (here smooth L1 with beta 1/9)" in " ".join(
+            comments(name).replace("#", "").split()
+        )
     else:
         assert detect.loss_average == "batch" and detect.kwargs == {"detections_per_img": 100}
     assert "rounded to whole pixels" in " ".join(comments(name).replace("#", "").split())

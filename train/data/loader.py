@@ -33,9 +33,9 @@ class FallbackSample:
 class SeededDataset(Dataset[Any]):
     """`dataset[epoch, index]` -> (image, target, index), transformed with generators seeded by (seed, epoch, index).
 
-    A sample that cannot be read or transformed (UserError) is replaced by the first good one of up to `max_retries` that
-    follow it in its epoch, transformed with the seed of the replaced one. So batches keep their size, and no other
-    sample or augmentation changes.
+    A sample that cannot be read or transformed (UserError) is replaced by the first good one of up to `max_retries`
+    that follow it in its epoch, transformed with the seed of the replaced one. So batches keep their size, and no
+    other sample or augmentation changes.
     """
 
     def __init__(

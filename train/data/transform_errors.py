@@ -18,8 +18,9 @@ def transform_errors(dataset: Any, index: int) -> Iterator[None]:
         raise
     except Exception as error:  # the operations are those of Pillow, timm, torchvision and of plug-ins
         raise UserError(
-            f"{sample_name(dataset, index)} cannot be transformed: {failed_operation(error)} failed ({one_line(error)}); "
-            "change or leave out the key of data.aug (or of data) that asks for this operation, or remove the image"
+            f"{sample_name(dataset, index)} cannot be transformed: {failed_operation(error)} failed "
+            f"({one_line(error)}); change or leave out the key of data.aug (or of data) that asks for this operation, "
+            "or remove the image"
         ) from error
 
 

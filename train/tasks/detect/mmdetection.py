@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-FINEST_SIDE = 56  # boxes below twice this side are pooled from the finest map (Lin et al., arXiv 1612.03144, equation 1)
+FINEST_SIDE = 56  # boxes below twice this side are pooled from the finest map (Lin et al., arXiv 1612.03144)
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):

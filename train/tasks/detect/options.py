@@ -29,7 +29,7 @@ class DetectOptions:
     roi_align: Literal["torchvision", "mmdetection"] = "torchvision"
     """how an R-CNN pools boxes: torchvision's default, or aligned and with a sample per pixel as in mmdetection"""
     loss_average: Literal["image", "batch"] = "image"
-    """average RetinaNet's losses over the objects of each image, or over those of the micro-batch as mmdetection does"""
+    """average RetinaNet's losses over the anchors of each image, or of the micro-batch as in mmdetection"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of torchvision's detector, for example {score_thresh: 0.1}"""
 
