@@ -1,4 +1,4 @@
-"""The augmentation of the dense recipes on many images of natural size; that of classification: test_rand_augment.py."""
+"""The augmentation of the dense recipes on many images of natural size (classification: test_rand_augment.py)."""
 
 import miniatures
 import pytest
