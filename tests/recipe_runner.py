@@ -82,7 +82,8 @@ def overrides(name: str, data: Path, out: Path, *, short: bool) -> list[str]:
         **schedule(recipe),
         **{"classify": classify, "segment": segment, "detect": detect}[recipe.task.kind](recipe, short),
     }
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in changed.items()]
+    texts = {key: str(value) if isinstance(value, str | Path) else json.dumps(value) for key, value in changed.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
 
 
 def schedule(recipe: Recipe) -> dict[str, Any]:
@@ -177,9 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = {name: log for name, log in attempt(names, folder, short=options.short) if log}
     for name, log in failed.items():
         print(f"\n== {name}\n{log[-3000:]}")
-    print(
-        f"{len(names) - len(failed)} of {len(names)} recipes ran in {time.monotonic() - begun:.0f} s; logs in {folder}"
-    )
+    ran, seconds = len(names) - len(failed), time.monotonic() - begun
+    print(f"{ran} of {len(names)} recipes ran in {seconds:.0f} s; logs in {folder}")
     return int(bool(failed))
 
 

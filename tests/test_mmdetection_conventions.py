@@ -55,7 +55,7 @@ def test_boxes_are_pooled_from_the_level_and_the_image_that_torchvision_chooses(
     expected = MultiScaleRoIAlign(NAMES, 1, 2)(maps, given, [(512, 512)] * 2)
     pooled = AlignedRoIAlign(STRIDES, output_size=1)(maps, given, None)
     torch.testing.assert_close(pooled[1:], expected[1:])  # a box without an area has no pixels to sample
-    assert pooled[-1, 0] == 11
+    assert pooled[-1, 0] == 12
 
 
 def test_without_boxes_every_map_still_gets_a_gradient():

@@ -17,7 +17,7 @@ FAMILIES = {name: family for family in tessel.zoo.list_families() for name in fa
 def head(name):
     """The comment of a recipe as one line."""
     lines = (PACKAGED / f"{name}.yaml").read_text().splitlines()
-    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    return " ".join(" ".join(line.removeprefix("#") for line in lines if line.startswith("#")).split())
 
 
 @pytest.mark.parametrize("name", RECIPES)

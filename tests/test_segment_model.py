@@ -188,7 +188,7 @@ def test_cross_entropy_equals_mmsegmentations_where_that_works(weighted, known, 
 @pytest.mark.parametrize("given, average", [({}, None), ({"avg_non_ignore": True}, True)])
 def test_average_over_all_pixels_as_mmsegmentation_does_by_default(batch, given, average):
     """`avg_non_ignore` of the loss itself, where it is given, comes first."""
-    head = {"type": "FCNHead", "channels": 8, "in_index": 3, "num_convs": 0, "concat_input": False}
+    head = {"type": "FCNHead", "channels": 8, "in_index": 3, "num_convs": 1, "concat_input": False}
     head["loss_decode"] = {"type": "CrossEntropyLoss", **given}
     losses = {}
     for known in (True, False):
