@@ -45,7 +45,10 @@ class SegmentationDataset:
         path = self.masks[index].decode()
         mask = self.to_classes(read_mask(path), path)
         size = (mask.shape[1], mask.shape[0])
-        return read_file(self.images[index].decode(), pixel_format=self.pixel_format, size=size), mask
+        return read_file(self.image_path(index), pixel_format=self.pixel_format, size=size), mask
+
+    def image_path(self, index: int) -> str:
+        return self.images[index].decode()
 
     def to_classes(self, values: np.ndarray, path: str) -> np.ndarray:
         """Values of a mask file to class indices. Raises UserError naming values without a class."""
