@@ -15,7 +15,7 @@ from pathlib import Path
 
 from generated import main
 
-from tessel.train.__main__ import describe_type
+from tessel.train.recipe.explain import describe_type
 from tessel.train.recipe.load import PACKAGED, load_recipe
 from tessel.train.recipe.plan import plan
 from tessel.train.recipe.registry import SOURCES, TASKS, SourceSpec, TaskSpec, key_groups

@@ -70,7 +70,7 @@ class FrozenBackbone:
     """
 
     def __init__(self, model: nn.Module, prefix: str | None, *, freeze: bool, first_steps: int):
-        """freeze: whether `model.freeze` is given; first_steps: number of steps in which the backbone does not change."""
+        """freeze: whether `model.freeze` is given; first_steps: steps in which the backbone does not change."""
         self.model, self.first_steps = model, first_steps
         fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad} if freeze else set()
         self.always = modules_of(model, fixed)

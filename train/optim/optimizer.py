@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import UserError
 from ..recipe.schema import Optim
 
-
 Groups = list[dict[str, Any]]
 
 

@@ -1,6 +1,5 @@
 """Creating models through timm, and loading their initial weights."""
 
-import difflib
 import os
 import struct
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ...checkpoints import load_manifest
 from ..errors import UserError, one_line
 from ..recipe.schema import Model, Recipe
 from ..recipe.sizing import replaced, starts_from_weights
+from .names import is_weights_file, unknown_model
 
 # what models raise for arguments or inputs that do not fit
 MODEL_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -27,9 +27,6 @@ CREATE_ERRORS = (
     *MODEL_ERRORS,
     *(AttributeError, BadZipFile, EOFError, OSError, SafetensorError, UnpicklingError, struct.error),
 )
-
-
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # endings of a `model.init_from` that is a file
 
 
 def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classes: int | None, **options: Any) -> Any:
@@ -90,11 +87,6 @@ def no_weights(name: str) -> str:
         f"its file {row.name} cannot be downloaded by a program ({row.why_no_url}). Download it by hand "
         f"from {row.source} and set model.init_from=FILE"
     )
-
-
-def is_weights_file(source: str) -> bool:
-    """Whether `model.init_from` names a file rather than a model."""
-    return source.endswith(WEIGHT_FILES) and ":" not in source
 
 
 def create_source(options: Model, size: int, num_classes: int | None) -> Any:
@@ -178,6 +170,4 @@ def check_name(name: str | None, key: str = "model.name") -> None:
         if tag and name not in known.split(", "):
             raise UserError(f"{key}={name}: {architecture} has no weights {tag!r}; use one of {known}")
         return
-    near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names{hint}")
+    raise unknown_model(name, key, timm.list_models())
