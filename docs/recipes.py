@@ -19,8 +19,8 @@ from generated import main
 from tessel.train.recipe.explain import describe_type
 from tessel.train.recipe.load import PACKAGED, load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.recipe.sizing import sized
 from tessel.train.recipe.registry import SOURCES, TASKS, SourceSpec, TaskSpec, key_groups
+from tessel.train.recipe.sizing import sized
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 IMAGENET = 1_281_167  # training images

@@ -407,3 +407,5 @@ def test_progress_bar(recipe, capsys):
     assert trainer.train(recipe, "sched.steps=4", "log.progress=bar") == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("4/4", "images/s", "s a step", "data wait", "GB", "top1"))
+    # evaluations stay above the bar
+    assert "step 3/4  evaluation: top1" in out and "step 4/4  evaluation: top1" in out

@@ -217,11 +217,17 @@ def test_packaged_recipe_is_found_without_its_suffix(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(str(p) for p in find_recipe("demo/digits").parent.parent.rglob("*.yaml")))
 def test_packaged_recipes_load_and_document_command_and_cost(path):
-    load_recipe(path, ["data.root=PATH"] if "/finetune/" in path else [])
+    load_recipe(path, ["data.root=PATH"] if Path(path).parent.name == "finetune" else [])
     with open(path) as file:
         head = [line for line in file if line.startswith("#")]
     for word in ("command", "hardware", "time", "expect"):
         assert any(word in line.lower() for line in head), f"{path} does not open with its {word}"
+
+
+def test_warmup_longer_than_the_training_says_what_to_change(recipe):
+    loaded = load_recipe(recipe, ["sched.epochs=1", "sched.warmup=1"])
+    with pytest.raises(UserError, match=r"sched\.warmup=1 \(10 steps\).*sched\.warmup=0\.05, or train for longer"):
+        plan(loaded, samples=2560, world_size=1)
 
 
 def test_only_keys_that_change_the_training_are_differences(recipe):
