@@ -33,7 +33,8 @@ def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple:
     batch, optim, sched = recipe.data.batch, recipe.optim, recipe.sched
     if batch > samples:
         raise UserError(
-            f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less, or data.batch=auto"
+            f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less, or "
+            "data.batch=auto"
         )
     micro = recipe.data.micro_batch or batch // world_size
     if not micro or batch % (micro * world_size):
