@@ -255,9 +255,11 @@ def test_weights_of_a_file(tmp_path):
     model = build_classifier(recipe, 7)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="there is no such file"):
-        build_classifier(finetune("classify", "model.init_from=none.pth"), 7)
+        build_classifier(finetune("classify", "model.init_from=none.pth", "model.pretrained=false"), 7)
     with pytest.raises(UserError, match="does not fit model.name=litv2_atto"):
-        build_classifier(finetune("classify", "model.name=litv2_atto", f"model.init_from={file}"), 7)
+        build_classifier(
+            finetune("classify", "model.name=litv2_atto", f"model.init_from={file}", "model.pretrained=false"), 7
+        )
 
 
 def test_every_model_of_the_recipe_is_exported_with_its_classes(images, tmp_path):

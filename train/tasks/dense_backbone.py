@@ -31,7 +31,7 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
     except CREATE_ERRORS as error:
         hint = offline_hint("model.name") if model.pretrained and isinstance(error, OSError) else ""
         raise UserError(
-            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error)}{hint}"
+            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error, 600)}{hint}"
         ) from error
 
 

@@ -45,7 +45,7 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
     except CREATE_ERRORS as error:
         hint = "; local-dir: takes the export/ of a classifier" if name.startswith("local-dir:") else ""
         hint = hint or (offline_hint(key) if pretrained and isinstance(error, OSError) else "")
-        reason = one_line(error) + hint
+        reason = one_line(error, 600) + hint
         raise UserError(f"{key}={name} with {options} and pretrained={pretrained}: {reason}") from error
 
 
@@ -97,19 +97,20 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
     file = os.path.expanduser(source)
     if not os.path.isfile(file):
         raise UserError(f"model.init_from={source}: there is no such file")
-    try:
-        overlay = {"file": file}
-        return create_model(
-            options.name,
-            size,
-            key="model.name",
-            pretrained=True,
-            num_classes=num_classes,
-            pretrained_cfg_overlay=overlay,
-            **options.kwargs,
-        )
-    except UserError as error:
-        raise weights_mismatch(options, one_line(error.__cause__ or error)) from error
+    kwargs = dict(options.kwargs)
+    given = kwargs.pop("pretrained_cfg_overlay", {})
+    # published weights have the classes of the model's own, weights from elsewhere may have those of the data
+    for overlay in ({}, {"num_classes": num_classes}):
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **given, "file": file}
+        try:
+            return create_model(
+                options.name, size, key="model.name", pretrained=True, num_classes=num_classes, **kwargs
+            )
+        except UserError as error:
+            mismatch = error
+            if num_classes is None or "num_classes" in given:
+                break
+    raise weights_mismatch(options, one_line(mismatch.__cause__ or mismatch)) from mismatch
 
 
 @contextmanager
