@@ -30,7 +30,7 @@ SYNONYMS = {
     "model.drop_path_rate": "drop_path stochastic_depth",
     "model.init_from": "initial_checkpoint checkpoint weights finetune init_cfg",
     "model.pretrained": "use_pretrained pretrained_weights",
-    "model.kwargs": "model_kwargs img_size in_chans num_heads",
+    "model.kwargs": "model_kwargs img_size num_heads",
     "model.name": "arch architecture backbone",
     "data.batch": "batch_size per_device_train_batch_size samples_per_gpu train_batch_size",
     "data.micro_batch": "grad_accum_steps gradient_accumulation_steps accumulate batch_size_per_gpu",
