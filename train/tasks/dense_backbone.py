@@ -11,7 +11,7 @@ from ...zoo.dense import DenseBackbone
 from ..errors import UserError, one_line
 from ..recipe.schema import Dense, Model
 from .export import read_backbone
-from .models import CREATE_ERRORS, create_source, offline_hint, weights_mismatch
+from .models import CREATE_ERRORS, create_source, weights_hint, weights_mismatch
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
@@ -29,7 +29,7 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
             **options,
         )
     except CREATE_ERRORS as error:
-        hint = offline_hint("model.name") if model.pretrained and isinstance(error, OSError) else ""
+        hint = weights_hint("model.name", error) if model.pretrained else ""
         raise UserError(
             f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error, 600)}{hint}"
         ) from error

@@ -44,19 +44,20 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
         return timm.create_model(name, pretrained=pretrained, **options)
     except CREATE_ERRORS as error:
         hint = "; local-dir: takes the export/ of a classifier" if name.startswith("local-dir:") else ""
-        hint = hint or (offline_hint(key) if pretrained and isinstance(error, OSError) else "")
+        hint = hint or (weights_hint(key, error) if pretrained else "")
         reason = one_line(error, 600) + hint
         raise UserError(f"{key}={name} with {options} and pretrained={pretrained}: {reason}") from error
 
 
-def offline_hint(key: str) -> str:
-    """What to do if the weights of the model that `key` names cannot be downloaded."""
-    if key == "model.name":
-        return (
-            ". Without a network, set model.init_from=FILE to start from a file of these weights, or "
-            "model.pretrained=false to start from random weights"
-        )
-    return f". Without a network, {key}=FILE takes a file of these weights" if key == "model.init_from" else ""
+def weights_hint(key: str, error: Exception) -> str:
+    """What else to begin with, if the weights of the model that `key` names are missing or cannot be downloaded."""
+    if not isinstance(error, OSError | RuntimeError):
+        return ""
+    hints = {
+        "model.name": ". model.init_from=FILE starts from a file of weights, model.pretrained=false from random ones",
+        "model.init_from": ". It can also be a file of weights",
+    }
+    return hints.get(key, "")
 
 
 def resolve_pretrained(recipe: Recipe) -> Recipe:
@@ -100,6 +101,7 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
     kwargs = dict(options.kwargs)
     given = kwargs.pop("pretrained_cfg_overlay", {})
     # published weights have the classes of the model's own, weights from elsewhere may have those of the data
+    mismatch: UserError | None = None
     for overlay in ({}, {"num_classes": num_classes}):
         kwargs["pretrained_cfg_overlay"] = {**overlay, **given, "file": file}
         try:
@@ -110,6 +112,7 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
             mismatch = error
             if num_classes is None or "num_classes" in given:
                 break
+    assert mismatch is not None
     raise weights_mismatch(options, one_line(mismatch.__cause__ or mismatch)) from mismatch
 
 
