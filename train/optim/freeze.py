@@ -27,13 +27,19 @@ def backbone_parameters(model: Any, prefix: str | None) -> list[str]:
 def frozen_parameters(model: Any, prefix: str | None, freeze: str | int) -> list[str]:
     """Names of the parameters that `model.freeze` means: of the whole backbone, or of its stem and first stages.
 
-    Raises UserError if the model has not as many stages.
+    Raises UserError if the model has not as many stages, or does not tell them.
     """
     backbone = backbone_parameters(model, prefix)
     if not isinstance(freeze, int):
         return backbone
     own = set(backbone)
-    groups = group_parameters(model, model.group_matcher(coarse=True))
+    try:
+        groups = group_parameters(model, model.group_matcher(coarse=True))
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"model.freeze={freeze}: this model does not tell its stages ({type(error).__name__}: {error}); use "
+            "model.freeze=backbone"
+        ) from error
     # the stem is the first group; the last one may hold the final norm beside the last stage
     layers = [found for names in groups.values() if (found := [name for name in names if name in own])]
     if freeze >= len(layers):
