@@ -88,9 +88,11 @@ def wrong_values(errors: Iterable[Any], known: Mapping[str, Key]) -> Iterator[st
     told = set()
     for error in errors:
         parts = [str(part) for part in error["loc"]]
-        # below a key with a choice of types, pydantic names the type; below a list, the position
+        # pydantic adds the type below a key with a choice of types, the position below a list, the key below a mapping
         names = [".".join(parts[: length + 1]) for length in range(len(parts))]
         key = next((name for name in names if name in known), names[-1] if names else "")
+        if key in known and typing.get_origin(known[key].hint) is dict:
+            key = names[-1]
         if key in told:
             continue
         told.add(key)
