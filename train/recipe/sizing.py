@@ -5,7 +5,6 @@ and a later start takes them from there (`recorded`), so that a run does not cha
 """
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -120,5 +119,5 @@ def replaced(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 def describe_auto(asked: Recipe, recipe: Recipe) -> str | None:
     """The keys for which `asked` has `auto`, with their numbers in `recipe`; None if there are none."""
     values = flatten(recipe)
-    texts = [f"{key}={json.dumps(values[key])}" for key in auto_keys(asked)]
+    texts = [f"{key}={'null' if values[key] is None else values[key]}" for key in auto_keys(asked)]
     return f"auto: {', '.join(texts)}" if texts else None
