@@ -163,6 +163,12 @@ def test_evaluations_of_equal_accuracy_are_compared_by_loss(images, tmp_path, ac
     assert len(losses) == 4 and json.loads((run / "DONE").read_text())["step"] == min(losses, key=losses.get)
 
 
+def test_patience_begins_with_the_training_of_the_backbone(images, tmp_path, accuracies):
+    accuracies += [30.0, 20.0]
+    run = train(images, tmp_path, *STOPPING, "sched.steps=12", "sched.freeze=5")
+    assert "after step 10" in json.loads((run / "DONE").read_text())["ended"]  # evaluations at 6, 8 and 10 count
+
+
 @pytest.mark.slow
 def test_processes_stop_early_together(images, tmp_path):
     options = ["finetune/classify", f"data.root={images}", *SMALL, f"run.out={tmp_path}", *STOPPING, "optim.lr=1e-20"]
@@ -176,11 +182,15 @@ def test_processes_stop_early_together(images, tmp_path):
 def test_walk_on_scenes(tmp_path, task):
     scenes = ["data.source=digit_scenes", "data.scenes=24", "data.size=64", "model.name=biformer_atto"]
     small = {"segment": ["data.img_scale=null"], "detect": ["task.detect.channels=64", "task.detect.min_size=null"]}
-    common = ["data.workers=0", "run.device=cpu", f"run.out={tmp_path}", "sched.epochs=2", "sched.freeze=1"]
+    common = ["data.workers=0", "run.device=cpu", f"run.out={tmp_path}", "sched.epochs=2", "sched.patience=2"]
     assert trainer.main([f"finetune/{task}", *scenes, *small[task], *common]) == 0
     kinds = [record["kind"] for record in trainer.metrics(tmp_path / task)]
     assert kinds.count("train") == 12 and kinds.count("eval") == 4
     assert load_run(tmp_path / task)[0].data.batch == 4
+    # the box AP of a detector is 0 for the whole of so short a training, which does not end it
+    assert (
+        json.loads((tmp_path / task / "DONE").read_text())["step"] in ({"segment": range(1, 13), "detect": [12]}[task])
+    )
 
 
 def engine_after(steps, *overrides):

@@ -218,14 +218,21 @@ class Engine:
         self.loggers.log({"kind": "eval", **self.position(), **metrics})
         progress.evaluated, progress.metrics = progress.step, metrics
         value, loss = metrics[self.metric.key], metrics.get("loss")
-        # on few images, many evaluations share the best accuracy
-        tied = value == progress.best and None not in (loss, progress.best_loss)
-        if self.metric.is_better(value, progress.best) or (tied and loss < progress.best_loss):  # type: ignore[operator]
+        if self.metric.is_better(value, progress.best) or (value == progress.best and self.breaks_tie(loss)):
             progress.best, progress.best_loss = value, loss
             progress.best_step, progress.stalled = progress.step, 0
-        else:
+        elif progress.step > self.plan.freeze:
             progress.stalled += 1
         return True
+
+    def breaks_tie(self, loss: float | None) -> bool:
+        """Whether an evaluation with `loss` is better than the best one, which has the same primary metric.
+
+        On few images, many evaluations share the best accuracy. A task without a loss on the validation split, whose
+        metric can stay 0 for long, has the later one as the better.
+        """
+        before = self.progress.best_loss
+        return loss < before if loss is not None and before is not None else loss is None
 
     @property
     def stalled(self) -> bool:

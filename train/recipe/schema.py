@@ -20,7 +20,11 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Level = Annotated[int, Field(ge=0, le=255)]
 if typing.TYPE_CHECKING:
     # a run begins with the number that `sizing.sized` puts in the place of "auto"
-    AutoInt, AutoFloat, AutoPositive, AutoFraction, AutoDecay = int, float, float, float, float
+    AutoInt = int
+    AutoFloat = float
+    AutoPositive = float
+    AutoFraction = float
+    AutoDecay = float
 else:
     AutoInt = PositiveInt | Literal["auto"]
     AutoFloat = NonNegativeFloat | Literal["auto"]
