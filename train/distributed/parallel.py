@@ -1,5 +1,6 @@
 """Data parallelism: device placement, DDP and FSDP2, mixed precision, and state of sharded models."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os.path import commonprefix
@@ -75,6 +76,9 @@ def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.M
     if world.size == 1:
         return model
     if parallel.strategy == "ddp":
+        # gradients of depthwise convolutions [C, 1, k, k] have another stride in their dimension of size 1, which
+        # changes no address; DDP compares the numbers and warns
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
     shape, names = (world.size,), ("shard",)
     if parallel.strategy == "hsdp":

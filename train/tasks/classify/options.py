@@ -86,7 +86,11 @@ def conflicts(recipe: Recipe[Classify, ClassifyData]) -> Iterator[str]:
     yield from check_range("data.aug.scale", aug.scale)
     yield from check_range("data.aug.ratio", aug.ratio)
     if task.probe:
-        frozen = {"optim.layer_decay": recipe.optim.layer_decay, "model.drop_path_rate": recipe.model.drop_path_rate}
+        frozen = {
+            "model.drop_path_rate": recipe.model.drop_path_rate,
+            "model.freeze": recipe.model.freeze,
+            "sched.freeze": recipe.sched.freeze or None,
+        }
         for key, value in frozen.items():
             if value is not None:
                 yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"

@@ -115,7 +115,7 @@ def build_classifier(recipe: Recipe[Classify, Any], num_classes: int) -> nn.Modu
         raise UserError(f"model.kwargs does not take {reserved}: {RESERVED_KWARGS[reserved]}; remove it")
     kwargs: dict[str, Any] = {"drop_path_rate": options.drop_path_rate, **options.kwargs}
     model = create_model(
-        options.name, size, key="model.name", pretrained=options.pretrained, num_classes=num_classes, **kwargs
+        options.name, size, key="model.name", pretrained=bool(options.pretrained), num_classes=num_classes, **kwargs
     )
     if options.init_from:
         load_initial_weights(model, options, size)

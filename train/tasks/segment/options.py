@@ -83,7 +83,7 @@ def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
                 yield f"task.segment.test.{key} has no effect with task.segment.test.mode=whole; remove it"
     elif (test.stride or 0) > (test.crop or recipe.data.size):
         yield f"task.segment.test.stride={test.stride} leaves gaps between windows; use at most the side of a window"
-    if segment.load_from and (model.init_from or model.pretrained):
+    if segment.load_from and (model.init_from or model.pretrained is True):
         yield (
             "task.segment.load_from includes the weights of the backbone; remove it, or model.init_from and "
             "model.pretrained"
