@@ -1,6 +1,7 @@
 """Which layers may be computed without calling them."""
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -11,7 +12,8 @@ def is_plain(*layers: nn.Module) -> bool:
     """
     return all(
         type(layer) in (nn.Linear, nn.Conv2d)
-        and type(layer.weight) is nn.Parameter
+        and isinstance(layer.weight, nn.Parameter)
+        and not is_traceable_wrapper_subclass(layer.weight)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         for layer in layers
     )

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
+from ..recording import exporting
 from .reference import Lepe, Window, window_attention_reference
 from .tiles import fits_one_tile
 
@@ -87,6 +88,8 @@ def window_attention(
 def window_attention_unsupported(qkv: Tensor, *, windows: Sequence[Window], lepe: Lepe | None = None) -> list[str]:
     """Return the reasons why the Triton kernels cannot run on these tensors; empty if they can."""
     reasons = common_unsupported_reasons(qkv, head_dim=qkv.shape[-1])
+    if reasons and exporting():
+        return reasons  # comparing open sizes would narrow the graph
     for height, width in (_sides(window, qkv) for window in windows):
         if height * width > MAX_WINDOW_PIXELS:
             reasons.append(f"a window of {height}x{width} has more than {MAX_WINDOW_PIXELS} pixels")
