@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from .errors import ExportError, first_line
 from .formats import Format, Recording, formats
@@ -178,9 +178,7 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[list[str], list[Tensor]]
             )
     if len(leaves) == 1:
         return ["output"], [leaves[0][1]]
-    names = [
-        "_".join(str(key.idx if isinstance(key, SequenceKey) else key.key) for key in place) for place, _ in leaves
-    ]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in place) for place, _ in leaves]
     return [f"output_{name}" if name[:1].isdigit() else name for name in names], [leaf for _, leaf in leaves]
 
 
@@ -203,7 +201,7 @@ def _compare(
             found = run(x)
         except Exception as error:
             raise ExportError(
-                f"the exported {kind.name} fails on images of {text}: {first_line(error)}; export with fewer dynamic axes"
+                f"the exported {kind.name} fails on images of {text}: {first_line(error)}{_remedy(dynamic)}"
             ) from error
         outputs = list(found.values()) if isinstance(found, dict) else [found]
         errors[shape] = max(difference(a, b) for a, b in zip(outputs, expected, strict=True))
@@ -239,5 +237,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _cannot(kind: Format, dynamic: Sequence[str], error: Exception) -> str:
-    remedy = "; try with fewer dynamic axes" if dynamic else ""
-    return f"the model cannot be exported to {kind.name}: {first_line(error)}{remedy}"
+    return f"the model cannot be exported to {kind.name}: {first_line(error)}{_remedy(dynamic)}"
+
+
+def _remedy(dynamic: Sequence[str]) -> str:
+    return "; export with fewer dynamic axes" if dynamic else ""

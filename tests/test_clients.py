@@ -1,4 +1,4 @@
-"""Tools that replace, wrap or watch the layers of a model work on all families: adapters, quantizers, hooks, torch.func.
+"""Tools that replace or watch the layers of a model work on all families: adapters, quantizers, hooks, torch.func.
 
 They share one condition: a layer takes part in the forward pass by being called.
 """
