@@ -95,7 +95,7 @@ def export(
     path = path if path.name.endswith(kind.suffix) else path.with_name(path.name + kind.suffix)
     facts = describe(model)
     reference = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    images = _example(reference, facts, size, example, dynamic)
+    images, input_size = _example(reference, facts, size, example, dynamic)
     names = facts["class_names"] if class_names is None else list(class_names)
     dtype = torch.float16 if half else torch.float32
     start = time.perf_counter()
@@ -103,7 +103,7 @@ def export(
     if class_names is not None and len(outputs) == 1:
         check_class_names(class_names, outputs[0].shape[1])
     facts |= {
-        "input_size": list(images.shape[1:]) if size or example is not None else facts.get("input_size"),
+        "input_size": input_size,
         "dynamic": list(dynamic),
         "example": list(images.shape),
         "dtype": str(dtype).removeprefix("torch."),
@@ -149,22 +149,25 @@ def _example(
     size: int | tuple[int, int] | None,
     example: Tensor | None,
     dynamic: Collection[str],
-) -> Tensor:
-    """Images to record with. Open axes have different lengths of at least 2, so that none is taken for another."""
+) -> tuple[Tensor, list[int]]:
+    """Images to record with, and the [C, H, W] they stand for.
+
+    Open axes have different lengths of at least 2, so that the recorder takes none for another.
+    """
     if example is not None:
         if example.dim() != 4:
             raise ValueError(f"example must be images [B, C, H, W], got shape={tuple(example.shape)}")
-        return example.detach().cpu().float()
+        return example.detach().cpu().float(), list(example.shape[1:])
     chans, height, width = facts.get("input_size") or (3, 224, 224)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"size={size} must be at least 1")
     chans = getattr(model, "in_chans", chans)
-    if "size" in dynamic and height == width:
-        width += 32
+    wider = 32 if "size" in dynamic and height == width else 0
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2 if "batch" in dynamic else 1, chans, height, width, generator=generator)
+    images = torch.randn(2 if "batch" in dynamic else 1, chans, height, width + wider, generator=generator)
+    return images, [chans, height, width]
 
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[list[str], list[Tensor]]:
