@@ -1,7 +1,7 @@
 """Which layers may be computed without calling them."""
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch._subclasses import FakeTensor
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -12,8 +12,7 @@ def is_plain(*layers: nn.Module) -> bool:
     """
     return all(
         type(layer) in (nn.Linear, nn.Conv2d)
-        and isinstance(layer.weight, nn.Parameter)
-        and not is_traceable_wrapper_subclass(layer.weight)
+        and type(layer.weight) in (nn.Parameter, FakeTensor)  # the latter stands for a parameter while exporting
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         for layer in layers
     )

@@ -120,7 +120,7 @@ def test_dynamic_quantization(model_name):
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     for size in SIZES:
         x = torch.randn(2, 3, *size)
-        assert torch.cosine_similarity(quantized(x), model(x), dim=1).min() > 0.999
+        assert torch.cosine_similarity(quantized(x), model(x), dim=1).min() > 0.99
 
 
 class Scaled(torch.Tensor):
