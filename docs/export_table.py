@@ -49,11 +49,8 @@ CELLS = {
     "ExecuTorch": Cell("executorch", ()),
 }
 
-# cells that the default tests run; a few seconds each
-QUICK = {
-    "ONNX, batch and size": ("s2aformer_atto",),
-    "TorchScript, batch": [name for name in tessel.zoo.list_models() if name.endswith("_atto")],
-}
+# columns that CI tests; of a column with a model here, the default tests run that one
+IN_CI = {"ONNX, batch and size": "s2aformer_atto", "torch.export, batch and size": None, "TorchScript, batch": None}
 
 
 def perturbed(name: str) -> nn.Module:

@@ -31,17 +31,20 @@ LAYOUT = 1
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The keys of the metadata that follow from the model: for models of timm all that its configuration states."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    """The keys of the metadata that follow from the model: for models of timm all that its configuration states.
+
+    Segmenters and detectors of the trainer have an attribute `classes` with the names.
+    """
+    cfg, classes = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "classes", None)
     if not cfg:
-        return {"model": type(model).__name__, "task": None, "class_names": None}
+        return {"model": type(model).__name__, "task": None, "class_names": list(classes) if classes else None}
     data = resolve_data_config(pretrained_cfg=cfg, model=model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
         "model": cfg.get("architecture"),
         "task": "classify" if getattr(model, "num_classes", 0) else None,
         **{key: list(data[key]) if isinstance(data[key], tuple) else data[key] for key in keys},
-        "class_names": _class_names(model, cfg),
+        "class_names": list(classes) if classes else _class_names(model, cfg),
     }
 
 

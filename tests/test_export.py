@@ -31,12 +31,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn about their 
 
 
 def cells():
-    """The working cells of the table: those that take seconds run by default, the others are slow."""
+    """The working cells of the table: one runs by default, CI runs three columns, the rest is run by hand."""
     for name, row in json.loads(export_table.RECORD.read_text())["cells"].items():
         for title, cell in row.items():
             if "error" in cell:
-                quick = title in export_table.QUICK and name in export_table.QUICK[title]
-                yield pytest.param(name, title, id=f"{name}-{title}", marks=() if quick else pytest.mark.slow)
+                marks = [pytest.mark.slow] if title in export_table.IN_CI else [pytest.mark.large]
+                if export_table.IN_CI.get(title) == name:
+                    marks = []
+                yield pytest.param(name, title, id=f"{name}-{title}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "title"), cells())
