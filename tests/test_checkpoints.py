@@ -94,9 +94,9 @@ def cache(tmp_path):
 
 
 def content(folder: Path) -> list[str]:
-    """Names of the files in a cache folder, without the empty lock files."""
+    """Names of the files in a cache folder, without the empty lock files and the records of hashes."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return [name for name in names if not name.endswith(".lock")]
+    return [name for name in names if not (name.endswith(".lock") or (name[0] == "." and name.endswith(".json")))]
 
 
 def message(caught: pytest.ExceptionInfo[BaseException]) -> str:

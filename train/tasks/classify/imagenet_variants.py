@@ -28,6 +28,18 @@ from .augment import eval_transform, image_only
 NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
 
 
+# names of the folders in which these sets are unpacked
+USUAL_FOLDERS = {
+    "val": ("val",),
+    "real": ("val",),
+    "v2": ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "imagenet-v2", "imagenetv2"),
+    "a": ("imagenet-a",),
+    "r": ("imagenet-r",),
+    "sketch": ("sketch", "imagenet-sketch"),
+    "c": ("imagenet-c",),
+}
+
+
 VALIDATION_IMAGES = 50_000
 
 
@@ -153,15 +165,47 @@ def corrupted(folder: Path) -> list[tuple[str, Path]]:
     return [(path.parent.name, path) for path in found]
 
 
-def parse_sets(texts: list[str]) -> dict[str, Path]:
-    """Parse NAME=FOLDER arguments. Raises UserError for an unknown name."""
+def parse_sets(texts: list[str], root: Path | None = None) -> dict[str, Path]:
+    """Parse NAME=FOLDER arguments; a NAME alone is a folder of the usual name in `root`, several with commas.
+
+    Raises UserError for an unknown name, and if no folder of the usual names exists.
+    """
     sets = {}
-    for text in texts:
+    for text in (part for argument in texts for part in argument.split(",")):
         name, equals, folder = text.partition("=")
-        if name not in NAMES or not equals or not folder:
-            raise UserError(f"--sets {text!r} must be NAME=FOLDER with NAME one of {', '.join(NAMES)}")
-        sets[name] = Path(folder)
+        if name not in NAMES or bool(equals) != bool(folder) or not (folder or root):
+            raise UserError(
+                f"--sets {text!r} must be NAME=FOLDER with NAME one of {', '.join(NAMES)}, or NAME alone with --data "
+                "root=FOLDER that holds it"
+            )
+        sets[name] = Path(folder) if folder or root is None else usual_folder(name, root)
     return sets
+
+
+def usual_folder(name: str, root: Path) -> Path:
+    """The folder of the set `name` in or beside `root`, the folder of ImageNet. Raises UserError if there is none."""
+    for folder in (base / usual for base in (root, root.parent) for usual in USUAL_FOLDERS[name]):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"--sets {name}: neither in {root} nor beside it is a folder {' or '.join(USUAL_FOLDERS[name])}; give "
+        f"{name}=FOLDER"
+    )
+
+
+def timm_rows(model: Any, name: str, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The columns of timm's tables of results as lines of CSV, with the name of the set in a column of its own."""
+    cfg = model.pretrained_cfg
+    yield "model,set,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    for title, found in metrics.items():
+        numbers = [found["top1"], 100 - found["top1"]]
+        numbers += [found["top5"], 100 - found["top5"]] if "top5" in found else [None, None]
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        size = found["size"]
+        yield ",".join(
+            [name, title, *cells, f"{millions:.2f}", str(size), f"{cfg['crop_pct']:.3f}", cfg["interpolation"]]
+        )
 
 
 def format_lines(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

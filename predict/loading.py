@@ -1,0 +1,163 @@
+"""`load`: from a name or a path to a `Predictor`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from torch import nn
+
+from ..train.errors import UserError
+from .networks import OnnxNetwork, TorchNetwork, pick_device
+from .predictor import Predictor, TaskModel
+from .tasks import Classifier, Detector, Segmenter
+
+METADATA_KEY = "tessel"  # of an ONNX file: JSON with task, classes and preprocessing
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    weights: str | Path | None = None,
+    size: int | None = None,
+    pretrained: bool = True,
+) -> Predictor:
+    """A model that is ready to predict, in evaluation mode.
+
+    source: the name of a model of timm or tessel with published weights ("cswin_tiny", "hf-hub:OWNER/NAME"); a finished
+        run, or its `export/`; or an ONNX file of `tessel export`.
+    device: "auto" (the accelerator that torch finds, else the CPU) or a device of torch.
+    weights: a file with the weights of the model `source`, instead of the published ones.
+    size: side of the images that a classifier gets, instead of the one it was trained with.
+    pretrained: False gives a model's name random weights.
+
+    Raises UserError if there is no such model, run or file, or it cannot be read.
+    """
+    path = Path(source).expanduser()
+    is_path = path.is_dir() or path.is_file()
+    if weights is not None and is_path:
+        raise UserError(f"weights={weights} has no effect on {source}, which has its own weights; remove it")
+    if path.is_dir():
+        model = _from_folder(path, device, size)
+    elif path.is_file():
+        model = _from_file(path, device, size)
+    else:
+        model = _from_name(str(source), device, weights, size, pretrained)
+    return Predictor(str(source), model)
+
+
+def _from_name(name: str, device: str, weights: str | Path | None, size: int | None, pretrained: bool) -> TaskModel:
+    import timm
+
+    from ..train.tasks.models import check_name, create_model
+
+    if ":" not in name and not timm.is_model(name) and ("/" in name or name.endswith(".onnx")):
+        raise UserError(f"{name}: there is no such run, export or file")
+    check_name(name, "the model")
+    overlay: dict[str, Any] = {}
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UserError(f"weights={weights}: no such file")
+        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    known = timm.get_pretrained_cfg(name) if ":" not in name else None
+    side = size or (known.input_size[-1] if known is not None else 224)
+    model = create_model(name, side, key="the model", pretrained=pretrained, num_classes=None, **overlay)
+    return _classifier(model, device, size)
+
+
+def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
+    from ..train.evaluation import load_run
+    from ..train.recipe.registry import TASKS
+    from ..train.tasks.export import CONFIG
+
+    recipe = None
+    if (path / "recipe.yaml").is_file():
+        recipe, model = load_run(path)
+        kind, export = recipe.task.kind, path / "export"
+    elif (path / CONFIG).is_file():
+        kind, export = str(_read_json(path / CONFIG).get("task", "classify")), path
+        if kind not in TASKS:
+            raise UserError(f"{path}: an export of the unknown task {kind!r}; install the package that has it")
+        model = resolve_name(TASKS[kind].load)(path)
+    else:
+        raise UserError(f"{path} is neither a run nor an export: it has no recipe.yaml and no {CONFIG}")
+    if kind == "classify":
+        return _classifier(model, device, size)
+    if size is not None:
+        raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
+    network = TorchNetwork(model, pick_device(device))
+    if kind == "detect":
+        return Detector(network, model.classes)
+    if kind == "segment":
+        config, cfg = _read_json(export / CONFIG), model.pretrained_cfg
+        data = {"img_scale": recipe.data.img_scale, "size": recipe.data.size} if recipe else config.get("data", {})
+        test = config["segment"].get("test")
+        return Segmenter(
+            network, model.classes, palette=model.palette, mean=cfg["mean"], std=cfg["std"], test=test, **data
+        )
+    raise UserError(f"{path}: predictions of task.kind={kind} are not known here; use {TASKS[kind].load_hint}")
+
+
+def _classifier(model: nn.Module, device: str, size: int | None) -> Classifier:
+    from timm.data import resolve_data_config
+
+    cfg: Any = model.pretrained_cfg
+    wanted = {"input_size": (cfg["input_size"][0], size, size)} if size else {}
+    config = resolve_data_config(wanted, pretrained_cfg=cfg)
+    return Classifier(TorchNetwork(model, pick_device(device)), class_names(model), config)
+
+
+def class_names(model: Any) -> list[str]:
+    """Names of the outputs of a classifier: those of its configuration, else of ImageNet by their number."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    names = model.pretrained_cfg.get("label_names")
+    if names:
+        known = set(ImageNetInfo().label_names())
+        if not set(names) <= known:
+            return list(names)
+        return [ImageNetInfo().label_name_to_description(name) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [f"class {index}" for index in range(model.num_classes)]
+    return ImageNetInfo(subset).label_descriptions()  # type: ignore[return-value]
+
+
+def _from_file(path: Path, device: str, size: int | None) -> TaskModel:
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: predictions are made with a model's name, a run, an export, or an .onnx file")
+    network = OnnxNetwork(path, device)
+    if METADATA_KEY not in network.metadata:
+        raise UserError(
+            f"{path} does not say how its images are prepared (no metadata {METADATA_KEY!r}); `tessel export` writes it"
+        )
+    try:
+        facts = json.loads(network.metadata[METADATA_KEY])
+        return _from_metadata(network, facts, size)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its metadata cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _from_metadata(network: OnnxNetwork, facts: Mapping[str, Any], size: int | None) -> TaskModel:
+    """The model of an ONNX file by its metadata; an input of fixed size wins over `size` and the size in `facts`."""
+    task, fixed = facts.get("task", "classify"), None if None in network.size else network.size
+    if size is not None and fixed not in (None, (size, size)):
+        raise UserError(f"size={size}: {network.path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
+    if task == "classify":
+        sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
+        return Classifier(network, facts["classes"], {**facts, "input_size": (3, *sides)})
+    if task == "segment":
+        keys = ("palette", "mean", "std", "test", "img_scale", "size")
+        return Segmenter(network, facts["classes"], **{key: facts.get(key) for key in keys}, fixed_size=fixed)
+    raise UserError(f"{network.path}: predictions with an ONNX file of task {task!r} are not supported")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
