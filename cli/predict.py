@@ -36,7 +36,7 @@ def predict(
     batch_size: int,
     device: str,
 ) -> int:
-    """Predict images with MODEL: a model's name, a finished run, its export, or an ONNX file of `tessel export`.
+    """Predict images with MODEL: a model's name, a finished run, its export, or a file of `tessel export`.
 
     A classifier prints its most probable classes, a segmenter the share of each class, a detector the objects that it
     found. With --out DIR, the folder gets predictions.jsonl, and for each image a picture with the result drawn on it

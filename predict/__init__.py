@@ -1,7 +1,7 @@
 """Prediction on images: `tessel.load(NAME).predict("cat.jpg")`.
 
-`load` takes a model's name, a run, an export or an ONNX file. The result of an image is a `Classification`, a
-`Segmentation` or a `Detection`, with `plot()`, `save(path)` and `to_dict()`.
+`load` takes a model's name, a run, its export, or a file of `tessel export`. The result of an image is a
+`Classification`, a `Segmentation` or a `Detection`, with `plot()`, `save(path)` and `to_dict()`.
 """
 
 from .images import Unreadable, find_images

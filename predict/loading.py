@@ -1,19 +1,17 @@
 """`load`: from a name or a path to a `Predictor`."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..train.errors import UserError
-from .networks import OnnxNetwork, TorchNetwork, pick_device
+from .networks import ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
 from .tasks import Classifier, Detector, Segmenter
-
-METADATA_KEY = "tessel"  # of an ONNX file: JSON with task, classes and preprocessing
 
 
 def load(
@@ -27,7 +25,7 @@ def load(
     """A model that is ready to predict, in evaluation mode.
 
     source: the name of a model of timm or tessel with published weights ("cswin_tiny", "hf-hub:OWNER/NAME"); a finished
-        run, or its `export/`; or an ONNX file of `tessel export`.
+        run, or its `export/`; or a file of `tessel export`, which computes on the CPU.
     device: "auto" (the accelerator that torch finds, else the CPU) or a device of torch.
     weights: a file with the weights of the model `source`, instead of the published ones.
     size: side of the images that a classifier gets, instead of the one it was trained with.
@@ -42,7 +40,7 @@ def load(
     if path.is_dir():
         model = _from_folder(path, device, size)
     elif path.is_file():
-        model = _from_file(path, device, size)
+        model = _from_file(path, size)
     else:
         model = _from_name(str(source), device, weights, size, pretrained)
     return Predictor(str(source), model)
@@ -125,35 +123,35 @@ def class_names(model: Any) -> list[str]:
     return ImageNetInfo(subset).label_descriptions()  # type: ignore[return-value]
 
 
-def _from_file(path: Path, device: str, size: int | None) -> TaskModel:
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: predictions are made with a model's name, a run, an export, or an .onnx file")
-    network = OnnxNetwork(path, device)
-    if METADATA_KEY not in network.metadata:
-        raise UserError(
-            f"{path} does not say how its images are prepared (no metadata {METADATA_KEY!r}); `tessel export` writes it"
-        )
-    try:
-        facts = json.loads(network.metadata[METADATA_KEY])
-        return _from_metadata(network, facts, size)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: its metadata cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _from_metadata(network: OnnxNetwork, facts: Mapping[str, Any], size: int | None) -> TaskModel:
-    """The model of an ONNX file by its metadata; an input of fixed size wins over `size` and the size in `facts`."""
-    task, fixed = facts.get("task", "classify"), None if None in network.size else network.size
+def _from_file(path: Path, size: int | None) -> TaskModel:
+    """The model of an exported file, by its metadata; an input of fixed size wins over `size`."""
+    network = ExportedNetwork(path)
+    facts, fixed = network.metadata, network.size
     if size is not None and fixed not in (None, (size, size)):
-        raise UserError(f"size={size}: {network.path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
-    if task == "classify":
-        sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
-        return Classifier(network, facts["classes"], {**facts, "input_size": (3, *sides)})
-    if task == "segment":
-        keys = ("palette", "mean", "std", "test", "img_scale", "size")
-        return Segmenter(network, facts["classes"], **{key: facts.get(key) for key in keys}, fixed_size=fixed)
-    raise UserError(f"{network.path}: predictions with an ONNX file of task {task!r} are not supported")
+        raise UserError(f"size={size}: {path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
+    task = facts.get("task")
+    try:
+        if task == "classify":
+            sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
+            config = {**facts, "input_size": (facts["input_size"][0], *sides)}
+            return Classifier(network, facts["class_names"] or _numbered(network, config["input_size"]), config)
+        if task == "segment":
+            keys = ("palette", "mean", "std", "test", "img_scale", "size")
+            options = {key: facts.get(key) for key in keys}
+            return Segmenter(network, facts["class_names"], **options, fixed_size=fixed)
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} does not say how its images are prepared ({reason}); `tessel export` writes files that do"
+        ) from error
+    if task is None:
+        raise UserError(f"{path} does not say what it predicts; `tessel export` writes files that do")
+    raise UserError(f"{path}: predictions with an exported file of task {task!r} are not supported")
+
+
+def _numbered(network: ExportedNetwork, input_size: tuple[int, ...]) -> list[str]:
+    """Names for the outputs of a classifier without names."""
+    return [f"class {index}" for index in range(network(torch.zeros(1, *input_size)).shape[1])]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

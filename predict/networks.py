@@ -1,9 +1,8 @@
-"""Where a network computes: a PyTorch module on a device, or an ONNX file in ONNX Runtime."""
+"""Where a network computes: a PyTorch module on a device, or an exported file in its runtime."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -43,42 +42,37 @@ class TorchNetwork:
         return tree_map_only(Tensor, Tensor.cpu, outputs)
 
 
-class OnnxNetwork:
-    """An ONNX file with one input, images [B, 3, H, W], and one output, in ONNX Runtime.
+class ExportedNetwork:
+    """A file that `tessel.export` reads: images [B, C, H, W] to one output, on the CPU.
 
-    `metadata` is the text of each key that the file carries; `size` is the side lengths (H, W) of its input, None where
-    they are free.
+    `metadata` is what the file says of itself; `size` is the (height, width) of its images, None if it is open.
     """
 
-    def __init__(self, path: Path, device: str = "auto"):
+    def __init__(self, path: Path):
+        from ..export import ExportError
+        from ..export import load as load_export
+
         try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise UserError("onnxruntime is not installed; pip install 'tessel[export]' installs it") from error
-        known = onnxruntime.get_available_providers()
-        wanted = ["CUDAExecutionProvider"] if device != "cpu" else []
-        providers = [name for name in wanted if name in known] + ["CPUExecutionProvider"]
-        try:
-            self.session: Any = onnxruntime.InferenceSession(str(path), providers=providers)
-        except Exception as error:  # onnxruntime has a class of its own for each cause
-            raise UserError(f"{path} cannot be read by ONNX Runtime: {one_line(error)}") from error
-        self.path, self.input = path, self.session.get_inputs()[0]
-        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
-        sides = [side if isinstance(side, int) else None for side in self.input.shape]
-        self.batch, self.size = sides[0], (sides[2], sides[3])
-        self.dtype = np.float16 if "float16" in self.input.type else np.float32
+            self.exported = load_export(path)
+        except ExportError as error:
+            raise UserError(str(error)) from error
+        self.path, self.metadata = path, self.exported.metadata
+        dynamic, example = self.metadata.get("dynamic", ()), self.metadata.get("example")
+        self.batch = example[0] if example and "batch" not in dynamic else None
+        self.size = (example[2], example[3]) if example and "size" not in dynamic else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the first output. Images go in one by one where the file has a fixed batch size."""
-        parts = images.split(self.batch) if self.batch else [images]
-        return torch.cat([self._run(part) for part in parts])
+        """The output; where the file has a fixed batch size, of one such batch after the other."""
+        return torch.cat([self._run(part) for part in (images.split(self.batch) if self.batch else [images])])
 
     def _run(self, images: Tensor) -> Tensor:
         count = len(images)
         if self.batch and count < self.batch:
             images = torch.cat([images, images[-1:].expand(self.batch - count, *images.shape[1:])])
         try:
-            (output, *_) = self.session.run(None, {self.input.name: images.numpy().astype(self.dtype)})
-        except Exception as error:  # as above
+            output = self.exported(images)
+        except Exception as error:  # each runtime has errors of its own
             raise UserError(f"{self.path} does not accept images {list(images.shape)}: {one_line(error)}") from error
-        return torch.from_numpy(output)[:count]
+        if not isinstance(output, Tensor):
+            raise UserError(f"{self.path} has several outputs; predictions are made from one")
+        return output[:count]

@@ -41,8 +41,9 @@ class Classifier:
         self.transform: Any = create_transform(**self.config)
 
     def metadata(self) -> dict[str, Any]:
-        """What an exported file says of itself, as data for JSON."""
-        return {"task": self.task, "classes": self.classes, **self.config}
+        """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
+        preprocessing = {key: value for key, value in self.config.items() if key != "input_size"}
+        return {"task": self.task, "class_names": self.classes, **preprocessing}
 
     def predict(self, named: Named, *, topk: int = 5) -> list[Classification]:
         if topk < 1:
@@ -102,10 +103,10 @@ class Segmenter:
         self.transform = eval_transform(data, self.test, {"mean": self.mean, "std": self.std})
 
     def metadata(self) -> dict[str, Any]:
-        """What an exported file says of itself, as data for JSON."""
+        """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
         return {
             "task": self.task,
-            "classes": self.classes,
+            "class_names": self.classes,
             "palette": self.palette,
             "mean": self.mean,
             "std": self.std,
@@ -156,8 +157,8 @@ class Detector:
         self.network, self.classes = network, list(classes)
 
     def metadata(self) -> dict[str, Any]:
-        """What an exported file says of itself, as data for JSON."""
-        return {"task": self.task, "classes": self.classes}
+        """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
+        return {"task": self.task, "class_names": self.classes}
 
     def predict(self, named: Named, *, min_score: float = 0.3) -> list[Detection]:
         if not 0 <= min_score <= 1:

@@ -1,4 +1,4 @@
-"""Predictions with models, runs, exports and ONNX files, in Python and by `tessel predict`."""
+"""Predictions with models, runs, exports and exported files, in Python and by `tessel predict`."""
 
 import functools
 import http.server
@@ -21,6 +21,7 @@ from PIL import Image
 import tessel
 import tessel.train.segment
 from tessel.cli import main
+from tessel.cli.export import FORMATS
 from tessel.predict import Classification, Detection, Segmentation, Unreadable, find_images
 from tessel.predict.results import run_lengths
 from tessel.train.errors import UserError
@@ -262,7 +263,6 @@ def test_weights_of_a_file(tmp_path):
         (RUNS, {}, "neither a run nor an export"),
         (RUNS / "digits_unfinished", {}, "is not finished"),
         (RUNS / "detect", {"size": 64}, "size=64 has no effect"),
-        (RUNS / "answers.json", {}, "an .onnx file"),
         (RUNS / "classify", {"device": "nonsense"}, "device 'nonsense' cannot be used"),
     ],
 )
@@ -343,76 +343,83 @@ def test_command_refuses_options_of_another_task(argv, words, folder, capsys):
     assert words in capsys.readouterr().err
 
 
-class Session:
-    """ONNX Runtime's session over a network of PyTorch, with an input of `shape` and the file's metadata."""
+class Exported:
+    """What `tessel.export.load` returns, over a network of PyTorch; refuses images of another shape than the file's."""
 
-    network: torch.nn.Module
-    metadata: dict
-    shape: list = ["batch", 3, "height", "width"]
+    def __init__(self, network: torch.nn.Module, metadata: dict):
+        self.network, self.metadata = network, metadata
 
-    def __init__(self, path, providers):
-        assert providers[-1] == "CPUExecutionProvider"
-
-    def get_inputs(self):
-        return [types.SimpleNamespace(name="images", shape=self.shape, type="tensor(float)")]
-
-    def get_modelmeta(self):
-        return types.SimpleNamespace(custom_metadata_map=self.metadata)
-
-    def run(self, outputs, feed):
-        images = feed["images"]
-        for wanted, found in zip(self.shape, images.shape, strict=True):
-            if isinstance(wanted, int) and wanted != found:
-                raise RuntimeError(f"Got invalid dimensions: got {found}, expected {wanted}")
+    def __call__(self, images):
+        for axis, name in enumerate(("batch", "chans", "size", "size")):
+            if name not in self.metadata["dynamic"] and images.shape[axis] != self.metadata["example"][axis]:
+                raise RuntimeError(f"invalid dimension {axis}\nof the input")
         with torch.no_grad():
-            return [self.network(torch.from_numpy(images)).numpy()]
+            return self.network(images)
 
 
 @pytest.fixture
-def onnx_file(tmp_path, monkeypatch):
-    """Make a file `model.onnx` that holds the network and the metadata of a predictor."""
+def exported_file(tmp_path, monkeypatch):
+    """Make a file that holds the network and the metadata of a predictor."""
 
-    def make(predictor, shape):
-        session = type("InferenceSession", (Session,), {})
-        session.network, session.shape = predictor.model.network.module, shape
-        session.metadata = {"tessel": json.dumps(predictor.model.metadata())}
-        runtime = types.ModuleType("onnxruntime")
-        runtime.__dict__.update(InferenceSession=session, get_available_providers=lambda: ["CPUExecutionProvider"])
-        monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    def make(predictor, dynamic, example=(2, 3, 32, 32), **changes):
+        facts = {"input_size": [3, 32, 32], "dynamic": dynamic, "example": list(example)}
+        metadata = json.loads(json.dumps({**facts, **predictor.model.metadata(), **changes}))
+        exported = Exported(predictor.model.network.module, metadata)
+        room = types.ModuleType("tessel.export")
+        room.__dict__.update(load=lambda path: exported, ExportError=RuntimeError)
+        monkeypatch.setitem(sys.modules, "tessel.export", room)
         (tmp_path / "model.onnx").touch()
-        return tmp_path / "model.onnx", session
+        return tmp_path / "model.onnx"
 
     return make
 
 
-@pytest.mark.parametrize("shape", [["n", 3, "h", "w"], ["n", 3, 32, 32], [2, 3, 32, 32], [1, 3, 32, 32]])
-def test_onnx_classifier_predicts_as_the_run(shape, classifier, onnx_file):
-    path, _ = onnx_file(classifier, shape)
-    model = tessel.load(path)
+@pytest.mark.parametrize("dynamic", [["batch", "size"], ["batch"], ["size"], []])
+def test_exported_classifier_predicts_as_the_run(dynamic, classifier, exported_file):
+    model = tessel.load(exported_file(classifier, dynamic))
     images = [picture(seed) for seed in range(3)]
     for found, wanted in zip(model.predict(images), classifier.predict(images), strict=True):
         assert found.labels == wanted.labels and found.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)
 
 
-def test_onnx_segmenter_predicts_as_the_run(segmenter, onnx_file):
-    path, _ = onnx_file(segmenter, ["n", 3, "h", "w"])
+def test_exported_classifier_without_names_numbers_its_classes(classifier, exported_file):
+    assert tessel.load(exported_file(classifier, [], class_names=None)).classes == [f"class {i}" for i in range(10)]
+
+
+def test_exported_segmenter_predicts_as_the_run(segmenter, exported_file):
     image = picture(size=(80, 50))
-    found = tessel.load(path).predict(image)[0]
+    found = tessel.load(exported_file(segmenter, ["batch", "size"])).predict(image)[0]
     assert np.array_equal(found.mask, segmenter.predict(image)[0].mask) and found.palette == segmenter.model.palette
-    path, _ = onnx_file(segmenter, ["n", 3, 32, 32])
-    assert tessel.load(path).predict(image)[0].mask.shape == (50, 80)
+    assert tessel.load(exported_file(segmenter, ["batch"])).predict(image)[0].mask.shape == (50, 80)
 
 
-def test_onnx_files_that_do_not_fit_are_errors(classifier, onnx_file):
-    path, session = onnx_file(classifier, ["n", 3, 32, 32])
+def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exported_file, monkeypatch):
     with pytest.raises(UserError, match="accepts images of 32 x 32 pixels only"):
-        tessel.load(path, size=64)
-    session.metadata = {}
-    with pytest.raises(UserError, match="no metadata 'tessel'"):
-        tessel.load(path)
-    session.metadata = {"tessel": '{"task": "classify"}'}
-    with pytest.raises(UserError, match="its metadata cannot be read"):
-        tessel.load(path)
-    session.metadata = {"tessel": '{"task": "pose"}'}
-    with pytest.raises(UserError, match="task 'pose' are not supported"):
-        tessel.load(path)
+        tessel.load(exported_file(classifier, ["batch"]), size=64)
+    with pytest.raises(UserError, match="does not say what it predicts"):
+        tessel.load(exported_file(classifier, [], task=None))
+    with pytest.raises(UserError, match="does not say how its images are prepared"):
+        tessel.load(exported_file(classifier, [], task="segment", class_names=None))
+    with pytest.raises(UserError, match="of task 'detect' are not supported"):
+        tessel.load(exported_file(detector, []))
+    model = tessel.load(exported_file(classifier, ["batch"]))
+    model.model.network.exported.metadata["example"] = [1, 3, 16, 16]
+    with pytest.raises(UserError, match=r"does not accept images \[1, 3, 32, 32\]: invalid dimension 2 of the input"):
+        model.predict(picture())
+
+
+@pytest.mark.parametrize("run, dynamic", [("classify", "batch"), ("segment", "batch,size")])
+def test_export_and_predict_on_the_command_line(run, dynamic, tmp_path, capsys):
+    room = pytest.importorskip("tessel.export")
+    assert set(FORMATS) == set(room.formats())
+    file = tmp_path / "model.pt2"
+    argv = ["export", str(RUNS / run), "--format", "torch-export", "--out", str(file), "--size", "32"]
+    assert main([*argv, "--dynamic", dynamic]) == 0
+    assert "differs from PyTorch by at most" in capsys.readouterr().out
+    picture(size=(32, 32)).save(tmp_path / "x.png")
+    for model in (file, RUNS / run):
+        assert main(["predict", str(model), str(tmp_path / "x.png"), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1] and "%" in lines[0]
+    assert main(["export", str(file)]) == 1
+    assert "is an exported file" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 Evaluates a finished run, or one of its checkpoints, on the validation split, and writes RUN/evaluation/; with
 --overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on
-variants of ImageNet instead (val, real, v2, a, r, sketch, c) and writes RUN/sets.json; a name without a folder is
+variants of ImageNet instead (val, real, v2, a, r, sketch, c, fgsm, pgd) and writes RUN/sets.json; a name without a folder is
 looked for in the folder of --data root=. MODEL is a timm or tessel model with published weights, evaluated with its own
 preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the metrics on IMAGENET/val/CLASS/*, also as a row
 of timm's tables of results; --weights takes a local file instead. Keys of the recipe that matter in evaluation can be

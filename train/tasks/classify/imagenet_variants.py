@@ -1,7 +1,8 @@
 """Evaluation of a classifier on variants of ImageNet.
 
 `val`, `v2`, `a`, `r` and `sketch` are FOLDER/CLASS/*; `c` is FOLDER/[GROUP/]CORRUPTION/SEVERITY/CLASS/*; `real` is the
-validation folder with the reassessed labels of its file names. If a set has fewer classes than the model, the logits of
+validation folder with the reassessed labels of its file names; `fgsm` and `pgd` are the validation images, attacked with
+the gradient of the model (`attacked`). If a set has fewer classes than the model, the logits of
 the other classes are masked.
 """
 
@@ -23,9 +24,12 @@ from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from .augment import eval_transform, image_only
+from .augment import eval_transform, image_only, input_config
 
-NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
+NAMES = ("val", "real", "v2", "a", "r", "sketch", "c", "fgsm", "pgd")
+# as in RVT (Mao et al., arXiv 2105.07926): no pixel changes by more than EPSILON of 0..1; number and size of the steps
+EPSILON = 1 / 255
+ATTACKS = {"fgsm": (1, EPSILON), "pgd": (5, EPSILON / 2)}
 
 
 # names of the folders in which these sets are unpacked
@@ -37,6 +41,8 @@ USUAL_FOLDERS = {
     "r": ("imagenet-r",),
     "sketch": ("sketch", "imagenet-sketch"),
     "c": ("imagenet-c",),
+    "fgsm": ("val",),
+    "pgd": ("val",),
 }
 
 
@@ -74,6 +80,7 @@ class VariantEvaluator:
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
         self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
+        self.config = input_config(recipe.data, model.pretrained_cfg)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
@@ -83,7 +90,8 @@ class VariantEvaluator:
         if name == "real":
             return self.accuracy(images, list(range(len(self.classes))), reassessed(images, self.classes))
         columns = class_columns(images.classes, self.classes, folder)
-        return self.accuracy(images, columns, lambda _, labels: torch.eye(len(columns), dtype=torch.bool)[labels])
+        right = torch.eye(len(columns), dtype=torch.bool)
+        return self.accuracy(images, columns, lambda _, labels: right[labels], attack=ATTACKS.get(name))
 
     def corruptions(self, folder: Path) -> dict[str, Any]:
         """Top-1 over all corruptions and severities, the error of each corruption, and mCE if all 15 are there."""
@@ -105,8 +113,17 @@ class VariantEvaluator:
             "folders": len(folders),
         }
 
-    def accuracy(self, images: ImageFolder, columns: list[int], correct_classes: CorrectClasses) -> dict[str, Any]:
-        """Top-1 and top-5 over one folder; an image without a correct class does not count."""
+    def accuracy(
+        self,
+        images: ImageFolder,
+        columns: list[int],
+        correct_classes: CorrectClasses,
+        attack: tuple[int, float] | None = None,
+    ) -> dict[str, Any]:
+        """Top-1 and top-5 over one folder; an image without a correct class does not count.
+
+        attack: number and size of the steps by which the images are attacked before.
+        """
         data, world = self.recipe.data, self.world
         keys = eval_batches(len(images), data.eval_batch, world.rank, world.size)
         dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
@@ -118,6 +135,8 @@ class VariantEvaluator:
                 for pixels, labels, positions in batches:
                     correct = correct_classes(positions, labels).to(world.device)
                     pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))
+                    if attack is not None:
+                        pixels = self.attacked(pixels, labels.to(world.device), columns, *attack)
                     best = self.model(pixels)[:, columns].float().topk(min(5, len(columns))).indices
                     hits = correct.gather(1, best)
                     sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), correct.any(1).sum()])
@@ -126,6 +145,24 @@ class VariantEvaluator:
         top1, top5, count = world.sum(sums).tolist()
         percent = 100 / max(count, 1)
         return {"top1": percent * top1, "top5": percent * top5, "count": int(count), "classes": len(columns)}
+
+    def attacked(self, images: Tensor, labels: Tensor, columns: list[int], steps: int, size: float) -> Tensor:
+        """Normalized images [B, C, H, W] changed by at most EPSILON, so that the loss of their labels [B] grows.
+
+        FGSM (Goodfellow et al., arXiv 1412.6572) is one step in the direction of the gradient's sign; PGD (Madry et al.,
+        arXiv 1706.06083) several, each followed by a projection. It starts at the image itself.
+        """
+        mean, std = (torch.tensor(self.config[key], device=images.device)[:, None, None] for key in ("mean", "std"))
+        low = torch.maximum(images - EPSILON / std, -mean / std)
+        high = torch.minimum(images + EPSILON / std, (1 - mean) / std)
+        found = images
+        for _ in range(steps):
+            found = found.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = nn.functional.cross_entropy(self.model(found)[:, columns].float(), labels)
+            (gradient,) = torch.autograd.grad(loss, found)
+            found = torch.clamp(found.detach() + size / std * gradient.sign(), low, high)
+        return found
 
 
 def class_columns(folders: list[str], classes: list[str], where: Path) -> list[int]:
