@@ -2,11 +2,11 @@
 
 Evaluates a finished run, or one of its checkpoints, on the validation split, and writes RUN/evaluation/; with
 --overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on
-variants of ImageNet instead (val, real, v2, a, r, sketch, c, fgsm, pgd) and writes RUN/sets.json; a name without a folder is
-looked for in the folder of --data root=. MODEL is a timm or tessel model with published weights, evaluated with its own
-preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the metrics on IMAGENET/val/CLASS/*, also as a row
-of timm's tables of results; --weights takes a local file instead. Keys of the recipe that matter in evaluation can be
-overridden, for example task.segment.test.flip=true or run.device=cpu.
+variants of ImageNet instead (val, real, v2, a, r, sketch, c, fgsm, pgd) and writes RUN/sets.json; a name without a
+folder is looked for in the folder of --data root=. MODEL is a timm or tessel model with published weights, evaluated
+with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the metrics on IMAGENET/val/CLASS/*,
+also as a row of timm's tables of results; --weights takes a local file instead. Keys of the recipe that matter in
+evaluation can be overridden, for example task.segment.test.flip=true or run.device=cpu.
 """
 
 import argparse
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
-    parser.add_argument(
-        "--sets", nargs="+", default=[], metavar="NAME[=FOLDER]", help="v2, a, r, sketch, c, real or val"
-    )
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME[=FOLDER]", help="see above")
     parser.add_argument("--overlays", type=_count, default=0, metavar="N", help="draw the first N predictions")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of MODEL, instead of the published ones")
     options = parser.parse_intermixed_args(argv)

@@ -1,9 +1,8 @@
 """Evaluation of a classifier on variants of ImageNet.
 
 `val`, `v2`, `a`, `r` and `sketch` are FOLDER/CLASS/*; `c` is FOLDER/[GROUP/]CORRUPTION/SEVERITY/CLASS/*; `real` is the
-validation folder with the reassessed labels of its file names; `fgsm` and `pgd` are the validation images, attacked with
-the gradient of the model (`attacked`). If a set has fewer classes than the model, the logits of
-the other classes are masked.
+validation folder with the reassessed labels of its file names; `fgsm` and `pgd` are the validation images, attacked
+with the gradient of the model. If a set has fewer classes than the model, the logits of the other classes are masked.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -149,8 +148,8 @@ class VariantEvaluator:
     def attacked(self, images: Tensor, labels: Tensor, columns: list[int], steps: int, size: float) -> Tensor:
         """Normalized images [B, C, H, W] changed by at most EPSILON, so that the loss of their labels [B] grows.
 
-        FGSM (Goodfellow et al., arXiv 1412.6572) is one step in the direction of the gradient's sign; PGD (Madry et al.,
-        arXiv 1706.06083) several, each followed by a projection. It starts at the image itself.
+        FGSM (Goodfellow et al., arXiv 1412.6572) is one step in the direction of the gradient's sign; PGD (Madry et
+        al., arXiv 1706.06083) several, each followed by a projection. It starts at the image itself.
         """
         mean, std = (torch.tensor(self.config[key], device=images.device)[:, None, None] for key in ("mean", "std"))
         low = torch.maximum(images - EPSILON / std, -mean / std)
