@@ -27,7 +27,7 @@ def model_card(source: str, predictor: Any, repository: str, license_: str | Non
     """
     module = predictor.model.network.module
     cfg = module.pretrained_cfg
-    name = cfg["architecture"]
+    name = cfg.get("architecture") or type(module).__name__
     row = None if Path(source).exists() else load_manifest().get(f"{name}.{cfg.get('tag')}")
     chosen = license_ or (row.license if row else None)
     if chosen is None:

@@ -94,13 +94,13 @@ def options_of(task: str, **given: Any) -> dict[str, Any]:
 class Writer:
     """Writes pictures, masks and predictions.jsonl into a folder.
 
-    A picture is named after its image; of several with one name, the second is called NAME-2, and so on.
+    A picture is named after its image; a second image of one name is called NAME-2, and so on.
     """
 
     def __init__(self, folder: Path):
         from ..train.errors import UserError
 
-        self.folder, self.names = folder, dict[str, int]()
+        self.folder, self.used = folder, set[str]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "predictions.jsonl").write_text("")
@@ -110,14 +110,18 @@ class Writer:
     def write(self, result: Any) -> None:
         from ..predict import Segmentation
 
-        stem = PurePosixPath(result.source.partition("?")[0].replace("\\", "/")).stem or "image"
-        self.names[stem] = number = self.names.get(stem, 0) + 1
-        name = stem if number == 1 else f"{stem}-{number}"
+        source = result.source.partition("?")[0] if "://" in result.source else result.source
+        stem = name = PurePosixPath(Path(source).as_posix()).stem or "image"
+        number = 1
+        while self.used & {f"{name}.png", f"{name}_mask.png"}:
+            number += 1
+            name = f"{stem}-{number}"
         files = {"picture": f"{name}.png"}
         result.save(self.folder / files["picture"])
         if isinstance(result, Segmentation):
             files["mask"] = f"{name}_mask.png"
             result.mask_image().save(self.folder / files["mask"])
+        self.used.update(files.values())
         with open(self.folder / "predictions.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(result.to_dict() | files, ensure_ascii=False) + "\n")
 

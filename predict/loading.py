@@ -13,6 +13,9 @@ from .networks import ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
 from .tasks import Classifier, Detector, Segmenter
 
+# endings of exported files: a name with one of them is not a misspelled model
+FILE_ENDINGS = {".onnx", ".pt2", ".pt", ".pte", ".xml"}
+
 
 def load(
     source: str | Path,
@@ -51,7 +54,7 @@ def _from_name(name: str, device: str, weights: str | Path | None, size: int | N
 
     from ..train.tasks.models import check_name, create_model
 
-    if ":" not in name and not timm.is_model(name) and ("/" in name or name.endswith(".onnx")):
+    if ":" not in name and not timm.is_model(name) and ("/" in name or Path(name).suffix in FILE_ENDINGS):
         raise UserError(f"{name}: there is no such run, export or file")
     check_name(name, "the model")
     overlay: dict[str, Any] = {}

@@ -24,22 +24,24 @@ def pick_device(name: str) -> torch.device:
 
 
 class TorchNetwork:
-    """Runs `module` on `device`, in evaluation mode and without gradients: CPU tensors in and out."""
+    """Runs `module` on `device`, in evaluation mode and without gradients."""
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module.to(device).eval(), device
 
     def __call__(self, inputs: Any) -> Any:
-        """inputs, outputs: a tensor, or lists and dicts of tensors. Raises UserError for inputs that do not fit."""
+        """inputs: a tensor, or a list of them, moved to the device; outputs: on the device.
+
+        Raises UserError for inputs that do not fit.
+        """
         with torch.inference_mode():
             try:
-                outputs = self.module(tree_map_only(Tensor, lambda tensor: tensor.to(self.device), inputs))
+                return self.module(tree_map_only(Tensor, lambda tensor: tensor.to(self.device), inputs))
             except torch.OutOfMemoryError as error:
                 raise UserError("the device is out of memory; use smaller batches or the device cpu") from error
             except MODEL_ERRORS as error:
                 shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"{len(inputs)} images"
                 raise UserError(f"the model does not accept this input, {shape}: {one_line(error)}") from error
-        return tree_map_only(Tensor, Tensor.cpu, outputs)
 
 
 class ExportedNetwork:
@@ -56,7 +58,7 @@ class ExportedNetwork:
             self.exported = load_export(path)
         except ExportError as error:
             raise UserError(str(error)) from error
-        self.path, self.metadata = path, self.exported.metadata
+        self.path, self.metadata, self.device = path, self.exported.metadata, torch.device("cpu")
         dynamic, example = self.metadata.get("dynamic", ()), self.metadata.get("example")
         self.batch = example[0] if example and "batch" not in dynamic else None
         self.size = (example[2], example[3]) if example and "size" not in dynamic else None

@@ -1,11 +1,11 @@
 """The models of the three tasks: preprocessing, network, and the result of each image.
 
-`network` maps tensors on the CPU to tensors on the CPU; where and with what it computes is its own affair (`networks`).
+`network` takes tensors of any device and returns them on its own, `network.device` (see `networks`).
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from .images import image_tensor
 from .results import Classification, Detection, Segmentation
 
 Named = list[tuple[str, Image.Image]]
-Network = Callable[[Any], Any]
+Network = Any  # a TorchNetwork or an ExportedNetwork
 # of timm's data config: how an image becomes a tensor
 CONFIG_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -49,7 +49,7 @@ class Classifier:
         if topk < 1:
             raise UserError(f"topk={topk} must be at least 1")
         logits = self.network(torch.stack([self.transform(image) for _, image in named]))
-        best = logits.float().softmax(1).topk(min(topk, len(self.classes)))
+        best = logits.float().cpu().softmax(1).topk(min(topk, len(self.classes)))
         return [
             Classification(
                 source=source,
@@ -132,17 +132,19 @@ class Segmenter:
     def _predict_equal(self, samples: list[tuple[str, Image.Image, list[Tensor]]]) -> Iterable[Segmentation]:
         from ..train.tasks.segment.metrics import predict
 
-        network: Any = self.network
+        network, device = self.network, self.network.device
         width, height = samples[0][1].size
         window = self.test.crop or self.size or max(height, width)
-        views = [torch.stack(list(images)) for images in zip(*(sample[2] for sample in samples), strict=True)]
+        views = [
+            torch.stack(list(images)).to(device) for images in zip(*(sample[2] for sample in samples), strict=True)
+        ]
         masks = predict(network, views, (height, width), self.test, window)
         dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
         for (source, image, _), mask in zip(samples, masks, strict=True):
             yield Segmentation(
                 source=source,
                 image=image,
-                mask=mask.numpy().astype(dtype),
+                mask=mask.cpu().numpy().astype(dtype),
                 classes=self.classes,
                 palette=self.palette,
             )
@@ -169,7 +171,8 @@ class Detector:
             for (source, image), objects in zip(named, found, strict=True)
         ]
 
-    def _result(self, source: str, image: Image.Image, objects: dict[str, Tensor], min_score: float) -> Detection:
+    def _result(self, source: str, image: Image.Image, found: dict[str, Tensor], min_score: float) -> Detection:
+        objects = {name: tensor.cpu() for name, tensor in found.items()}
         order = objects["scores"].argsort(descending=True, stable=True)
         chosen = order[objects["scores"][order] >= min_score]
         indices = objects["labels"][chosen].tolist()

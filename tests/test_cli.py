@@ -48,9 +48,8 @@ def test_own_commands_explain_themselves(name, capsys):
 @pytest.mark.parametrize("name", ["train", "evaluate", "report", "check"])
 def test_the_commands_of_the_trainer_get_all_their_arguments(name, monkeypatch):
     given: list[list[str]] = []
-    monkeypatch.setattr(f"tessel.train.{'__main__' if name == 'train' else name}.main", given.append, raising=True)
-    if name == "report":
-        monkeypatch.setattr("tessel.train.report.__main__.main", given.append)
+    module = {"train": "__main__", "report": "report.__main__"}.get(name, name)
+    monkeypatch.setattr(f"tessel.train.{module}.main", given.append)
     arguments = ["demo/digits", "optim.lr=1e-3", "--dry-run", "--help", "-x"]
     assert main([name, *arguments]) == 0
     assert given == [arguments]
