@@ -1,7 +1,32 @@
-"""`tessel completion`: the script with which a shell completes commands and options."""
+"""`tessel completion`, and what a shell offers for an argument; without importing torch."""
+
+import re
+from pathlib import Path
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import CompletionItem, get_completion_class
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Models with published weights, with and without the tag, and files."""
+    manifest = (ROOT / "checkpoints" / "manifest.toml").read_text(encoding="utf-8")
+    names = re.findall(r'^\["(([^."]+)\.[^"]+)"\]', manifest, re.MULTILINE)
+    return _offered({name for pair in names for name in pair}, incomplete)
+
+
+def complete_recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The packaged recipes, and files."""
+    folder = ROOT / "configs"
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    return _offered(names, incomplete)
+
+
+def _offered(names: set[str], incomplete: str) -> list[CompletionItem]:
+    # the last item makes the shell complete files too
+    offered = [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+    return [*offered, CompletionItem(incomplete, type="file")]
 
 
 @click.command()

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from .completion import complete_models
+
 # of tessel.export.formats(), which imports torch
 FORMATS = ("onnx", "torch-export", "aoti", "openvino", "executorch", "torchscript-trace")
 DYNAMIC = ("batch", "size")
@@ -27,7 +29,7 @@ def default_path(model: str) -> Path:
 
 
 @click.command(short_help="Export a model to ONNX and other formats, and compare it.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--format", "format_", type=click.Choice(FORMATS), default="onnx", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: the model's name]")
 @click.option("--size", type=click.IntRange(min=1), metavar="PIXELS", help="Side of the images. [default: as trained]")

@@ -4,11 +4,12 @@ from typing import Any
 
 import click
 
+from .completion import complete_models
 from .output import json_option, print_facts
 
 
 @click.command(short_help="Show what is known of a model: paper, cost, input, weights.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @json_option
 def info(model: str, as_json: bool) -> None:
     """Show a model of tessel: paper, row of its table, cost, input, normalization, weights and their license.

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from .completion import complete_models
+
 
 @click.command(short_help="Predict images: classes, masks or boxes.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER|PATTERN|URL...")
 @click.option(
     "--topk", type=click.IntRange(min=1), metavar="K", help="Classes per image, by a classifier. [default: 5]"

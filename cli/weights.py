@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from .completion import complete_models
 from .forwarded import PACKAGE, forwarded
 
 CHECKPOINTS = f"{PACKAGE}.checkpoints.__main__"
@@ -25,7 +26,7 @@ for name, usage, text in (
 
 
 @weights.command("import")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the cache, if it is another.")
 def import_(model: str, file: Path, cache_dir: Path | None) -> int:
@@ -73,7 +74,7 @@ def import_weights(model: str, file: Path, cache_dir: Path | None = None) -> Pat
 
 
 @weights.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--data", "root", required=True, type=click.Path(path_type=Path), help="Folder of ImageNet, with val/.")
 @click.option("--weights", "file", type=click.Path(path_type=Path), metavar="FILE", help="A local file of them.")
 @click.option("--tolerance", type=float, default=0.1, show_default=True, help="Accepted difference in percent points.")

@@ -1,6 +1,7 @@
 """The command `tessel`: its help is quick, its tables are right, and the trainer's commands get their arguments."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -90,6 +91,23 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 def test_completion_scripts(shell, capsys):
     assert main(["completion", shell]) == 0
     assert "_TESSEL_COMPLETE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        ("tessel pre", "predict"),
+        ("tessel predict cswin_ti", "cswin_tiny.in1k"),
+        ("tessel train demo/dig", "demo/digits"),
+        ("tessel weights re", "reproduce"),
+        ("tessel list --fam", "--family"),
+    ],
+)
+def test_shells_are_offered_commands_models_and_recipes(words, offered):
+    code = "import sys; from tessel.cli import main; sys.exit(main())"
+    asked = {"_TESSEL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked})
+    assert f"plain,{offered}" in done.stdout.splitlines()
 
 
 def listed(capsys, *argv: str) -> list[dict]:
