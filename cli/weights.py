@@ -11,7 +11,7 @@ from .forwarded import PACKAGE, forwarded
 CHECKPOINTS = f"{PACKAGE}.checkpoints.__main__"
 
 
-@click.group(short_help="Published weights: list, fetch, verify, convert, import, reproduce, push.")
+@click.group(short_help="Published weights: list, fetch, import, reproduce, push.")
 def weights() -> None:
     """Published weights: list, download, check, convert, import, reproduce, push."""
 

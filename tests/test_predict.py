@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -35,6 +36,12 @@ def picture(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
     return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
 
 
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 @pytest.fixture(scope="module")
 def classifier():
     return tessel.load(RUNS / "classify", device="cpu")
@@ -62,8 +69,6 @@ def folder(tmp_path):
 
 
 def test_import_tessel_does_not_load_torch():
-    import subprocess
-
     code = "import sys, tessel; print('torch' in sys.modules, 'load' in tessel.__all__, tessel.load.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "load"]
@@ -103,7 +108,7 @@ def test_all_forms_of_one_image_give_one_result(classifier, tmp_path):
     assert [result.source for result in results[:4]] == [str(tmp_path / "x.png")] * 2 + ["image 3", "image 4"]
     assert len(classifier.predict(torch.stack([tensor, tensor]))) == 2
     gray = classifier.predict([array[..., 0], array[..., :1], Image.fromarray(array[..., 0])])
-    assert gray[0].probabilities == pytest.approx(gray[1].probabilities) == pytest.approx(gray[2].probabilities)
+    assert all(result.probabilities == pytest.approx(gray[0].probabilities) for result in gray)
 
 
 def test_results_do_not_depend_on_the_batch(classifier):
@@ -150,7 +155,7 @@ def test_plot_and_save(classifier, segmenter, detector, tmp_path):
         (result,) = predictor.predict(picture(size=(120, 90)), **options)
         drawn = result.plot()
         assert drawn.size == (120, 90) and not np.array_equal(np.asarray(drawn), np.asarray(result.image))
-        assert Image.open(result.save(tmp_path / "new" / f"{name}.png")).size == (120, 90)
+        assert opened(result.save(tmp_path / "new" / f"{name}.png")).size == (120, 90)
         assert json.loads(result.save(tmp_path / f"{name}.json").read_text()) == json.loads(
             json.dumps(result.to_dict())
         )
@@ -316,7 +321,7 @@ def test_command_skips_and_names_unreadable_files(folder, capsys, tmp_path):
     assert all(len(row["classes"]) == 2 for row in rows)
     written = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [row.pop("picture") for row in written] == ["a.png", "b.png", "c.png"] and written == rows
-    assert Image.open(tmp_path / "out" / "c.png").size == (48, 40)
+    assert opened(tmp_path / "out" / "c.png").size == (48, 40)
 
 
 def test_command_writes_masks_and_tells_equal_names_apart(folder, tmp_path, capsys):
@@ -327,7 +332,7 @@ def test_command_writes_masks_and_tells_equal_names_apart(folder, tmp_path, caps
     names = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {"a.png", "a_mask.png", "a-2.png", "a-2_mask.png", "c.png", "c_mask.png"}
     assert names == pictures | {"predictions.jsonl"}
-    assert Image.open(tmp_path / "out" / "a_mask.png").mode == "P"
+    assert opened(tmp_path / "out" / "a_mask.png").mode == "P"
 
 
 @pytest.mark.parametrize(
