@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..train.data.image_io import EXTENSIONS, as_rgb, decoding_errors, read_image
+from ..train.data.image_io import EXTENSIONS, as_rgb, decoding_errors, image_of_array, read_image
 from ..train.errors import UserError
 
 _TIMEOUT = 30.0  # seconds, for each answer of a server
@@ -108,19 +108,15 @@ def open_images(images: Iterable[Any], first: int) -> list[tuple[str, Image.Imag
 
 def _from_array(array: np.ndarray) -> Image.Image:
     """An RGB image of an array [H, W], [H, W, 1], [H, W, 3] or, with opacity, [H, W, 4]."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (1, 3, 4)):
         raise ValueError(f"its shape is {list(array.shape)}; an array is [H, W, 3], a tensor [3, H, W]")
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("its floats are not all in 0..1; give the image before normalization")
         array = (array * 255).round().astype(np.uint8)
-    if array.dtype == np.uint16:
-        array = (array // 256).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"its values are of type {array.dtype}; use uint8, uint16, or floats in 0..1")
-    return as_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    array = np.ascontiguousarray(array)
+    transparent = array.shape[2:] == (4,) and array.dtype == np.uint8
+    return as_rgb(Image.fromarray(array) if transparent else image_of_array(array))
 
 
 def _is_url(name: str) -> bool:

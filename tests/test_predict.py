@@ -111,6 +111,19 @@ def test_all_forms_of_one_image_give_one_result(classifier, tmp_path):
     assert all(result.probabilities == pytest.approx(gray[0].probabilities) for result in gray)
 
 
+def test_rotated_and_transparent_images_are_read_as_they_are_seen(classifier, tmp_path):
+    upright = picture(size=(60, 40))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear = np.zeros((40, 60, 4), np.uint8)
+    results = classifier.predict([tmp_path / "turned.png", opened(tmp_path / "turned.png"), clear])
+    for result in results[:2]:
+        assert np.array_equal(np.asarray(result.image), np.asarray(upright))
+    assert np.unique(np.asarray(results[2].image)).tolist() == [255]
+
+
 def test_results_do_not_depend_on_the_batch(classifier):
     images = [picture(seed, (30 + seed, 40)) for seed in range(5)]
     together, alone = classifier.predict(images), classifier.predict(images, batch_size=1)
