@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 
@@ -33,6 +34,19 @@ def read_oriented(path: str, size: tuple[int, int] | None) -> Image.Image:
             f"image {path} is {image.width} x {image.height} pixels, but its annotation is for {size[0]} x {size[1]}"
         )
     return image
+
+
+def upright_size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height of the image at `path`, rotated as its EXIF orientation says; None if it cannot be read.
+
+    Only the header is read.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # decoders raise all kinds of exceptions for damaged files
+        return None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
