@@ -1,8 +1,7 @@
 """Objects in images, as annotation files describe them."""
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .split import held_out
@@ -38,9 +37,9 @@ class Annotations:
     classes: list[str]
     images: list[AnnotatedImage]
 
-    def part(self, split: str, fraction: float, folder: Path) -> "Annotations":
-        """The split "train" or "val" of annotations that have none: by a hash of the paths as seen from `folder`."""
-        held = held_out([os.path.relpath(image.path, folder) for image in self.images], fraction)
+    def part(self, split: str, fraction: float, names: Sequence[str]) -> "Annotations":
+        """The split "train" or "val" of annotations that have none: by a hash of the images' `names`."""
+        held = held_out(names, fraction)
         images = [image for image, chosen in zip(self.images, held, strict=True) if chosen == (split == "val")]
         return replace(self, images=images)
 

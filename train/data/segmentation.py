@@ -65,7 +65,8 @@ class IndexMasks:
             unknown = sorted(set(np.unique(values[mask == UNKNOWN]).tolist()))[:5]
             raise UserError(
                 f"mask {path} has the values {', '.join(map(str, unknown))}, which are none of the "
-                f"{self.classes} classes; is it from another data set, or a color image?"
+                f"{self.classes} classes; is it from another data set, or a color image? Own masks are read with "
+                "data.source=masks"
             )
         return mask.astype(np.uint8)
 

@@ -1,6 +1,7 @@
 """`data.source=coco`: annotations in the format of COCO's instances files."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def _open(data: COCO, split: str, *, masks: bool) -> DetectionDataset:
     root = Path(data.root)
     found = read_instances(root / annotations, root / images, masks)
     if data.val is None:
-        found = found.part(split, data.split, root / images)
+        names = [os.path.relpath(image.path, root / images) for image in found.images]
+        found = found.part(split, data.split, names)
     return DetectionDataset(found, masks=masks)
 
 

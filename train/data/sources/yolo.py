@@ -70,7 +70,7 @@ def read_split(data: YOLO, split: str, *, masks: bool) -> Annotations:
     Raises UserError naming the first invalid label files and the number of further ones.
     """
     listing = read_listing(Path(data.root))
-    images = list_images(listing.val if split == "val" and listing.val else listing.train)
+    names, images = list_images(listing.val if split == "val" and listing.val else listing.train)
     labels = [label_file(image) for image in images]
     _check_labels(images, labels)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -89,7 +89,7 @@ def read_split(data: YOLO, split: str, *, masks: bool) -> Annotations:
         more = f"; and {len(faults) - MAX_FAULTS} more label files" if len(faults) > MAX_FAULTS else ""
         raise UserError("; ".join(faults[:MAX_FAULTS]) + more)
     annotations = Annotations(listing.source, listing.classes, found)
-    return annotations if listing.val else annotations.part(split, data.split, Path(listing.source).parent)
+    return annotations if listing.val else annotations.part(split, data.split, names)
 
 
 def read_listing(root: Path) -> Listing:
@@ -133,8 +133,7 @@ def _read_yaml(file: Path) -> Listing:
         if "nc" in content and int(content["nc"]) != len(names):
             raise ValueError(f"nc={content['nc']}, but names has {len(names)} classes")
         train, val = (
-            _entries(next((content[name] for name in names if content.get(name)), None))
-            for names in (NAMES["train"], NAMES["val"])
+            _entries(next((content[key] for key in NAMES[part] if content.get(key)), None)) for part in ("train", "val")
         )
         if not train:
             raise ValueError("it has no train, the folder of the training images")
@@ -164,22 +163,26 @@ def _resolve(entry: str, base: Path, folder: Path, file: Path) -> Path:
     raise UserError(f"{file} names {entry}, which is neither {candidates[0]} nor {candidates[1]}; correct path in it")
 
 
-def list_images(entries: Sequence[Path]) -> list[Path]:
-    """The images in folders and lists, sorted. Raises UserError for missing images, and if there are none."""
-    found: list[Path] = []
+def list_images(entries: Sequence[Path]) -> tuple[list[str], list[Path]]:
+    """The images in folders and lists, sorted, and their names below the folder or as the list writes them.
+
+    Raises UserError for missing images, and if there are none.
+    """
+    found: dict[Path, str] = {}
     for entry in entries:
         if entry.is_dir():
             files = (file for file in entry.rglob("*") if file.suffix.lower() in EXTENSIONS)
-            found += [file for file in files if not file.name.startswith(".")]
+            found |= {file: file.relative_to(entry).as_posix() for file in files if not file.name.startswith(".")}
             continue
         lines = filter(None, (line.strip() for line in entry.read_text().splitlines()))
-        listed = [entry.parent / line for line in lines]
+        listed = {entry.parent / line: line for line in lines}
         if missing := [str(image) for image in listed if not image.is_file()]:
             raise UserError(f"{len(missing)} images of {entry} are missing: {', '.join(missing[:5])}")
-        found += listed
+        found |= listed
     if not found:
         raise UserError(f"{', '.join(map(str, entries))} has no images ({', '.join(sorted(EXTENSIONS))})")
-    return sorted(set(found))
+    images = sorted(found)
+    return [found[image] for image in images], images
 
 
 def label_file(image: Path) -> Path:
