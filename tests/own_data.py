@@ -60,7 +60,7 @@ def write_coco(root: Path, count: int = 8) -> Path:
         size = {"width": one.image.width, "height": one.image.height}
         images.append({"id": number, "file_name": f"{one.name}.jpg", **size})
         for label, polygon in one.objects:
-            (x, y), (w, h) = polygon.min(0), np.ptp(polygon, 0)
+            (x, y), (w, h) = polygon.min(0).tolist(), np.ptp(polygon, 0).tolist()
             annotations.append(
                 {
                     "id": len(annotations),
@@ -79,7 +79,7 @@ def write_coco(root: Path, count: int = 8) -> Path:
 
 
 def write_yolo(root: Path, count: int = 8, *, polygons: bool = True) -> Path:
-    """`root/images/*.jpg`, `root/labels/*.txt` with polygons or boxes (none for an image without objects), data.yaml."""
+    """`root/images/*.jpg`, data.yaml, and `root/labels/*.txt` with polygons or boxes for images with objects."""
     for one in drawings(count):
         save(one.image, root / "images" / f"{one.name}.jpg")
         lines = [yolo_line(label, polygon / one.image.size, polygons) for label, polygon in one.objects]

@@ -17,10 +17,10 @@ from tessel.train.recipe.load import make_recipe
 from tessel.train.recipe.registry import SOURCES
 
 
-def opened(root, split="train", **keys):
+def opened(root, part="train", **keys):
     """A split of the source `masks` with these keys."""
     spec = SOURCES["masks"]
-    return spec.datasets["semantic masks"](spec.options(root=str(root), **keys), split)  # type: ignore[call-arg]
+    return spec.datasets["semantic masks"](spec.options(root=str(root), **keys), part)  # type: ignore[call-arg]
 
 
 def stems(dataset):
@@ -30,9 +30,8 @@ def stems(dataset):
 def paint(root, *masks, mode=None):
     """Write images/N.jpg and masks/N.png, for each mask an array of values or colors."""
     for number, values in enumerate(masks):
-        mask = (
-            Image.fromarray(np.asarray(values)) if mode is None else Image.fromarray(np.asarray(values)).convert(mode)
-        )
+        mask = Image.fromarray(np.asarray(values))
+        mask = mask if mode is None else mask.convert(mode, palette=Image.Palette.ADAPTIVE)
         save(Image.new("RGB", mask.size, (90, 120, number)), root / f"images/{number}.jpg")
         save(mask, root / f"masks/{number}.png")
     return root
@@ -96,7 +95,7 @@ def test_a_new_image_moves_no_other_one_between_the_splits(tmp_path):
 
 def test_other_names_of_folders_and_masks(tmp_path):
     write_masks(tmp_path, images="JPEGImages", masks="truth")
-    assert len(opened(tmp_path, images="JPEGImages", masks="truth")) == 6 + 1 or True
+    assert opened(tmp_path, images="JPEGImages", masks="truth")[0][1].max() > 0
     for mask in (tmp_path / "truth").iterdir():
         mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
     with pytest.raises(UserError, match="data.mask_suffix=_mask would fit"):
@@ -155,10 +154,8 @@ def test_255_is_ignored_unless_it_is_a_class(tmp_path):
     assert opened(tmp_path)[0][1][0].tolist() == [0, 0, 1, 1, 255, 255]
     write(tmp_path / "classes.csv", "name,value\nground,0\ntree,1\nedge,255\n")
     assert opened(tmp_path)[0][1][0].tolist() == [0, 0, 1, 1, 2, 2]
-    found = opened(tmp_path, ignore=("tree", 255))
-    with_one = "the masks have 1 classes"
-    del found
-    with pytest.raises(UserError, match=with_one):
+    assert opened(tmp_path, ignore=("tree",))[0][1][0].tolist() == [0, 0, 255, 255, 1, 1]
+    with pytest.raises(UserError, match="the masks have 1 classes"):
         opened(tmp_path, ignore=("tree", "edge"))
 
 
@@ -176,9 +173,7 @@ def test_16_bit_values(tmp_path):
     paint(tmp_path, *[halves(0, 1000, 40000, 65535, dtype=np.uint16)] * 4)
     write(tmp_path / "classes.csv", "value,name\n0,road\n1000,wall\n40000,car\n")
     assert opened(tmp_path, ignore=(65535,))[0][1][0, ::2].tolist() == [0, 1, 2, 255]
-    with pytest.raises(
-        UserError, match=r"masks/\d.png has values that are no class, on 8 pixels \(25 %\): 65535 \(8\)"
-    ):
+    with pytest.raises(UserError, match=r"masks/\d.png has values that are no class, on 8 pixels .25 %.: 65535 .8.\."):
         opened(tmp_path)[0]
 
 
@@ -199,10 +194,14 @@ def test_color_masks(tmp_path, file, text, paletted):
     write(tmp_path / file, text)
     found = opened(tmp_path, ignore=("#ffffff",))
     assert (found.classes, found.palette) == (["road", "car"], [[128, 64, 128], [0, 0, 142]])
-    if not paletted:  # the ignored color is no class, so that palette indices would be read
-        assert found[0][1][0, ::2].tolist() == [1, 0, 255]
-    with pytest.raises(UserError, match="#ffffff"):
-        opened(tmp_path, ignore=(3,)) if not paletted else opened(tmp_path, ignore=("#fffffg",))
+    assert found[0][1][0, ::2].tolist() == [1, 0, 255]
+    for ignore, message in (
+        ((255,), "has the color of" if paletted else "255 .* color"),
+        (("#fffffg",), "#fffffg"),
+        (("#ffffff", "sky"), "'sky' is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path, ignore=ignore)
 
 
 def test_masks_with_a_palette(tmp_path):
@@ -231,9 +230,7 @@ def test_blended_and_lossy_masks_are_named(tmp_path):
     border = np.array(colors((0, 0, 0), (255, 0, 0)).repeat(8, 0).repeat(8, 1))
     border[:, :9, 0] = np.arange(9) * 20
     paint(tmp_path, *[border] * 6)
-    with pytest.raises(
-        UserError, match=r"masks/\d.png has colors that are no class, on 256 pixels .* and 3 more.*antial"
-    ):
+    with pytest.raises(UserError, match=r"has colors that are no class, on 256 pixels .* and 3 more.*antialiased"):
         opened(tmp_path)[0]
     paint(tmp_path, rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
     with pytest.raises(UserError, match=r"masks/0.png has 1,\d\d\d colors; it is no mask, or was antialiased"):

@@ -121,17 +121,16 @@ class Folders:
             by_name = {name: file for name, file in by_name.items() if not name.endswith(self.suffix)}
         if not by_name:
             raise UserError(f"{images} has no images ({', '.join(sorted(EXTENSIONS))})")
-        if wanted is None:
-            wanted = sorted(by_name)
-            known = {name + self.suffix for name in by_name}
-            if images != labels or not self.suffix:
-                _raise_missing(sorted(label_of.keys() - known), f"{self.kind}s of {labels} have no image in {images}")
-        else:
-            _raise_missing([name for name in wanted if name not in by_name], f"names of the list are not in {images}")
+        every = wanted is None
+        wanted = sorted(by_name) if wanted is None else wanted
+        _raise_missing([name for name in wanted if name not in by_name], f"names of the list are not in {images}")
         pairs = [Pair(name, by_name[name], label_of.get(name + self.suffix)) for name in wanted]
         if not self.optional and (missing := [pair.name for pair in pairs if pair.label is None]):
             hint = _suffix_hint(missing[0], label_of) if not self.suffix else ""
             _raise_missing(missing, f"images of {images} have no {self.kind} in {labels}", hint)
+        if every and (images != labels or not self.suffix):
+            extra = sorted(label_of.keys() - {name + self.suffix for name in by_name})
+            _raise_missing(extra, f"{self.kind}s of {labels} have no image in {images}")
         return pairs
 
 

@@ -215,8 +215,9 @@ def _named_classes(
     entries: list[ClassEntry], found: Survey, ignore: Sequence[int | str] | None, file: Path
 ) -> MaskClasses:
     colors = {_pack(entry.color): entry for entry in entries if entry.color is not None}
-    # palette indices of masks whose colors are all classes need not be in the order of the file
-    colored = bool(colors) and (not found.indexed or (found.paletted and found.colors.keys() <= colors.keys()))
+    # palette indices of masks whose colors are all known need not be in the order of the file
+    known = colors.keys() | _colors_in(ignore)
+    colored = bool(colors) and (not found.indexed or (found.paletted and found.colors.keys() <= known))
     if not found.indexed and not colors:
         raise UserError(
             f"the masks have colors ({_colors(found)}), but {file} gives none; {_table(found.colors, True, entries)}"
@@ -227,10 +228,26 @@ def _named_classes(
         values = {entry.name: number if entry.value is None else entry.value for number, entry in enumerate(entries)}
         if len(entries) == 2 and entries[0].value is None and ignore is None and found.values.keys() == {0, 255}:
             values[entries[1].name] = 255  # a mask of black and white
+        _check_order(entries, values, colors, found, file)
     ignored = _ignored(ignore, values, colored)
     kept = [entry for entry in entries if values[entry.name] not in ignored]
     given = [entry.color for entry in kept if entry.color is not None]
     return _classes({entry.name: values[entry.name] for entry in kept}, given or None, found, ignored, colored)
+
+
+def _check_order(
+    entries: list[ClassEntry], values: Mapping[str, int], colors: Mapping[int, ClassEntry], found: Survey, file: Path
+) -> None:
+    """Raises UserError if the color of a value in the masks' palettes is that of another class."""
+    for entry in entries:
+        other = colors.get(found.palette.get(values[entry.name], -1), entry)
+        if entry.value is None and other is not entry:
+            unknown = [_show(color, True) for color, _ in found.colors.most_common() if color not in colors][:5]
+            raise UserError(
+                f"the value {values[entry.name]} of the masks is the class {entry.name} by {file}, but has the color "
+                f"of {other.name}; list all colors in the masks there or in data.ignore ({', '.join(unknown)} are "
+                "missing), or give each class its value"
+            )
 
 
 def _unnamed_classes(found: Survey, ignore: Sequence[int | str] | None, root: Path) -> MaskClasses:
@@ -273,23 +290,25 @@ def _classes(
     return MaskClasses(list(values), palette, table, colored)
 
 
+def _colors_in(ignore: Sequence[int | str] | None) -> set[int]:
+    """The colors that `data.ignore` lists."""
+    try:
+        return {_pack(parse_color(one)) for one in ignore or () if isinstance(one, str) and one.startswith("#")}
+    except ValueError as error:
+        raise UserError(f"data.ignore: {error}") from error
+
+
 def _ignored(ignore: Sequence[int | str] | None, values: Mapping[str, int], colored: bool) -> set[int]:
     """The values that `data.ignore` lists, by value, color or class name; if it is not given, 255 unless a class is."""
     if ignore is None:
         return set() if colored or IGNORE_INDEX in values.values() else {IGNORE_INDEX}
-    found = set()
-    for one in ignore:
-        if isinstance(one, str) and one in values:
-            found.add(values[one])
-        elif isinstance(one, str) == colored:
-            try:
-                found.add(_pack(parse_color(one)) if colored else int(one))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"data.ignore: {one!r} is neither a class nor a color like #ffffff") from error
-        else:
-            kind = "a color like #ffffff" if colored else "a value"
-            raise UserError(f"data.ignore: {one!r} must be {kind} in the masks, or the name of a class")
-    return found
+    found = _colors_in(ignore) if colored else {one for one in ignore if isinstance(one, int)}
+    names = [one for one in ignore if isinstance(one, str) and not (colored and one.startswith("#"))]
+    if wrong := [one for one in ignore if isinstance(one, int)] if colored else []:
+        raise UserError(f"data.ignore: {wrong[0]} must be a color like #ffffff, as the classes are, or a class")
+    if wrong := [name for name in names if name not in values]:
+        raise UserError(f"data.ignore: {wrong[0]!r} is none of the classes {', '.join([*values][:12])}")
+    return found | {values[name] for name in names}
 
 
 def _table(counts: Counter[int], colored: bool, entries: Sequence[ClassEntry] = (), *, root: Path | None = None) -> str:
