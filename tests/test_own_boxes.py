@@ -86,9 +86,9 @@ def test_smaller_objects_are_drawn_over_larger_ones(tmp_path):
     keys = {"train": ("shapes.json", "photos"), "val": ("shapes.json", "photos")}
     first = opened("coco", tmp_path, "val", "semantic masks", **keys)[0][1]
     assert first[15, 15] == 1 and first[30, 30] == 2 and first[2, 2] == 0 and (first[:, 50] == 1).all()
-    ignored = opened("coco", tmp_path, "val", "semantic masks", background=None, **keys)
+    ignored = opened("coco", tmp_path, "val", "semantic masks", background_class=None, **keys)
     assert ignored.classes == CLASSES and ignored[0][1][2, 2] == 255 and ignored[0][1][15, 15] == 0
-    shared = opened("coco", tmp_path, "val", "semantic masks", background="circle", **keys)
+    shared = opened("coco", tmp_path, "val", "semantic masks", background_class="circle", **keys)
     assert shared.classes == CLASSES and shared[0][1][2, 2] == 0 and shared[0][1][30, 30] == 1
     assert {int(label) for label in opened("coco", tmp_path, "val", "semantic masks", **keys).targets} == {0, 1, 2}
     content["categories"] = [{"id": number, "name": str(number)} for number in range(300)]

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """An error in the recipe, the data or the environment. Commands print its message without a traceback."""
 
 
+class NewerFormatError(UserError):
+    """A file was written by a later version of tessel. It is not damaged: the remedy is to upgrade."""
+
+
 class LocalRankError(UserError):
     """A UserError that only one process knows of. That process prints it; any other UserError is printed by rank 0."""
 

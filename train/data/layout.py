@@ -11,13 +11,9 @@ The layouts, with "masks" standing for the folder of the label files:
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
-
-import pydantic.dataclasses
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..recipe.schema import STRICT, Source
 from .files import MAX_LISTED
 from .image_io import EXTENSIONS
 from .split import held_out
@@ -28,15 +24,6 @@ LISTS = (
     "ImageSets/Segmentation",
     "ImageSets/Main",
 )  # folders below the root in which lists of names are looked for
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SplitOptions(Source):
-    """Keys of a source whose data may come without a validation part."""
-
-    split: Fraction = 0.2
-    """fraction of the images held out for validation by a hash of their names, if the data have no validation part"""
 
 
 class Pair(NamedTuple):

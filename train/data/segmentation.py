@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .image_io import decoding_errors, read_oriented
+from .image_io import RGB, decoding_errors, read_file
 
 IGNORE_INDEX = 255
 UNKNOWN = -1  # a value without a class
@@ -21,6 +21,8 @@ INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of images with one value 
 
 class SegmentationDataset:
     """Pairs of image and mask files. The paths are arrays, so that data loader workers share their memory."""
+
+    pixel_format = RGB
 
     def __init__(
         self,
@@ -40,7 +42,8 @@ class SegmentationDataset:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         mask = self.reader(self.masks[index].decode())
-        return read_oriented(self.images[index].decode(), (mask.shape[1], mask.shape[0])), mask
+        size = (mask.shape[1], mask.shape[0])
+        return read_file(self.images[index].decode(), pixel_format=self.pixel_format, size=size), mask
 
 
 class IndexMasks:

@@ -5,7 +5,7 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 
 from ..errors import UserError
-from ..recipe.schema import STRICT, Source
+from ..recipe.schema import STRICT, PixelFormat, Source
 from .class_file import default_palette
 from .detection import DetectionDataset
 from .segmentation import IGNORE_INDEX
@@ -15,7 +15,7 @@ from .segmentation import IGNORE_INDEX
 class ObjectMasks(Source):
     """Keys of a source that draws semantic masks from objects."""
 
-    background: str | None = "background"
+    background_class: str | None = "background"
     """segmentation: name of the class of the pixels without an object; null: they are ignored"""
 
 
@@ -42,12 +42,21 @@ class SemanticMasks:
         background = [] if self.empty == IGNORE_INDEX else [self.empty]
         return np.concatenate([self.objects.targets + self.shift, np.array(background, np.int64)])
 
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """How image files are read."""
+        return self.objects.pixel_format
+
+    @pixel_format.setter
+    def pixel_format(self, value: PixelFormat) -> None:
+        self.objects.pixel_format = value
+
     def __len__(self) -> int:
         return len(self.objects)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image, target = self.objects[index]
-        drawn = np.full((image.height, image.width), self.empty, np.uint8)
+        drawn = np.full(target["masks"].shape[1:], self.empty, np.uint8)
         for number in np.argsort(-target["masks"].sum((1, 2), dtype=np.int64), kind="stable"):
             drawn[target["masks"][number] > 0] = target["labels"][number] + self.shift
         return image, drawn

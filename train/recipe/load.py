@@ -95,10 +95,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
     """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
     data = copy.deepcopy(data)
-    try:
-        written = migrate(data)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+    written = migrate(data, source)
     pairs = [_split(override) for override in overrides]
     # these two decide which other keys there are
     for key, value, text in pairs:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from .schema import STRICT, Data, Key, Recipe, Source, Task, keys
+from .schema import STRICT, Data, Key, PixelFormat, Recipe, Source, Task, keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ class SourceSpec:
 
     Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
     "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes.
+    `classes: list[str]` if its samples have classes. One that reads image files has `pixel_format: PixelFormat`, which
+    `open_dataset` sets, and passes it to `data.image_io.read_image`.
     """
 
 
@@ -133,7 +134,10 @@ def open_dataset(recipe: Recipe, split: str) -> Any:
     Raises UserError naming what is missing or invalid on disk.
     """
     kind = task_spec(recipe).sample_kind(recipe.task)
-    return SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    dataset = SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    if hasattr(dataset, "pixel_format"):
+        dataset.pixel_format = PixelFormat(recipe.model.in_chans or 3, recipe.data.background)
+    return dataset
 
 
 def sources_with(kind: str) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Probability = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -45,6 +46,8 @@ class Model:
     """start from the weights of another model with the same parameters: a timm name, or local-dir:RUN/export"""
     drop_path_rate: Probability | None = None
     """stochastic depth rate; null: the default of the model"""
+    in_chans: PositiveInt | None = None
+    """channels of the input; null: 3, red, green and blue"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of timm.create_model"""
 
@@ -93,6 +96,8 @@ class Data:
     """images per forward pass and process in evaluation"""
     workers: NonNegativeInt = 0
     """data loader workers per process"""
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    """color below transparent pixels: red, green and blue in 0 to 255"""
     aug: Aug = Aug()
 
     @property
@@ -246,6 +251,14 @@ class Recipe(Generic[TaskT, DataT]):
     log: Log = Log()
     eval: Eval = Eval()
     guard: Guard = Guard()
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelFormat:
+    """How a data set reads the pixels of image files."""
+
+    channels: int = 3
+    background: tuple[int, int, int] = (255, 255, 255)  # below transparent pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
 from ..annotations import MAX_COORDINATE, NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Annotations, are_numbers
 from ..detection import DetectionDataset
-from ..layout import SplitOptions
 from ..semantic_masks import ObjectMasks, SemanticMasks
+from ..split import SplitOptions
 
 Part = tuple[FilePath, FilePath]
 
@@ -42,7 +42,7 @@ def open_instance_masks(data: COCO, split: str) -> DetectionDataset:
 
 def open_semantic_masks(data: COCO, split: str) -> SemanticMasks:
     """The class of each pixel, drawn from the instance masks. Raises UserError if the annotation file is invalid."""
-    return SemanticMasks(open_instance_masks(data, split), data.background)
+    return SemanticMasks(open_instance_masks(data, split), data.background_class)
 
 
 def _open(data: COCO, split: str, *, masks: bool) -> DetectionDataset:

@@ -1,6 +1,5 @@
 """`data.source=folder`: one folder of images per class."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..image_io import EXTENSIONS, read_image
+from ..image_io import EXTENSIONS, RGB, read_file
 
 LAYOUT = "data.root must contain train/CLASS/*.jpg and val/CLASS/*.jpg"
 
@@ -30,6 +29,8 @@ class ImageFolder:
 
     The paths are one array, so that data loader workers share its memory.
     """
+
+    pixel_format = RGB
 
     def __init__(self, root: Path):
         """Raises UserError if the folder cannot be read, or a class has no images."""
@@ -52,8 +53,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.paths[index].decode()
-        return read_image(partial(open, path, "rb"), path), int(self.targets[index])
+        return read_file(self.paths[index].decode(), pixel_format=self.pixel_format), int(self.targets[index])
 
 
 def open_folder(data: Folder, split: str) -> ImageFolder:

@@ -8,9 +8,10 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
-from ..layout import Folders, Pair, SplitOptions
+from ..layout import Folders, Pair
 from ..mask_classes import OwnMasks, find_classes
 from ..segmentation import SegmentationDataset
+from ..split import SplitOptions
 
 # the last three are listed so that an error names them, not a missing mask
 EXTENSIONS = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".jpg", ".jpeg", ".webp"})

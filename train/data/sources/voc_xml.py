@@ -11,7 +11,8 @@ from ...recipe.schema import STRICT, FilePath
 from ..annotations import AnnotatedImage, Annotations
 from ..class_file import find_class_file, read_class_file
 from ..detection import DetectionDataset
-from ..layout import NAMES, Folders, Pair, SplitOptions
+from ..layout import NAMES, Folders, Pair
+from ..split import SplitOptions
 from ..voc_xml import object_names, read_voc_image
 
 IMAGES, ANNOTATIONS = ("images", "JPEGImages"), ("annotations", "Annotations", "labels")

@@ -16,8 +16,9 @@ from ..annotations import NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Anno
 from ..class_file import find_class_file, read_class_file
 from ..detection import DetectionDataset
 from ..image_io import EXTENSIONS, upright_size
-from ..layout import NAMES, SplitOptions
+from ..layout import NAMES
 from ..semantic_masks import ObjectMasks, SemanticMasks
+from ..split import SplitOptions
 
 MAX_FRACTION = 100.0  # sanity limit of a coordinate; a box may extend beyond its image, which `check` tells
 DIGITS = 3  # of a coordinate in pixels
@@ -61,7 +62,7 @@ def open_instance_masks(data: YOLO, split: str) -> DetectionDataset:
 
 def open_semantic_masks(data: YOLO, split: str) -> SemanticMasks:
     """The class of each pixel, drawn from the polygons."""
-    return SemanticMasks(open_instance_masks(data, split), data.background)
+    return SemanticMasks(open_instance_masks(data, split), data.background_class)
 
 
 def read_split(data: YOLO, split: str, *, masks: bool) -> Annotations:
