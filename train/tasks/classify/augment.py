@@ -1,4 +1,5 @@
-"""Augmentation: from a PIL image to a normalized tensor; random erasing and mixing of a batch on the device."""
+"""Augmentation: from a PIL image to a uint8 tensor in the loader's workers; normalization, random erasing and mixing of
+a batch on the device."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ def image_only(transform: ImageTransform, image: Image.Image, target: Any) -> tu
 
 
 def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
-    """Affine jitter, then timm's training pipeline: crop, flips, policy, normalization. -> [3, size, size]"""
+    """Affine jitter, then timm's training pipeline: crop, flips, policy. -> uint8 [3, size, size]"""
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     try:
         policy = create_transform(
@@ -34,8 +35,8 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
             color_jitter=aug.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=aug.auto_augment,
             interpolation=cfg["interpolation"],
-            mean=cfg["mean"],
-            std=cfg["std"],
+            mean=cfg["mean"],  # fills what a policy's geometric operations uncover
+            normalize=False,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
@@ -45,10 +46,10 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
 
 
 def eval_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
-    """Resize, centre crop, normalization. -> [3, size, size]"""
+    """Resize, centre crop. -> uint8 [3, size, size]"""
     cfg = input_config(data, pretrained_cfg)
     cfg["interpolation"] = {"random": "bicubic"}.get(cfg["interpolation"], cfg["interpolation"])
-    return Compose([create_transform(**cfg)])
+    return Compose([create_transform(**cfg, normalize=False)])
 
 
 def input_config(data: ClassifyData, pretrained_cfg: Any) -> dict[str, Any]:
@@ -58,6 +59,26 @@ def input_config(data: ClassifyData, pretrained_cfg: Any) -> dict[str, Any]:
     return resolve_data_config(
         {key: value for key, value in wanted.items() if value is not None}, pretrained_cfg=dict(cfg)
     )
+
+
+class Normalizer:
+    """uint8 images [B, C, H, W] -> float32 (image / 255 - mean) / std on the device, the same bits on every device.
+
+    Images of another type are returned as they are: their transform has normalized them. Workers hand out uint8, a
+    quarter of the bytes to pass between processes and to copy to the device.
+    """
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device):
+        """config: mean and std per channel, see `input_config`."""
+        self.mean, self.std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+        # a tensor, because on a GPU torch multiplies by the reciprocal of a number, which rounds differently
+        self.white = torch.tensor(255.0, device=device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(self.white).sub_(self.mean).div_(self.std)
 
 
 def erasing(aug: ClassifyAug, device: torch.device) -> RandomErasing | None:

@@ -23,7 +23,7 @@ from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from .augment import eval_transform, image_only
+from .augment import Normalizer, eval_transform, image_only, input_config
 
 NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
 
@@ -62,6 +62,7 @@ class VariantEvaluator:
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
         self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
+        self.normalize = Normalizer(input_config(recipe.data, model.pretrained_cfg), world.device)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
@@ -105,7 +106,8 @@ class VariantEvaluator:
             with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:
                     correct = correct_classes(positions, labels).to(world.device)
-                    pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))
+                    pixels = self.normalize(pixels.to(world.device))
+                    pixels = pixels.contiguous(memory_format=memory_format(self.recipe.parallel))
                     best = self.model(pixels)[:, columns].float().topk(min(5, len(columns))).indices
                     hits = correct.gather(1, best)
                     sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), correct.any(1).sum()])

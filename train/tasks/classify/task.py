@@ -19,7 +19,7 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_classifier
 from ..models import batch_norm_errors, check_name, create_model, load_initial_weights
-from .augment import erasing, eval_transform, image_only, input_config, mixing, train_transform
+from .augment import Normalizer, erasing, eval_transform, image_only, input_config, mixing, train_transform
 from .distillation import Teacher
 from .metrics import ClassificationMetrics
 from .options import Classify, ClassifyData
@@ -61,6 +61,7 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         self.pretrained_cfg, data = model.pretrained_cfg, self.recipe.data
         self.train_transform = partial(image_only, train_transform(data, self.pretrained_cfg))
         self.eval_transform = partial(image_only, eval_transform(data, self.pretrained_cfg))
+        self.normalize = Normalizer(input_config(data, self.pretrained_cfg), self.world.device)
         return model
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
@@ -100,8 +101,9 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         export_classifier(model, path, classes=self.classes, data_config=config, state=state)
 
     def to_device(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and targets of a batch, on the device."""
-        images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        """The normalized images and the targets of a batch, on the device."""
+        images = self.normalize(batch[0].to(self.world.device, non_blocking=True))
+        images = images.contiguous(memory_format=memory_format(self.recipe.parallel))
         return images, batch[1].to(self.world.device, non_blocking=True)
 
 
