@@ -97,7 +97,8 @@ class SourceSpec:
 
     Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
     "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes.
+    `classes: list[str]` if its samples have classes. One of "labels" that reads image files has an attribute `decode`,
+    by default `data.image_io.read_image`, and reads them by it, so that `data.decoder` can replace it.
     """
 
 

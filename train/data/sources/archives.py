@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -59,6 +59,8 @@ class Member(NamedTuple):
 class ArchiveDataset:
     """(RGB image, class index) at known offsets of archives, kept in arrays whose memory workers share."""
 
+    decode: Any = staticmethod(read_image)
+
     def __init__(
         self,
         archives: Sequence[Path],
@@ -92,7 +94,7 @@ class ArchiveDataset:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        return read_image(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
+        return self.decode(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

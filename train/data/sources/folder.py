@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,8 @@ class ImageFolder:
     The paths are one array, so that data loader workers share its memory.
     """
 
+    decode: Any = staticmethod(read_image)
+
     def __init__(self, root: Path):
         """Raises UserError if the folder cannot be read, or a class has no images."""
         try:
@@ -53,7 +56,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = self.paths[index].decode()
-        return read_image(partial(open, path, "rb"), path), int(self.targets[index])
+        return self.decode(partial(open, path, "rb"), path), int(self.targets[index])
 
 
 def open_folder(data: Folder, split: str) -> ImageFolder:

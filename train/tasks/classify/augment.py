@@ -5,24 +5,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ...errors import UserError
 from .options import Classify, ClassifyAug, ClassifyData
+from .tensor_crop import TensorCrop
 
-ImageTransform = Callable[[Image.Image], torch.Tensor]
+ImageTransform = Callable[[Any], torch.Tensor]
 
 
-def image_only(transform: ImageTransform, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+def image_only(transform: ImageTransform, image: Any, target: Any) -> tuple[torch.Tensor, Any]:
     """Transform the image and leave the target unchanged."""
     return transform(image), target
 
 
 def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
-    """Affine jitter, then timm's training pipeline: crop, flips, policy. -> uint8 [3, size, size]"""
+    """Affine jitter, then timm's training pipeline: crop, flips, policy. -> uint8 [3, size, size]
+
+    It takes a PIL image, or with data.decoder=torchcodec a uint8 tensor [3, H, W].
+    """
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     try:
         policy = create_transform(
@@ -42,7 +46,11 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
         raise UserError(
             f"data.aug.auto_augment={aug.auto_augment!r} is not a policy of timm; see timm.data.auto_augment"
         ) from error
-    return Compose([*_affine(aug), policy])
+    if data.decoder == "pil":
+        return Compose([*_affine(aug), policy])
+    policy.transforms[0] = TensorCrop(policy.transforms[0])
+    affine = [to_pil_image, *_affine(aug), pil_to_tensor] if _affine(aug) else []
+    return Compose([*affine, policy])
 
 
 def eval_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:

@@ -69,6 +69,8 @@ class ClassifyAug(Aug):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClassifyData(Data):
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """what decodes and crops training images; torchcodec (to be installed) is faster, its crops differ by a level"""
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     """null: that of the model"""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from ...data.loader import Loader
+from ...data.native_decoder import read_pixels, require_decoder
 from ...distributed.parallel import memory_format
 from ...distributed.world import World
 from ...errors import UserError
@@ -63,6 +64,17 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         self.eval_transform = partial(image_only, eval_transform(data, self.pretrained_cfg))
         self.normalize = Normalizer(input_config(data, self.pretrained_cfg), self.world.device)
         return model
+
+    def open_train(self) -> Any:
+        train, data = super().open_train(), self.recipe.data
+        if data.decoder == "torchcodec":
+            if not hasattr(train, "decode"):
+                raise UserError(
+                    f"data.decoder=torchcodec: data.source={data.source} decodes no image files; use data.decoder=pil"
+                )
+            require_decoder()
+            train.decode = read_pixels
+        return train
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
         data, distill = self.recipe.data, self.recipe.task.distill
