@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from .errors import report_errors
 from .recipe.load import load_recipe
 from .recipe.registry import SOURCES, TASKS, key_groups
+from .threads import limit_spinning
 
 EXAMPLES = """\
 examples:
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     with report_errors() as outcome:
         recipe = load_recipe(options.recipe, options.overrides)
+        limit_spinning()
         # imports torch and timm, after help and errors in the recipe
         from . import trainer
 

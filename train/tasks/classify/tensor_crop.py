@@ -24,7 +24,9 @@ class TensorCrop:
         top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
         modes = crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple) else modes
-        window = pixels[None, :, top : top + height, left : left + width]
+        # torch computes in channels_last only if the strides of the batch dimension say so too
+        batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+        window = batch[..., top : top + height, left : left + width]
         # torchvision's resize computes in floating point or in bytes, depending on the CPU; this always in bytes
         resized = F.interpolate(window, crop.size, mode=mode.value, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
