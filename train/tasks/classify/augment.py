@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
+from torch.utils.data import default_collate
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -87,6 +88,15 @@ class Normalizer:
             return images
         pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.div_(self.white).sub_(self.mean).div_(self.std)
+
+
+def collate(samples: list[Any]) -> list[Any]:
+    """The batch of samples (image [C, H, W], target, index), images in the memory format channels_last.
+
+    So lie the images that come from PIL; `default_collate` would transpose each of them.
+    """
+    images, *others = default_collate([(image.permute(1, 2, 0), *others) for image, *others in samples])
+    return [images.permute(0, 3, 1, 2), *others]
 
 
 def erasing(aug: ClassifyAug, device: torch.device) -> RandomErasing | None:

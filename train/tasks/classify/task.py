@@ -20,7 +20,7 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_classifier
 from ..models import batch_norm_errors, check_name, create_model, load_initial_weights
-from .augment import Normalizer, erasing, eval_transform, image_only, input_config, mixing, train_transform
+from .augment import Normalizer, collate, erasing, eval_transform, image_only, input_config, mixing, train_transform
 from .distillation import Teacher
 from .metrics import ClassificationMetrics
 from .options import Classify, ClassifyData
@@ -37,6 +37,7 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
     """One class per image."""
 
     classes: list[str]
+    collate = staticmethod(collate)
 
     def __init__(self, recipe: Recipe[Classify, ClassifyData], world: World):
         check_name(recipe.model.name)
