@@ -14,6 +14,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import open_dataset
+from tessel.train.recipe.schema import PixelFormat
 from tessel.train.tasks.detect.augment import EvalTransform, RandomSizeCrop, TrainTransform
 from tessel.train.tasks.detect.task import DetectTask
 
@@ -60,7 +61,7 @@ def test_images_without_objects_are_evaluated_and_trained_on_if_asked(coco, tmp_
 
 def test_annotations_are_arrays(coco, tmp_path):
     held = vars(open_dataset(recipe(tmp_path, coco, MASKS), "train"))
-    assert all(isinstance(value, np.ndarray | bool | str | list) for value in held.values())
+    assert all(isinstance(value, np.ndarray | bool | str | list | PixelFormat) for value in held.values())
     assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessel.train.data.image_io import read_image, read_oriented
 from tessel.train.data.loader import FallbackSample, SeededDataset
 from tessel.train.data.sources.digit_scenes import open_masks
 from tessel.train.errors import UserError
@@ -300,23 +299,6 @@ def test_saturation_is_clipped_at_one():
     once, much = scale_saturation(pixels, 1.5)[..., 0], scale_saturation(pixels, 9)[..., 0]
     torch.testing.assert_close(once, torch.tensor([[200.0, 0, 90], [125, 0, 90], [50, 0, 90]]))
     torch.testing.assert_close(much, torch.tensor([[200.0, 0, 90], [100, 0, 90], [0, 0, 90]]))
-
-
-@pytest.mark.parametrize("kind", ["folder", "dense"])
-def test_16_bit_pictures_are_scaled(tmp_path, kind):
-    """PIL's own conversion would make everything above 255 white."""
-    file = tmp_path / "grey.png"
-    Image.fromarray(np.array([[0, 256], [20000, 65535]], np.uint16)).save(file)
-    readers = {
-        "folder": lambda: read_image(lambda: file.open("rb"), str(file)),
-        "dense": lambda: read_oriented(str(file), (2, 2)),
-    }
-    picture = readers[kind]()
-    assert np.array(picture).tolist() == [[[0] * 3, [1] * 3], [[78] * 3, [255] * 3]]
-    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "grey.tiff")
-    file = tmp_path / "grey.tiff"
-    with pytest.raises(UserError, match="grey.tiff cannot be decoded .*floating-point"):
-        readers[kind]()
 
 
 def test_evaluation_keeps_the_mask_and_scales_the_image():

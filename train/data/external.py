@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
-from .image_io import read_image
+from .image_io import RGB, read_image
 
 # what timm's reader and the data set libraries raise for data they cannot read
 READER_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError)
@@ -16,6 +16,7 @@ READER_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, Asser
 class ExternalDataset:
     """(image, class index) samples; `fetch(index)` returns a binary file of the image, and the class index."""
 
+    pixel_format = RGB
     decode: Any = staticmethod(read_image)
 
     def __init__(self, fetch: Callable[[int], tuple[Any, Any]], length: int, classes: list[str], name: str):
@@ -33,7 +34,7 @@ class ExternalDataset:
             target = int(label)
             return file
 
-        return self.decode(open_file, f"{index} of {self.name}"), target
+        return self.decode(open_file, f"{index} of {self.name}", pixel_format=self.pixel_format), target
 
 
 def require_package(setting: str, package: str, distribution: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from .schema import STRICT, Data, Key, Recipe, Source, Task, keys
+from .schema import STRICT, Data, Key, PixelFormat, Recipe, Source, Task, keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,14 @@ class Metric:
 
     def is_better(self, value: float, than: float | None) -> bool:
         return than is None or (value > than if self.higher_is_better else value < than)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoRange:
+    """What `auto` may choose in a task: the lowest and highest `data.batch` and `sched.epochs`; see `sizing`."""
+
+    batch: tuple[int, int] = (8, 128)
+    epochs: tuple[int, int] = (10, 100)
 
 
 def no_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -71,7 +79,11 @@ class TaskSpec:
     init_keys: tuple[str, ...] = ()
     """keys that name initial weights, beside model.pretrained and model.init_from; an evaluation clears them"""
     backbone_prefix: str | None = None
-    """prefix of the backbone's weights in an export, so that another model can start from them"""
+    """prefix of the backbone's weights, so that another model can start from them; None: all but the classifier"""
+    auto: AutoRange = AutoRange()
+    """limits of data.batch=auto and sched.epochs=auto"""
+    models_of_timm: bool = False
+    """model.name is a model of timm or tessel: a misspelt one is told before torch is imported"""
 
     def sample_kind(self, options: Task) -> str:
         """The kind of sample that it reads with these options."""
@@ -97,8 +109,9 @@ class SourceSpec:
 
     Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
     "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes. One of "labels" that reads image files has an attribute `decode`,
-    by default `data.image_io.read_image`, and reads them by it, so that `data.decoder` can replace it.
+    `classes: list[str]` if its samples have classes. One that reads image files has `pixel_format: PixelFormat`, which
+    `open_dataset` sets, and passes it to `data.image_io.read_image`.
+    One of "labels" reads them by its attribute `decode`, by default `read_image`, which `data.decoder` replaces.
     """
 
 
@@ -134,7 +147,10 @@ def open_dataset(recipe: Recipe, split: str) -> Any:
     Raises UserError naming what is missing or invalid on disk.
     """
     kind = task_spec(recipe).sample_kind(recipe.task)
-    return SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    dataset = SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    if hasattr(dataset, "pixel_format"):
+        dataset.pixel_format = PixelFormat(recipe.model.in_chans or 3, recipe.data.background)
+    return dataset
 
 
 def sources_with(kind: str) -> list[str]:

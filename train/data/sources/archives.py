@@ -24,7 +24,7 @@ from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
 from ..class_map import class_index, class_names
-from ..image_io import EXTENSIONS, read_image
+from ..image_io import EXTENSIONS, RGB, read_image
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -59,6 +59,7 @@ class Member(NamedTuple):
 class ArchiveDataset:
     """(RGB image, class index) at known offsets of archives, kept in arrays whose memory workers share."""
 
+    pixel_format = RGB
     decode: Any = staticmethod(read_image)
 
     def __init__(
@@ -94,7 +95,8 @@ class ArchiveDataset:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        return self.decode(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
+        name = f"{archive}:{self.names[index].decode()}"
+        return self.decode(open_file, name, pixel_format=self.pixel_format), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

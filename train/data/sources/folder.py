@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..image_io import EXTENSIONS, read_image
+from ..image_io import EXTENSIONS, RGB, read_image
 
 LAYOUT = "data.root must contain train/CLASS/*.jpg and val/CLASS/*.jpg"
 
@@ -32,6 +32,7 @@ class ImageFolder:
     The paths are one array, so that data loader workers share its memory.
     """
 
+    pixel_format = RGB
     decode: Any = staticmethod(read_image)
 
     def __init__(self, root: Path):
@@ -55,8 +56,12 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.paths[index].decode()
-        return self.decode(partial(open, path, "rb"), path), int(self.targets[index])
+        path = self.image_path(index)
+        image = self.decode(partial(open, path, "rb"), path, pixel_format=self.pixel_format)
+        return image, int(self.targets[index])
+
+    def image_path(self, index: int) -> str:
+        return self.paths[index].decode()
 
 
 def open_folder(data: Folder, split: str) -> ImageFolder:

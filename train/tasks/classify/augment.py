@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ...errors import UserError
 from .options import Classify, ClassifyAug, ClassifyData
+from .rand_augment import allow_zero_bits
 from .tensor_crop import TensorCrop
 
 ImageTransform = Callable[[Any], torch.Tensor]
@@ -47,6 +48,7 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
         raise UserError(
             f"data.aug.auto_augment={aug.auto_augment!r} is not a policy of timm; see timm.data.auto_augment"
         ) from error
+    allow_zero_bits(policy)
     if data.decoder == "pil":
         return Compose([*_affine(aug), policy])
     policy.transforms[0] = TensorCrop(policy.transforms[0])
