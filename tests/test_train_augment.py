@@ -62,10 +62,11 @@ def test_normalization_on_the_device_has_the_bits_of_one_in_the_worker(device):
     config = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     expected = F.normalize(F.to_tensor(values.permute(1, 2, 0).numpy()), config["mean"], config["std"])
     normalize = Normalizer(config, torch.device(device))
-    for batch in (values[None], values[None].to(memory_format=torch.channels_last)):
+    bytes_, floats = values[None], F.to_tensor(values.permute(1, 2, 0).numpy())[None]
+    for batch in (bytes_, bytes_.to(memory_format=torch.channels_last), floats):
+        before = batch.clone()
         found = normalize(batch.to(device))
-        assert found.is_contiguous() and torch.equal(found.cpu(), expected[None])
-    assert normalize(found) is found
+        assert found.is_contiguous() and torch.equal(found.cpu(), expected[None]) and torch.equal(batch, before)
 
 
 def test_transforms_hand_out_the_pixels_as_bytes():
@@ -95,9 +96,10 @@ def test_order_of_erasing_and_mixing(tmp_path, late):
         return torch.zeros(len(images), 10)
 
     seed_all(0, devices=True)
-    images = torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 3, 32, 32)
-    task.loss(model, [images.clone(), torch.arange(4), torch.arange(4)])
+    images = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    task.loss(model, [images, torch.arange(4), torch.arange(4)])
     seed_all(0, devices=True)
+    images = task.normalize(images)
     if late:
         mixed = task.mixing(images.clone(), torch.arange(4))[0]
         expected = task.erasing(mixed.clone())

@@ -73,10 +73,10 @@ def input_config(data: ClassifyData, pretrained_cfg: Any) -> dict[str, Any]:
 
 
 class Normalizer:
-    """uint8 images [B, C, H, W] -> float32 (image / 255 - mean) / std on the device, the same bits on every device.
+    """Images [B, C, H, W], uint8 or float32 in 0..1, to (image - mean) / std in float32 on the device.
 
-    Images of another type are returned as they are: their transform has normalized them. Workers hand out uint8, a
-    quarter of the bytes to pass between processes and to copy to the device.
+    The result has the same bits on every device. Workers hand out uint8, a quarter of the bytes to pass between
+    processes and to copy to the device.
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device):
@@ -86,10 +86,10 @@ class Normalizer:
         self.white = torch.tensor(255.0, device=device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dtype != torch.uint8:
-            return images
-        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.div_(self.white).sub_(self.mean).div_(self.std)
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if images.dtype == torch.uint8:
+            pixels.div_(self.white)
+        return pixels.sub_(self.mean).div_(self.std)
 
 
 def collate(samples: list[Any]) -> list[Any]:
