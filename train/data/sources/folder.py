@@ -1,6 +1,8 @@
 """`data.source=folder`: one folder of images per class."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..image_io import EXTENSIONS, RGB, read_file
+from ..image_io import EXTENSIONS, RGB, read_image
 
 LAYOUT = "data.root must contain train/CLASS/*.jpg and val/CLASS/*.jpg"
 
@@ -31,6 +33,7 @@ class ImageFolder:
     """
 
     pixel_format = RGB
+    decode: Any = staticmethod(read_image)
 
     def __init__(self, root: Path):
         """Raises UserError if the folder cannot be read, or a class has no images."""
@@ -53,7 +56,9 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_file(self.image_path(index), pixel_format=self.pixel_format), int(self.targets[index])
+        path = self.image_path(index)
+        image = self.decode(partial(open, path, "rb"), path, pixel_format=self.pixel_format)
+        return image, int(self.targets[index])
 
     def image_path(self, index: int) -> str:
         return self.paths[index].decode()

@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from ...data.loader import Loader
+from ...data.native_decoder import read_pixels, require_decoder
 from ...distributed.parallel import memory_format
 from ...distributed.world import World
 from ...errors import UserError
@@ -19,7 +20,7 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_classifier
 from ..models import batch_norm_errors, check_name, create_model, load_initial_weights
-from .augment import erasing, eval_transform, image_only, input_config, mixing, train_transform
+from .augment import Normalizer, collate, erasing, eval_transform, image_only, input_config, mixing, train_transform
 from .distillation import Teacher
 from .metrics import ClassificationMetrics
 from .options import Classify, ClassifyData
@@ -36,6 +37,7 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
     """One class per image."""
 
     classes: list[str]
+    collate = staticmethod(collate)
 
     def __init__(self, recipe: Recipe[Classify, ClassifyData], world: World):
         check_name(recipe.model.name)
@@ -61,7 +63,19 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         self.pretrained_cfg, data = model.pretrained_cfg, self.recipe.data
         self.train_transform = partial(image_only, train_transform(data, self.pretrained_cfg))
         self.eval_transform = partial(image_only, eval_transform(data, self.pretrained_cfg))
+        self.normalize = Normalizer(input_config(data, self.pretrained_cfg), self.world.device)
         return model
+
+    def open_train(self) -> Any:
+        train, data = super().open_train(), self.recipe.data
+        if data.decoder == "torchcodec":
+            if not hasattr(train, "decode"):
+                raise UserError(
+                    f"data.decoder=torchcodec: data.source={data.source} decodes no image files; use data.decoder=pil"
+                )
+            require_decoder()
+            train.decode = read_pixels
+        return train
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
         data, distill = self.recipe.data, self.recipe.task.distill
@@ -103,8 +117,9 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         export_classifier(model, path, classes=self.classes, data_config=config, state=state)
 
     def to_device(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and targets of a batch, on the device."""
-        images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        """The normalized images and the targets of a batch, on the device."""
+        images = self.normalize(batch[0].to(self.world.device, non_blocking=True))
+        images = images.contiguous(memory_format=memory_format(self.recipe.parallel))
         return images, batch[1].to(self.world.device, non_blocking=True)
 
 
