@@ -30,7 +30,7 @@ from .distributed.parallel import (
 )
 from .distributed.world import World
 from .errors import UserError
-from .evaluation import load_checkpoint, run_evaluation
+from .evaluation import check_classes, load_checkpoint, run_evaluation
 from .files import write_atomically, writing
 from .optim.ema import WeightAverage
 from .optim.freeze import FrozenBackbone, freeze_parameters
@@ -286,13 +286,16 @@ class Engine:
     def resume(self, path: Path) -> str:
         """Continue from the checkpoint at `path`. Returns how exactly that repeats the uninterrupted run."""
         facts, state = checkpoint.read_manifest(path), self.state()
+        same_recipe = not checkpoint.other_recipe(path, self.recipe)
+        if same_recipe:  # the files that name the classes may have changed
+            check_classes(self.task.classes, facts.get("classes"), path)
         checkpoint.load(path, state, self.world)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress.read(facts["progress"])
         self.saved = self.progress.step
         self.losses.restore(self.progress.losses, self.progress.updates)
-        if checkpoint.other_recipe(path, self.recipe):
+        if not same_recipe:
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
             self.progress.stalled = 0
             self.losses.restore({}, 0)

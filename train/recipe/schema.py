@@ -71,6 +71,8 @@ class Model:
 class Dense:
     batch_norm: Literal["train", "eval", "frozen"] = "train"
     """batch norms of the backbone; eval: use the running statistics; frozen: freeze weights and biases too"""
+    sync_batch_norm: bool = True
+    """false: parallel.sync_batch_norm synchronizes the batch norms of the heads only, not those of the backbone"""
     norms: tuple[bool, ...] | None = None
     """add a norm to each output, one value per output; null: the norms of the paper, none for models of timm"""
 

@@ -20,7 +20,7 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
     if model.drop_path_rate is not None:
         options["drop_path_rate"] = model.drop_path_rate
     try:
-        return DenseBackbone(
+        backbone = DenseBackbone(
             model.name,
             pretrained=bool(model.pretrained),
             out_indices=levels,
@@ -33,6 +33,8 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
         raise UserError(
             f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error, 600)}{hint}"
         ) from error
+    backbone.local_batch_norm = not dense.sync_batch_norm  # type: ignore[assignment]
+    return backbone
 
 
 def check_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], remedy: str) -> list[Tensor]:

@@ -57,6 +57,8 @@ class ClassifyAug(Aug):
     """timm policy, for example rand-m9-mstd0.5-inc1"""
     erasing: Probability = 0.0
     """probability of random erasing, done on the device"""
+    erase_after_mixing: bool = False
+    """erase after mixup and cutmix instead of before, so that an erased region holds noise only"""
     mixup: NonNegativeFloat = 0.0
     """alpha of mixup, done on the device; 0: off"""
     cutmix: NonNegativeFloat = 0.0

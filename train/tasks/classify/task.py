@@ -74,10 +74,13 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         images, targets = self.to_device(batch)
-        if self.erasing:
+        late = self.recipe.data.aug.erase_after_mixing
+        if self.erasing and not late:
             images = self.erasing(images)
         if self.mixing:
             images, targets = self.mixing(images, targets)
+        if self.erasing and late:
+            images = self.erasing(images)
         if self.recipe.task.probe:
             model.eval()  # the frozen part must not update batch statistics or drop paths
         with batch_norm_errors(len(images), "raise data.micro_batch (data.batch) or data.size"):

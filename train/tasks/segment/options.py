@@ -37,6 +37,8 @@ class SegmentOptions:
     """config of a neck between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
     class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     """class name -> weight in the loss, for example {background: 0.2}; 1 for classes that are not listed"""
+    avg_non_ignore: bool = True
+    """average the cross entropy over labelled pixels; false: over all, mmsegmentation's default"""
     load_from: FilePath | None = None
     """start from the file of a published segmenter, with mmsegmentation's parameter names"""
     test: SegmentTest = SegmentTest()
