@@ -93,25 +93,25 @@ def test_continued_run_keeps_its_numbers():
 
 
 def test_walk_on_sixty_pictures(images, tmp_path, capsys):
-    run = train(images, tmp_path, "sched.epochs=6", "model.pretrained=false")
+    run = train(images, tmp_path, "sched.epochs=3", "model.pretrained=false")
     text = capsys.readouterr().out
-    assert "auto: data.batch=8, sched.warmup=0.3" in text and "60 images, 45 steps of 8" in text
+    assert "auto: data.batch=8, sched.warmup=0.15" in text and "60 images, 23 steps of 8" in text
     kinds = [record["kind"] for record in trainer.metrics(run)]
-    assert kinds.count("train") == 45 and kinds.count("eval") == 12  # every chart has points
+    assert kinds.count("train") == 23 and kinds.count("eval") == 6  # every chart has points
     recipe = load_recipe(run / "recipe.yaml")
     assert auto_keys(recipe) == [] and (recipe.data.batch, recipe.eval.every) == (8, 4)
-    assert trainer.main(["finetune/classify", f"data.root={images}", *SMALL, "sched.epochs=6",
+    assert trainer.main(["finetune/classify", f"data.root={images}", *SMALL, "sched.epochs=3",
                          "model.pretrained=false", f"run.out={tmp_path}"]) == 0  # fmt: skip
     assert "is finished" in capsys.readouterr().out
 
 
 def test_interrupted_run_of_auto_sizes_repeats_an_uninterrupted_one(images, tmp_path):
-    keys = ["sched.epochs=2", "model.pretrained=false", "sched.freeze=0.5"]
+    keys = ["sched.epochs=1", "model.pretrained=false", "sched.freeze=0.5"]
     straight = train(images, tmp_path / "a", *keys)
-    with trainer.before_step(6):
+    with trainer.before_step(3):
         train(images, tmp_path / "b", *keys)
     resumed = train(images, tmp_path / "b", *keys)
-    trainer.assert_same_checkpoint(straight / "checkpoints/step-00000015", resumed / "checkpoints/step-00000015")
+    trainer.assert_same_checkpoint(straight / "checkpoints/step-00000008", resumed / "checkpoints/step-00000008")
     assert trainer.stable_metrics(straight) == trainer.stable_metrics(resumed)
 
 
