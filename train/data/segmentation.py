@@ -43,7 +43,10 @@ class SegmentationDataset:
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         mask = self.reader(self.masks[index].decode())
         size = (mask.shape[1], mask.shape[0])
-        return read_file(self.images[index].decode(), pixel_format=self.pixel_format, size=size), mask
+        return read_file(self.image_path(index), pixel_format=self.pixel_format, size=size), mask
+
+    def image_path(self, index: int) -> str:
+        return self.images[index].decode()
 
 
 class IndexMasks:

@@ -62,7 +62,7 @@ def export_model(
 
     task: its kind; model, sections: sections of the recipe that build it, by name; facts: further JSON data.
     """
-    model = dataclasses.replace(model, pretrained=False, init_from=None)
+    model = dataclasses.replace(model, pretrained=False, init_from=None, freeze=None)
     plain = {name: dataclasses.asdict(section) for name, section in {"model": model, **sections}.items()}
     header = {
         "format": FORMAT,

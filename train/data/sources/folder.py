@@ -53,7 +53,10 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_file(self.paths[index].decode(), pixel_format=self.pixel_format), int(self.targets[index])
+        return read_file(self.image_path(index), pixel_format=self.pixel_format), int(self.targets[index])
+
+    def image_path(self, index: int) -> str:
+        return self.paths[index].decode()
 
 
 def open_folder(data: Folder, split: str) -> ImageFolder:

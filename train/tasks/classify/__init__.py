@@ -33,4 +33,5 @@ SPEC = TaskSpec(
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
     usage=USAGE,
     report="tessel.train.report.classify",
+    models_of_timm=True,
 )

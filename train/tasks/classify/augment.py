@@ -11,6 +11,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from ...errors import UserError
 from .options import Classify, ClassifyAug, ClassifyData
+from .rand_augment import allow_zero_bits
 
 ImageTransform = Callable[[Image.Image], torch.Tensor]
 
@@ -41,6 +42,7 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
         raise UserError(
             f"data.aug.auto_augment={aug.auto_augment!r} is not a policy of timm; see timm.data.auto_augment"
         ) from error
+    allow_zero_bits(policy)
     return Compose([*_affine(aug), policy])
 
 

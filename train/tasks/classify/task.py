@@ -74,10 +74,13 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         images, targets = self.to_device(batch)
-        if self.erasing:
+        late = self.recipe.data.aug.erase_after_mixing
+        if self.erasing and not late:
             images = self.erasing(images)
         if self.mixing:
             images, targets = self.mixing(images, targets)
+        if self.erasing and late:
+            images = self.erasing(images)
         if self.recipe.task.probe:
             model.eval()  # the frozen part must not update batch statistics or drop paths
         with batch_norm_errors(len(images), "raise data.micro_batch (data.batch) or data.size"):
@@ -112,7 +115,7 @@ def build_classifier(recipe: Recipe[Classify, Any], num_classes: int) -> nn.Modu
         raise UserError(f"model.kwargs does not take {reserved}: {RESERVED_KWARGS[reserved]}; remove it")
     kwargs: dict[str, Any] = {"drop_path_rate": options.drop_path_rate, **options.kwargs}
     model = create_model(
-        options.name, size, key="model.name", pretrained=options.pretrained, num_classes=num_classes, **kwargs
+        options.name, size, key="model.name", pretrained=bool(options.pretrained), num_classes=num_classes, **kwargs
     )
     if options.init_from:
         load_initial_weights(model, options, size)
