@@ -172,6 +172,9 @@ def test_values_without_a_class_file(tmp_path):
 def test_16_bit_values(tmp_path):
     paint(tmp_path, *[halves(0, 1000, 40000, 65535, dtype=np.uint16)] * 4)
     write(tmp_path / "classes.csv", "value,name\n0,road\n1000,wall\n40000,car\n")
+    for value in (-1, 65536):
+        with pytest.raises(UserError, match=f"the value {value} is not one of 0 to 65535"):
+            opened(tmp_path, ignore=(value,))
     assert opened(tmp_path, ignore=(65535,))[0][1][0, ::2].tolist() == [0, 1, 2, 255]
     with pytest.raises(UserError, match=r"masks/\d.png has values that are no class, on 8 pixels .25 %.: 65535 .8.\."):
         opened(tmp_path)[0]

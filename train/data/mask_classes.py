@@ -285,7 +285,7 @@ def _classes(
             palette = default_palette(len(values))
     table = {value: number for number, value in enumerate(values.values())}
     table |= dict.fromkeys(ignored, IGNORE_INDEX)
-    if outside := [value for value in table if value >= 2**16 and not colored]:
+    if outside := [value for value in table if not (colored or 0 <= value < 2**16)]:
         raise UserError(f"the value {outside[0]} is not one of 0 to 65535, which a mask can have")
     return MaskClasses(list(values), palette, table, colored)
 
