@@ -217,6 +217,17 @@ def test_masks_with_a_palette(tmp_path):
     assert found[0][1][0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_values_beyond_16_bits_are_told(tmp_path):
+    """A 32-bit TIFF file may have them."""
+    write(tmp_path / "classes.txt", "ground\ntree\n")
+    for number in range(3):
+        mask = Image.fromarray(halves(0, 70000, dtype=np.int32))
+        save(mask, tmp_path / f"masks/{number}.tif")
+        save(Image.new("RGB", mask.size), tmp_path / f"images/{number}.jpg")
+    with pytest.raises(UserError, match=r"masks/\d.tif has values that are no class, .*70000"):
+        opened(tmp_path)[0]
+
+
 def test_colors_without_a_class_file(tmp_path):
     paint(tmp_path, *[colors((0, 0, 0), (255, 0, 0), (0, 255, 0))] * 3)
     with pytest.raises(UserError, match="colors .*#ff0000 on 24 pixels.*classes.csv .*name,color / class0,#000000 /"):
