@@ -17,6 +17,7 @@ from .errors import ExportError, first_line
 from .formats import Format, Recording, formats
 from .loading import load, require
 from .metadata import check_class_names, describe, encode
+from .rewriting import open_sizes
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 
@@ -111,7 +112,11 @@ def export(
         "class_names": names,
         **(metadata or {}),
     }
-    recorded = copy.deepcopy(reference).half() if half else reference
+    recorded = copy.deepcopy(reference)
+    if half:
+        recorded = recorded.half()
+    if "size" in dynamic:
+        recorded = open_sizes(recorded)
     axes = tuple(axis for name in dynamic for axis in AXES[name])
     recording = Recording(recorded, images.to(dtype), axes, encode(facts))
     path.parent.mkdir(parents=True, exist_ok=True)
