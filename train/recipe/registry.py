@@ -29,11 +29,16 @@ class Metric:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoRange:
-    """What `auto` may choose in a task: the lowest and highest `data.batch` and `sched.epochs`; see `sizing`."""
+class Auto:
+    """What `auto` means in a task; see `sizing`.
+
+    batch, epochs: the lowest and highest `data.batch` and `sched.epochs`. keys: further keys that take `auto`, and
+    functions of the recipe that choose their values.
+    """
 
     batch: tuple[int, int] = (8, 128)
     epochs: tuple[int, int] = (10, 100)
+    keys: Mapping[str, Callable[[Recipe], Any]] = dataclasses.field(default_factory=dict)
 
 
 def no_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -80,8 +85,8 @@ class TaskSpec:
     """keys that name initial weights, beside model.pretrained and model.init_from; an evaluation clears them"""
     backbone_prefix: str | None = None
     """prefix of the backbone's weights, so that another model can start from them; None: all but the classifier"""
-    auto: AutoRange = AutoRange()
-    """limits of data.batch=auto and sched.epochs=auto"""
+    auto: Auto = Auto()
+    """what keys with the value auto stand for"""
     models_of_timm: bool = False
     """model.name is a model of timm or tessel: a misspelt one is told before torch is imported"""
 
