@@ -73,7 +73,13 @@ def test_files_that_are_not_whole_are_not_imported(kind, published, tmp_path, ca
     torch.save({"model": state}, tmp_path / "best.pth")
     assert main(["weights", "import", NAME, str(tmp_path / "best.pth")]) == 1
     error = capsys.readouterr().err
-    words = {"missing": "missing", "nan": "not finite", "shape": "size mismatch", "unknown": "more"}
+    words = {
+        "missing": "lacks 1 keys: head.fc.weight",
+        "nan": "not finite",
+        "shape": "size mismatch",
+        "unknown": "more",
+    }
+    assert "best.pth does not hold the weights biformer_tiny.in1k: " in error
     assert words[kind] in error and error.count("\n") == 1
     assert not list(home.rglob("*.safetensors"))
 
