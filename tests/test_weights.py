@@ -155,3 +155,12 @@ def test_list_as_json(capsys):
     assert main(["weights", "list", "cswin_tiny*", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["name"] == "cswin_tiny.in1k" and row["published_top1"] == 82.8
+
+
+def test_reproduced_accuracy_within_the_tolerance_is_a_success(monkeypatch, capsys, tmp_path):
+    found = {"top1": 81.35, "count": 50_000}
+    monkeypatch.setattr("tessel.train.evaluate.evaluate_model", lambda *arguments: {"val": found})
+    assert main(["weights", "reproduce", NAME, "--data", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "top-1 81.350 on 50000 images, published 81.400, difference -0.050" in printed
+    assert main(["weights", "reproduce", NAME, "--data", str(tmp_path), "--tolerance", "0.01"]) == 1
