@@ -62,7 +62,7 @@ def renamed_class(images):
 @pytest.mark.parametrize(
     ("overrides", "damage", "fragments"),
     [
-        (["data.root=/nowhere"], None, ["/nowhere/val", "No such file", "data.root must contain"]),
+        (["data.root=/nowhere"], None, ["/nowhere", "No such file", "data.root must contain"]),
         ([], split_is_a_file, ["images/val", "Not a directory"]),
         ([], empty_class, ["class class_0", "no images", ".jpg"]),
         ([], no_classes, ["no class folders", "data.root must contain"]),
