@@ -66,7 +66,7 @@ def test_a_folder_without_splits_is_split(plain):
     draw(plain / "cat" / "new.png")
     after = set(trainer.open_source("folder", "val", root=str(plain)).paths)
     assert before <= after, "a new picture moves no other"
-    wide = trainer.open_source("folder", "val", root=str(plain), split=0.6)
+    wide = open_dataset(trainer.recipe_of(source="folder", root=str(plain), split=0.6), "val")
     assert before <= set(wide.paths) and len(wide) > 2 * len(before)
 
 

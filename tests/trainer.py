@@ -55,7 +55,7 @@ SCENES: dict[str, dict[str, Any]] = {  # sections for `write_recipe`: the tasks 
 }
 
 
-def open_source(source: str, split: str, /, **options: Any) -> Any:
+def open_source(source: str, split: str, **options: Any) -> Any:
     """Open a split of a data source with class labels through a recipe."""
     return open_dataset(recipe_of(source=source, **options), split)
 

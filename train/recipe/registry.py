@@ -62,6 +62,8 @@ class TaskSpec:
     """dotted name of a function: path of an export -> model in evaluation mode on the CPU"""
     load_hint: str
     """Python code that loads an export at {path}, shown to the user"""
+    any_channels: bool = False
+    """whether it reads images of `model.in_chans` channels; the others read 3"""
     usage: str | None = None
     """Python code for a report: loads the export in the folder {path} and predicts"""
     report: str | None = None
@@ -95,10 +97,10 @@ class SourceSpec:
     datasets: Mapping[str, Callable[[Any, str], Any]]
     """kind of sample -> function (section `data`, "train" or "val") -> map-style data set.
 
-    Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
-    "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes. One that reads image files has `pixel_format: PixelFormat`, which
-    `open_dataset` sets, and passes it to `data.image_io.read_image`.
+    Kinds: "labels" (image, class index), "label sets" (image, float32 [classes] of 0 and 1), "semantic masks" (image,
+    uint8 mask; see `data.segmentation`), "boxes" and "instance masks" (image, target; see `data.detection`); other
+    packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
+    has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
     """
 
 

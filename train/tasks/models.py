@@ -47,7 +47,7 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
 
 @contextmanager
 def input_errors(model: str, image: Tensor) -> Iterator[None]:
-    """Turn what `model` raises for an `image: [3, H, W]` that it does not accept into one UserError."""
+    """Turn what `model` raises for an `image: [C, H, W]` that it does not accept into one UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -55,7 +55,8 @@ def input_errors(model: str, image: Tensor) -> Iterator[None]:
     except MODEL_ERRORS as error:
         size = " x ".join(map(str, image.shape))
         raise UserError(
-            f"{model} does not accept {size} images ({one_line(error)}); change data.size, the model or its kwargs"
+            f"{model} does not accept {size} images ({one_line(error)}); change data.size, model.in_chans, the model "
+            "or its kwargs"
         ) from error
 
 
@@ -77,8 +78,9 @@ def load_initial_weights(model: Any, options: Model, size: int) -> None:
 
     Raises UserError if they do not fit.
     """
+    channels = {"in_chans": options.in_chans} if options.in_chans else {}
     source = create_model(
-        str(options.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes
+        str(options.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes, **channels
     )
     try:
         model.load_state_dict(source.state_dict())

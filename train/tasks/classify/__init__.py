@@ -1,7 +1,9 @@
-"""Image classification: one class per image."""
+"""Image classification: one class per image, or several labels."""
+
+import dataclasses
 
 from ...recipe.registry import Metric, TaskSpec
-from .options import Classify, ClassifyData, conflicts
+from .options import Classify, ClassifyData, MultiLabel, classifier_conflicts, conflicts
 
 USAGE = """\
 import timm
@@ -20,6 +22,27 @@ for probability, label in sorted(zip(probabilities.tolist(), labels), reverse=Tr
     print(f"{probability:.1%} {label}")
 """
 
+MULTI_LABEL_USAGE = """\
+import json
+
+import timm
+import torch
+from PIL import Image
+
+import tessel.zoo  # registers the models with timm
+
+model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open("image.jpg").convert("RGB"))
+with torch.inference_mode():
+    probabilities = model(image[None]).sigmoid()[0]
+with open("{path}/config.json") as file:
+    thresholds = json.load(file)["thresholds"]  # label -> probability from which on it is predicted
+for probability, (label, threshold) in zip(probabilities.tolist(), thresholds.items()):
+    if probability >= threshold:
+        print(f"{probability:.1%} {label}")
+"""
+
 SPEC = TaskSpec(
     kind="classify",
     summary="image classification",
@@ -29,8 +52,23 @@ SPEC = TaskSpec(
     task="tessel.train.tasks.classify.task:ClassifyTask",
     metric=Metric("top1", "top-1"),
     conflicts=conflicts,
+    any_channels=True,
     load="tessel.train.tasks.classify.task:load",
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
     usage=USAGE,
     report="tessel.train.report.classify",
+)
+
+MULTI_LABEL = dataclasses.replace(
+    SPEC,
+    kind="multilabel",
+    summary="image classification with any number of labels per image",
+    options=MultiLabel,
+    sample="label sets",
+    task="tessel.train.tasks.classify.multi_label:MultiLabelTask",
+    metric=Metric("map", "mean average precision"),
+    metric_names={"average_precision": "average precision", "best_f1": "F1 at the threshold"},
+    conflicts=classifier_conflicts,
+    usage=MULTI_LABEL_USAGE,
+    report="tessel.train.report.multi_label",
 )
