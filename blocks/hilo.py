@@ -6,6 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
 from .padding import pad_to_multiple
 
@@ -58,7 +59,7 @@ class HiLo(nn.Module):
     def _high(self, x: Tensor, padded: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         qkv = self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
-        return self.h_proj(windowed(qkv, self.window)[:, :height, :width].flatten(3))
+        return self.h_proj(crop(windowed(qkv, self.window), height, width).flatten(3))
 
     def _low(self, x: Tensor, padded: Tensor) -> Tensor:
         # no queries for the padding, whose outputs would be cropped

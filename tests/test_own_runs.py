@@ -44,7 +44,9 @@ def listed(root: Path) -> dict[str, Any]:
     plain_folder(root / "images")
     files = sorted((root / "images").glob("*/*.png"))
     with open(root / "list.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *((f"images/{p.parent.name}/{p.name}", p.parent.name) for p in files)])
+        csv.writer(file).writerows(
+            [("path", "label"), *((f"images/{p.parent.name}/{p.name}", p.parent.name) for p in files)]
+        )
     return {"source": "csv", "file": str(root / "list.csv")}
 
 
@@ -147,7 +149,12 @@ def test_own_images_with_a_class_each(tmp_path, capsys, write):
 
 def test_several_labels_per_image(tmp_path, capsys):
     run = walk(
-        tmp_path, capsys, "map", data=label_sets(tmp_path / "data"), model=MODEL, task={"kind": "multilabel", "smoothing": 0.1}
+        tmp_path,
+        capsys,
+        "map",
+        data=label_sets(tmp_path / "data"),
+        model=MODEL,
+        task={"kind": "multilabel", "smoothing": 0.1},
     )
     config = json.loads((run / "export/config.json").read_text())
     evaluation = json.loads((run / "evaluation/evaluation.json").read_text())
@@ -172,7 +179,9 @@ def test_four_channels(tmp_path, capsys, write):
         recipe = trainer.write_recipe(tmp_path / "r.yaml", data=data | {"aug": GEOMETRY}, model=MODEL | {"in_chans": 4})
         assert trainer.train(recipe) == 1
         words = capsys.readouterr().err.split()
-        measured = {word.split("=")[0][5:]: json.loads(word.split("=")[1]) for word in words if word.startswith("data.")}
+        measured = {
+            word.split("=")[0][5:]: json.loads(word.split("=")[1]) for word in words if word.startswith("data.")
+        }
         assert measured.keys() == {"mean", "std"}
         assert measured["mean"][0] == pytest.approx(0.4, abs=0.02) and measured["mean"][3] > 1
         data |= measured
@@ -205,7 +214,11 @@ def test_gray_images(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["multilabel", "four channels"])
 def test_two_processes_evaluate_and_train_like_one(tmp_path, kind):
     if kind == "multilabel":
-        sections: dict[str, Any] = {"data": label_sets(tmp_path / "data"), "task": {"kind": "multilabel"}, "model": MODEL}
+        sections: dict[str, Any] = {
+            "data": label_sets(tmp_path / "data"),
+            "task": {"kind": "multilabel"},
+            "model": MODEL,
+        }
     else:
         sections = {"data": arrays(tmp_path / "data") | STATISTICS, "model": MODEL | {"in_chans": 4}}
     sections["data"]["aug"] = MIXED
@@ -215,17 +228,25 @@ def test_two_processes_evaluate_and_train_like_one(tmp_path, kind):
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr
     runs = tmp_path / "runs"
     one, two = (json.loads((runs / name / "DONE").read_text()) for name in ("tiny", "two"))
-    assert one["count"] == two["count"] and {**one, "checkpoint": 0} == pytest.approx({**two, "checkpoint": 0}, abs=1e-3)
+    assert one["count"] == two["count"] and {**one, "checkpoint": 0} == pytest.approx(
+        {**two, "checkpoint": 0}, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "fragment"),
     [
         (["model.in_chans=4", "data.aug.auto_augment=rand-m5-n1"], "data.aug.auto_augment changes colors"),
-        (["model.in_chans=4", "data.aug.color_jitter=0.3", "data.aug.auto_augment=null"], "data.aug.color_jitter changes"),
+        (
+            ["model.in_chans=4", "data.aug.color_jitter=0.3", "data.aug.auto_augment=null"],
+            "data.aug.color_jitter changes",
+        ),
         (["data.mean=[0.5]"], "give both data.mean and data.std"),
         (["data.mean=[0.5,0.5]", "data.std=[0.5]"], "data.mean has 2 values, but the images have 3 channels"),
-        (["task.kind=multilabel"], "data.source=folder has no label sets, which task.kind=multilabel reads here; use one of csv"),
+        (
+            ["task.kind=multilabel"],
+            "data.source=folder has no label sets, which task.kind=multilabel reads here; use one of csv",
+        ),
         (["task.kind=segment", "model.in_chans=4"], "model.in_chans=4 does not work with task.kind=segment"),
     ],
 )

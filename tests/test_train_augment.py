@@ -47,8 +47,10 @@ def test_erasing_differs_between_images_and_repeats_with_the_seed(device):
     assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05 and batch.device.type == device
 
 
-def test_erasing_precedes_mixing(tmp_path):
-    data = {"source": "digits", "aug": {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0}}
+@pytest.mark.parametrize("late", [False, True])
+def test_order_of_erasing_and_mixing(tmp_path, late):
+    aug = {"erasing": 1.0, "mixup": 0.5, "cutmix": 0.0, "erase_after_mixing": late}
+    data = {"source": "digits", "aug": aug}
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml", data=data, model={"name": "test_resnet", "drop_path_rate": None}
     )
@@ -60,8 +62,15 @@ def test_erasing_precedes_mixing(tmp_path):
         return torch.zeros(len(images), 10)
 
     seed_all(0, devices=True)
-    task.loss(model, [torch.full((4, 3, 32, 32), 5.0), torch.arange(4), torch.arange(4)])
+    images = torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    task.loss(model, [images.clone(), torch.arange(4), torch.arange(4)])
     seed_all(0, devices=True)
-    expected = task.erasing(torch.full((4, 3, 32, 32), 5.0))
-    assert (expected != 5).flatten(1).any(1).all()
-    assert torch.equal(seen[0], task.mixing(expected, torch.arange(4))[0])
+    if late:
+        mixed = task.mixing(images.clone(), torch.arange(4))[0]
+        expected = task.erasing(mixed.clone())
+        assert (expected != mixed).flatten(1).any(1).all()
+    else:
+        erased = task.erasing(images.clone())
+        assert (erased != images).flatten(1).any(1).all()
+        expected = task.mixing(erased, torch.arange(4))[0]
+    assert torch.equal(seen[0], expected)

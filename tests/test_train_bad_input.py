@@ -137,10 +137,12 @@ def test_corrupt_validation_image_loses_no_update_on_two_processes(recipe, capsy
     ]
 
 
-def test_unwritable_output_folder_is_an_error(recipe, capsys):
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_output_folder_below_a_file_is_an_error(recipe, capsys, options):
     (recipe.parent / "file").touch()
-    message = error_message(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs"))
-    assert "file/runs/tiny cannot be written" in message and "run.out" in message
+    message = error_message(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs", *options))
+    for fragment in ("file/runs/tiny cannot be written", f"{recipe.parent}/file is a file", "set run.out"):
+        assert fragment in message
 
 
 def test_run_directory_with_other_files_is_refused(recipe, capsys):

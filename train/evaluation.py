@@ -117,8 +117,8 @@ def check_classes(found: list[str] | None, trained: list[str] | None, target: Pa
     which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
     before = f"{len(trained)}" if at is None else trained[at]
     raise UserError(
-        f"the data has other classes than {target} was trained on: {which}, in training {before}; evaluate it on data "
-        "with the same classes in the same order"
+        f"the data has other classes than {target} was trained on: {which}, in training {before}; use data with the "
+        "same classes in the same order"
     )
 
 

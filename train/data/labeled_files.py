@@ -25,9 +25,12 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def image_path(self, index: int) -> str:
+        return self.paths[index].decode("utf-8", "surrogateescape")
+
     def picture(self, index: int) -> Any:
         """The picture of a sample. Raises UserError if its file cannot be read."""
-        path = self.paths[index].decode("utf-8", "surrogateescape")
+        path = self.image_path(index)
         return self.decode(partial(open, path, "rb"), path, pixel_format=self.pixel_format)
 
 

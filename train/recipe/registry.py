@@ -28,6 +28,14 @@ class Metric:
         return than is None or (value > than if self.higher_is_better else value < than)
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoRange:
+    """What `auto` may choose in a task: the lowest and highest `data.batch` and `sched.epochs`; see `sizing`."""
+
+    batch: tuple[int, int] = (8, 128)
+    epochs: tuple[int, int] = (10, 100)
+
+
 def no_conflicts(recipe: Recipe) -> Iterator[str]:
     """Default of `TaskSpec.conflicts`: the task has no rules beyond the types of its keys."""
     return iter(())
@@ -73,7 +81,11 @@ class TaskSpec:
     init_keys: tuple[str, ...] = ()
     """keys that name initial weights, beside model.pretrained and model.init_from; an evaluation clears them"""
     backbone_prefix: str | None = None
-    """prefix of the backbone's weights in an export, so that another model can start from them"""
+    """prefix of the backbone's weights, so that another model can start from them; None: all but the classifier"""
+    auto: AutoRange = AutoRange()
+    """limits of data.batch=auto and sched.epochs=auto"""
+    models_of_timm: bool = False
+    """model.name is a model of timm or tessel: a misspelt one is told before torch is imported"""
 
     def sample_kind(self, options: Task) -> str:
         """The kind of sample that it reads with these options."""

@@ -1,7 +1,22 @@
 """The data sources, one file each. Importing this package registers them; it imports no torch."""
 
 from ...recipe.registry import register_source
-from . import ade20k, archives, cityscapes, coco, csv, digit_scenes, digits, folder, hfds, tfds, voc
+from . import (
+    ade20k,
+    archives,
+    cityscapes,
+    coco,
+    csv,
+    digit_scenes,
+    digits,
+    folder,
+    hfds,
+    masks,
+    tfds,
+    voc,
+    voc_xml,
+    yolo,
+)
 
 for spec in (
     digits.SPEC,
@@ -17,5 +32,8 @@ for spec in (
     voc.SPEC,
     voc.AUGMENTED,
     coco.SPEC,
+    masks.SPEC,
+    yolo.SPEC,
+    voc_xml.SPEC,
 ):
     register_source(spec)

@@ -57,6 +57,7 @@ SPEC = TaskSpec(
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
     usage=USAGE,
     report="tessel.train.report.classify",
+    models_of_timm=True,
 )
 
 MULTI_LABEL = dataclasses.replace(

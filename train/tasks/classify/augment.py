@@ -12,6 +12,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 from ...errors import UserError
 from .channels import channel_steps
 from .options import ClassifyAug, ClassifyData
+from .rand_augment import allow_zero_bits
 
 ImageTransform = Callable[[Any], torch.Tensor]
 
@@ -43,6 +44,7 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
         raise UserError(
             f"data.aug.auto_augment={aug.auto_augment!r} is not a policy of timm; see timm.data.auto_augment"
         ) from error
+    allow_zero_bits(policy)
     return Compose([*before, *_affine(aug), policy, *after])
 
 

@@ -69,6 +69,8 @@ class ClassifyAug(Aug):
     """timm policy, for example rand-m9-mstd0.5-inc1"""
     erasing: Probability = 0.0
     """probability of random erasing, done on the device"""
+    erase_after_mixing: bool = False
+    """erase after mixup and cutmix instead of before, so that an erased region holds noise only"""
     mixup: NonNegativeFloat = 0.0
     """alpha of mixup, done on the device; 0: off"""
     cutmix: NonNegativeFloat = 0.0
@@ -109,7 +111,11 @@ def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
         if values is not None and len(values) not in (1, channels):
             yield f"data.{key} has {len(values)} values, but the images have {channels} channels; give one for each"
     if task.probe:
-        frozen = {"optim.layer_decay": recipe.optim.layer_decay, "model.drop_path_rate": recipe.model.drop_path_rate}
+        frozen = {
+            "model.drop_path_rate": recipe.model.drop_path_rate,
+            "model.freeze": recipe.model.freeze,
+            "sched.freeze": recipe.sched.freeze or None,
+        }
         for key, value in frozen.items():
             if value is not None:
                 yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"

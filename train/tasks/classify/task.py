@@ -78,10 +78,13 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
     def forward(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The images as the model saw them, its logits, and their loss."""
         images, targets = self.to_device(batch)
-        if self.erasing:
+        late = self.recipe.data.aug.erase_after_mixing
+        if self.erasing and not late:
             images = self.erasing(images)
         if self.mixing:
             images, targets = self.mixing(images, targets)
+        if self.erasing and late:
+            images = self.erasing(images)
         if self.recipe.task.probe:
             model.eval()  # the frozen part must not update batch statistics or drop paths
         with batch_norm_errors(len(images), "raise data.micro_batch (data.batch) or data.size"):
@@ -146,7 +149,7 @@ def build_classifier(recipe: Recipe[Any, Any], num_classes: int) -> nn.Module:
     if options.in_chans:
         kwargs["in_chans"] = options.in_chans
     model = create_model(
-        options.name, size, key="model.name", pretrained=options.pretrained, num_classes=num_classes, **kwargs
+        options.name, size, key="model.name", pretrained=bool(options.pretrained), num_classes=num_classes, **kwargs
     )
     if options.init_from:
         load_initial_weights(model, options, size)

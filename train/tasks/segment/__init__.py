@@ -6,7 +6,7 @@
 import typing
 from pathlib import Path
 
-from ...recipe.registry import Metric, TaskSpec
+from ...recipe.registry import AutoRange, Metric, TaskSpec
 from .options import Segment, SegmentData, conflicts
 
 if typing.TYPE_CHECKING:
@@ -57,4 +57,6 @@ SPEC = TaskSpec(
     eval_keys=("task.segment.test.",),
     init_keys=("task.segment.load_from",),
     backbone_prefix="backbone.body.",
+    auto=AutoRange(batch=(4, 16), epochs=(12, 100)),
+    models_of_timm=True,
 )

@@ -37,6 +37,8 @@ class SegmentOptions:
     """config of a neck between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
     class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     """class name -> weight in the loss, for example {background: 0.2}; 1 for classes that are not listed"""
+    avg_non_ignore: bool = True
+    """average the cross entropy over labelled pixels; false: over all, mmsegmentation's default"""
     load_from: FilePath | None = None
     """start from the file of a published segmenter, with mmsegmentation's parameter names"""
     test: SegmentTest = SegmentTest()
@@ -81,7 +83,7 @@ def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
                 yield f"task.segment.test.{key} has no effect with task.segment.test.mode=whole; remove it"
     elif (test.stride or 0) > (test.crop or recipe.data.size):
         yield f"task.segment.test.stride={test.stride} leaves gaps between windows; use at most the side of a window"
-    if segment.load_from and (model.init_from or model.pretrained):
+    if segment.load_from and (model.init_from or model.pretrained is True):
         yield (
             "task.segment.load_from includes the weights of the backbone; remove it, or model.init_from and "
             "model.pretrained"
