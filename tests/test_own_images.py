@@ -120,7 +120,7 @@ def table(tmp_path):
 
 
 def test_classes_are_read_from_a_file(table):
-    parts = {split: trainer.open_source("csv", split, file=str(table)) for split in ("train", "val")}
+    parts = {split: trainer.open_source("csv", split, root=str(table)) for split in ("train", "val")}
     for dataset in parts.values():
         assert dataset.classes == ["9", "10", "11"], "numbers are sorted as numbers"
         assert all(number % 3 == label for number, label in zip(red(dataset), dataset.targets, strict=True))
@@ -134,16 +134,16 @@ def test_columns_separators_and_roots_are_keys(tmp_path, table):
     keys = {"input_key": "file", "target_key": "kind", "split_key": "set", "train_split": "test", "val_split": "st"}
     for split, expected in (("train", [0, 4]), ("val", [2, 6])):
         found = trainer.open_source(
-            "csv", split, file=str(listed), delimiter="|", root=str(tmp_path / "images"), **keys
+            "csv", split, root=str(listed), delimiter="|", images=str(tmp_path / "images"), **keys
         )
         assert red(found) == expected and found.classes == ["a"]
     (tmp_path / "map.txt").write_text("b\na\n")
     mapped = trainer.open_source(
         "csv",
         "train",
-        file=str(listed),
+        root=str(listed),
         delimiter="|",
-        root=str(tmp_path / "images"),
+        images=str(tmp_path / "images"),
         class_map=str(tmp_path / "map.txt"),
         **keys,
     )
@@ -155,7 +155,7 @@ def test_a_second_file_is_the_validation_split(tmp_path, table):
     val = tmp_path / "val.tsv"
     val.write_text("\ufeffpath\tlabel\n" + "\n".join(line.replace(",", "\t") for line in lines[1:5]))
     table.write_text("\n".join([lines[0], *lines[5:]]))
-    parts = [trainer.open_source("csv", split, file=str(table), val_file=str(val)) for split in ("train", "val")]
+    parts = [trainer.open_source("csv", split, root=str(table), val_root=str(val)) for split in ("train", "val")]
     assert [red(part) for part in parts] == [list(range(4, 30)), list(range(4))]
     assert parts[0].classes == parts[1].classes
 
@@ -171,19 +171,19 @@ def test_parquet_files_are_read(table):
     }
     file = table.with_suffix(".parquet")
     parquet.write_table(pyarrow.table(columns), file)
-    one, other = (trainer.open_source("csv", "train", file=str(path)) for path in (table, file))
+    one, other = (trainer.open_source("csv", "train", root=str(path)) for path in (table, file))
     assert one.paths.tolist() == other.paths.tolist() and one.targets.tolist() == other.targets.tolist()
-    sets = label_sets("train", file=str(file), target_key="tags")
+    sets = label_sets("train", root=str(file), target_key="tags")
     assert sets.classes == ["a", "b"] and sets[red(sets).index(1)][1].tolist() == [1, 0]
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"list.parquet cannot be read"):
-        trainer.open_source("csv", "train", file=str(file))
+        trainer.open_source("csv", "train", root=str(file))
 
 
 def test_parquet_without_pyarrow_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match="parquet files need the package pyarrow: pip install pyarrow"):
-        trainer.open_source("csv", "train", file=str(tmp_path / "a.parquet"))
+        trainer.open_source("csv", "train", root=str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_parquet_without_pyarrow_is_an_error(tmp_path, monkeypatch):
         ([{"path": "0.png", "label": "a"}], {"split_key": "set"}, "has no column set"),
         ([{"path": "0.png", "label": "a", "set": "x"}], {"split_key": "set"}, "the column set leaves no images for"),
         ([{"path": "0.png", "label": "a"}], {"label_columns": ["a"]}, "which task.kind=multilabel trains on"),
-        ([{"path": "9.png", "label": "a"}] * 2, {}, "its images are missing, for example .*9.png; set data.root"),
-        ([{"path": "0.png", "label": "a"}], {"split_key": "label", "val_file": "x.csv"}, "together with data.val_file"),
-        ([{"path": "0.png", "label": "a"}], {"val_file": "gone.csv"}, "gone.csv cannot be read"),
+        ([{"path": "9.png", "label": "a"}] * 2, {}, "its images are missing, for example .*9.png; set data.images"),
+        ([{"path": "0.png", "label": "a"}], {"split_key": "label", "val": "x.csv"}, "together with data.val"),
+        ([{"path": "0.png", "label": "a"}], {"val": "gone.csv"}, "gone.csv cannot be read"),
         (
             [{"path": "0.png", "label": "a", "set": "train"}, {"path": "0.png", "label": "a", "set": "val"}],
             {"split_key": "set"},
@@ -210,7 +210,7 @@ def test_wrong_lines_are_named(tmp_path, rows, keys, fragment):
     draw(tmp_path / "0.png")
     file = write_csv(tmp_path / "list.csv", rows)
     with pytest.raises(UserError, match=fragment):
-        trainer.open_source("csv", "train", file=str(file), **keys)
+        trainer.open_source("csv", "train", root=str(file), **keys)
 
 
 def test_files_that_are_no_tables_are_errors(tmp_path):
@@ -223,7 +223,7 @@ def test_files_that_are_no_tables_are_errors(tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=fragment):
-            trainer.open_source("csv", "train", file=str(file))
+            trainer.open_source("csv", "train", root=str(file))
 
 
 def test_labels_of_one_column_of_several_and_of_several_lines_are_the_same(tmp_path):
@@ -235,9 +235,9 @@ def test_labels_of_one_column_of_several_and_of_several_lines_are_the_same(tmp_p
     columns = [{"path": f"{n}.png"} | {c: int(c in found) for c in classes} for n, found in enumerate(wanted)]
     long = [{"path": f"{n}.png", "label": label} for n, found in enumerate(wanted) for label in found or [""]]
     data = [
-        ({"file": str(write_csv(tmp_path / "joined.csv", joined))}, True),
-        ({"file": str(write_csv(tmp_path / "columns.csv", columns)), "label_columns": classes}, False),
-        ({"file": str(write_csv(tmp_path / "long.csv", long))}, True),
+        ({"root": str(write_csv(tmp_path / "joined.csv", joined))}, True),
+        ({"root": str(write_csv(tmp_path / "columns.csv", columns)), "label_columns": classes}, False),
+        ({"root": str(write_csv(tmp_path / "long.csv", long))}, True),
     ]
     for split in ("train", "val"):
         seen = [label_sets(split, **keys) for keys, _ in data]
@@ -262,4 +262,4 @@ def test_wrong_labels_are_named(tmp_path, row, keys, fragment):
     draw(tmp_path / "0.png")
     file = write_csv(tmp_path / "list.csv", [row])
     with pytest.raises(UserError, match=fragment):
-        label_sets("train", file=str(file), **keys)
+        label_sets("train", root=str(file), **keys)

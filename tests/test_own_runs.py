@@ -47,7 +47,7 @@ def listed(root: Path) -> dict[str, Any]:
         csv.writer(file).writerows(
             [("path", "label"), *((f"images/{p.parent.name}/{p.name}", p.parent.name) for p in files)]
         )
-    return {"source": "csv", "file": str(root / "list.csv")}
+    return {"source": "csv", "root": str(root / "list.csv")}
 
 
 def label_sets(root: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def label_sets(root: Path) -> dict[str, Any]:
         rows.append((f"{number}.png", ";".join(LABELS[label] for label in labels)))
     with open(root / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    return {"source": "csv", "file": str(root / "list.csv")}
+    return {"source": "csv", "root": str(root / "list.csv")}
 
 
 def arrays(root: Path) -> dict[str, Any]:

@@ -27,12 +27,12 @@ YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}  # values
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CSV(SplitOptions):
-    file: FilePath
+    root: FilePath
     """CSV, TSV or parquet file with a line for each image; parquet needs the package pyarrow"""
-    val_file: FilePath | None = None
-    """file of the validation images; null: those that split_key or split chooses"""
-    root: FilePath | None = None
-    """folder from which the paths in the file start; null: the folder of the file"""
+    val: FilePath | None = None
+    """file of the validation images, absolute or beside root; null: those that split_key or split chooses"""
+    images: FilePath | None = None
+    """folder from which the paths in the file start; null: the folder of root"""
     input_key: str = "path"
     """column of the paths"""
     target_key: str = "label"
@@ -51,11 +51,6 @@ class CSV(SplitOptions):
     """value of split_key for validation images; null: val"""
     class_map: FilePath | None = None
     """text file with one class per line; null: the classes in the file, sorted"""
-
-    @property
-    def location(self) -> str:
-        """Where the data are."""
-        return self.file
 
 
 Row = Mapping[str, Any]
@@ -95,7 +90,7 @@ def open_label_sets(data: CSV, split: str) -> LabelSetFiles:
         labels.setdefault(path, set()).update(found)
     names = set().union(*labels.values(), data.label_columns)
     if not names:
-        raise UserError(f"{data.file} has no labels in the column {data.target_key}; check data.target_key")
+        raise UserError(f"{data.root} has no labels in the column {data.target_key}; check data.target_key")
     classes = _classes(data, names)
     index = {name: number for number, name in enumerate(classes)}
     sets = {path: sorted(class_index(label, index, data) for label in found) for path, found in labels.items()}
@@ -114,10 +109,10 @@ class Table:
 
     def __init__(self, data: CSV):
         self.data = data
-        if data.val_file and data.split_key:
-            raise UserError("data.split_key has no effect together with data.val_file; remove one of them")
-        files = [file for file in (data.file, data.val_file) if file]
-        self.files = [(Path(file), read_table(Path(file), data.delimiter)) for file in files]
+        if data.val and data.split_key:
+            raise UserError("data.split_key has no effect together with data.val; remove one of them")
+        files = [Path(data.root), *([Path(data.root).parent / data.val] if data.val else [])]
+        self.files = [(file, read_table(file, data.delimiter)) for file in files]
         self.split_of: dict[str, str] = {}  # path in the file -> split, where the data say it
 
     def rows(self) -> Iterator[tuple[str, str, Row]]:
@@ -137,7 +132,7 @@ class Table:
                 part = values.get(_text(row, data.split_key)) if data.split_key else ("train", "val")[number]
                 if part is None:
                     continue
-                if (data.split_key or data.val_file) and self.split_of.setdefault(path, part) != part:
+                if (data.split_key or data.val) and self.split_of.setdefault(path, part) != part:
                     raise UserError(f"{place}: {path} is in both splits; remove one of the lines")
                 yield place, path, row
 
@@ -150,13 +145,13 @@ class Table:
             held = held_out([self._name(path) for path in paths], data.split, [groups[path] for path in paths])
             chosen = [path for path, out in zip(paths, held, strict=True) if out == (split == "val")]
         if not chosen:
-            where = f"the column {data.split_key}" if data.split_key else data.val_file or f"data.split={data.split}"
-            raise UserError(f"{data.file}: {where} leaves no images for the split {split}")
+            where = f"the column {data.split_key}" if data.split_key else data.val or f"data.split={data.split}"
+            raise UserError(f"{data.root}: {where} leaves no images for the split {split}")
         tried = [self.locate(chosen[number]) for number in range(0, len(chosen), -(-len(chosen) // TRIED))]
         if not any(Path(path).is_file() for path in tried):
             raise UserError(
-                f"{data.file}: its images are missing, for example {tried[0]}; set data.root to the folder from which "
-                "the paths start"
+                f"{data.root}: its images are missing, for example {tried[0]}; set data.images to the folder from "
+                "which the paths start"
             )
         return chosen
 
@@ -166,7 +161,7 @@ class Table:
 
     @property
     def _root(self) -> Path:
-        return Path(self.data.root) if self.data.root else Path(self.data.file).parent
+        return Path(self.data.images) if self.data.images else Path(self.data.root).parent
 
     def _name(self, path: str) -> str:
         """The path from the root on, so that the split does not depend on where the data are."""
@@ -183,12 +178,12 @@ def read_table(file: Path, delimiter: str | None = None) -> list[Row]:
             separator = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
             rows = list(csv.DictReader(lines, delimiter=separator, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
-        raise UserError(f"data.file={file} cannot be read ({one_line(error)})") from error
+        raise UserError(f"data.root={file} cannot be read ({one_line(error)})") from error
     for number, row in enumerate(rows, 2):
         if None in row:
             raise UserError(f"{file}, line {number} has more columns than the first line; quote values with a comma")
     if not rows:
-        raise UserError(f"data.file={file} has no lines below the names of its columns")
+        raise UserError(f"data.root={file} has no lines below the names of its columns")
     return rows
 
 
@@ -196,13 +191,13 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise UserError(f"data.file={file}: parquet files need the package pyarrow: pip install pyarrow") from error
+        raise UserError(f"data.root={file}: parquet files need the package pyarrow: pip install pyarrow") from error
     try:
         rows = parquet.read_table(file).to_pylist()
     except (OSError, ArrowException) as error:
-        raise UserError(f"data.file={file} cannot be read ({one_line(error)})") from error
+        raise UserError(f"data.root={file} cannot be read ({one_line(error)})") from error
     if not rows:
-        raise UserError(f"data.file={file} has no lines")
+        raise UserError(f"data.root={file} has no lines")
     return rows
 
 
