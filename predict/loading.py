@@ -11,7 +11,7 @@ from torch import nn
 from ..train.errors import UserError
 from .networks import ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
-from .tasks import Classifier, Detector, Segmenter
+from .tasks import Classifier, Detector, MultiLabelClassifier, Segmenter
 
 # endings of exported files: a name with one of them is not a misspelled model
 FILE_ENDINGS = {".onnx", ".pt2", ".pt", ".pte", ".xml"}
@@ -86,6 +86,9 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
         raise UserError(f"{path} is neither a run nor an export: it has no recipe.yaml and no {CONFIG}")
     if kind == "classify":
         return _classifier(model, device, size)
+    if kind == "multilabel":
+        plain, thresholds = _classifier(model, device, size), _read_json(export / CONFIG)["thresholds"]
+        return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds)
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
@@ -134,10 +137,13 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
         raise UserError(f"size={size}: {path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
     task = facts.get("task")
     try:
-        if task == "classify":
+        if task in ("classify", "multilabel"):
             sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
             config = {**facts, "input_size": (facts["input_size"][0], *sides)}
-            return Classifier(network, facts["class_names"] or _numbered(network, config["input_size"]), config)
+            classes = facts["class_names"] or _numbered(network, config["input_size"])
+            if task == "multilabel":
+                return MultiLabelClassifier(network, classes, config, facts["thresholds"])
+            return Classifier(network, classes, config)
         if task == "segment":
             keys = ("palette", "mean", "std", "test", "img_scale", "size")
             options = {key: facts.get(key) for key in keys}

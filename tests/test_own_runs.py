@@ -158,7 +158,7 @@ def test_several_labels_per_image(tmp_path, capsys):
     )
     config = json.loads((run / "export/config.json").read_text())
     evaluation = json.loads((run / "evaluation/evaluation.json").read_text())
-    assert list(config["thresholds"]) == sorted(LABELS) == config["label_names"] and config["multi_label"] is True
+    assert list(config["thresholds"]) == sorted(LABELS) == config["label_names"] and config["task"] == "multilabel"
     assert all(0 < threshold < 1 for threshold in config["thresholds"].values())
     assert evaluation["thresholds"] == pytest.approx(config["thresholds"], abs=1e-5)
     values = evaluation["classes"]["average_precision"]

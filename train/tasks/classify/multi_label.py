@@ -48,7 +48,7 @@ class MultiLabelTask(ClassifierTask[MultiLabel]):
 
     def export_facts(self) -> dict[str, Any]:
         """The thresholds of the last evaluation: label -> probability from which on it is predicted."""
-        return {"multi_label": True, "thresholds": self.thresholds}
+        return {"task": "multilabel", "thresholds": self.thresholds}
 
 
 class MultiLabelMetrics:
