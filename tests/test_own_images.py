@@ -155,7 +155,7 @@ def test_a_second_file_is_the_validation_split(tmp_path, table):
     val = tmp_path / "val.tsv"
     val.write_text("\ufeffpath\tlabel\n" + "\n".join(line.replace(",", "\t") for line in lines[1:5]))
     table.write_text("\n".join([lines[0], *lines[5:]]))
-    parts = [trainer.open_source("csv", split, root=str(table), val_root=str(val)) for split in ("train", "val")]
+    parts = [trainer.open_source("csv", split, root=str(table), val=str(val)) for split in ("train", "val")]
     assert [red(part) for part in parts] == [list(range(4, 30)), list(range(4))]
     assert parts[0].classes == parts[1].classes
 
