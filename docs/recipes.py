@@ -124,11 +124,11 @@ def segmenters() -> str:
         decoder = re.search(r"with (.*), ADE20K", head)
         if not (paper and miou and decoder):
             raise SystemExit(f"{path} does not open with its paper, its decoder and its published mIoU")
-        begin = recipe.model.init_from or ("published weights" if recipe.model.pretrained else "")
+        begin = recipe.model.name if recipe.model.pretrained else recipe.model.init_from
         length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
-        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {begin} | {settings(head)} | {miou[1]} | not run |")
+        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | `{begin}` | {settings(head)} | {miou[1]} | not run |")
     return "\n".join(lines)
 
 

@@ -89,7 +89,7 @@ class MultiLabelClassifier(Classifier):
 class Segmenter:
     """`network`: images [B, 3, H, W], normalized with mean and std, to logits [B, classes, h, w].
 
-    test: `task.segment.test` of the run's recipe: whole images or windows, flips, scales, divisor; img_scale, size:
+    test: a `SegmentTest`, or the same as a dict: whole images or windows, flips, scales, divisor; img_scale, size:
     `data.img_scale` and `data.size`. fixed_size: (height, width) of a network that takes no other: images are then
     resized to it, whatever their ratio, and predicted as a whole.
     """
@@ -104,7 +104,7 @@ class Segmenter:
         palette: Sequence[Sequence[int]],
         mean: Sequence[float],
         std: Sequence[float],
-        test: Mapping[str, Any] | None = None,
+        test: Any = None,
         img_scale: Sequence[int] | None = None,
         size: int | None = None,
         fixed_size: tuple[int, int] | None = None,
@@ -115,7 +115,8 @@ class Segmenter:
         from ..train.tasks.segment.options import SegmentTest
 
         self.network, self.classes, self.palette = network, list(classes), [list(color) for color in palette]
-        self.test = TypeAdapter(SegmentTest).validate_json(json.dumps(test or {}))
+        plain = dataclasses.asdict(test) if isinstance(test, SegmentTest) else test or {}
+        self.test = TypeAdapter(SegmentTest).validate_json(json.dumps(plain))
         self.mean, self.std, self.img_scale, self.size = tuple(mean), tuple(std), img_scale, size
         self.fixed_size = fixed_size
         if fixed_size is not None:

@@ -172,6 +172,9 @@ def test_values_without_a_class_file(tmp_path):
 def test_16_bit_values(tmp_path):
     paint(tmp_path, *[halves(0, 1000, 40000, 65535, dtype=np.uint16)] * 4)
     write(tmp_path / "classes.csv", "value,name\n0,road\n1000,wall\n40000,car\n")
+    for value in (-1, 65536):
+        with pytest.raises(UserError, match=f"the value {value} is not one of 0 to 65535"):
+            opened(tmp_path, ignore=(value,))
     assert opened(tmp_path, ignore=(65535,))[0][1][0, ::2].tolist() == [0, 1, 2, 255]
     with pytest.raises(UserError, match=r"masks/\d.png has values that are no class, on 8 pixels .25 %.: 65535 .8.\."):
         opened(tmp_path)[0]
@@ -212,6 +215,17 @@ def test_masks_with_a_palette(tmp_path):
     expected = np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).reshape(-1, 3)[:3]
     assert found.classes == ["0", "1", "2"] and found.palette == expected.tolist()
     assert found[0][1][0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_values_beyond_16_bits_are_told(tmp_path):
+    """A 32-bit TIFF file may have them."""
+    write(tmp_path / "classes.txt", "ground\ntree\n")
+    for number in range(3):
+        mask = Image.fromarray(halves(0, 70000, dtype=np.int32))
+        save(mask, tmp_path / f"masks/{number}.tif")
+        save(Image.new("RGB", mask.size), tmp_path / f"images/{number}.jpg")
+    with pytest.raises(UserError, match=r"masks/\d.tif has values that are no class, .*70000"):
+        opened(tmp_path)[0]
 
 
 def test_colors_without_a_class_file(tmp_path):

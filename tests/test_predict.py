@@ -270,6 +270,12 @@ def test_weights_of_a_file(tmp_path):
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in network.state_dict().items())
 
 
+def test_a_folder_named_like_a_model_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("biformer_atto").mkdir()
+    assert tessel.load("biformer_atto", pretrained=False, device="cpu").task == "classify"
+
+
 @pytest.mark.parametrize(
     "source, options, words",
     [

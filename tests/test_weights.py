@@ -51,6 +51,8 @@ def test_imported_weights_are_found_by_pretrained(file, published, capsys, home)
     assert timm.create_model(NAME, pretrained=True, num_classes=3).head.fc.weight.shape[0] == 3
     assert main(["weights", "list", "biformer_t*"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "imported"
+    assert main(["weights", "fetch", NAME]) == 0
+    assert f"weights {NAME}.in1k, imported" in capsys.readouterr().out
     assert main(["info", NAME]) == 0
     assert f"in the cache: {home / 'checkpoints' / NAME}.in1k.safetensors" in capsys.readouterr().out
 

@@ -113,6 +113,8 @@ class SourceSpec:
     uint8 mask; see `data.segmentation`), "boxes" and "instance masks" (image, target; see `data.detection`); other
     packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
     has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
+    One of "labels" or "label sets" reads them by its attribute `decode`, by default `read_image`, which `data.decoder`
+    replaces.
     """
 
 

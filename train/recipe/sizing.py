@@ -13,6 +13,18 @@ from .registry import AutoRange, task_spec
 from .schema import Recipe
 
 AUTO = "auto"
+AUTO_KEYS = (
+    "data.batch",
+    "sched.epochs",
+    "sched.warmup",
+    "optim.layer_decay",
+    "ema.decay",
+    "eval.every",
+    "ckpt.every",
+    "log.every",
+    "parallel.precision",
+)
+"""The keys that `sized` replaces; `model.pretrained` is resolved where the model's weights are known."""
 IMAGES = 200_000  # training images that a run sees, as far as `AutoRange.epochs` allows it
 UPDATES_PER_EPOCH = 8  # at least, as far as `AutoRange.batch` allows it
 WARMUP = 0.05  # of the training
@@ -61,20 +73,6 @@ def sized(recipe: Recipe, *, samples: int, processes: int = 1, multiple: int = 1
     value("log.every", min(max(1, steps // LOG_LINES), LOG_EVERY))
     value("parallel.precision", "bf16" if bf16 else "fp32")
     return replaced(recipe, chosen)
-
-
-AUTO_KEYS = (
-    "data.batch",
-    "sched.epochs",
-    "sched.warmup",
-    "optim.layer_decay",
-    "ema.decay",
-    "eval.every",
-    "ckpt.every",
-    "log.every",
-    "parallel.precision",
-)
-"""The keys that `sized` replaces; `model.pretrained` is resolved where the model's weights are known."""
 
 
 def batch_size(samples: int, limits: AutoRange, divisor: int) -> int:

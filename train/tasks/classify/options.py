@@ -83,6 +83,8 @@ class ClassifyAug(Aug):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClassifyData(Data):
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """what decodes and crops training images; torchcodec (to be installed) is faster, its crops differ by a level"""
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     """null: that of the model"""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -99,8 +101,12 @@ def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
     data, aug, task, channels = recipe.data, recipe.data.aug, recipe.task, recipe.model.in_chans or 3
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect together with data.aug.auto_augment; remove one of them"
+    if recipe.data.decoder == "torchcodec" and recipe.model.in_chans not in (None, 3):
+        yield f"data.decoder=torchcodec decodes RGB images; use pil with model.in_chans={recipe.model.in_chans}"
     yield from check_range("data.aug.scale", aug.scale)
     yield from check_range("data.aug.ratio", aug.ratio)
+    if channels != 3 and data.decoder == "torchcodec":
+        yield f"data.decoder=torchcodec reads 3 channels, not model.in_chans={channels}; use data.decoder=pil"
     if channels not in (1, 3):
         for key in ("auto_augment", "color_jitter"):
             if getattr(aug, key):

@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from ...data.loader import Loader
+from ...data.native_decoder import read_pixels, require_decoder
 from ...distributed.parallel import memory_format
 from ...distributed.world import World
 from ...errors import UserError
@@ -20,7 +21,7 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_classifier
 from ..models import batch_norm_errors, check_name, create_model, load_initial_weights
-from .augment import erasing, eval_transform, image_only, input_config, mixing, train_transform
+from .augment import Normalizer, collate, erasing, eval_transform, image_only, input_config, mixing, train_transform
 from .channels import missing_statistics
 from .distillation import Teacher
 from .metrics import ClassificationMetrics
@@ -42,6 +43,7 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
     classes: list[str]
     criterion: nn.Module
     mixing: Mixup | None
+    collate = staticmethod(collate)
 
     def __init__(self, recipe: Recipe[ClassifierT, ClassifyData], world: World):
         check_name(recipe.model.name)
@@ -70,7 +72,19 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
         self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (self.channels, *size[1:])}
         self.train_transform = partial(image_only, train_transform(data, self.pretrained_cfg))
         self.eval_transform = partial(image_only, eval_transform(data, self.pretrained_cfg))
+        self.normalize = Normalizer(input_config(data, self.pretrained_cfg), self.world.device)
         return model
+
+    def open_train(self) -> Any:
+        train, data = super().open_train(), self.recipe.data
+        if data.decoder == "torchcodec":
+            if not hasattr(train, "decode"):
+                raise UserError(
+                    f"data.decoder=torchcodec: data.source={data.source} decodes no image files; use data.decoder=pil"
+                )
+            require_decoder()
+            train.decode = read_pixels
+        return train
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         return {"loss": self.forward(model, batch)[2]}
@@ -104,8 +118,9 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
         return {}
 
     def to_device(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and targets of a batch, on the device."""
-        images = batch[0].to(self.world.device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        """The normalized images and the targets of a batch, on the device."""
+        images = self.normalize(batch[0].to(self.world.device, non_blocking=True))
+        images = images.contiguous(memory_format=memory_format(self.recipe.parallel))
         return images, batch[1].to(self.world.device, non_blocking=True)
 
 
