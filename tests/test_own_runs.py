@@ -138,6 +138,7 @@ def val(run: Path) -> Any:
     return report.read_run(run).held_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [plain_folder, listed])
 def test_own_images_with_a_class_each(tmp_path, capsys, write):
     run = walk(tmp_path, capsys, "top1", data=write(tmp_path / "data"), model=MODEL)
@@ -147,6 +148,7 @@ def test_own_images_with_a_class_each(tmp_path, capsys, write):
     assert "Left out: the evaluation" not in page(run) and "confusion" in page(run)
 
 
+@pytest.mark.slow
 def test_several_labels_per_image(tmp_path, capsys):
     run = walk(
         tmp_path,
@@ -169,6 +171,7 @@ def test_several_labels_per_image(tmp_path, capsys):
     assert "Left out" not in page(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [arrays, tiffs])
 def test_four_channels(tmp_path, capsys, write):
     data = write(tmp_path / "data")
@@ -196,6 +199,7 @@ def test_four_channels(tmp_path, capsys, write):
     assert "attention is drawn on images of 3 channels" in page(run) and "the hardest images" in page(run)
 
 
+@pytest.mark.slow
 def test_gray_images(tmp_path, capsys):
     run = walk(
         tmp_path,
@@ -211,6 +215,7 @@ def test_gray_images(tmp_path, capsys):
     assert_export_repeats_the_evaluation(run, pictures, lambda x: x.softmax(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multilabel", "four channels"])
 def test_two_processes_evaluate_and_train_like_one(tmp_path, kind):
     if kind == "multilabel":
@@ -262,3 +267,20 @@ def test_channels_and_classes_that_do_not_fit_the_files_are_errors(tmp_path, cap
     assert "it has the shape [32, 40, 4], but model.in_chans=5" in capsys.readouterr().err
     assert trainer.train(recipe) == 1
     assert "it has values of type float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "four channels"])
+def test_short_run(tmp_path, kind):
+    """Four updates and an export, in the default suite."""
+    if kind == "multilabel":
+        data, model, task = label_sets(tmp_path / "data"), MODEL, {"kind": "multilabel"}
+    else:
+        data, model, task = arrays(tmp_path / "data") | STATISTICS, MODEL | {"in_chans": 4}, {}
+    steps = {"steps": 4, "warmup": 1}
+    options = {"optim": {"layer_decay": None}, "sched": steps, "ckpt": {"every": 4}, "eval": {"every": 4}}
+    recipe = trainer.write_recipe(tmp_path / "r.yaml", data=data | {"aug": MIXED}, model=model, task=task, **options)
+    assert trainer.train(recipe) == 0
+    run = tmp_path / "runs/tiny"
+    channels = 3 if kind == "multilabel" else 4
+    assert loaded(run)(torch.zeros(1, channels, 32, 32)).shape == (1, 3)
+    assert ("thresholds" in json.loads((run / "export/config.json").read_text())) == (kind == "multilabel")
