@@ -15,6 +15,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 from tessel.train import check, evaluate
 from tessel.train.data.image_io import read_file
+from tessel.train.recipe.load import load_recipe
+from tessel.train.recipe.registry import task_spec
 from tessel.train.recipe.schema import PixelFormat
 from tessel.train.report import __main__ as report
 from tessel.train.tasks.classify.channels import array_to_tensor
@@ -270,8 +272,8 @@ def test_channels_and_classes_that_do_not_fit_the_files_are_errors(tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["multilabel", "four channels"])
-def test_short_run(tmp_path, kind):
-    """Four updates and an export, in the default suite."""
+def test_short_run(tmp_path, monkeypatch, kind):
+    """Four updates and an export, which the code of the report uses."""
     if kind == "multilabel":
         data, model, task = label_sets(tmp_path / "data"), MODEL, {"kind": "multilabel"}
     else:
@@ -284,3 +286,8 @@ def test_short_run(tmp_path, kind):
     channels = 3 if kind == "multilabel" else 4
     assert loaded(run)(torch.zeros(1, channels, 32, 32)).shape == (1, 3)
     assert ("thresholds" in json.loads((run / "export/config.json").read_text())) == (kind == "multilabel")
+    Image.new("RGB", (40, 50)).save(tmp_path / "image.jpg")
+    np.save(tmp_path / "image.npy", np.zeros((40, 50, 4), np.float32))
+    monkeypatch.chdir(tmp_path)
+    loaded_recipe = load_recipe(recipe)
+    exec(task_spec(loaded_recipe).usage_code(loaded_recipe, str(run / "export")), {})

@@ -72,8 +72,9 @@ class TaskSpec:
     """Python code that loads an export at {path}, shown to the user"""
     any_channels: bool = False
     """whether it reads images of `model.in_chans` channels; the others read 3"""
-    usage: str | None = None
-    """Python code for a report: loads the export in the folder {path} and predicts"""
+    usage: str | Callable[[Any], str] | None = None
+    """Python code for a report: loads the export in the folder {path} and predicts; or a function of the recipe that
+    returns it"""
     report: str | None = None
     """dotted name of a module with the functions `headline` and `sections`; see report/dense.py"""
     eval_keys: tuple[str, ...] = ()
@@ -90,6 +91,11 @@ class TaskSpec:
     def sample_kind(self, options: Task) -> str:
         """The kind of sample that it reads with these options."""
         return self.sample(options) if callable(self.sample) else self.sample
+
+    def usage_code(self, recipe: Recipe, path: str) -> str:
+        """`usage` for the export at `path` of a run with this recipe."""
+        code = self.usage(recipe) if callable(self.usage) else str(self.usage)
+        return code.replace("{path}", path)
 
     def build(self, recipe: Recipe, world: Any) -> Any:
         """The task of a recipe."""

@@ -1,10 +1,13 @@
 """Image classification: one class per image, or several labels."""
 
 import dataclasses
+from functools import partial
 
 from ...recipe.registry import Metric, TaskSpec
+from ...recipe.schema import Recipe
 from .options import Classify, ClassifyData, MultiLabel, classifier_conflicts, conflicts
 
+ZOO = "import tessel.zoo  # registers the models with timm\n"
 USAGE = """\
 import timm
 import torch
@@ -43,6 +46,23 @@ for probability, (label, threshold) in zip(probabilities.tolist(), thresholds.it
         print(f"{probability:.1%} {label}")
 """
 
+READ_ARRAY = """\
+from tessel.train.data.image_io import read_file
+from tessel.train.recipe.schema import PixelFormat
+from tessel.train.tasks.classify.channels import array_to_tensor
+"""
+
+
+def usage(code: str, recipe: Recipe) -> str:
+    """The code for images of as many channels as the model of the recipe reads."""
+    channels = recipe.model.in_chans or 3
+    if channels in (1, 3):
+        return code.replace('convert("RGB")', 'convert("L")') if channels == 1 else code
+    read = f'array_to_tensor(read_file("image.npy", pixel_format=PixelFormat({channels})))'
+    code = code.replace('Image.open("image.jpg").convert("RGB")', read).replace("from PIL import Image\n", "")
+    return code.replace(ZOO, ZOO + READ_ARRAY)
+
+
 SPEC = TaskSpec(
     kind="classify",
     summary="image classification",
@@ -55,7 +75,7 @@ SPEC = TaskSpec(
     any_channels=True,
     load="tessel.train.tasks.classify.task:load",
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
-    usage=USAGE,
+    usage=partial(usage, USAGE),
     report="tessel.train.report.classify",
     models_of_timm=True,
 )
@@ -70,6 +90,6 @@ MULTI_LABEL = dataclasses.replace(
     metric=Metric("map", "mean average precision"),
     metric_names={"average_precision": "average precision", "best_f1": "F1 at the threshold"},
     conflicts=classifier_conflicts,
-    usage=MULTI_LABEL_USAGE,
+    usage=partial(usage, MULTI_LABEL_USAGE),
     report="tessel.train.report.multi_label",
 )
