@@ -6,10 +6,10 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import aggregated_attention
-from ..kernels.recording import is_open
 from ..kernels.tables import Grid
 from .length_scaled_cosine import LogPositionBias, reset_query
 from .plain import is_plain
+from .pooling import adaptive_pool
 
 
 @register_notrace_module
@@ -111,19 +111,3 @@ class Aggregated(nn.Module):
         pooled = adaptive_pool(F.gelu(full), grid).permute(0, 2, 3, 1)
         # the layer is called, though the queries are not needed: an adapter has an effect only if it is
         return self.qkv(self.norm(pooled)).unflatten(-1, (3, self.num_heads, -1))[:, :, :, 1:]
-
-
-def adaptive_pool(x: Tensor, grid: Grid) -> Tensor:
-    """Adaptive average pooling `[B, C, H, W] -> [B, C, *grid]`; also where the graph being exported has open sizes."""
-    if not any(is_open(side) for side in (*x.shape[2:], *grid)):
-        return F.adaptive_avg_pool2d(x, grid)
-    rows, columns = (_bins(side, bins, x) for side, bins in zip(x.shape[2:], grid, strict=True))
-    return rows @ x @ columns.transpose(0, 1)
-
-
-def _bins(side: int, bins: int, like: Tensor) -> Tensor:
-    """The weights of adaptive average pooling along one side, `[bins, side]`."""
-    i, position = torch.arange(bins, device=like.device)[:, None], torch.arange(side, device=like.device)
-    start, stop = i * side // bins, ((i + 1) * side + bins - 1) // bins
-    inside = ((position >= start) & (position < stop)).to(like.dtype)
-    return inside / (stop - start).to(like.dtype)

@@ -113,6 +113,8 @@ def _report(path: Path, weight: Weight | None) -> None:
     if weight is None:
         same = [row.name for row in load_manifest().values() if row.sha256 == sha256]
         print(f"weights {', '.join(same) or 'no weights in the manifest have this sha256'}")
+    elif path.name == imported_path(weight).name:
+        print(f"weights {weight.name}, imported, with tessel's keys")
     elif weight.sha256:
         verify(path, weight.sha256)
         print(f"weights {weight.name}")

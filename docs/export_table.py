@@ -14,10 +14,11 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from filelock import FileLock
 from generated import rewritten
 from torch import nn
 
@@ -104,15 +105,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def enter(name: str, title: str, cell: dict[str, Any], names: list[str]) -> None:
+    """Write one cell into the record, which several processes may fill."""
+    with FileLock(Path(tempfile.gettempdir()) / "tessel-export-table.lock"):
+        cells = json.loads(RECORD.read_text())["cells"] if RECORD.exists() else {}
+        cells.setdefault(name, {})[title] = cell
+        rows = {name: cells.get(name, {}) for name in names}
+        rows = {name: {title: row[title] for title in CELLS if title in row} for name, row in rows.items()}
+        RECORD.write_text(json.dumps({"versions": versions(), "cells": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", metavar="NAME", help="measure these models, by default all")
     parser.add_argument("--only", nargs="+", metavar="TITLE", choices=list(CELLS), default=list(CELLS))
     options = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"cells": {}}
     names = [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
     if options.measure is not None:
-        record["versions"] = versions()
         for title in options.only:
             for name in options.measure or names:
                 start = time.perf_counter()
@@ -122,13 +131,8 @@ def main() -> None:
                         cell = {"error": float(f"{measure(name, title, Path(folder)):.1e}")}
                     except Exception as error:
                         cell = {"reason": first_line(error)}
-                record["cells"].setdefault(name, {})[title] = cell
                 print(f"{name}, {title}: {cell} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-                record["cells"] = {
-                    name: {title: row[title] for title in CELLS if title in row}
-                    for name, row in ((name, record["cells"].get(name, {})) for name in names)
-                }
-                RECORD.write_text(json.dumps(record, indent=1) + "\n")
+                enter(name, title, cell, names)
     PAGE.write_text(rewritten(PAGE.read_text(), {"exports": table}))
 
 

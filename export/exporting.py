@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
+from .detectors import OneImageDetector
 from .errors import ExportError, first_line
 from .formats import Format, Recording, formats
 from .loading import load, require
 from .metadata import check_class_names, describe, encode
+from .rewriting import open_sizes
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 
@@ -88,6 +90,9 @@ def export(
         ValueError: an argument that is no choice of ours. ExportError: the format's packages are missing, the model
             cannot be recorded, or the file differs from the model.
     """
+    if isinstance(model, OneImageDetector):
+        dynamic = () if dynamic is None else dynamic
+        _check_detector(format, dynamic)
     kind = _choose(format, dynamic)
     dynamic = tuple(axis for axis in AXES if axis in (kind.dynamic if dynamic is None else dynamic))
     require(kind)
@@ -111,7 +116,11 @@ def export(
         "class_names": names,
         **(metadata or {}),
     }
-    recorded = copy.deepcopy(reference).half() if half else reference
+    recorded = copy.deepcopy(reference)
+    if half:
+        recorded = recorded.half()
+    if "size" in dynamic:
+        recorded = open_sizes(recorded)
     axes = tuple(axis for name in dynamic for axis in AXES[name])
     recording = Recording(recorded, images.to(dtype), axes, encode(facts))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +150,17 @@ def _choose(format: str, dynamic: Collection[str] | None) -> Format:
             able = f"only {kind.dynamic[0]}" if kind.dynamic else "nothing"
             raise ValueError(f"format {format} cannot leave {axis!r} open, {able}; take it out of dynamic")
     return kind
+
+
+def _check_detector(format: str, dynamic: Collection[str]) -> None:
+    able = [name for name, kind in formats().items() if kind.detectors]
+    if format in formats() and format not in able:
+        raise ValueError(
+            f"format {format} cannot record how many boxes a detector finds, which depends on the image; choose one of "
+            f"{', '.join(able)}"
+        )
+    if dynamic:
+        raise ValueError(f"dynamic={tuple(dynamic)}: a detector is exported for one image of a fixed size; use ()")
 
 
 def _example(
@@ -207,18 +227,23 @@ def _compare(
                 f"the exported {kind.name} fails on images of {text}: {first_line(error)}{_remedy(dynamic)}"
             ) from error
         outputs = list(found.values()) if isinstance(found, dict) else [found]
-        errors[shape] = max(difference(a, b) for a, b in zip(outputs, expected, strict=True))
-        if not errors[shape] <= limit:
+        error = max(difference(a, b) for a, b in zip(outputs, expected, strict=True))
+        errors[shape] = max(error, errors.get(shape, 0.0))
+        if not error <= limit:
             raise ExportError(
-                f"the exported {kind.name} differs from PyTorch by {errors[shape]:.1e} on images of {text}, more than "
+                f"the exported {kind.name} differs from PyTorch by {error:.1e} on images of {text}, more than "
                 f"tolerance={limit:g}; nothing was written"
             )
     return errors
 
 
 def _inputs(images: Tensor, dynamic: Collection[str]) -> Iterator[Tensor]:
-    """The example, then other batches and sizes where they are open; sizes that blocks and windows do not divide."""
+    """The example, other images of its shape, then other batches and sizes where they are open.
+
+    The sizes are such that blocks and windows do not divide them.
+    """
     yield images
+    yield images.flip(-1) * 0.5
     (batch, chans, height, width), generator = images.shape, torch.Generator().manual_seed(1)
     sizes = [(height, width)]
     if "size" in dynamic:

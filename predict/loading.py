@@ -11,8 +11,9 @@ from torch import nn
 from ..train.errors import UserError
 from .networks import ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
-from .tasks import Classifier, Detector, Segmenter
+from .tasks import Classifier, Detector, MultiLabelClassifier, Segmenter
 
+RECIPE = "recipe.yaml"  # of a run
 # endings of exported files: a name with one of them is not a misspelled model
 FILE_ENDINGS = {".onnx", ".pt2", ".pt", ".pte", ".xml"}
 
@@ -37,16 +38,26 @@ def load(
     Raises UserError if there is no such model, run or file, or it cannot be read.
     """
     path = Path(source).expanduser()
-    is_path = path.is_dir() or path.is_file()
-    if weights is not None and is_path:
+    is_run = path.is_dir() and not _only_named_like_a_model(path)
+    if weights is not None and (is_run or path.is_file()):
         raise UserError(f"weights={weights} has no effect on {source}, which has its own weights; remove it")
-    if path.is_dir():
+    if is_run:
         model = _from_folder(path, device, size)
     elif path.is_file():
         model = _from_file(path, size)
     else:
         model = _from_name(str(source), device, weights, size, pretrained)
     return Predictor(str(source), model)
+
+
+def _only_named_like_a_model(folder: Path) -> bool:
+    """Whether a folder is neither a run nor an export, and a model has its name."""
+    import timm
+
+    from .. import zoo as zoo  # registers the models with timm
+
+    known = any((folder / name).is_file() for name in (RECIPE, "config.json"))
+    return not known and timm.is_model(str(folder))
 
 
 def _from_name(name: str, device: str, weights: str | Path | None, size: int | None, pretrained: bool) -> TaskModel:
@@ -74,31 +85,45 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
     from ..train.tasks.export import CONFIG
 
     recipe = None
-    if (path / "recipe.yaml").is_file():
+    if (path / RECIPE).is_file():
         recipe, model = load_run(path)
-        kind, export = recipe.task.kind, path / "export"
+        kind, folder = recipe.task.kind, path / "export"
     elif (path / CONFIG).is_file():
-        kind, export = str(_read_json(path / CONFIG).get("task", "classify")), path
+        kind, folder = str(_read_json(path / CONFIG).get("task", "classify")), path
         if kind not in TASKS:
             raise UserError(f"{path}: an export of the unknown task {kind!r}; install the package that has it")
         model = resolve_name(TASKS[kind].load)(path)
     else:
-        raise UserError(f"{path} is neither a run nor an export: it has no recipe.yaml and no {CONFIG}")
+        raise UserError(f"{path} is neither a run nor an export: it has no {RECIPE} and no {CONFIG}")
     if kind == "classify":
         return _classifier(model, device, size)
+    if kind == "multilabel":
+        plain, thresholds = _classifier(model, device, size), _read_json(folder / CONFIG)["thresholds"]
+        return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds)
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
     if kind == "detect":
         return Detector(network, model.classes)
     if kind == "segment":
-        config, cfg = _read_json(export / CONFIG), model.pretrained_cfg
-        data = {"img_scale": recipe.data.img_scale, "size": recipe.data.size} if recipe else config.get("data", {})
-        test = config["segment"].get("test")
-        return Segmenter(
-            network, model.classes, palette=model.palette, mean=cfg["mean"], std=cfg["std"], test=test, **data
-        )
+        return _segmenter(network, recipe, path)
     raise UserError(f"{path}: predictions of task.kind={kind} are not known here; use {TASKS[kind].load_hint}")
+
+
+def _segmenter(network: TorchNetwork, recipe: Any, path: Path) -> Segmenter:
+    """The segmenter of a run with this recipe, or of the export at `path` without one."""
+    from ..train.recipe.schema import Dense
+    from ..train.tasks.export import read_export
+    from ..train.tasks.segment.options import SegmentOptions
+
+    if recipe is not None:
+        test, data = recipe.task.segment.test, {"img_scale": recipe.data.img_scale, "size": recipe.data.size}
+    else:
+        config = read_export(path, "segment", {"dense": Dense, "segment": SegmentOptions})
+        test, data = config["segment"].test, config.get("data", {})  # exports of earlier versions have no data
+    model: Any = network.module
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return Segmenter(network, model.classes, palette=model.palette, mean=mean, std=std, test=test, **data)
 
 
 def _classifier(model: nn.Module, device: str, size: int | None) -> Classifier:
@@ -134,10 +159,13 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
         raise UserError(f"size={size}: {path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
     task = facts.get("task")
     try:
-        if task == "classify":
+        if task in ("classify", "multilabel"):
             sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
             config = {**facts, "input_size": (facts["input_size"][0], *sides)}
-            return Classifier(network, facts["class_names"] or _numbered(network, config["input_size"]), config)
+            classes = facts["class_names"] or _numbered(network, config["input_size"])
+            if task == "multilabel":
+                return MultiLabelClassifier(network, classes, config, facts["thresholds"])
+            return Classifier(network, classes, config)
         if task == "segment":
             keys = ("palette", "mean", "std", "test", "img_scale", "size")
             options = {key: facts.get(key) for key in keys}

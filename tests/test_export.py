@@ -17,8 +17,13 @@ from torch import nn
 import tessel
 import tessel.export.formats.torch_export
 import tessel.zoo
-from tessel.export import ExportError, export, formats, load
+from tessel.export import ExportError, OneImageDetector, export, formats, load
 from tessel.export.exporting import difference
+from tessel.train.recipe.schema import Dense, Model
+from tessel.train.tasks.detect.detectors import build_detector
+from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.segment.model import build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
 
 DOCS = Path(tessel.__file__).parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -101,6 +106,50 @@ def test_several_outputs_have_names(tmp_path):
     for key, value in expected.items():
         torch.testing.assert_close(outputs[key], value, rtol=1e-4, atol=1e-5)
     assert {shape[0] for shape in report.errors} >= {1, 2, 3} and len({shape[2:] for shape in report.errors}) > 2
+
+
+def test_adaptive_pooling_stays_open(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d((3, None)), nn.AdaptiveAvgPool2d(2))
+    report = export(model, tmp_path / "model.onnx", size=16)
+    assert len(report.errors) > 3 and isinstance(model[1], nn.AdaptiveAvgPool2d), "the model itself is not changed"
+
+
+@pytest.mark.slow
+def test_segmenters_export_with_open_size(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    options = SegmentOptions(decode_head={"type": "UPerHead", "channels": 16})
+    model = build_segmenter(Model(name="s2aformer_atto"), options, dense=Dense(), classes=["road", "sky", "tree"])
+    model.classes = ["road", "sky", "tree"]
+    report = export(model, tmp_path / "model.onnx", example=torch.randn(2, 3, 96, 128))
+    run = load(report.path)
+    assert run.metadata["class_names"] == model.classes and run.metadata["mean"]
+    assert run(torch.randn(1, 3, 97, 147)).shape == (1, 3, 97, 147)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torchscript-trace"])
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn", "mask_rcnn"])
+def test_detectors_export_for_one_image(tmp_path, name, format):
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    kwargs = {"box_score_thresh": 0.0, "box_detections_per_img": 7}
+    if "rcnn" not in name:
+        kwargs = {"score_thresh": 0.0, "detections_per_img": 7}
+    anchor = {} if name == "fcos" else {"anchor": 8}
+    options = DetectOptions(detector=name, channels=64, max_size=200, kwargs=kwargs, **anchor)
+    detector = build_detector(Model(name="s2aformer_atto"), options, dense=Dense(), size=64, classes=3).eval()
+    model = OneImageDetector(detector)
+    report = export(model, tmp_path / "model", format, size=(64, 80))
+    images = torch.rand(1, 3, 64, 80)
+    found, expected = load(report.path)(images), model(images)
+    assert found.keys() == expected.keys() and len(found["boxes"]) == 7
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="format aoti cannot record how many boxes .* choose one of onnx, torchscript"):
+        export(model, tmp_path / "model", "aoti")
 
 
 def test_imagenet_names_come_with_imagenet_models(tmp_path):

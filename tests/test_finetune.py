@@ -3,6 +3,7 @@
 import json
 import math
 
+import own_data
 import pytest
 import timm
 import torch
@@ -19,7 +20,7 @@ from tessel.train.errors import UserError
 from tessel.train.evaluation import load_run
 from tessel.train.recipe.load import PACKAGED, flatten, load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.recipe.sizing import AUTO, auto_keys, recorded, sized
+from tessel.train.recipe.sizing import AUTO, auto_keys, describe_auto, recorded, sized
 from tessel.train.tasks.classify.metrics import ClassificationMetrics
 from tessel.train.tasks.classify.task import build_classifier
 from tessel.train.tasks.models import no_weights, resolve_pretrained
@@ -76,6 +77,14 @@ def test_given_numbers_are_kept_and_the_others_follow_from_them():
     assert recipe.eval.every == recipe.ckpt.every == 20
 
 
+def test_images_of_a_segmenter_are_resized_to_the_size_of_its_crops():
+    recipe = finetune("segment", "data.size=96")
+    result = sized(recipe, samples=60)
+    assert result.data.img_scale == (384, 96) and "data.img_scale" in auto_keys(recipe)
+    assert "data.img_scale=[384, 96]" in str(describe_auto(recipe, result))
+    assert recorded(recipe, sized(finetune("segment", "data.size=128"), samples=60)).data.img_scale == (512, 128)
+
+
 def test_layers_learn_at_different_rates_only_from_weights():
     def layer_decay(*keys):
         return sized(resolve_pretrained(finetune("classify", *keys)), samples=60).optim.layer_decay
@@ -92,25 +101,25 @@ def test_continued_run_keeps_its_numbers():
 
 
 def test_walk_on_sixty_pictures(images, tmp_path, capsys):
-    run = train(images, tmp_path, "sched.epochs=6", "model.pretrained=false")
+    run = train(images, tmp_path, "sched.epochs=3", "model.pretrained=false")
     text = capsys.readouterr().out
-    assert "auto: data.batch=8, sched.warmup=0.3" in text and "60 images, 45 steps of 8" in text
+    assert "auto: data.batch=8, sched.warmup=0.15" in text and "60 images, 23 steps of 8" in text
     kinds = [record["kind"] for record in trainer.metrics(run)]
-    assert kinds.count("train") == 45 and kinds.count("eval") == 12  # every chart has points
+    assert kinds.count("train") == 23 and kinds.count("eval") == 6  # every chart has points
     recipe = load_recipe(run / "recipe.yaml")
     assert auto_keys(recipe) == [] and (recipe.data.batch, recipe.eval.every) == (8, 4)
-    assert trainer.main(["finetune/classify", f"data.root={images}", *SMALL, "sched.epochs=6",
+    assert trainer.main(["finetune/classify", f"data.root={images}", *SMALL, "sched.epochs=3",
                          "model.pretrained=false", f"run.out={tmp_path}"]) == 0  # fmt: skip
     assert "is finished" in capsys.readouterr().out
 
 
 def test_interrupted_run_of_auto_sizes_repeats_an_uninterrupted_one(images, tmp_path):
-    keys = ["sched.epochs=2", "model.pretrained=false", "sched.freeze=0.5"]
+    keys = ["sched.epochs=1", "model.pretrained=false", "sched.freeze=0.5"]
     straight = train(images, tmp_path / "a", *keys)
-    with trainer.before_step(6):
+    with trainer.before_step(3):
         train(images, tmp_path / "b", *keys)
     resumed = train(images, tmp_path / "b", *keys)
-    trainer.assert_same_checkpoint(straight / "checkpoints/step-00000015", resumed / "checkpoints/step-00000015")
+    trainer.assert_same_checkpoint(straight / "checkpoints/step-00000008", resumed / "checkpoints/step-00000008")
     assert trainer.stable_metrics(straight) == trainer.stable_metrics(resumed)
 
 
@@ -178,19 +187,27 @@ def test_processes_stop_early_together(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["segment", "detect"])
-def test_walk_on_scenes(tmp_path, task):
-    scenes = ["data.source=digit_scenes", "data.scenes=24", "data.size=64", "model.name=biformer_atto"]
-    small = {"segment": ["data.img_scale=null"], "detect": ["task.detect.channels=64", "task.detect.min_size=null"]}
-    common = ["data.workers=0", "run.device=cpu", f"run.out={tmp_path}", "sched.epochs=2", "sched.patience=2"]
-    assert trainer.main([f"finetune/{task}", *scenes, *small[task], *common]) == 0
-    kinds = [record["kind"] for record in trainer.metrics(tmp_path / task)]
-    assert kinds.count("train") == 12 and kinds.count("eval") == 4
-    assert load_run(tmp_path / task)[0].data.batch == 4
-    # the box AP of a detector is 0 for the whole of so short a training, which does not end it
-    assert (
-        json.loads((tmp_path / task / "DONE").read_text())["step"] in ({"segment": range(1, 13), "detect": [12]}[task])
-    )
+@pytest.mark.parametrize(
+    ("task", "write", "keys"),
+    [
+        ("segment", own_data.write_masks, []),
+        ("detect", own_data.write_coco, ["data.train=[shapes.json, photos]", "data.val=null"]),
+        ("detect", own_data.write_yolo, ["data.source=yolo"]),
+    ],
+)
+def test_walk_on_own_masks_and_boxes(tmp_path, task, write, keys):
+    write(tmp_path / "own", 24)
+    if task == "detect":
+        keys = [*keys, "task.detect.channels=64"]
+    small = ["model.name=biformer_atto", "data.size=64", "data.workers=0", "run.device=cpu", f"run.out={tmp_path}"]
+    command = [f"finetune/{task}", f"data.root={tmp_path}/own", *small, *keys, "sched.steps=12", "sched.patience=2"]
+    assert trainer.main(command) == 0
+    run = tmp_path / task
+    assert len([record for record in trainer.metrics(run) if record["kind"] == "train"]) > 5
+    recipe, model = load_run(run)
+    assert recipe.data.batch == 4 and list(model.classes)[-2:] == ["circle", "square"]
+    # the box AP of a detector stays 0 in so short a training, which does not end it
+    assert task == "segment" or json.loads((run / "DONE").read_text())["step"] == 12
 
 
 def engine_after(steps, *overrides):

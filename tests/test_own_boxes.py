@@ -144,10 +144,13 @@ def test_yolo_files_as_tools_write_them(tmp_path, text):
 
 @pytest.mark.parametrize("val", ["val", "valid"])
 def test_yolo_with_a_validation_part(tmp_path, val):
+    """The data set itself lies below a folder images."""
+    root = tmp_path / "images"
     for part, count in (("train", 4), (val, 2)):
-        write_yolo(tmp_path / part, count)
-    listing(tmp_path, f"train: ../train/images\n{val}: ../{val}/images\nnames: [circle, square]\n")
-    assert [len(opened("yolo", tmp_path, part)) for part in ("train", "val")] == [4, 2]
+        write_yolo(root / part, count)
+    listing(root, f"train: ../train/images\n{val}: ../{val}/images\nnames: [circle, square]\n")
+    assert [len(opened("yolo", root, part)) for part in ("train", "val")] == [4, 2]
+    assert len(opened("yolo", root).labels) == 4
 
 
 def test_yolo_without_data_yaml(tmp_path):

@@ -8,7 +8,6 @@ import own_data
 import pytest
 import torch
 import trainer
-from PIL import Image
 
 from tessel.train import check, detect, evaluate, segment
 from tessel.train.report.__main__ import main as report
@@ -116,16 +115,3 @@ def test_own_objects(tmp_path, capsys, draw, data, detector):
     with torch.inference_mode():
         (found,) = model([torch.rand(3, 90, 120)])
     assert {"boxes", "labels", "scores"} <= found.keys()
-
-
-@pytest.mark.slow
-def test_black_and_white_masks_are_learned(tmp_path, capsys):
-    """A beginner's data: photos beside masks of 0 and 255, and no other file."""
-    root = tmp_path / "shapes"
-    for one in own_data.drawings(24):
-        own_data.save(one.image, root / f"images/{one.name}.jpg")
-        own_data.save(Image.fromarray(np.where(one.mask > 0, 255, 0).astype(np.uint8)), root / f"masks/{one.name}.png")
-    recipe = write_recipe(tmp_path / "own.yaml", {"root": str(root), "source": "masks"}, segment={"decode_head": FPN})
-    assert trainer.train(recipe, "sched.steps=80", "sched.warmup=5", "eval.every=80", "ema.decay=null") == 0
-    found = trainer.metrics(tmp_path / "runs/tiny")[-1]
-    assert found["miou"] > 75, found

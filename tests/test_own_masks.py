@@ -14,7 +14,7 @@ from PIL import Image
 from tessel.train.data.class_file import default_palette, hex_color, read_class_file
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import make_recipe
-from tessel.train.recipe.registry import SOURCES
+from tessel.train.recipe.registry import SOURCES, open_dataset
 
 
 def opened(root, part="train", **keys):
@@ -172,6 +172,9 @@ def test_values_without_a_class_file(tmp_path):
 def test_16_bit_values(tmp_path):
     paint(tmp_path, *[halves(0, 1000, 40000, 65535, dtype=np.uint16)] * 4)
     write(tmp_path / "classes.csv", "value,name\n0,road\n1000,wall\n40000,car\n")
+    for value in (-1, 65536):
+        with pytest.raises(UserError, match=f"the value {value} is not one of 0 to 65535"):
+            opened(tmp_path, ignore=(value,))
     assert opened(tmp_path, ignore=(65535,))[0][1][0, ::2].tolist() == [0, 1, 2, 255]
     with pytest.raises(UserError, match=r"masks/\d.png has values that are no class, on 8 pixels .25 %.: 65535 .8.\."):
         opened(tmp_path)[0]
@@ -212,6 +215,17 @@ def test_masks_with_a_palette(tmp_path):
     expected = np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).reshape(-1, 3)[:3]
     assert found.classes == ["0", "1", "2"] and found.palette == expected.tolist()
     assert found[0][1][0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_values_beyond_16_bits_are_told(tmp_path):
+    """A 32-bit TIFF file may have them."""
+    write(tmp_path / "classes.txt", "ground\ntree\n")
+    for number in range(3):
+        mask = Image.fromarray(halves(0, 70000, dtype=np.int32))
+        save(mask, tmp_path / f"masks/{number}.tif")
+        save(Image.new("RGB", mask.size), tmp_path / f"images/{number}.jpg")
+    with pytest.raises(UserError, match=r"masks/\d.tif has values that are no class, .*70000"):
+        opened(tmp_path)[0]
 
 
 def test_colors_without_a_class_file(tmp_path):
@@ -367,3 +381,37 @@ def test_values_of_other_data_point_to_the_source_of_own_masks(tmp_path):
     spec = SOURCES["ade20k"]
     with pytest.raises(UserError, match="data.source=masks"):
         spec.datasets["semantic masks"](spec.options(root=str(root)), "train")[0]  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("masks", "segment"), ("yolo", "segment"), ("yolo", "detect")],
+    ids=["masks", "objects", "boxes"],
+)
+@pytest.mark.parametrize("mode", ["transparent", "gray", "16 bits", "turned"])
+def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path, source, kind, mode):
+    """Transparency over data.background, gray levels and 16 bits as RGB, and the EXIF orientation, for every sample."""
+    exif, pixels = Image.Exif(), np.full((4, 6), 200, np.uint8)
+    image = {
+        "transparent": Image.fromarray(np.zeros((4, 6, 4), np.uint8), "RGBA"),
+        "gray": Image.fromarray(pixels),
+        "16 bits": Image.fromarray(pixels.astype(np.uint16) * 256),
+        "turned": Image.fromarray(pixels.T.copy()).convert("RGB"),
+    }[mode]
+    if mode == "turned":
+        exif[scenery.ORIENTATION] = 6
+    for number in range(3):
+        own_data.write(tmp_path / f"labels/{number}.txt", "0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+        save(Image.fromarray(halves(0, 1, 1)), tmp_path / f"masks/{number}.png")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image.save(tmp_path / f"images/{number}.png", exif=exif)
+    write(tmp_path / "data.yaml", "train: images\nnames: [thing]\n")
+    sections = {
+        "model": {"name": "test_resnet"},
+        "task": {"kind": kind} | ({"segment": {"decode_head": {"type": "FCNHead"}}} if kind == "segment" else {}),
+        "data": {"source": source, "root": str(tmp_path), "background": [10, 20, 30]},
+        "sched": {"steps": 1},
+    }
+    picture, _ = open_dataset(make_recipe(sections, source="test"), "train")[0]
+    assert picture.mode == "RGB" and picture.size == (6, 4)
+    assert picture.getpixel((3, 2)) == ((10, 20, 30) if mode == "transparent" else (200, 200, 200))

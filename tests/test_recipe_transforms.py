@@ -2,14 +2,13 @@
 
 import miniatures
 import pytest
+import torch
 
 from tessel.train.data.loader import FallbackSample, SeededDataset
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import open_dataset
 from tessel.train.tasks.detect.augment import TrainTransform
 from tessel.train.tasks.segment.augment import train_transform
-
-CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 224, 224)}
 
 
 def samples(name, root, transform, count):
@@ -26,8 +25,9 @@ def samples(name, root, transform, count):
 def test_crops_of_segmentation(name, tmp_path):
     data = load_recipe(name).data
     root = miniatures.ade20k(tmp_path, train=8)
-    for image, mask, _ in samples(name, root, train_transform(data, CFG), 400):
-        assert image.shape == (3, data.size, data.size) and image.isfinite().all()
+    for (image, size), mask, _ in samples(name, root, train_transform(data), 400):
+        assert image.shape == (3, data.size, data.size) and image.dtype == torch.uint8
+        assert size.shape == (2,) and size.min() > 0 and size.max() <= data.size
         assert mask.shape == (data.size, data.size)
 
 
@@ -39,7 +39,7 @@ def test_images_and_objects_of_detection(name, tmp_path):
     for image, target, _ in samples(name, root, TrainTransform(recipe), 150):
         height, width = image.shape[1:]
         assert min(height, width) in sides or max(height, width) == recipe.task.detect.max_size
-        assert image.min() >= 0 and image.max() <= 1
+        assert image.dtype == torch.uint8
         boxes = target["boxes"]
         assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes[:, 2].le(width).all() and boxes[:, 3].le(height).all()
         assert len(boxes) == len(target["labels"]) == len(target["masks"])

@@ -13,6 +13,7 @@ from .recipe.explain import describe_type
 from .recipe.load import describe_packaged, load_recipe
 from .recipe.registry import SOURCES, TASKS, key_groups, task_spec
 from .tasks.names import check_spelling
+from .threads import limit_spinning
 
 EXAMPLES = """\
 examples:
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if task_spec(recipe).models_of_timm:
             check_spelling(recipe.model.name, "model.name")
             check_spelling(recipe.model.init_from, "model.init_from")
+        limit_spinning()
         # imports torch and timm, after help and errors in the recipe
         from . import trainer
 

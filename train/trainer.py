@@ -23,6 +23,7 @@ from .run.profiling import count_parameters, peak_memory
 from .run.signals import Signals, is_elastic_restart
 from .tasks.base import Task
 from .tasks.models import no_weights, resolve_pretrained
+from .threads import describe_waiting
 
 
 def train(recipe: Recipe) -> None:
@@ -169,7 +170,7 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def describe(engine: Engine) -> Iterator[str]:
-    """What will be trained, in three lines."""
+    """What will be trained, in three lines; on the CPU a fourth one about threads."""
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
     yield f"{recipe.model.name}: {count_parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
@@ -178,6 +179,8 @@ def describe(engine: Engine) -> Iterator[str]:
         f"{schedule.accumulate} x {schedule.micro_batch} (processes, accumulated, micro-batch) on {world.device.type}"
     )
     yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
+    if world.device.type == "cpu":
+        yield f"CPU threads: {torch.get_num_threads()}, {describe_waiting()}"
 
 
 def describe_choices(asked: Recipe, recipe: Recipe) -> Iterator[str]:

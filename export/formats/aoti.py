@@ -35,6 +35,7 @@ FORMAT = Format(
     packages=(),
     install="",
     dynamic=("batch", "size"),
+    detectors=False,
     write=write,
     read=read,
 )

@@ -46,6 +46,7 @@ class Format:
     packages: modules that must be importable to write it.
     install: what installs them.
     dynamic: which of "batch" and "size" can be left open.
+    detectors: whether it records how many boxes a detector finds, which depends on the image.
     write: `(recording, path)` writes the file.
     read: `(path)` returns a function that runs the file, and its metadata as JSON (None: there is none).
     """
@@ -56,6 +57,7 @@ class Format:
     packages: tuple[str, ...]
     install: str
     dynamic: tuple[str, ...]
+    detectors: bool
     write: Callable[[Recording, Path], None]
     read: Callable[[Path], tuple[Run, str | None]]
 

@@ -44,6 +44,7 @@ FORMAT = Format(
     packages=("executorch",),
     install="executorch",
     dynamic=(),
+    detectors=False,
     write=write,
     read=read,
 )

@@ -1,16 +1,20 @@
-"""ONNX, by torch's exporter; read by ONNX Runtime."""
+"""ONNX, by torch's exporters; read by ONNX Runtime."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..detectors import OneImageDetector
 from .base import METADATA_KEY, Format, Recording, Run
 
 _MOST_BYTES = 1 << 30  # of weights within the file itself: a protobuf holds 2 GB
 
 
 def write(recording: Recording, path: Path) -> None:
+    if isinstance(recording.model, OneImageDetector):
+        _write_traced(recording, path)
+        return
     with torch.no_grad():
         program = torch.onnx.export(
             recording.model,
@@ -24,6 +28,20 @@ def write(recording: Recording, path: Path) -> None:
     program.model.metadata_props[METADATA_KEY] = recording.metadata
     weights = sum(tensor.nbytes for tensor in recording.model.state_dict().values())
     program.save(path, external_data=weights > _MOST_BYTES)
+
+
+def _write_traced(recording: Recording, path: Path) -> None:
+    """By the exporter that traces: torch.export does not record sizes that depend on the image."""
+    import onnx
+
+    names = list(recording.model(recording.example))
+    with torch.no_grad():
+        torch.onnx.export(
+            recording.model, (recording.example,), path, dynamo=False, input_names=["images"], output_names=names
+        )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {METADATA_KEY: recording.metadata})
+    onnx.save(model, path)
 
 
 def read(path: Path) -> tuple[Run, str | None]:
@@ -45,6 +63,7 @@ FORMAT = Format(
     packages=("onnx", "onnxscript", "onnxruntime"),
     install="tessel[export]",
     dynamic=("batch", "size"),
+    detectors=True,
     write=write,
     read=read,
 )

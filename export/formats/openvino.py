@@ -39,6 +39,7 @@ FORMAT = Format(
     packages=("openvino",),
     install="openvino",
     dynamic=("batch", "size"),
+    detectors=False,
     write=write,
     read=read,
 )

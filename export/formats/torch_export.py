@@ -32,6 +32,7 @@ FORMAT = Format(
     packages=(),
     install="",
     dynamic=("batch", "size"),
+    detectors=False,
     write=write,
     read=read,
 )

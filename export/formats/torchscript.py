@@ -12,9 +12,9 @@ from .base import METADATA_FILE, Format, Recording, Run
 
 def write(recording: Recording, path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
-        # the deprecation, and a warning for each size that is fixed
+        # the deprecation, and a warning for each size that is fixed; `strict=False` allows dicts as outputs
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(recording.model, recording.example, check_trace=False)
+        traced = torch.jit.trace(recording.model, recording.example, check_trace=False, strict=False)
         torch.jit.save(traced, path, _extra_files={METADATA_FILE: recording.metadata})
 
 
@@ -39,6 +39,7 @@ FORMAT = Format(
     packages=(),
     install="",
     dynamic=("batch",),
+    detectors=True,
     write=write,
     read=read,
 )

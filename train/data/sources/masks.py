@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import UserError
@@ -30,8 +29,8 @@ class Masks(SplitOptions):
     class_map: FilePath | None = None
     """file with the names of the classes, and if needed their values or colors; null: classes.csv, .yaml, .json or
     .txt in root, else the values in the masks are the classes"""
-    ignore: tuple[NonNegativeInt | str, ...] | None = None
-    """values, colors (#rrggbb) or class names of unlabelled pixels; null: 255, unless it is a class"""
+    ignore: tuple[int | str, ...] | None = None
+    """values, colors ('#rrggbb', in quotes) or class names of unlabelled pixels; null: 255, unless it is a class"""
     train_split: str | None = None
     """name of the training part: of a folder or, with .txt, of a list of names; null: train"""
     val_split: str | None = None

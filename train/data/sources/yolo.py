@@ -142,8 +142,8 @@ def _read_yaml(file: Path) -> Listing:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not a data.yaml of YOLO: {one_line(error)}") from error
     columns = 5 if "kpt_shape" in content else None
-    folders = ([_resolve(entry, base, file.parent, file) for entry in entries] for entries in (train, val))
-    return Listing(str(file), list(names), *folders, columns)
+    train, val = ([_resolve(entry, base, file.parent, file) for entry in entries] for entries in (train, val))
+    return Listing(str(file), list(names), train, val, columns)
 
 
 def _entries(value: Any) -> list[str]:
