@@ -16,8 +16,8 @@ written. The recipes keep all their keys except:
 - samples: 128 instead of 512 boxes an image in Mask R-CNN, and 20 instead of 100 detections (task.detect.kwargs)
 - device: the CPU, hence fp32 (run.device, parallel.precision)
 
-With --short, which CI runs, inputs have 64 pixels, the heads of segmenters and detectors few channels, and pictures and
-report are left out, because drawing takes most of the time. The exit code is 1 if a recipe failed; FOLDER/NAME.log has
+With --short, which CI runs, inputs have 64 pixels, the heads of segmenters and detectors few channels, Mask R-CNN 32
+boxes an image, and pictures and report are left out. The exit code is 1 if a recipe failed; FOLDER/NAME.log has
 what it printed.
 """
 
@@ -118,7 +118,9 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
     if options.min_size:
         keys["task.detect.min_size"] = [size * side // recipe.data.size for side in options.min_size]
     if options.detector == "mask_rcnn":
-        keys["task.detect.kwargs"] = {**options.kwargs, "box_batch_size_per_image": 128, "box_detections_per_img": 20}
+        samples, found = (32, 5) if short else (128, 20)
+        fewer = {"box_batch_size_per_image": samples, "box_detections_per_img": found}
+        keys["task.detect.kwargs"] = {**options.kwargs, **fewer}
     return keys | ({"task.detect.channels": 32} if short else {})
 
 
