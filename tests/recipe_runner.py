@@ -12,7 +12,7 @@ written. The recipes keep all their keys except:
 - length: 3 updates; warm-up and cooldown of one update each if the recipe has them, decay after the second (sched)
 - how often: logging and checkpoints at every update, one evaluation (log.every, ckpt.every, eval.every)
 - input: classification at most 224 pixels, crops of segmenters 128, short sides of detectors 192 (data.size,
-  data.img_scale, task.segment.test, task.detect.min_size, task.detect.max_size)
+  data.img_scale, model.kwargs.img_size, task.segment.test, task.detect.min_size, task.detect.max_size)
 - samples: 128 instead of 512 boxes an image in Mask R-CNN, and 20 instead of 100 detections (task.detect.kwargs)
 - device: the CPU, hence fp32 (run.device, parallel.precision)
 
@@ -84,6 +84,8 @@ def overrides(name: str, data: Path, out: Path, *, short: bool) -> list[str]:
         **schedule(recipe),
         **{"classify": classify, "segment": segment, "detect": detect}[recipe.task.kind](recipe, short),
     }
+    if "img_size" in recipe.model.kwargs:
+        changed["model.kwargs"] = {**recipe.model.kwargs, "img_size": changed["data.size"]}
     texts = {key: str(value) if isinstance(value, str | Path) else json.dumps(value) for key, value in changed.items()}
     return [f"{key}={text}" for key, text in texts.items()]
 
