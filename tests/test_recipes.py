@@ -127,10 +127,10 @@ def test_recipe_follows_the_authors_code_in_erasing_and_batch_norm(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_agrees_with_the_manifest(name):
-    for weight in load_manifest().values():
-        if weight.model == name and weight.published_top1 and not weight.options:
-            assert f"top-1 {weight.published_top1:.1f} %" in head(name)
-            assert loaded(name).data.size == weight.input_size[-1]
+    rows = [row for row in load_manifest().values() if row.model == name and row.published_top1 and not row.options]
+    assert all(loaded(name).data.size == row.input_size[-1] for row in rows)
+    # one file may have two rows, with the accuracy of the paper and with timm's of its own evaluation
+    assert not rows or any(f"top-1 {row.published_top1:.1f} %" in head(name) for row in rows)
     assert re.search(r"arXiv \d{4}\.\d{5}", head(name)) and "\n# source: " in head(name)
     paper = FAMILIES[name].pretrained_cfg["paper_ids"]
     assert paper.replace("arXiv:", "arXiv ") in head(name)
