@@ -52,8 +52,8 @@ def import_weights(model: str, file: Path, cache_dir: Path | None = None) -> Pat
 
     from .. import zoo as zoo  # registers the models with timm
     from ..checkpoints import find_weight, keep_imported, verify
-    from ..train.errors import UserError
-    from ..train.tasks.models import create_model
+    from ..train.errors import UserError, one_line
+    from ..train.tasks.models import CREATE_ERRORS
 
     try:
         weight = find_weight(model)
@@ -61,11 +61,10 @@ def import_weights(model: str, file: Path, cache_dir: Path | None = None) -> Pat
             verify(file, weight.sha256)
     except ValueError as error:
         raise UserError(str(error)) from error
-    side, overlay = weight.input_size[-1], {"file": str(file)}
-    assert timm.is_model(weight.model)
-    network = create_model(
-        weight.name, side, key="the model", pretrained=True, num_classes=None, pretrained_cfg_overlay=overlay
-    )
+    try:
+        network = timm.create_model(weight.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    except CREATE_ERRORS as error:
+        raise UserError(f"{file} does not hold the weights {weight.name}: {one_line(error)}") from error
     state = {key: tensor for key, tensor in network.state_dict().items() if tensor.is_floating_point()}
     try:
         return keep_imported(weight, state, cache_dir=cache_dir)
@@ -132,7 +131,8 @@ def push(source: str, repository: str, private: bool, license_: str | None, dry_
     from ..train.errors import UserError, report_errors
 
     with report_errors() as outcome:
-        from timm.models import generate_readme, push_to_hf_hub
+        from timm.models import push_to_hf_hub
+        from timm.models._hub import generate_readme
 
         from ..predict import load
         from .cards import model_card

@@ -20,7 +20,7 @@ from tessel.train.errors import UserError
 from tessel.train.evaluation import load_run
 from tessel.train.recipe.load import PACKAGED, flatten, load_recipe
 from tessel.train.recipe.plan import plan
-from tessel.train.recipe.sizing import AUTO, auto_keys, recorded, sized
+from tessel.train.recipe.sizing import AUTO, auto_keys, describe_auto, recorded, sized
 from tessel.train.tasks.classify.metrics import ClassificationMetrics
 from tessel.train.tasks.classify.task import build_classifier
 from tessel.train.tasks.models import no_weights, resolve_pretrained
@@ -75,6 +75,14 @@ def test_given_numbers_are_kept_and_the_others_follow_from_them():
     recipe = sized(finetune("classify", "data.batch=30", "sched.steps=600", "ema.decay=null"), samples=60)
     assert (recipe.data.batch, recipe.sched.epochs, recipe.sched.warmup, recipe.ema.decay) == (30, None, 30, None)
     assert recipe.eval.every == recipe.ckpt.every == 20
+
+
+def test_images_of_a_segmenter_are_resized_to_the_size_of_its_crops():
+    recipe = finetune("segment", "data.size=96")
+    result = sized(recipe, samples=60)
+    assert result.data.img_scale == (384, 96) and "data.img_scale" in auto_keys(recipe)
+    assert "data.img_scale=[384, 96]" in str(describe_auto(recipe, result))
+    assert recorded(recipe, sized(finetune("segment", "data.size=128"), samples=60)).data.img_scale == (512, 128)
 
 
 def test_layers_learn_at_different_rates_only_from_weights():
@@ -182,7 +190,7 @@ def test_processes_stop_early_together(images, tmp_path):
 @pytest.mark.parametrize(
     ("task", "write", "keys"),
     [
-        ("segment", own_data.write_masks, ["data.img_scale=[256, 64]"]),
+        ("segment", own_data.write_masks, []),
         ("detect", own_data.write_coco, ["data.train=[shapes.json, photos]", "data.val=null"]),
         ("detect", own_data.write_yolo, ["data.source=yolo"]),
     ],
@@ -190,7 +198,7 @@ def test_processes_stop_early_together(images, tmp_path):
 def test_walk_on_own_masks_and_boxes(tmp_path, task, write, keys):
     write(tmp_path / "own", 24)
     if task == "detect":
-        keys = [*keys, "task.detect.channels=64", "task.detect.min_size=null"]
+        keys = [*keys, "task.detect.channels=64"]
     small = ["model.name=biformer_atto", "data.size=64", "data.workers=0", "run.device=cpu", f"run.out={tmp_path}"]
     command = [f"finetune/{task}", f"data.root={tmp_path}/own", *small, *keys, "sched.steps=12", "sched.patience=2"]
     assert trainer.main(command) == 0

@@ -14,7 +14,7 @@ from PIL import Image
 from tessel.train.data.class_file import default_palette, hex_color, read_class_file
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import make_recipe
-from tessel.train.recipe.registry import SOURCES
+from tessel.train.recipe.registry import SOURCES, open_dataset
 
 
 def opened(root, part="train", **keys):
@@ -381,3 +381,37 @@ def test_values_of_other_data_point_to_the_source_of_own_masks(tmp_path):
     spec = SOURCES["ade20k"]
     with pytest.raises(UserError, match="data.source=masks"):
         spec.datasets["semantic masks"](spec.options(root=str(root)), "train")[0]  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("masks", "segment"), ("yolo", "segment"), ("yolo", "detect")],
+    ids=["masks", "objects", "boxes"],
+)
+@pytest.mark.parametrize("mode", ["transparent", "gray", "16 bits", "turned"])
+def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path, source, kind, mode):
+    """Transparency over data.background, gray levels and 16 bits as RGB, and the EXIF orientation, for every sample."""
+    exif, pixels = Image.Exif(), np.full((4, 6), 200, np.uint8)
+    image = {
+        "transparent": Image.fromarray(np.zeros((4, 6, 4), np.uint8), "RGBA"),
+        "gray": Image.fromarray(pixels),
+        "16 bits": Image.fromarray(pixels.astype(np.uint16) * 256),
+        "turned": Image.fromarray(pixels.T.copy()).convert("RGB"),
+    }[mode]
+    if mode == "turned":
+        exif[scenery.ORIENTATION] = 6
+    for number in range(3):
+        own_data.write(tmp_path / f"labels/{number}.txt", "0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+        save(Image.fromarray(halves(0, 1, 1)), tmp_path / f"masks/{number}.png")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image.save(tmp_path / f"images/{number}.png", exif=exif)
+    write(tmp_path / "data.yaml", "train: images\nnames: [thing]\n")
+    sections = {
+        "model": {"name": "test_resnet"},
+        "task": {"kind": kind} | ({"segment": {"decode_head": {"type": "FCNHead"}}} if kind == "segment" else {}),
+        "data": {"source": source, "root": str(tmp_path), "background": [10, 20, 30]},
+        "sched": {"steps": 1},
+    }
+    picture, _ = open_dataset(make_recipe(sections, source="test"), "train")[0]
+    assert picture.mode == "RGB" and picture.size == (6, 4)
+    assert picture.getpixel((3, 2)) == ((10, 20, 30) if mode == "transparent" else (200, 200, 200))

@@ -62,7 +62,7 @@ def renamed_class(images):
 @pytest.mark.parametrize(
     ("overrides", "damage", "fragments"),
     [
-        (["data.root=/nowhere"], None, ["/nowhere/val", "No such file", "data.root must contain"]),
+        (["data.root=/nowhere"], None, ["/nowhere", "No such file", "data.root must contain"]),
         ([], split_is_a_file, ["images/val", "Not a directory"]),
         ([], empty_class, ["class class_0", "no images", ".jpg"]),
         ([], no_classes, ["no class folders", "data.root must contain"]),
@@ -78,7 +78,7 @@ def renamed_class(images):
         (["model.kwargs={num_classes: 7}"], None, ["model.kwargs", "num_classes", "task.num_classes"]),
         (["model.kwargs={pretrained: true}"], None, ["model.kwargs", "model.pretrained"]),
         (["model.kwargs={features_only: true}"], None, ["model.kwargs", "features_only"]),
-        (["model.kwargs={in_chans: 1}"], None, ["model.name=test_efficientnet", "3 x 32 x 32", "1 channels", "kwargs"]),
+        (["model.kwargs={in_chans: 1}"], None, ["model.kwargs", "in_chans", "model.in_chans"]),
         (["model.name=test_vit", "data.size=10"], None, ["model.name=test_vit", "3 x 10 x 10", "divisible"]),
         (["model.name=levit_128s", "data.size=50"], None, ["model.name=levit_128s", "3 x 50 x 50", "data.size"]),
         ([TINY_VIT, "model.kwargs={depth: 1, img_size: 64}"], None, [TINY_VIT, "3 x 32 x 32", "match model (64)"]),

@@ -47,7 +47,10 @@ def run_evaluation(
     finally:
         model.train(training)
         batches.close()
-    return None if world.any_rank(stop()) else metrics
+    if world.any_rank(stop()):
+        return None
+    task.note_evaluation(metrics)
+    return metrics
 
 
 def save_evaluation(run: Path, metrics: MetricAccumulator, facts: dict[str, Any], world: World) -> dict[str, Any]:

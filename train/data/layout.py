@@ -19,11 +19,7 @@ from .image_io import EXTENSIONS
 from .split import held_out
 
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-LISTS = (
-    "",
-    "ImageSets/Segmentation",
-    "ImageSets/Main",
-)  # folders below the root in which lists of names are looked for
+LISTS = ("", "ImageSets/Segmentation", "ImageSets/Main")  # folders below the root that may hold lists of names
 
 
 class Pair(NamedTuple):
@@ -47,14 +43,15 @@ class Folders:
     optional: bool = False  # an image without a label file has nothing to label
 
     def pairs(self, split: str, names: tuple[str | None, str | None], fraction: float) -> list[Pair]:
-        """The pairs of the split "train" or "val", sorted by name.
+        """The pairs of the split "train" or "val", sorted by name, or in the order of their list.
 
         names: of the folders or lists of the two splits, where the user gave them; fraction: of the images that are
         held out if there is no validation part. Raises UserError naming what is missing, double or ambiguous.
         """
         train, val = (self._find(part, name) for part, name in zip(("train", "val"), names, strict=True))
         if val is not None and train is None:
-            raise UserError(f"{val} is there, but no training part: {self.layouts('train')}")
+            place = val if isinstance(val, Path) else val[0]
+            raise UserError(f"{place} is there, but no training part: {self.layouts()}")
         found = val if split == "val" and val is not None else train
         pairs = self._read(found)
         if val is None:

@@ -25,12 +25,14 @@ if typing.TYPE_CHECKING:
     AutoPositive = float
     AutoFraction = float
     AutoDecay = float
+    AutoPair = tuple[int, int]
 else:
     AutoInt = PositiveInt | Literal["auto"]
     AutoFloat = NonNegativeFloat | Literal["auto"]
     AutoPositive = PositiveFloat | Literal["auto"]
     AutoFraction = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
     AutoDecay = Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+    AutoPair = tuple[PositiveInt, PositiveInt] | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

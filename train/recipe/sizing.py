@@ -9,11 +9,11 @@ import math
 from typing import Any
 
 from .load import flatten
-from .registry import AutoRange, task_spec
+from .registry import Auto, task_spec
 from .schema import Recipe
 
 AUTO = "auto"
-AUTO_KEYS = (
+SHARED_KEYS = (
     "data.batch",
     "sched.epochs",
     "sched.warmup",
@@ -24,9 +24,9 @@ AUTO_KEYS = (
     "log.every",
     "parallel.precision",
 )
-"""The keys that `sized` replaces; `model.pretrained` is resolved where the model's weights are known."""
-IMAGES = 200_000  # training images that a run sees, as far as `AutoRange.epochs` allows it
-UPDATES_PER_EPOCH = 8  # at least, as far as `AutoRange.batch` allows it
+"""The keys that `sized` replaces, besides those of the task; `tasks.models` resolves `model.pretrained`."""
+IMAGES = 200_000  # training images that a run sees, as far as `Auto.epochs` allows it
+UPDATES_PER_EPOCH = 8  # at least, as far as `Auto.batch` allows it
 WARMUP = 0.05  # of the training
 LAYER_DECAY = 0.9
 EVALUATIONS, EVALUATIONS_PER_EPOCH = 30, 2
@@ -38,7 +38,7 @@ DECAY = (0.9, 0.9998)  # lowest and highest decay of the moving average
 def auto_keys(recipe: Recipe) -> list[str]:
     """The dotted keys that `sized` replaces."""
     found = flatten(recipe)
-    return [key for key in AUTO_KEYS if found[key] == AUTO]
+    return [key for key in (*SHARED_KEYS, *task_spec(recipe).auto.keys) if found[key] == AUTO]
 
 
 def sized(recipe: Recipe, *, samples: int, processes: int = 1, multiple: int = 1, bf16: bool = False) -> Recipe:
@@ -72,10 +72,12 @@ def sized(recipe: Recipe, *, samples: int, processes: int = 1, multiple: int = 1
     value("ckpt.every", evaluate or max(1, round(epoch)))
     value("log.every", min(max(1, steps // LOG_LINES), LOG_EVERY))
     value("parallel.precision", "bf16" if bf16 else "fp32")
+    for key, choose in limits.keys.items():
+        value(key, choose(recipe))
     return replaced(recipe, chosen)
 
 
-def batch_size(samples: int, limits: AutoRange, divisor: int) -> int:
+def batch_size(samples: int, limits: Auto, divisor: int) -> int:
     """The largest power of two that leaves 8 updates an epoch, within the task's range and the number of samples.
 
     It is then rounded down to a multiple of `divisor`, at least one.
@@ -85,7 +87,7 @@ def batch_size(samples: int, limits: AutoRange, divisor: int) -> int:
     return max(min(max(power, low), high, samples) // divisor, 1) * divisor
 
 
-def epoch_count(samples: int, limits: AutoRange) -> float:
+def epoch_count(samples: int, limits: Auto) -> float:
     """Epochs in which 200,000 images are seen, within the task's range."""
     low, high = limits.epochs
     return float(min(max(round(IMAGES / samples), low), high))
@@ -101,7 +103,7 @@ def starts_from_weights(recipe: Recipe) -> bool:
 def recorded(recipe: Recipe, begun: Recipe) -> Recipe:
     """The recipe with the numbers that an earlier start of its run, `begun`, has in the place of `auto`."""
     known = flatten(begun)
-    keys = [key for key, value in flatten(recipe).items() if value == AUTO and key in (*AUTO_KEYS, "model.pretrained")]
+    keys = auto_keys(recipe) + ["model.pretrained"] * (recipe.model.pretrained == AUTO)
     return replaced(recipe, {key: known[key] for key in keys if key in known})
 
 
@@ -117,5 +119,6 @@ def replaced(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 def describe_auto(asked: Recipe, recipe: Recipe) -> str | None:
     """The keys for which `asked` has `auto`, with their numbers in `recipe`; None if there are none."""
     values = flatten(recipe)
-    texts = [f"{key}={'null' if values[key] is None else values[key]}" for key in auto_keys(asked)]
+    shown = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    texts = [f"{key}={'null' if shown[key] is None else shown[key]}" for key in auto_keys(asked)]
     return f"auto: {', '.join(texts)}" if texts else None

@@ -29,6 +29,8 @@ def conflicts(recipe: Recipe) -> Iterator[str]:
     if kind not in SOURCES[source].datasets:
         known = ", ".join(sources_with(kind))
         yield f"data.source={source} has no {kind}, which task.kind={spec.kind} reads here; use one of {known}"
+    if not spec.any_channels and recipe.model.in_chans not in (None, 3):
+        yield f"model.in_chans={recipe.model.in_chans} does not work with task.kind={spec.kind}, which reads 3 channels"
     yield from _schedule(recipe)
     yield from _optimizer(recipe)
     if recipe.sched.freeze and recipe.model.freeze == "backbone":

@@ -37,7 +37,7 @@ def task_sections(run: RunRecord) -> Any:
 
 def usage(run: RunRecord) -> tuple[str, str]:
     """Code that loads the exported model and runs it on an image file. Raises UserError if there is no export."""
-    return "In Python:", code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
+    return "In Python:", code(task_spec(run.recipe).usage_code(run.recipe, str(run.export)))
 
 
 def write_report(runs: Sequence[RunRecord], out: Path | None = None) -> Path:

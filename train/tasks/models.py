@@ -94,11 +94,12 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
     """The model with the weights that `model.init_from` names. Raises UserError if they cannot be read."""
     source = str(options.init_from)
     if not is_weights_file(source):
-        return create_model(source, size, key="model.init_from", pretrained=True, num_classes=num_classes)
+        channels = {"in_chans": options.in_chans} if options.in_chans else {}
+        return create_model(source, size, key="model.init_from", pretrained=True, num_classes=num_classes, **channels)
     file = os.path.expanduser(source)
     if not os.path.isfile(file):
         raise UserError(f"model.init_from={source}: there is no such file")
-    kwargs = dict(options.kwargs)
+    kwargs = {**({"in_chans": options.in_chans} if options.in_chans else {}), **options.kwargs}
     given = kwargs.pop("pretrained_cfg_overlay", {})
     # published weights have the classes of the model's own, weights from elsewhere may have those of the data
     mismatch: UserError | None = None
@@ -118,7 +119,7 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
 
 @contextmanager
 def input_errors(model: str, image: Tensor) -> Iterator[None]:
-    """Turn what `model` raises for an `image: [3, H, W]` that it does not accept into one UserError."""
+    """Turn what `model` raises for an `image: [C, H, W]` that it does not accept into one UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -126,7 +127,8 @@ def input_errors(model: str, image: Tensor) -> Iterator[None]:
     except MODEL_ERRORS as error:
         size = " x ".join(map(str, image.shape))
         raise UserError(
-            f"{model} does not accept {size} images ({one_line(error)}); change data.size, the model or its kwargs"
+            f"{model} does not accept {size} images ({one_line(error)}); change data.size, model.in_chans, the model "
+            "or its kwargs"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...recipe.schema import STRICT, Aug, Data, Dense, FilePath, Recipe, Task
+from ...recipe.schema import STRICT, Aug, AutoPair, Data, Dense, FilePath, Recipe, Task
 from ...recipe.validation import check_range
 
 
@@ -64,9 +64,15 @@ class SegmentAug(Aug):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SegmentData(Data):
-    img_scale: tuple[PositiveInt, PositiveInt] | None = None
-    """long and short side that an image is resized to fit into, keeping its ratio; null: the size of the image"""
+    img_scale: AutoPair | None = None
+    """long and short side that an image is resized to fit into, keeping its ratio; null: the size of the image; auto:
+    [4 * data.size, data.size]"""
     aug: SegmentAug = SegmentAug()
+
+
+def img_scale(recipe: Recipe[Segment, SegmentData]) -> tuple[int, int]:
+    """What `data.img_scale=auto` stands for: the short side becomes `data.size`."""
+    return 4 * recipe.data.size, recipe.data.size
 
 
 def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
