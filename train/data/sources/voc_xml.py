@@ -11,8 +11,8 @@ from ...recipe.schema import STRICT, FilePath
 from ..annotations import AnnotatedImage, Annotations
 from ..class_file import find_class_file, read_class_file
 from ..detection import DetectionDataset
-from ..layout import NAMES, Folders, Pair
-from ..split import SplitOptions
+from ..layout import Folders, Pair
+from ..split import PART_NAMES, SplitOptions
 from ..voc_xml import object_names, read_voc_image
 
 IMAGES, ANNOTATIONS = ("images", "JPEGImages"), ("annotations", "Annotations", "labels")
@@ -74,7 +74,7 @@ def find_classes(data: VOCFiles, train: list[Pair]) -> list[str]:
 
 def _existing_folder(root: Path, names: tuple[str, ...]) -> str:
     """The first of `names` that is a folder of the data set; "." if none is."""
-    parts = ("", *NAMES["train"])
+    parts = ("", *PART_NAMES["train"])
     return next((name for name in names if any((root / part / name).is_dir() for part in parts)), ".")
 
 
