@@ -11,7 +11,7 @@ from torch import nn
 from ..train.errors import UserError
 from .networks import ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
-from .tasks import Classifier, Detector, Segmenter
+from .tasks import Classifier, Detector, MultiLabelClassifier, Segmenter
 
 RECIPE = "recipe.yaml"  # of a run
 # endings of exported files: a name with one of them is not a misspelled model
@@ -87,9 +87,9 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
     recipe = None
     if (path / RECIPE).is_file():
         recipe, model = load_run(path)
-        kind = recipe.task.kind
+        kind, folder = recipe.task.kind, path / "export"
     elif (path / CONFIG).is_file():
-        kind = str(_read_json(path / CONFIG).get("task", "classify"))
+        kind, folder = str(_read_json(path / CONFIG).get("task", "classify")), path
         if kind not in TASKS:
             raise UserError(f"{path}: an export of the unknown task {kind!r}; install the package that has it")
         model = resolve_name(TASKS[kind].load)(path)
@@ -97,6 +97,9 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
         raise UserError(f"{path} is neither a run nor an export: it has no {RECIPE} and no {CONFIG}")
     if kind == "classify":
         return _classifier(model, device, size)
+    if kind == "multilabel":
+        plain, thresholds = _classifier(model, device, size), _read_json(folder / CONFIG)["thresholds"]
+        return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds)
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
@@ -156,10 +159,13 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
         raise UserError(f"size={size}: {path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
     task = facts.get("task")
     try:
-        if task == "classify":
+        if task in ("classify", "multilabel"):
             sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
             config = {**facts, "input_size": (facts["input_size"][0], *sides)}
-            return Classifier(network, facts["class_names"] or _numbered(network, config["input_size"]), config)
+            classes = facts["class_names"] or _numbered(network, config["input_size"])
+            if task == "multilabel":
+                return MultiLabelClassifier(network, classes, config, facts["thresholds"])
+            return Classifier(network, classes, config)
         if task == "segment":
             keys = ("palette", "mean", "std", "test", "img_scale", "size")
             options = {key: facts.get(key) for key in keys}

@@ -49,10 +49,10 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Classification(Prediction):
-    """The most probable classes, the best first.
+    """The most probable classes, the best first; of a model with several labels per image all predicted labels.
 
     labels: their names; indices: their numbers in the model's output; probabilities: in 0..1, by softmax over all
-    classes.
+    classes, or of each label by itself.
     """
 
     labels: list[str]
@@ -65,7 +65,7 @@ class Classification(Prediction):
         return self.labels[0]
 
     def summary(self) -> str:
-        return ", ".join(f"{100 * p:.1f}% {label}" for p, label in self._pairs())
+        return ", ".join(f"{100 * p:.1f}% {label}" for p, label in self._pairs()) or "no label"
 
     def to_dict(self) -> dict[str, Any]:
         rows = zip(self.labels, self.indices, self.probabilities, strict=True)
@@ -78,7 +78,7 @@ class Classification(Prediction):
         canvas = self.image.copy()
         draw = ImageDraw.Draw(canvas, "RGBA")
         size = max(10, min(canvas.size) // 24)
-        text = "\n".join(f"{100 * p:.1f}% {label}" for p, label in self._pairs())
+        text = "\n".join(f"{100 * p:.1f}% {label}" for p, label in self._pairs()) or "no label"
         font, at = ImageFont.load_default(size), (size // 2, size // 2)
         left, top, right, bottom = draw.multiline_textbbox(at, text, font=font)
         draw.rectangle((left - size // 3, top - size // 3, right + size // 3, bottom + size // 3), fill=(0, 0, 0, 160))

@@ -48,20 +48,42 @@ class Classifier:
     def predict(self, named: Named, *, topk: int = 5) -> list[Classification]:
         if topk < 1:
             raise UserError(f"topk={topk} must be at least 1")
-        logits = self.network(torch.stack([self.transform(image) for _, image in named]))
-        best = logits.float().cpu().softmax(1).topk(min(topk, len(self.classes)))
-        return [
-            Classification(
-                source=source,
-                image=image,
-                labels=[self.classes[index] for index in indices],
-                indices=indices,
-                probabilities=probabilities,
-            )
-            for (source, image), indices, probabilities in zip(
-                named, best.indices.tolist(), best.values.tolist(), strict=True
-            )
-        ]
+        best = self.logits(named).softmax(1).topk(min(topk, len(self.classes)))
+        chosen = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [self.result(*pair, *best) for pair, best in zip(named, chosen, strict=True)]
+
+    def logits(self, named: Named) -> Tensor:
+        """float32 [N, classes], on the CPU."""
+        return self.network(torch.stack([self.transform(image) for _, image in named])).float().cpu()
+
+    def result(self, source: str, image: Image.Image, indices: list[int], probabilities: list[float]) -> Classification:
+        """The result of an image, from the numbers of its classes and their probabilities."""
+        labels = [self.classes[index] for index in indices]
+        return Classification(source=source, image=image, labels=labels, indices=indices, probabilities=probabilities)
+
+
+class MultiLabelClassifier(Classifier):
+    """A classifier with any number of labels per image: those that are at least as probable as their threshold."""
+
+    task = "multilabel"
+
+    def __init__(
+        self, network: Network, classes: Sequence[str], config: Mapping[str, Any], thresholds: Mapping[str, float]
+    ):
+        super().__init__(network, classes, config)
+        self.thresholds = dict(thresholds)
+
+    def metadata(self) -> dict[str, Any]:
+        return {**super().metadata(), "thresholds": self.thresholds}
+
+    def predict(self, named: Named) -> list[Classification]:
+        limits = torch.tensor([self.thresholds[name] for name in self.classes])
+        results = []
+        for (source, image), row in zip(named, self.logits(named).sigmoid(), strict=True):
+            order = row.argsort(descending=True)
+            indices = order[row[order] >= limits[order]].tolist()
+            results.append(self.result(source, image, indices, row[indices].tolist()))
+        return results
 
 
 class Segmenter:

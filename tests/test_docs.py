@@ -86,7 +86,7 @@ def test_recipes_are_valid(page, tmp_path, monkeypatch):
         ):
             recipe, overrides = found.groups()
             if not recipe.isupper():  # RECIPE is a placeholder
-                load_recipe(recipe, overrides.split())
+                load_recipe(recipe, shlex.split(overrides))
 
 
 @pages

@@ -29,6 +29,8 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            remedy = "a part of this path is a file: remove it"
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}); {remedy} or set run.out to another folder"
         ) from error

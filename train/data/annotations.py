@@ -1,9 +1,13 @@
 """Objects in images, as annotation files describe them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from .split import held_out
+
 MAX_COORDINATE = 2**20  # sanity limit in pixels; also rejects infinity and NaN
+NO_SEGMENTATION = "has no segmentation, from which masks are drawn (task.kind=segment, task.detect.detector=mask_rcnn)"
 
 
 class AnnotatedObject(NamedTuple):
@@ -32,6 +36,12 @@ class Annotations:
     source: str
     classes: list[str]
     images: list[AnnotatedImage]
+
+    def part(self, split: str, fraction: float, names: Sequence[str]) -> "Annotations":
+        """The split "train" or "val" of annotations that have none: by a hash of the images' `names`."""
+        held = held_out(names, fraction)
+        images = [image for image, chosen in zip(self.images, held, strict=True) if chosen == (split == "val")]
+        return replace(self, images=images)
 
 
 def are_numbers(values: Any, count: int, limit: float = MAX_COORDINATE) -> bool:

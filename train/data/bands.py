@@ -4,6 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError
 
@@ -45,6 +46,19 @@ def as_channels(array: np.ndarray, channels: int) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError("it has values that are not finite")
     return array
+
+
+def viewable(picture: Any) -> Image.Image:
+    """A picture to look at: an image as it is; of an array `[H, W, C]` the first three channels, or the first one.
+
+    Each channel is stretched from its lowest to its highest value.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    shown = picture[..., : 3 if picture.shape[2] >= 3 else 1].astype(np.float64)
+    low, high = shown.min((0, 1)), shown.max((0, 1))
+    levels = (255 * (shown - low) / np.maximum(high - low, np.finfo(np.float64).tiny)).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(levels, (*levels.shape[:2], 3)).copy())
 
 
 def _read_tiff(file: Any, name: str) -> np.ndarray:

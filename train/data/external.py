@@ -17,6 +17,7 @@ class ExternalDataset:
     """(image, class index) samples; `fetch(index)` returns a binary file of the image, and the class index."""
 
     pixel_format = RGB
+    decode: Any = staticmethod(read_image)
 
     def __init__(self, fetch: Callable[[int], tuple[Any, Any]], length: int, classes: list[str], name: str):
         self.fetch, self.length, self.classes, self.name = fetch, length, classes, name
@@ -33,10 +34,10 @@ class ExternalDataset:
             target = int(label)
             return file
 
-        return read_image(open_file, f"{index} of {self.name}", pixel_format=self.pixel_format), target
+        return self.decode(open_file, f"{index} of {self.name}", pixel_format=self.pixel_format), target
 
 
-def require_package(source: str, package: str, distribution: str) -> None:
-    """Raises UserError if a package is not installed."""
+def require_package(setting: str, package: str, distribution: str) -> None:
+    """Raises UserError if the package that a setting of the recipe needs is not installed."""
     if find_spec(package) is None:
-        raise UserError(f"data.source={source} needs the package {package}: pip install {distribution}")
+        raise UserError(f"{setting} needs the package {package}: pip install {distribution}")

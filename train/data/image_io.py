@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,19 @@ def read_image(
             f"image {name} is {found[0]} x {found[1]} pixels, but its annotation is for {size[0]} x {size[1]}"
         )
     return picture
+
+
+def upright_size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height of the image at `path`, rotated as its EXIF orientation says; None if it cannot be read.
+
+    Only the header is read.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # decoders raise all kinds of exceptions for damaged files
+        return None
 
 
 def read_file(path: str, *, pixel_format: PixelFormat = RGB, size: tuple[int, int] | None = None) -> Any:

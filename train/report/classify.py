@@ -10,6 +10,7 @@ from matplotlib import rcParams
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from ..data.bands import viewable
 from ..errors import UserError
 from .attention_maps import attention_figure, capture_examples
 from .page import WIDTH, Section, picture
@@ -63,7 +64,7 @@ def hardest(run: RunRecord, folder: Path) -> tuple[str, str]:
     if [label for _, label in samples] != target[chosen].tolist():
         raise UserError("the evaluation was made on other data than that of the recipe")
     cards = [
-        (image, data.classes[target[i]], data.classes[prediction[i]], float(probability[i, prediction[i]]))
+        (viewable(image), data.classes[target[i]], data.classes[prediction[i]], float(probability[i, prediction[i]]))
         for i, (image, _) in zip(chosen, samples, strict=True)
     ]
     mistakes, rest = (~right).sum(), "the correct images with the lowest probability of their class"
@@ -79,6 +80,8 @@ def hardest(run: RunRecord, folder: Path) -> tuple[str, str]:
 
 def attention(run: RunRecord, folder: Path) -> tuple[str, str]:
     """What the token mixers attended to in a few held-out images."""
+    if (channels := run.recipe.model.in_chans or 3) != 3:
+        raise UserError(f"attention is drawn on images of 3 channels, and these have {channels}")
     images, captures = capture_examples(run.model, run.held_out, run.recipe.data)
     text = "Orange: the query region. Blue: the regions it attends to, in the last such mixer of each stage."
     return text, picture(folder, "attention", "what queries attend to", lambda: attention_figure(images, captures))

@@ -39,17 +39,19 @@ def export_classifier(
     classes: list[str],
     data_config: dict[str, Any],
     state: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a classifier so that `timm.create_model("local-dir:PATH", pretrained=True)` reads it.
 
-    data_config: of the input (timm's resolve_data_config); state: the weights, if the model has only shards of them.
+    data_config: of the input (timm's resolve_data_config); state: the weights, if the model has only shards of them;
+    facts: further JSON data of the config.
     """
     saved: Any = _WithState(model, _to_plain(model.state_dict() if state is None else state))
     with _writing(path) as part:
         save_for_hf(
             saved,
             str(part),
-            model_config={"label_names": classes, "format": FORMAT, "tessel": __version__},
+            model_config={"label_names": classes, "format": FORMAT, "tessel": __version__, **(facts or {})},
             safe_serialization=True,
             data_config=data_config,
         )
@@ -62,7 +64,7 @@ def export_model(
 
     task: its kind; model, sections: sections of the recipe that build it, by name; facts: further JSON data.
     """
-    model = dataclasses.replace(model, pretrained=False, init_from=None)
+    model = dataclasses.replace(model, pretrained=False, init_from=None, freeze=None)
     plain = {name: dataclasses.asdict(section) for name, section in {"model": model, **sections}.items()}
     header = {
         "format": FORMAT,

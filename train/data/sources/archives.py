@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -60,6 +60,7 @@ class ArchiveDataset:
     """(RGB image, class index) at known offsets of archives, kept in arrays whose memory workers share."""
 
     pixel_format = RGB
+    decode: Any = staticmethod(read_image)
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class ArchiveDataset:
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
         name = f"{archive}:{self.names[index].decode()}"
-        return read_image(open_file, name, pixel_format=self.pixel_format), int(self.targets[index])
+        return self.decode(open_file, name, pixel_format=self.pixel_format), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

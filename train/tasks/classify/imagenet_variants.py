@@ -23,7 +23,7 @@ from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from .augment import eval_transform, image_only, input_config
+from .augment import Normalizer, eval_transform, image_only, input_config
 
 NAMES = ("val", "real", "v2", "a", "r", "sketch", "c", "fgsm", "pgd")
 # as in RVT (Mao et al., arXiv 2105.07926): no pixel changes by more than EPSILON of 0..1; number and size of the steps
@@ -80,6 +80,7 @@ class VariantEvaluator:
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
         self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
         self.config = input_config(recipe.data, model.pretrained_cfg)
+        self.normalize = Normalizer(self.config, world.device)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
@@ -133,7 +134,8 @@ class VariantEvaluator:
             with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:
                     correct = correct_classes(positions, labels).to(world.device)
-                    pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))
+                    pixels = self.normalize(pixels.to(world.device))
+                    pixels = pixels.contiguous(memory_format=memory_format(self.recipe.parallel))
                     if attack is not None:
                         pixels = self.attacked(pixels, labels.to(world.device), columns, *attack)
                     best = self.model(pixels)[:, columns].float().topk(min(5, len(columns))).indices

@@ -7,7 +7,7 @@ from matplotlib import get_data_path
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
-from torchvision.transforms.v2.functional import to_dtype, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 # distinguishable with color blindness, on light and dark ground (Okabe & Ito, 2008)
@@ -21,11 +21,11 @@ def draw_objects(
 ) -> Tensor:
     """The image with its objects, uint8 [3, H, W].
 
-    image: [3, H, W] in 0..1; objects: boxes [N, 4], labels [N] and, if given, scores [N] and masks [N, 1, H, W].
+    image: uint8 [3, H, W]; objects: boxes [N, 4], labels [N] and, if given, scores [N] and masks [N, 1, H, W].
     Predictions, which have scores, are filtered by `min_score` and non-maximum suppression over all classes; those with
     high scores are drawn last.
     """
-    canvas = to_dtype(image, torch.uint8, scale=True)
+    canvas = image
     boxes, labels = objects["boxes"], objects["labels"].tolist()
     chosen = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
     if "scores" in objects:
