@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from ..train.errors import UserError
 from .images import image_tensor
@@ -33,12 +34,19 @@ class Classifier:
     def __init__(self, network: Network, classes: Sequence[str], config: Mapping[str, Any]):
         from timm.data import create_transform
 
-        if (channels := config["input_size"][0]) != 3:
-            raise UserError(f"the model takes images of {channels} channels; predictions are made of RGB images")
+        from ..train.tasks.classify.augment import Normalizer
+        from ..train.tasks.classify.channels import channel_steps
+
+        if (channels := config["input_size"][0]) not in (1, 3):
+            raise UserError(
+                f"the model takes images of {channels} channels; predictions are made of gray or RGB images"
+            )
         self.network, self.classes = network, list(classes)
         self.config = {key: config[key] for key in CONFIG_KEYS if key in config}
         self.config["interpolation"] = {"random": "bicubic"}.get(config["interpolation"], config["interpolation"])
-        self.transform: Any = create_transform(**self.config)
+        before, after = channel_steps(channels)
+        steps: list[Any] = [*before, create_transform(**self.config, normalize=False), *after]
+        self.transform, self.normalize = Compose(steps), Normalizer(self.config, torch.device("cpu"))
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
@@ -54,7 +62,8 @@ class Classifier:
 
     def logits(self, named: Named) -> Tensor:
         """float32 [N, classes], on the CPU."""
-        return self.network(torch.stack([self.transform(image) for _, image in named])).float().cpu()
+        images = self.normalize(torch.stack([self.transform(image) for _, image in named]))
+        return self.network(images).float().cpu()
 
     def result(self, source: str, image: Image.Image, indices: list[int], probabilities: list[float]) -> Classification:
         """The result of an image, from the numbers of its classes and their probabilities."""
