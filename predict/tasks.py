@@ -120,7 +120,7 @@ class Segmenter:
     ):
         from pydantic import TypeAdapter
 
-        from ..train.tasks.segment.augment import eval_transform
+        from ..train.tasks.segment.augment import Normalizer, eval_transform
         from ..train.tasks.segment.options import SegmentTest
 
         self.network, self.classes, self.palette = network, list(classes), [list(color) for color in palette]
@@ -130,9 +130,10 @@ class Segmenter:
         self.fixed_size = fixed_size
         if fixed_size is not None:
             self.test, img_scale = SegmentTest(flip=self.test.flip), None
-        # what the transform of a run's evaluation reads of the recipe and the model
+        # what the transform of a run's evaluation reads of the recipe
         data: Any = SimpleNamespace(img_scale=img_scale)
-        self.transform = eval_transform(data, self.test, {"mean": self.mean, "std": self.std})
+        self.transform = eval_transform(data, self.test)
+        self.normalize = Normalizer({"mean": self.mean, "std": self.std}, network.device)
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
@@ -168,7 +169,8 @@ class Segmenter:
         width, height = samples[0][1].size
         window = self.test.crop or self.size or max(height, width)
         views = [
-            torch.stack(list(images)).to(device) for images in zip(*(sample[2] for sample in samples), strict=True)
+            self.normalize(torch.stack(list(images)).to(device))
+            for images in zip(*(sample[2] for sample in samples), strict=True)
         ]
         masks = predict(network, views, (height, width), self.test, window)
         dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
