@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tessel.blocks import Aggregated
 from tessel.blocks.length_scaled_cosine import LogPositionBias
+from tessel.blocks.pooling import _bins
 
 
 def pooled_tokens(mixer: Aggregated, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -124,6 +125,14 @@ def test_bias_tables_work_in_every_mode_and_dtype():
 
 
 @pytest.mark.slow
+@settings(deadline=None, max_examples=30)
+@given(side=st.integers(1, 40), bins=st.integers(1, 12))
+def test_bins_equal_adaptive_pooling(side, bins):
+    x = torch.randn(1, 2, side, dtype=torch.float64)
+    pooled = x @ _bins(side, bins, x).transpose(0, 1)
+    torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool1d(x, bins), rtol=1e-12, atol=1e-12)
+
+
 def test_exported_program_takes_any_batch():
     mixer = Aggregated(8, num_heads=2, reduction=2, trained_size=7).eval()
     batch = torch.export.Dim("batch", min=1, max=1024)
