@@ -124,7 +124,6 @@ def test_bias_tables_work_in_every_mode_and_dtype():
     torch.testing.assert_close(mixer.bfloat16()(x.bfloat16()).float(), expected, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(side=st.integers(1, 40), bins=st.integers(1, 12))
 def test_bins_equal_adaptive_pooling(side, bins):
@@ -133,6 +132,7 @@ def test_bins_equal_adaptive_pooling(side, bins):
     torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool1d(x, bins), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_exported_program_takes_any_batch():
     mixer = Aggregated(8, num_heads=2, reduction=2, trained_size=7).eval()
     batch = torch.export.Dim("batch", min=1, max=1024)
