@@ -1,7 +1,10 @@
 """Objects in images, as annotation files describe them."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from ..errors import FaultsError, UserError
 
 MAX_COORDINATE = 2**20  # sanity limit in pixels; also rejects infinity and NaN
 
@@ -41,3 +44,17 @@ def are_numbers(values: Any, count: int, limit: float = MAX_COORDINATE) -> bool:
         and len(values) == count
         and all(type(value) in (int, float) and abs(value) < limit for value in values)
     )
+
+
+def read_all(names: Iterable[str], read: Callable[[str], AnnotatedImage]) -> list[AnnotatedImage]:
+    """`read(name)` of each annotation file. Raises FaultsError with the faults of all files, not of the first alone."""
+    images, faults = [], []
+    for name in names:
+        try:
+            images.append(read(name))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if faults[1:] else ""
+        raise FaultsError(f"{faults[0]}{more}", faults)
+    return images

@@ -80,6 +80,10 @@ class DetectionDataset:
             target["masks"] = np.stack(found) if found else np.zeros((0, image.height, image.width), np.uint8)
         return image, target
 
+    def name(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return self.location(index)[0]
+
     def location(self, index: int) -> tuple[str, tuple[int, int], slice]:
         """Path, (height, width) and the range of object indices of an image."""
         row = self.rows[index]

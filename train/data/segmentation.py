@@ -39,6 +39,10 @@ class SegmentationDataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return self.images[index].decode()
+
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         path = self.masks[index].decode()
         mask = self.to_classes(read_mask(path), path)

@@ -97,7 +97,15 @@ class SourceSpec:
 
     Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
     "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes.
+    `classes: list[str]` if its samples have classes. For `tessel.train.check` it may also have
+
+    - `targets`: the classes of all its objects, so that classes without a sample are found without reading images
+    - `name(index) -> str`: the file of a sample
+    - `problems(index) -> list[str]`: a sentence for each fault of a sample, where taking the sample would raise for the
+      first one or for none
+    - `palette`: a color (red, green, blue in 0..255) for each class, for pictures
+
+    If it cannot be opened, it raises UserError; `errors.FaultsError` lists several faults at once.
     """
 
 

@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..recipe.registry import task_spec
 from ..run.profiling import count_parameters
 from .curves import curves
-from .page import code, duration, page
+from .page import code, duration, page, wide
 from .runs import RunRecord, next_steps, one_metric, read_run, train_command
 
 
@@ -80,6 +80,8 @@ def report_one(run: RunRecord, folder: Path) -> str:
         "Reported with": f"tessel {__version__}, torch {torch.__version__}, timm {timm.__version__}",
         "Command": train_command(run, f"{run.name}-again"),
     }
+    if unreadable := run.unreadable:
+        facts["Unreadable"] = f"{unreadable:,} training samples, replaced by others; corrupt.jsonl lists them"
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     text = escape((run.path / "recipe.yaml").read_text(encoding="utf-8"))
     head = f"<dl>{listed}</dl>\n<details><summary>The whole recipe</summary><pre>{text}</pre></details>"
@@ -99,7 +101,7 @@ def report_many(runs: Sequence[RunRecord], folder: Path) -> str:
         steps = f"{last['step']:,}" if last else ""
         rows.append((run.name, run.recipe.model.name, value, steps, duration(run.training_seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return page(f"{len(runs)} runs compared", [], f"<table>{table}</table>", {"Training": lambda: curves(runs, folder)})
+    return page(f"{len(runs)} runs compared", [], wide(f"<table>{table}</table>"), {"Training": lambda: curves(runs, folder)})
 
 
 def main(argv: list[str] | None = None) -> int:

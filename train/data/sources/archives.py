@@ -84,6 +84,10 @@ class ArchiveDataset:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def name(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return f"{self.archives[self.archive[index]]}:{self.names[index].decode()}"
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         archive = self.archives[self.archive[index]]
 
@@ -92,7 +96,7 @@ class ArchiveDataset:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        return read_image(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
+        return read_image(open_file, self.name(index)), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

@@ -51,8 +51,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return self.paths[index].decode()
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.paths[index].decode()
+        path = self.name(index)
         return read_image(partial(open, path, "rb"), path), int(self.targets[index])
 
 

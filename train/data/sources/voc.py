@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..annotations import MAX_COORDINATE, AnnotatedImage, AnnotatedObject, Annotations
+from ..annotations import MAX_COORDINATE, AnnotatedImage, AnnotatedObject, Annotations, read_all
 from ..detection import DetectionDataset
 from ..files import UNPACK_HINT, check_exist, unpacked_root
 from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
@@ -68,12 +68,12 @@ def _masks(data: VOC, name: str, folder: str) -> SegmentationDataset:
 def read_annotations(root: Path, split: str) -> Annotations:
     """The XML files of a split; objects marked difficult count as crowds, as in the evaluation of VOC.
 
-    Raises UserError naming a file that is missing or is not in the format of VOC.
+    Raises UserError naming the files that are missing or are not in the format of VOC.
     """
     classes = [str(name) for name in CLASSES.split()]
     try:
         names = (root / "ImageSets/Main" / f"{split}.txt").read_text(errors="replace").split()
-        images = [_read_image(root, name, classes) for name in names]
+        images = read_all(names, lambda name: _read_image(root, name, classes))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); data.source=voc2012 needs it") from error
     return Annotations(str(root), classes, images)

@@ -89,7 +89,7 @@ class ClassifyTask(DatasetTask[Classify, ClassifyData]):
         return {"label_loss": (1 - weight) * loss, "distill_loss": weight * self.teacher.loss(images, logits)}
 
     def metrics(self, *, keep: bool = False) -> ClassificationMetrics:
-        return ClassificationMetrics(self.world, self.to_device, keep=keep)
+        return ClassificationMetrics(self.world, self.to_device, classes=len(self.classes), keep=keep)
 
     def example(self) -> tuple[Any, ...]:
         size = self.recipe.data.size
