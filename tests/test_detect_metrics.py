@@ -206,7 +206,9 @@ def test_names_hide_no_object():
     """A name is beside its box where it covers no other, inside if the box is large, else it is left out."""
     canvas = torch.full((3, 320, 320), 9, dtype=torch.uint8)
     boxes = [[10.0, 8, 300, 300], [50, 60, 62, 70], [64, 60, 76, 70], [40, 100, 50, 300]]
-    drawn = write_names(canvas, boxes, ["large", "small", "other", "narrow"], ["#00ff00", "#ff0000", "#ff0000", "#ff00ff"])
+    drawn = write_names(
+        canvas, boxes, ["large", "small", "other", "narrow"], ["#00ff00", "#ff0000", "#ff0000", "#ff00ff"]
+    )
     changed = (drawn != canvas).any(0)
     assert changed[8:24, 12:40].any(), "the name of the large box is in its corner"
     for left, top, right, bottom in boxes[1:]:

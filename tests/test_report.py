@@ -395,7 +395,7 @@ def test_texts_of_charts_are_whole_and_do_not_overlap(finished, classes):
         figures = [
             classify.draw_recall(counts, classes),
             classify.draw_confusion(counts, classes),
-            dense.draw_classes({"iou": {name: 30.0 for name in classes}}, classes),
+            dense.draw_classes({"iou": dict.fromkeys(classes, 30.0)}, classes),
             curves.draw_loss([record]),
             curves.draw_metric([record, record]),
             *(curves.draw_key([record], key) for key in curves.TITLES),

@@ -140,7 +140,7 @@ def _digest(image: Any) -> bytes | None:
     if image_size(image) is None:
         return None
     pixels = np.ascontiguousarray(image)
-    return hashlib.blake2b(pixels.tobytes(), digest_size=16, person=f"{pixels.shape}"[:16].encode()).digest()
+    return hashlib.blake2b(pixels.ravel(), digest_size=16, person=f"{pixels.shape}"[:16].encode()).digest()
 
 
 class SplitFacts:

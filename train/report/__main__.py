@@ -37,7 +37,8 @@ def task_sections(run: RunRecord) -> Any:
 
 def usage(run: RunRecord) -> tuple[str, str]:
     """Code that loads the exported model and runs it on an image file. Raises UserError if there is no export."""
-    return "In Python:", code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
+    text = "Loads the exported model, prepares an image file as in the evaluation, and predicts:"
+    return text, code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
 
 
 def write_report(runs: Sequence[RunRecord], out: Path | None = None) -> Path:
@@ -101,7 +102,9 @@ def report_many(runs: Sequence[RunRecord], folder: Path) -> str:
         steps = f"{last['step']:,}" if last else ""
         rows.append((run.name, run.recipe.model.name, value, steps, duration(run.training_seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return page(f"{len(runs)} runs compared", [], wide(f"<table>{table}</table>"), {"Training": lambda: curves(runs, folder)})
+    return page(
+        f"{len(runs)} runs compared", [], wide(f"<table>{table}</table>"), {"Training": lambda: curves(runs, folder)}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

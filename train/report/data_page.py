@@ -32,14 +32,14 @@ MAX_NAMES = 8  # names of classes below an image
 def data_page(recipe: Recipe, splits: Mapping[str, SplitFacts], findings: Mapping[str, Sequence[Finding]]) -> str:
     """The HTML page on the data of a recipe, in one file. findings: of each split, also of one that cannot be opened."""
     every = [finding for found in findings.values() for finding in found]
-    tiles = [(f"{facts.total:,}", f"images: {name}") for name, facts in splits.items()]
+    tiles = [(f"{facts.total:,}", f"images in {name}") for name, facts in splits.items()]
     tiles += [(f"{len(facts.classes)}", "classes") for facts in list(splits.values())[:1] if facts.classes]
     errors = sum(finding.is_error for finding in every)
     tiles += [(f"{errors:,}", "errors"), (f"{len(every) - errors:,}", "warnings")]
     with TemporaryDirectory() as folder:
         sections: dict[str, Section] = {"Errors and warnings": partial(problems, findings)}
         for name, facts in splits.items():
-            sections |= {f"Samples: {name}": partial(samples, facts, recipe.run.seed)}
+            sections |= {f"Samples of {name}": partial(samples, facts, recipe.run.seed)}
         if any(facts.classes for facts in splits.values()):
             sections["Classes"] = partial(classes, splits, Path(folder))
         sections["Sizes"] = partial(sizes, splits, Path(folder))
@@ -68,7 +68,9 @@ def samples(facts: SplitFacts, seed: int) -> tuple[str, str]:
     if not drawn:
         raise UserError("no sample can be drawn")
     covered = "" if not facts.classes else ", with each class at least once if possible"
-    text = f"{len(drawn)} of {len(facts.samples):,} checked samples: those with an error, then a random choice{covered}."
+    text = (
+        f"{len(drawn)} of {len(facts.samples):,} checked samples: those with an error, then a random choice{covered}."
+    )
     return text, gallery(drawn)
 
 
@@ -115,19 +117,19 @@ def draw_sample(image: Any, target: Any, facts: SplitFacts) -> Image.Image | Non
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     small = picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
     if names and isinstance(target, dict) and {"boxes", "labels"} <= target.keys():
-        objects = {
-            "boxes": torch.from_numpy(np.asarray(target["boxes"], np.float32).reshape(-1, 4) * factor),
-            "labels": torch.from_numpy(np.asarray(target["labels"], np.int64)),
-        }
+        labels = np.asarray(target["labels"], np.int64)
+        known = (labels >= 0) & (labels < len(names))
+        boxes = np.asarray(target["boxes"], np.float32).reshape(-1, 4)[known] * factor
+        objects = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels[known])}
         if "masks" in target:
-            masks = [Image.fromarray(np.asarray(mask, np.uint8)).resize(size) for mask in target["masks"]]
+            masks = [Image.fromarray(np.asarray(mask, np.uint8)).resize(size) for mask in target["masks"][known]]
             objects["masks"] = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, *size[::-1]))
         drawn = draw_objects(to_image(small), objects, names)
         return Image.fromarray(drawn.permute(1, 2, 0).numpy())
     if isinstance(target, Image.Image):
         target = np.asarray(target)
     if names and isinstance(target, np.ndarray) and target.ndim == 2:
-        mask = np.where(target < len(names), target, IGNORE_INDEX).astype(np.uint8)
+        mask = np.where((target >= 0) & (target < len(names)), target, IGNORE_INDEX).astype(np.uint8)
         mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         return overlay(small, [mask], [list(color(facts, number)) for number in range(len(names))])
     return small
@@ -166,7 +168,7 @@ def legend(facts: SplitFacts, index: int) -> str:
         parts.append(f"<b>{swatch}{name}{f' × {count}' if labels.unit == 'objects' and count > 1 else ''}</b>")
     if len(labels.counts) > MAX_NAMES:
         parts.append(f"and {len(labels.counts) - MAX_NAMES} more")
-    return " ".join(parts) or "no objects" if labels.unit == "objects" or parts else "no label"
+    return " ".join(parts) or ("no objects" if labels.unit == "objects" else "no label")
 
 
 def classes(splits: Mapping[str, SplitFacts], folder: Path) -> tuple[str, str]:
@@ -227,5 +229,8 @@ def sizes(splits: Mapping[str, SplitFacts], folder: Path) -> tuple[str, str]:
         axes.legend()
         return figure
 
-    drawn = (picture(folder, f"size{n}", title, partial(draw, title, value)) for n, (title, value) in enumerate(values.items()))
+    drawn = (
+        picture(folder, f"size{n}", title, partial(draw, title, value))
+        for n, (title, value) in enumerate(values.items())
+    )
     return text, charts(drawn if kinds > 1 else [])

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ...distributed.world import World
 
-
 LEAST_FOR_TOP5 = 6  # classes; of five or fewer, the five most probable always contain the true one
 
 

@@ -45,7 +45,9 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) 
     return write_names(drawn, boxes[chosen].tolist(), names, colors)
 
 
-def write_names(canvas: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[str], colors: Sequence[str]) -> Tensor:
+def write_names(
+    canvas: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[str], colors: Sequence[str]
+) -> Tensor:
     """The image with the name of each box beside it, where it hides no box and no other name.
 
     A large box may have its name in its own upper left corner. A name without such a place is left out; the color of
@@ -83,9 +85,7 @@ def _area(box: Sequence[float]) -> float:
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two boxes have more in common than an edge of a pixel."""
-    return (
-        min(one[2], other[2]) - max(one[0], other[0]) > 1 and min(one[3], other[3]) - max(one[1], other[1]) > 1
-    )
+    return min(one[2], other[2]) - max(one[0], other[0]) > 1 and min(one[3], other[3]) - max(one[1], other[1]) > 1
 
 
 def side_by_side(
