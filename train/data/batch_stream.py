@@ -59,8 +59,8 @@ class BatchStream:
         reasons = list(self.corrupt.values())
         recipe = self.file.with_name("recipe.yaml")
         remedy = (
-            f"python -m tessel.train.check {recipe} lists all broken files, and guard.max_corrupt=N replaces up to N of "
-            "them by other samples"
+            f"python -m tessel.train.check {recipe} lists all broken files, and guard.max_corrupt=N replaces up to N "
+            "of them by other samples"
         )
         if len(reasons) == 1:
             raise UserError(f"{reasons[0]}; {remedy}")

@@ -30,7 +30,7 @@ MAX_NAMES = 8  # names of classes below an image
 
 
 def data_page(recipe: Recipe, splits: Mapping[str, SplitFacts], findings: Mapping[str, Sequence[Finding]]) -> str:
-    """The HTML page on the data of a recipe, in one file. findings: of each split, also of one that cannot be opened."""
+    """The HTML page on the data of a recipe, in one file. findings: also of a split that cannot be opened."""
     every = [finding for found in findings.values() for finding in found]
     tiles = [(f"{facts.total:,}", f"images in {name}") for name, facts in splits.items()]
     tiles += [(f"{len(facts.classes)}", "classes") for facts in list(splits.values())[:1] if facts.classes]
@@ -130,7 +130,7 @@ def draw_sample(image: Any, target: Any, facts: SplitFacts) -> Image.Image | Non
         target = np.asarray(target)
     if names and isinstance(target, np.ndarray) and target.ndim == 2:
         mask = np.where((target >= 0) & (target < len(names)), target, IGNORE_INDEX).astype(np.uint8)
-        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         return overlay(small, [mask], [list(color(facts, number)) for number in range(len(names))])
     return small
 

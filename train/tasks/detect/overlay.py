@@ -13,6 +13,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 # distinguishable with color blindness, on light and dark ground (Okabe & Ito, 2008)
 COLORS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+Box = Sequence[float]  # x1, y1, x2, y2
 MIN_SCORE = 0.3  # of a drawn prediction
 INSIDE = 8  # times the area of its name: a box at least so large may have it inside
 NMS_IOU = 0.5  # of predictions of any class, of which only the one with the highest score is drawn
@@ -45,9 +46,7 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) 
     return write_names(drawn, boxes[chosen].tolist(), names, colors)
 
 
-def write_names(
-    canvas: Tensor, boxes: Sequence[Sequence[float]], names: Sequence[str], colors: Sequence[str]
-) -> Tensor:
+def write_names(canvas: Tensor, boxes: Sequence[Box], names: Sequence[str], colors: Sequence[str]) -> Tensor:
     """The image with the name of each box beside it, where it hides no box and no other name.
 
     A large box may have its name in its own upper left corner. A name without such a place is left out; the color of
@@ -56,7 +55,7 @@ def write_names(
     image = to_pil_image(canvas)
     pen, side = ImageDraw.Draw(image), min(image.size)
     font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), max(12, side // 22))
-    taken: list[Sequence[float]] = []
+    taken: list[Box] = []
     # large objects last: they have room for their name inside
     for number in sorted(range(len(boxes)), key=lambda n: _area(boxes[n])):
         left, top, right, bottom = boxes[number]
@@ -79,11 +78,11 @@ def write_names(
     return pil_to_tensor(image)
 
 
-def _area(box: Sequence[float]) -> float:
+def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+def _overlap(one: Box, other: Box) -> bool:
     """Whether two boxes have more in common than an edge of a pixel."""
     return min(one[2], other[2]) - max(one[0], other[0]) > 1 and min(one[3], other[3]) - max(one[1], other[1]) > 1
 
