@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .attention_maps import attention_figure, capture_examples
-from .page import NARROW, WIDTH, Section, card, charts, gallery, picture, wide
+from .page import NARROW, WIDTH, Section, card, charts, gallery, picture, shorten, wide
 from .runs import RunRecord
 
 MAX_NAMED, MAX_COUNTED = 60, 20  # with more classes, the confusion matrix has no class names, no counts in its cells
@@ -135,7 +135,7 @@ def draw_recall(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> list[str]:
     """Write the names of the classes beside the rows; return them. Too many names are left out."""
-    labels = [_short(name) for name in names] if len(names) <= MAX_NAMED else []
+    labels = [shorten(name, 14) for name in names] if len(names) <= MAX_NAMED else []
     axes.set_yticks(range(len(labels)), labels)
     return labels
 
@@ -148,7 +148,3 @@ def hardest_card(image: Image.Image, true: str, predicted: str, probability: flo
     style = ' class="error"' if true != predicted else ""
     caption = f"<b{style}>{names}</b><br>{100 * probability:.0f} %"
     return card(image, caption, alt=f"{true} classified as {predicted}")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"

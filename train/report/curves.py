@@ -12,10 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..errors import UserError
-from .page import NARROW, charts, picture
+from .page import NARROW, charts, picture, shorten
 from .runs import RunRecord, one_metric
 
 FEW_POINTS = 25  # curves of at most so many points get markers, so that a single point is visible
+LEGEND_COLUMNS = 2
+THIRD = 3.2  # width of one of three charts beside each other, inches
 TITLES = {"lr": "Learning rate", "grad_norm": "Gradient norm, L2", "images_per_second": "Speed, images/s"}
 
 
@@ -37,7 +39,7 @@ def curves(runs: Sequence[RunRecord], folder: Path) -> tuple[str, str]:
 
 def draw_loss(runs: Sequence[RunRecord]) -> Figure:
     """Loss on training and held-out images."""
-    figure, axes = _chart(runs, 3.0)
+    figure, axes = _chart(runs, NARROW, 3.0)
     for i, run in enumerate(runs):
         plot(axes, *series(run.train, "loss"), color=f"C{i}", linewidth=1.1, alpha=0.8)
         axes.plot(*series(run.evals, "loss"), **_held_out(runs, i))
@@ -55,7 +57,7 @@ def draw_metric(runs: Sequence[RunRecord]) -> Figure:
     """The main metric on held-out images, with the last value of each run."""
     metric = one_metric(runs)
     assert metric is not None
-    figure, axes = _chart(runs, 3.0)
+    figure, axes = _chart(runs, NARROW, 3.0)
     lowest: list[float] = []
     for i, run in enumerate(runs):
         steps, values = series(run.evals, metric.key)
@@ -72,13 +74,13 @@ def draw_metric(runs: Sequence[RunRecord]) -> Figure:
     if start >= 50 and max(lowest) <= 100:
         axes.set(ylim=(start - 10, None), ylabel=f"% (axis starts at {start - 10:g})")
     else:
-        axes.set(ylim=(0, None))
+        axes.set(ylim=(0, max(1, axes.get_ylim()[1])))
     return figure
 
 
 def draw_key(runs: Sequence[RunRecord], key: str) -> Figure:
     """A quantity of the "train" lines, on an axis from 0."""
-    figure, axes = _chart(runs, 2.5)
+    figure, axes = _chart(runs, THIRD, 2.3)
     for i, run in enumerate(runs):
         plot(axes, *series(run.train, key), color=f"C{i}", linewidth=1.3)
     axes.set(title=TITLES[key], ylim=(0, None))
@@ -86,15 +88,16 @@ def draw_key(runs: Sequence[RunRecord], key: str) -> Figure:
     return figure
 
 
-def _chart(runs: Sequence[RunRecord], height: float) -> tuple[Figure, Axes]:
+def _chart(runs: Sequence[RunRecord], width: float, height: float) -> tuple[Figure, Axes]:
     """An empty chart over the steps; a legend above it names the runs if there are several."""
-    figure = Figure(figsize=(NARROW, height + 0.2 * (len(runs) > 1) * -(-len(runs) // 2)), layout="constrained")
+    rows = -(-len(runs) // LEGEND_COLUMNS) if len(runs) > 1 else 0
+    figure = Figure(figsize=(width, height + 0.2 * rows), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", xlim=(0, 1.04 * max((run.last_step for run in runs), default=0) or 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if len(runs) > 1:
-        handles = [Line2D([], [], color=f"C{i}", label=run.name[:32]) for i, run in enumerate(runs)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        handles = [Line2D([], [], color=f"C{i}", label=shorten(run.name, 20)) for i, run in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=LEGEND_COLUMNS)
     return figure, axes
 
 
@@ -112,5 +115,5 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 def plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
     """A line, with markers if it has few points."""
     if len(steps) <= FEW_POINTS:
-        style = {"marker": ".", "markersize": 5} | style
+        style = {"marker": "o", "markersize": 3.2 if len(steps) > 1 else 6} | style
     axes.plot(steps, values, **style)

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..recipe.schema import Recipe
 from ..tasks.detect.overlay import COLORS, draw_objects
 from ..tasks.segment.overlay import overlay
-from .page import NARROW, Section, card, charts, gallery, page, picture
+from .page import NARROW, Section, card, charts, gallery, page, picture, shorten
 
 SAMPLES, MAX_SAMPLES = 24, 60  # drawn per split: at least and, if there are more classes, at most
 MAX_FAULTY = 12  # samples with an error that are drawn
@@ -192,7 +192,7 @@ def classes(splits: Mapping[str, SplitFacts], folder: Path) -> tuple[str, str]:
             places = np.arange(len(order)) + (number - (len(shown) - 1) / 2) * height
             bars = axes.barh(places, count[order], height, color=f"C{number}", label=facts.name)
             axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
-        axes.set_yticks(range(len(order)), [names[number][:24] for number in order])
+        axes.set_yticks(range(len(order)), [shorten(names[number], 24) for number in order])
         axes.set(xlabel="images", xlim=(0, 1.12 * max(1, *(count.max() for count in counts))))
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.registry import TASKS, task_spec
-from .page import NARROW, Section, card, charts, gallery, picture
+from .page import NARROW, Section, card, charts, gallery, picture, shorten
 from .runs import RunRecord
 
 MAX_CLASSES = 60  # drawn in the chart; of more, the best and the worst 30 are
@@ -68,7 +68,7 @@ def draw_classes(by_class: Mapping[str, Mapping[str, float]], shown: Sequence[st
         percent = [np.nan if value is None else value for value in row_values]
         axes.plot(percent, range(len(shown)), "o" if not number else "d", color=f"C{number}", label=_title(key))
     axes.set(xlabel="%", xlim=(-2, 102))
-    axes.set_yticks(range(len(shown)), [name if len(name) <= 24 else f"{name[:23]}…" for name in shown])
+    axes.set_yticks(range(len(shown)), [shorten(name, 24) for name in shown])
     axes.invert_yaxis()
     if len(by_class) > 1:
         figure.legend(loc="outside upper left", ncols=len(by_class))

@@ -185,6 +185,11 @@ def page(title: str, tiles: Iterable[tuple[str, str]], head: str, sections: Mapp
 """
 
 
+def shorten(name: str, length: int) -> str:
+    """A name of at most `length` characters; a longer one ends in an ellipsis."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def duration(seconds: float) -> str:
     """Seconds as text: 112 -> "1 min 52 s", 3725 -> "1 h 2 min"."""
     minutes, rest = divmod(round(seconds), 60)

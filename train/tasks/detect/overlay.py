@@ -47,14 +47,14 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) 
 
 
 def write_names(canvas: Tensor, boxes: Sequence[Box], names: Sequence[str], colors: Sequence[str]) -> Tensor:
-    """The image with the name of each box beside it, where it hides no box and no other name.
+    """The image with the name of each box beside it, where it hides no small box and no other name.
 
     A large box may have its name in its own upper left corner. A name without such a place is left out; the color of
     the box still says its class. canvas: uint8 [3, H, W].
     """
     image = to_pil_image(canvas)
     pen, side = ImageDraw.Draw(image), min(image.size)
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), max(12, side // 22))
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), max(12, side // 16))
     taken: list[Box] = []
     # large objects last: they have room for their name inside
     for number in sorted(range(len(boxes)), key=lambda n: _area(boxes[n])):
@@ -62,8 +62,10 @@ def write_names(canvas: Tensor, boxes: Sequence[Box], names: Sequence[str], colo
         _, _, width, height = pen.textbbox((2, 1), names[number], font=font, anchor="lt")
         width, height = width + 2, height + 3
         corners = [(left, top - height), (left, bottom), (right, top), (left - width, top)]
-        others = [*boxes[:number], *boxes[number + 1 :], *taken]
-        if _area(boxes[number]) > INSIDE * width * height:
+        # a large object is not hidden by a name on it
+        large = INSIDE * width * height
+        others = [*taken, *(box for box in [*boxes[:number], *boxes[number + 1 :]] if _area(box) <= large)]
+        if _area(boxes[number]) > large:
             corners.append((left, top))
         for x, y in corners:
             x = min(max(x, 0), max(0, image.width - width))
