@@ -111,8 +111,9 @@ def print_tables(splits: Sequence[SplitFacts]) -> None:
         columns = ("split", "images", "width", "height", "median")
         show("Sizes in pixels", columns, [_size_row(split) for split in sized])
     named = [split for split in splits if split.classes and split.images_by_class().any()]
-    if named and all(split.classes == named[0].classes for split in named):
-        head, rows = class_table(named)
+    agree = all(split.classes == named[0].classes for split in named)
+    for group in [named] if agree and named else [[split] for split in named]:
+        head, rows = class_table(group)
         shown = rows
         if len(rows) > MAX_CLASSES:
             half, blank = MAX_CLASSES // 2, ["..."] + [""] * (len(head) - 1)

@@ -67,11 +67,10 @@ def samples(facts: SplitFacts, seed: int) -> tuple[str, str]:
     drawn = list(_cards(facts, choose(facts, seed)))
     if not drawn:
         raise UserError("no sample can be drawn")
-    covered = "" if not facts.classes else ", with each class at least once if possible"
-    text = (
-        f"{len(drawn)} of {len(facts.samples):,} checked samples: those with an error, then a random choice{covered}."
-    )
-    return text, gallery(drawn)
+    faulty = "first some with an error, then " if any(sample.problems for sample in facts.samples) else ""
+    covered = ", with each class at least once if possible" if facts.classes else ""
+    text = f"{len(drawn)} of {len(facts.samples):,} samples: {faulty}a random choice{covered}."
+    return text, gallery(drawn, least=160)
 
 
 def choose(facts: SplitFacts, seed: int) -> list[int]:
@@ -104,7 +103,8 @@ def _cards(facts: SplitFacts, indices: Sequence[int]) -> Iterator[str]:
         lines = [escape(name if name.startswith("sample ") else Path(name).name)]
         if facts.classes:
             lines.append(legend(facts, index))
-        lines += [f'<em class="error">{escape(problem)}</em>' for problem in facts.samples[index].problems]
+        faults = (problem.removeprefix(f"{name}: ") for problem in facts.samples[index].problems)
+        lines += [f'<em class="error">{escape(fault)}</em>' for fault in faults]
         yield card(drawn, "<br>".join(lines), alt=f"{name} with its labels", title=name)
 
 

@@ -81,6 +81,7 @@ figcaption i { display: inline-block; width: 10px; height: 10px; margin-right: 4
 .error { color: var(--alarm); font-style: normal }
 .text td:first-child, .text td:nth-child(2) { white-space: nowrap }
 .text td:last-child { overflow-wrap: anywhere }
+.text td { vertical-align: top }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px 52px; margin: 28px 0; padding: 22px 0;
   border: solid var(--line); border-width: 1px 0 }
 .tiles b { display: block; font-size: 30px; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums }

@@ -37,7 +37,8 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) 
     colors = [COLORS[labels[number] % len(COLORS)] for number in chosen]
     if "masks" in objects:
         masks = (objects["masks"][chosen].reshape(-1, *canvas.shape[-2:]) > 0.5).bool()
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=list(colors))
+        for mask, color in zip(masks, colors, strict=True):  # together, they would be black where they overlap
+            canvas = draw_segmentation_masks(canvas, mask, alpha=0.5, colors=color)
     names = [classes[labels[number]] for number in chosen]
     if "scores" in objects:
         names = [f"{name} {objects['scores'][number]:.2f}" for name, number in zip(names, chosen, strict=True)]
