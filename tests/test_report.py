@@ -374,6 +374,10 @@ def test_an_axis_starts_at_0_or_says_where(finished, values, start):
 def texts_outside(figure):
     """Texts of a figure that are cut off by its edge, and pairs that overlap."""
     figure.canvas.draw()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True):
+            label.set_visible(low <= place <= high)  # matplotlib has ticks beyond the axis, which it does not draw
     width, height = figure.bbox.size
     drawn = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn]

@@ -54,7 +54,7 @@ def draw_loss(runs: Sequence[RunRecord]) -> Figure:
 
 
 def draw_metric(runs: Sequence[RunRecord]) -> Figure:
-    """The main metric on held-out images, with the last value of each run."""
+    """The main metric on held-out images; of a single run with its last value."""
     metric = one_metric(runs)
     assert metric is not None
     figure, axes = _chart(runs, NARROW, 3.0)
@@ -63,10 +63,9 @@ def draw_metric(runs: Sequence[RunRecord]) -> Figure:
         steps, values = series(run.evals, metric.key)
         plot(axes, steps, values, **_held_out(runs, i))
         lowest += values
-        for step, last in list(zip(steps, values, strict=True))[-1:]:
-            # to the left of the last point, where the chart has room
-            color = _held_out(runs, i)["color"]
-            axes.annotate(f"{last:.1f}", (step, last), (0, 6), textcoords="offset points", color=color, ha="right")
+        if len(runs) == 1 and steps:  # of several, the values may lie on each other; the table has them
+            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), color="C1", **place)
     axes.set(title=f"{metric.name} on held-out images", ylabel="%")
     axes.margins(y=0.12)
     # curves that lie high up would be flat on an axis from 0; the label then says where it starts

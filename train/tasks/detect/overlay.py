@@ -74,7 +74,7 @@ def write_names(canvas: Tensor, boxes: Sequence[Box], names: Sequence[str], colo
             inside = y >= 0 and place[3] <= image.height
             hidden = (x, y) != (left, top) and _overlap(place, boxes[number])
             if inside and not hidden and not any(_overlap(place, other) for other in others):
-                pen.rectangle(place, fill=colors[number])
+                pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colors[number])
                 pen.text((x + 2, y + 1), names[number], fill="black", font=font, anchor="lt")
                 taken.append(place)
                 break
