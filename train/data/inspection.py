@@ -202,7 +202,7 @@ class SplitFacts:
         if missing := [name for number, name in enumerate(self.classes) if number not in seen]:
             text = f"{len(missing)} of {len(self.classes)} classes have no sample: {', '.join(missing)}"
             yield Finding(text, is_error=self.name == "train")
-        if images.any():
+        if images.any() and len(self.samples) == self.total:
             rarest, most = np.where(images, images, images.max()).argmin(), images.argmax()
             if images[most] >= IMBALANCE * images[rarest]:
                 yield Finding(
