@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..kernels import aggregated_attention
 from ..kernels.tables import Grid
 from .length_scaled_cosine import LogPositionBias, reset_query
+from .plain import is_plain
+from .pooling import adaptive_pool
 
 
 @register_notrace_module
@@ -101,9 +103,11 @@ class Aggregated(nn.Module):
 
     def _pool(self, x: Tensor, grid: Grid) -> Tensor:
         """`[B, H, W, C]` to keys and values of the pooled map, `[B, rows, columns, 2, heads, head_dim]`."""
-        # a 1x1 convolution is a linear layer, which is faster on channels_last maps
-        full = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
-        pooled = F.adaptive_avg_pool2d(full.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-        # of the qkv layer only the part for keys and values
-        kv = F.linear(self.norm(pooled), self.qkv.weight[self.dim :], self.qkv.bias[self.dim :])
-        return kv.unflatten(-1, (2, self.num_heads, -1))
+        if is_plain(self.sr):
+            # a 1x1 convolution is a linear layer, which is faster on channels_last maps
+            full = F.linear(x, self.sr.weight.flatten(1), self.sr.bias).permute(0, 3, 1, 2)
+        else:
+            full = self.sr(x.permute(0, 3, 1, 2))
+        pooled = adaptive_pool(F.gelu(full), grid).permute(0, 2, 3, 1)
+        # the layer is called, though the queries are not needed: an adapter has an effect only if it is
+        return self.qkv(self.norm(pooled)).unflatten(-1, (3, self.num_heads, -1))[:, :, :, 1:]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels import routed_attention
 from ..kernels.precision import acc_dtype, without_autocast
+from ..kernels.recording import crop
 from .padding import pad_to_multiple
 
 
@@ -45,7 +46,7 @@ class BiLevelRouting(nn.Module):
         y = routed_attention(heads, self._choose(qkv), grid=grid, scale=self.scale).flatten(3)
         v = qkv.chunk(3, -1)[2]
         y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(y[:, :height, :width]).permute(0, 3, 1, 2)
+        return self.proj(crop(y, height, width)).permute(0, 3, 1, 2)
 
     def route(self, x: Tensor) -> Tensor:
         """The regions that each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`.
@@ -66,5 +67,5 @@ class BiLevelRouting(nn.Module):
         means = qk.unflatten(1, (n, -1)).mean(2, dtype=dtype).unflatten(2, (n, -1)).mean(3)
         q_mean, k_mean = means.flatten(1, 2).chunk(2, -1)
         with without_autocast(qkv):
-            affinity = q_mean @ k_mean.mT
+            affinity = q_mean @ k_mean.transpose(1, 2)
         return affinity.topk(self.topk, dim=-1).indices

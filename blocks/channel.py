@@ -6,6 +6,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
+from ..kernels.recording import exporting
+from .plain import is_plain
 
 
 @register_notrace_module
@@ -20,7 +22,8 @@ class Channel(nn.Module):
     over N positions.
 
     A is the same for all positions, so A and the linear layers before and after it are one [C, C] matrix per image. If
-    N >= 2*C, this matrix is computed first and applied to x, which takes less time and memory than computing q.
+    N >= 2*C, this matrix is computed first and applied to x, which takes less time and memory than computing q. That
+    reads the weights of both linear layers; they are called instead if they are not plain, or while exporting.
 
     Raises ValueError if num_heads does not divide dim.
     """
@@ -37,7 +40,8 @@ class Channel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]
-        y = self._merged(tokens) if height * width >= 2 * self.dim else self._direct(tokens)
+        merge = not exporting() and height * width >= 2 * self.dim and is_plain(self.qkv, self.proj)
+        y = self._merged(tokens) if merge else self._direct(tokens)
         return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     def _direct(self, x: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ class Channel(nn.Module):
             per_head = self.proj.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [heads, C, d]
             mix = (per_head @ attention).transpose(1, 2).flatten(2)  # [B, C, C]
             weight, bias = mix @ w_q, mix @ b_q + self.proj.bias
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
     def _attention(self, kv: Tensor) -> Tensor:
         """A of each head, `[B, N, 2*C] -> [B, heads, d, d]`, in float32 or wider: the logits are sums over the map."""
@@ -62,4 +66,4 @@ class Channel(nn.Module):
         exact = acc_dtype(kv)
         k, v = kv.to(exact, memory_format=torch.contiguous_format).unbind(0)
         with without_autocast(kv):
-            return (k.mT @ v * self.scale).softmax(-1)
+            return (k.transpose(-2, -1) @ v * self.scale).softmax(-1)

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from .plain import is_plain
 
 
 @register_notrace_module
@@ -46,7 +49,33 @@ class CrossShapedWindow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
-        (height, width), stripe = x.shape[2:], self.stripe_width
-        windows = ((height, width),) if stripe is None else ((height, stripe), (stripe, width))
-        y = window_attention(qkv, windows=windows, lepe=[(conv.weight, conv.bias) for conv in self.lepe])
-        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+        stripe = self.stripe_width
+        windows = ((None, None),) if stripe is None else ((None, stripe), (stripe, None))
+        if is_plain(*self.lepe):
+            lepe = [(conv.weight, conv.bias) for conv in self.lepe]
+            y = window_attention(qkv, windows=windows, lepe=lepe).flatten(3)
+        else:
+            values = qkv[:, :, :, 2].flatten(3).chunk(len(windows), -1)
+            parts = [conv_by_window(*part) for part in zip(self.lepe, values, windows, strict=True)]
+            y = window_attention(qkv, windows=windows).flatten(3) + torch.cat(parts, -1)
+        return self.proj(y).permute(0, 3, 1, 2)
+
+
+def conv_by_window(conv: nn.Module, x: Tensor, window: tuple[int | None, int | None]) -> Tensor:
+    """One call of a 3x3 convolution on `x: [B, H, W, C]` that treats every window as an image of its own.
+
+    `window` is (height, width), None for the whole side of the map; a map that it does not divide is padded on both
+    sides, as `window_attention` does.
+    """
+    height, width = x.shape[1:3]
+    win_h, win_w = height if window[0] is None else window[0], width if window[1] is None else window[1]
+    below = (height + win_h - 1) // win_h * win_h - height
+    right = (width + win_w - 1) // win_w * win_w - width
+    top, left = below // 2, right // 2
+    x = F.pad(x, (0, 0, left, right - left, top, below - top))
+    cells = x.unflatten(2, (-1, win_w)).unflatten(1, (-1, win_h))  # [B, rows, h, cols, w, C]
+    # a border of zeros separates the windows
+    cells = F.pad(cells, (0, 0, 1, 1, 0, 0, 1, 1))
+    y = conv(cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    y = y.unflatten(2, (-1, win_w + 2)).unflatten(1, (-1, win_h + 2))[:, :, 1:-1, :, 1:-1]
+    return y.flatten(3, 4).flatten(1, 2)[:, top : top + height, left : left + width]

@@ -8,15 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
-
-
-class _ZeroConv(nn.Conv2d):
-    """A convolution with weights and bias initialized to zero."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+from ..kernels.recording import exporting
 
 
 @register_notrace_module
@@ -40,14 +32,16 @@ class DeformableConv(nn.Module):
             raise ValueError(f"DeformableConv: in_chs={in_chs} and out_chs={out_chs} must be at least 1")
         self.weight = nn.Parameter(torch.empty(out_chs, 2, 2, in_chs))
         self.bias = nn.Parameter(torch.empty(out_chs))
-        self.offset = _ZeroConv(in_chs, 8, 2, stride=2)
+        self.offset = nn.Conv2d(in_chs, 8, 2, stride=2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The default initialization of torch's convolutions."""
+        """The default initialization of torch's convolutions, and offsets of zero."""
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         bottom, right = (max(0, 2 - side) for side in x.shape[-2:])
@@ -75,17 +69,20 @@ def _sample(x: Tensor, shift: Tensor) -> Tensor:
     h, w = shift.shape[1:3]
     y_pos = shift[..., 0] + torch.arange(2 * h, device=x.device).view(h, 1, 2, 1)
     x_pos = shift[..., 1] + torch.arange(2 * w, device=x.device).view(w, 1, 2)
-    (row, row_weight), (col, col_weight) = _neighbors(y_pos, height), _neighbors(x_pos, width)
-    image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1, 1, 1)
+    # [B, P, 2] for the P samples of an image
+    (row, row_weight), (col, col_weight) = (
+        _neighbors(position.flatten(1), size) for position, size in ((y_pos, height), (x_pos, width))
+    )
+    image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1)
     index = (image * height + row[..., :, None]) * width + col[..., None, :]
     weight = row_weight[..., :, None] * col_weight[..., None, :]
+    index, weight, pixels = index.flatten(2).flatten(0, 1), weight.flatten(2).flatten(0, 1), x.reshape(-1, chs)
     # a bilinear sample is a weighted sum of four pixels: one bag of four rows
-    samples = F.embedding_bag(
-        index.flatten(-2).flatten(0, -2),
-        x.reshape(-1, chs),
-        mode="sum",
-        per_sample_weights=weight.flatten(-2).flatten(0, -2),
-    )
+    if exporting():
+        # many runtimes have no `embedding_bag`
+        samples = (pixels.index_select(0, index.flatten()).view(-1, 4, chs) * weight[..., None]).sum(1)
+    else:
+        samples = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
     return samples.view(batch, h, w, 2, 2, chs)
 
 

@@ -1,11 +1,14 @@
 """Adaptive frequency filter (AFFNet): multiplies the spectrum of a map by a mask computed from that spectrum."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
+from ..kernels.recording import exporting
 
 
 @register_notrace_module
@@ -22,7 +25,8 @@ class AdaptiveFrequencyFilter(nn.Module):
 
     The transforms are computed in float32 or wider. In the spectrum of a real signal some columns are conjugate
     symmetric; those of M * Z are made symmetric before the inverse transform, whose result is otherwise undefined on a
-    GPU. The CPU's transform does the same.
+    GPU. The CPU's transform does the same. While exporting the transforms are products with matrices of cosines and
+    sines, because many runtimes have no complex numbers.
 
     Raises ValueError if num_groups does not divide dim or shrinkage is negative.
     """
@@ -50,24 +54,56 @@ class AdaptiveFrequencyFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         exact = acc_dtype(x)
         with without_autocast(x):
-            spectrum = torch.fft.rfft2(x.to(exact), norm="ortho")
-            filtered = symmetric(self._filter(spectrum), x.shape[-1])
+            if exporting():
+                return self._by_products(x.to(exact)).to(x.dtype)
+            spectrum = torch.view_as_real(torch.fft.rfft2(x.to(exact), norm="ortho"))
+            filtered = symmetric(torch.complex(*self._filter(spectrum)), x.shape[-1])
             return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
 
-    def _filter(self, spectrum: Tensor) -> Tensor:
-        """Z to M * Z, complex `[B, C, H, W//2 + 1] -> [B, C, H, W//2 + 1]`, with real matrix products."""
-        groups, batch, (rows, columns) = self.num_groups, len(spectrum), spectrum.shape[-2:]
+    def _by_products(self, x: Tensor) -> Tensor:
+        """The filtered map in real numbers; one axis after the other, real and imaginary parts apart."""
+        height, width = x.shape[-2:]
+        cos_h, sin_h = waves(height, height, x)
+        cos_w, sin_w = waves(width, width // 2 + 1, x)
+        real, imag = x @ cos_w, -(x @ sin_w)
+        real, imag = cos_h @ real + sin_h @ imag, cos_h @ imag - sin_h @ real
+        real, imag = self._filter(torch.stack([real, imag], -1))
+        real, imag = cos_h @ real - sin_h @ imag, cos_h @ imag + sin_h @ real
+        # the missing half of the spectrum is the mirror image of the other, except the columns that `symmetric` changes
+        column = torch.arange(width // 2 + 1, device=x.device)
+        count = 2 - (column == 0).to(x.dtype) - (2 * column == width).to(x.dtype)
+        return (real * count) @ cos_w.transpose(0, 1) - (imag * count) @ sin_w.transpose(0, 1)
+
+    def _filter(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts of Z, `[B, C, H, F, 2]`, to those of M * Z, `[B, C, H, F]` each."""
+        groups, batch, (rows, columns) = self.num_groups, spectrum.shape[0], spectrum.shape[2:4]
         # [B, G, c, H, F, 2] -> [G, 2, c, B, H, F]: each complex layer is then one matrix product per group
-        parts = torch.view_as_real(spectrum).unflatten(1, (groups, -1)).permute(1, 5, 2, 0, 3, 4)
+        parts = spectrum.unflatten(1, (groups, self.dim // groups)).permute(1, 5, 2, 0, 3, 4)
         z = parts.reshape(groups, 2 * (self.dim // groups), batch * rows * columns)
         hidden = F.silu(torch.baddbmm(*as_real(self.b1.to(z.dtype), self.w1.to(z.dtype)), z))
         mask = torch.baddbmm(*as_real(self.b2.to(z.dtype), self.w2.to(z.dtype)), hidden)
-        m_real, m_imag = F.softshrink(mask, self.shrinkage).chunk(2, 1)
+        if exporting():
+            # many runtimes have no `softshrink`
+            m_real, m_imag = (mask - mask.clamp(-self.shrinkage, self.shrinkage)).chunk(2, 1)
+        else:
+            m_real, m_imag = F.softshrink(mask, self.shrinkage).chunk(2, 1)
         z_real, z_imag = z.chunk(2, 1)
         real = torch.addcmul(m_real * z_real, m_imag, z_imag, value=-1)
         imag = torch.addcmul(m_real * z_imag, m_imag, z_real)
-        filtered = torch.complex(real, imag).unflatten(2, (batch, rows, columns))
-        return filtered.permute(2, 0, 1, 3, 4).reshape(batch, self.dim, rows, columns)
+        real, imag = (
+            part.unflatten(2, (batch, rows, columns)).permute(2, 0, 1, 3, 4).flatten(1, 2) for part in (real, imag)
+        )
+        return real, imag
+
+
+def waves(size: int, frequencies: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal cosines and sines `[size, frequencies]` in the dtype of `like`."""
+    turns = torch.arange(size, device=like.device)[:, None] * torch.arange(frequencies, device=like.device)
+    # whole turns are subtracted in integers, where it is exact; torch's ONNX exporter has no `%` by an open size
+    turns = turns - turns // size * size
+    sides = like.new_full((1,), size)
+    angle = turns.to(like.dtype) * (2 * math.pi / sides)
+    return angle.cos() * sides.rsqrt(), angle.sin() * sides.rsqrt()
 
 
 def as_real(bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +111,7 @@ def as_real(bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     `bias: [2, G, c]`, `weight: [2, G, i, o]` -> `[G, 2*c, 1]`, `[G, 2*o, 2*i]`.
     """
-    real, imag = weight.mT.unbind(0)
+    real, imag = weight.transpose(-2, -1).unbind(0)
     matrix = torch.cat([torch.cat([real, -imag], 2), torch.cat([imag, real], 2)], 1)
     return bias.transpose(0, 1).flatten(1).unsqueeze(2), matrix
 

@@ -7,16 +7,6 @@ from torch import Tensor, nn
 from ..kernels import halo_attention
 
 
-class _Projection(nn.Linear):
-    """A linear layer without bias, initialized by a truncated normal distribution of std in_features**-0.5."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        trunc_normal_(self.weight, std=self.in_features**-0.5)
-
-
 @register_notrace_module
 class Halo(nn.Module):
     """Attention of each b x b block to itself and h pixels around it; `x: [B, dim, H, W] -> [B, out_dim, H, W]`.
@@ -67,8 +57,8 @@ class Halo(nn.Module):
         pooled = stride == 2 and block_size % 2 == 1
         self.num_heads, self.block_size, self.halo_size = num_heads, block_size, halo_size
         self.query_stride, self.mask_border = 1 if pooled else stride, mask_border
-        self.q = _Projection(dim, num_heads * head_dim)
-        self.kv = _Projection(dim, num_heads * head_dim + out_dim)
+        self.q = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.kv = nn.Linear(dim, num_heads * head_dim + out_dim, bias=False)
         window = block_size + 2 * halo_size
         self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
         self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
@@ -77,6 +67,8 @@ class Halo(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        for layer in (self.q, self.kv):
+            trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         for table in (self.height_rel, self.width_rel):
             trunc_normal_(table, std=table.shape[1] ** -0.5)
 

@@ -6,6 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
 from .padding import pad_to_multiple
 
@@ -58,7 +59,7 @@ class HiLo(nn.Module):
     def _high(self, x: Tensor, padded: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         qkv = self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
-        return self.h_proj(windowed(qkv, self.window)[:, :height, :width].flatten(3))
+        return self.h_proj(crop(windowed(qkv, self.window), height, width).flatten(3))
 
     def _low(self, x: Tensor, padded: Tensor) -> Tensor:
         # no queries for the padding, whose outputs would be cropped
@@ -76,6 +77,8 @@ def windowed(qkv: Tensor, window: int) -> Tensor:
 
     `window` must divide H and W.
     """
-    cells = qkv.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, rows, cols, h, w, 3, n, d]
-    y = window_attention(cells.flatten(0, 2), windows=((window, window),)).unflatten(0, cells.shape[:3])
-    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    # heads and channels as one axis: XNNPACK (ExecuTorch) has at most 6 axes
+    cells = qkv.flatten(3).unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+    y = window_attention(cells.flatten(0, 2).unflatten(-1, qkv.shape[3:]), windows=((window, window),))
+    y = y.flatten(3).unflatten(0, cells.shape[:3]).transpose(2, 3)  # [B, rows, h, cols, w, n*d]
+    return y.flatten(3, 4).flatten(1, 2).unflatten(-1, qkv.shape[4:])

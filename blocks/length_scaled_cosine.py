@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.precision import l2_normalize, without_autocast
+from ..kernels.recording import is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import BiasTable, Grid, cache_tensors, expand_bias
 
@@ -30,7 +31,7 @@ def _distances(queries: int, keys: int, trained_size: int, device: torch.device,
     lowest = -((keys - 1) * queries // keys + queries - 1)
     highest = 2 * (queries - 1) - ((queries + keys - 1) // keys - 1)
     # if all bins have the same size, doubled distances are all even or all odd
-    step = 1 if queries % keys else 2
+    step = 1 if is_open(queries) or queries % keys else 2
     index = (2 * torch.arange(queries, device=device) - center - lowest) // step
     exact = torch.promote_types(dtype, torch.float32)
     u = torch.arange(lowest, highest + 1, step, device=device).to(exact) * (4 / (trained_size - 1))
@@ -88,13 +89,14 @@ class LogPositionBias(nn.Module):
             # fc1 is linear: its output for (dy, dx) is the sum of a term of dy and a term of dx
             vertical = torch.outer(y, weight[:, 0])
             horizontal = torch.addcmul(self.fc1_bias, x[:, None], weight[:, 1])
-            slices = vertical.split(max(1, _SLICE // horizontal.numel()))
+            size_is_open = is_open(vertical.shape[0]) or is_open(horizontal.shape[0])
+            slices = (vertical,) if size_is_open else vertical.split(max(1, _SLICE // horizontal.numel()))
             parts = [self._fc2((part[:, None] + horizontal).relu_()) for part in slices]
         return torch.cat(parts, 1), rows, columns
 
     def _fc2(self, hidden: Tensor) -> Tensor:
         """`[n, m, hidden] -> [heads, n, m]`."""
-        y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.flatten(0, 1).T)
+        y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.flatten(0, 1).transpose(0, 1))
         return y.unflatten(1, hidden.shape[:2])
 
 
@@ -102,7 +104,7 @@ def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
     """Resize a dense bias `[heads, keys_y, H, keys_x, W]` to other grids; the table has an entry for each pair."""
     nominal = dense.shape[2::2]
     bias = F.interpolate(dense.permute(0, 2, 4, 1, 3).flatten(1, 2), keys, mode="bilinear")
-    bias = F.interpolate(bias.flatten(2).mT.unflatten(2, nominal), size, mode="bilinear")
+    bias = F.interpolate(bias.flatten(2).transpose(1, 2).unflatten(2, nominal), size, mode="bilinear")
     table = bias.unflatten(1, keys).transpose(2, 3).flatten(3).flatten(1, 2)
     rows, columns = (torch.arange(k * n, device=dense.device).view(k, n) for k, n in zip(keys, size, strict=True))
     return table, rows, columns
@@ -156,12 +158,17 @@ def reset_query(temperature: Tensor, query_embedding: Tensor) -> None:
     trunc_normal_(query_embedding, std=0.02)
 
 
+def _log(count: int, like: Tensor) -> float | Tensor:
+    """ln(count), as a tensor where the graph being exported leaves the count open."""
+    return like.new_full((1,), count).log() if is_open(count) else math.log(count)
+
+
 def length_scaled_cosine(qkv: Tensor, bias: Tensor, *, temperature: Tensor, query_embedding: Tensor) -> Tensor:
     """`qkv: [B, H, W, 3, N, D]`, `bias: [N, H*W, H*W]` -> `[B, H, W, N, D]`."""
     height, width = qkv.shape[1:3]
     q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
     with without_autocast(qkv):
-        scale = F.softplus(temperature) * math.log(height * width)
+        scale = F.softplus(temperature) * _log(height * width, temperature)
         q, k = (l2_normalize(q, dim=-1) + query_embedding) * scale, l2_normalize(k, dim=-1)
         y = fused_attention(q.to(v.dtype), k.to(v.dtype), v, bias[None].to(v.dtype), scale=1.0)
     return y.transpose(1, 2).unflatten(1, (height, width))

@@ -1,8 +1,9 @@
-"""Zero padding of feature maps to multiples of a window or region size."""
+"""Zero padding of feature maps."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
 
 
 def pad_to_multiple(x: Tensor, rows: int, cols: int) -> Tensor:
@@ -16,3 +17,30 @@ def pad_to_multiple(x: Tensor, rows: int, cols: int) -> Tensor:
     if torch.compiler.is_compiling() or bottom or right:
         return F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
+
+
+@register_notrace_module
+class PadToMultiple(nn.Module):
+    """Zero-pad `[B, C, H, W]` at the bottom and right to multiples of `step`."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pad_to_multiple(x.permute(0, 2, 3, 1), self.step, self.step).permute(0, 3, 1, 2)
+
+
+@register_notrace_module
+class PadToSize(nn.Module):
+    """Zero-pad `[B, C, H, W]` at the bottom and right to at least `side` x `side`."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height < self.side or width < self.side:
+            x = F.pad(x, (0, max(0, self.side - width), 0, max(0, self.side - height)))
+        return x

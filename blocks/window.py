@@ -4,6 +4,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from ..kernels.recording import crop
 from .padding import pad_to_multiple
 
 
@@ -42,5 +43,5 @@ class Window(nn.Module):
         qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim)).unflatten(-1, (3, self.num_heads, -1))
         y = self.proj(window_attention(qkv, windows=(self.window,)).flatten(3))
         y = y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
-        y = y.reshape(batch, rows * win_h, cols * win_w, dim)[:, :height, :width]
-        return y.permute(0, 3, 1, 2)
+        y = y.reshape(batch, rows * win_h, cols * win_w, dim)
+        return crop(y, height, width).permute(0, 3, 1, 2)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recording import exporting
+
 # CUDA limits a grid axis to 65,535 blocks, and the fused kernels put the batch on such an axis
 MAX_BATCH = 65535
 
@@ -26,7 +28,7 @@ def fused_attention(
         `[U, N, L, E]`.
     """
     # an exported graph must not fix the number of launches, that is, its batch size
-    if torch.compiler.is_exporting() or q.shape[0] <= MAX_BATCH:
+    if exporting() or q.shape[0] <= MAX_BATCH:
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     outputs = []
     for start in range(0, q.shape[0], MAX_BATCH):

@@ -6,6 +6,8 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
+from .recording import exporting
+
 Grid = tuple[int, int]
 
 # (table `[heads, n, m]`, rows `[keys_y, H]`, columns `[keys_x, W]`). The bias of the query (y, x) for the key (i, j) is
@@ -30,7 +32,7 @@ def cache_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
     @wraps(make)
     def tensors(*args):
         # Tensors of a tracer must not outlive the trace. Under a fake mode torch.empty returns a tensor subclass.
-        tracing = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+        tracing = torch.compiler.is_compiling() or exporting() or type(torch.empty(0)) is not Tensor
         return make(*args) if tracing else cached(*args)
 
     return tensors

@@ -145,7 +145,7 @@ class Pictures(Samples):
 
 
 class Named(Pictures):
-    def name(self, index):
+    def image_path(self, index):
         return f"{index}.png"
 
 
@@ -185,9 +185,9 @@ def test_boxes_are_checked():
 
     assert found(Pictures(boxes([0, 0, 8, 6], [1, 1, 2, 2], [1, 2, 3, 4]))) == []
     assert errors(Named(boxes([0, 0, 9.5, 6], [3, 3, 3, 4], [1, 2, 3, 4]), boxes([1, 1, 2, 2], labels=[7]))) == [
-        "0.png: box [0.0, 0.0, 9.5, 6.0] extends beyond 8 x 6",
-        "0.png: box [3.0, 3.0, 3.0, 4.0] has no area",
-        "1.png: class 7 is not in 0 to 2",
+        "image 0.png: box [0.0, 0.0, 9.5, 6.0] extends beyond 8 x 6",
+        "image 0.png: box [3.0, 3.0, 3.0, 4.0] has no area",
+        "image 1.png: class 7 is not in 0 to 2",
     ]
 
 
@@ -207,7 +207,7 @@ def test_a_data_set_without_classes():
     facts = inspect_split(data, name="train")
     assert [one.text for one in facts.findings()] == [
         "sample 2 cannot be read: FileNotFoundError: no mask",
-        "sample 0, sample 1 are the same image",
+        "sample 0, sample 1 have the same pixels",
     ]
     assert facts.sizes.tolist() == [[4, 5], [4, 5]]
 
@@ -215,13 +215,16 @@ def test_a_data_set_without_classes():
 def test_images_that_occur_more_than_once():
     white, black, gray = (Image.new("RGB", (4, 4), color) for color in ("white", "black", "gray"))
     train = Named(0, 0, 1, 2, 1, images=[white, white, black, gray, black])
-    assert found(train) == [("0.png, 1.png are the same image", False), ("2.png, 4.png are the same image", False)]
+    assert found(train) == [
+        ("image 0.png, image 1.png have the same pixels", False),
+        ("image 2.png, image 4.png have the same pixels", False),
+    ]
     train.targets_ = 0, 2, 1, 2, 1
-    assert errors(train) == ["0.png, 1.png are the same image with different labels"]
+    assert errors(train) == ["image 0.png, image 1.png have the same pixels, but different labels"]
     # as many bytes in another shape are another image
     val = Named(0, 1, images=[Image.new("RGB", (2, 8), "white"), gray])
     both = images_in_both(*(inspect_split(one, name="") for one in (train, val)))
-    assert [one.text for one in both] == ["1.png is the same image as 3.png of the training split"]
+    assert [one.text for one in both] == ["image 1.png has the same pixels as image 3.png of the training split"]
 
 
 def test_unbalanced_classes_are_a_warning():
@@ -244,14 +247,17 @@ def test_copies_in_both_splits_and_warnings_alone(tmp_path, capsys):
     shutil.copy(root / "train/class_1/0.png", root / "train/class_1/copy.png")
     assert check.main([recipe]) == 0
     out = capsys.readouterr().out
-    assert f"train: warning: {root}/train/class_1/0.png, {root}/train/class_1/copy.png are the same image\n" in out
+    assert (
+        f"train: warning: image {root}/train/class_1/0.png, image {root}/train/class_1/copy.png have the same pixels\n"
+        in out
+    )
     assert "train: checked 13 of 13 samples, found no errors and 1 warning" in out
     # stored in another format, it is still the same image
     Image.open(root / "train/class_2/3.png").save(root / "val/class_2/other.bmp")
     assert check.main([recipe]) == 1
     out = capsys.readouterr().out
     assert (
-        f"val: error: {root}/val/class_2/other.bmp is the same image as {root}/train/class_2/3.png of the training"
+        f"val: error: image {root}/val/class_2/other.bmp has the same pixels as image {root}/train/class_2/3.png of"
         in out
     )
     assert "val: checked 7 of 7 samples, found 1 error\n" in out

@@ -222,7 +222,7 @@ def test_names_hide_no_object():
 
 
 def test_overlapping_predictions_are_suppressed_over_all_classes():
-    image = torch.zeros(3, 96, 96)
+    image = torch.zeros(3, 96, 96, dtype=torch.uint8)
     found = {
         "boxes": torch.tensor([[4.0, 4, 60, 60], [5, 4, 60, 61], [40, 40, 90, 90], [0, 60, 30, 90], [9, 9, 9, 30]]),
         "labels": torch.tensor([1, 0, 2, 0, 0]),

@@ -292,6 +292,7 @@ def test_two_processes_learn_the_same(recipe):
     shared = ["model.name=test_convnext", "sched.steps=4", "ckpt.every=4", "eval.every=2", "log.every=1"]
     done = torchrun(recipe, *shared, "run.name=two")
     assert done.returncode == 0, done.stderr
+    assert "Grad strides" not in done.stderr
     assert trainer.train(recipe, *shared, "run.name=one") == 0
     one, two = (trainer.metrics(recipe.parent / "runs" / name) for name in ("one", "two"))
     assert len(one) == len(two) == 6
@@ -407,3 +408,5 @@ def test_progress_bar(recipe, capsys):
     assert trainer.train(recipe, "sched.steps=4", "log.progress=bar") == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("4/4", "images/s", "s a step", "data wait", "GB", "top1"))
+    # evaluations stay above the bar
+    assert "step 3/4  evaluation: top1" in out and "step 4/4  evaluation: top1" in out

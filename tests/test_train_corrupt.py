@@ -211,3 +211,64 @@ def test_by_default_a_few_corrupt_samples_are_replaced_and_listed_at_the_end(rec
     trainer.assert_same_checkpoint(
         *(path / "checkpoints/step-00000009" for path in (recipe.parent / "runs/tiny", straight))
     )
+
+
+def broken_augmentation(image, target):
+    raise ZeroDivisionError("no\nluck")
+
+
+class Torn:
+    """A transform with settings that cannot transform images of one kind."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __repr__(self):
+        return f"Torn(bad={self.bad})"
+
+    def __call__(self, image, target):
+        if image[0] == self.bad:
+            image.numpy().reshape(3, 5)
+        return image, target
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_exception_in_a_transform_names_sample_operation_and_remedy(workers):
+    def first_error(dataset, transform):
+        loader = Loader(SeededDataset(dataset, transform, 0), [[(0, 7)]], workers=workers, prefetch=2, pin=False)
+        with pytest.raises(UserError) as caught:
+            next(loader)
+        loader.close()
+        return str(caught.value)
+
+    message = first_error(Numbers(), Torn(7))
+    assert "\n" not in message and "Traceback" not in message
+    assert message.startswith("sample 7 cannot be transformed: Torn(bad=7) failed (cannot reshape array of size 2")
+    assert message.endswith("the key of data.aug (or of data) that asks for this operation, or remove the image")
+    assert "broken_augmentation failed (no luck)" in first_error(Numbers(), broken_augmentation)
+
+
+def test_samples_that_cannot_be_transformed_are_replaced_like_unreadable_ones():
+    stream = order()
+    seeded = SeededDataset(Numbers(), Torn(4), 1, order=stream, max_retries=1)
+    loader = Loader(seeded, stream, workers=0, prefetch=2, pin=False)
+    indices = [index for batch in loader for index in batch[2].tolist()]
+    assert len(indices) == 60 and 4 not in indices and list(loader.failures) == [4]
+
+
+def test_run_stops_with_one_line_if_an_augmentation_fails(tmp_path, monkeypatch, capsys):
+    images = trainer.draw_folder(tmp_path / "images")
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
+
+    reasons = [ValueError("bits must be between 1 and 8")]
+
+    def fail_once(operation, image):
+        if reasons:
+            raise reasons.pop()
+        return image
+
+    monkeypatch.setattr("timm.data.auto_augment.AugmentOp.__call__", fail_once)
+    assert trainer.train(recipe, "guard.max_corrupt=0") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: image ") and ".png cannot be transformed: " in error and error.count("\n") == 1
+    assert "failed (bits must be between 1 and 8)" in error and "guard.max_corrupt=N" in error

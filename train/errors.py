@@ -26,6 +26,10 @@ class FaultsError(UserError):
         self.faults = list(faults)
 
 
+class NewerFormatError(UserError):
+    """A file was written by a later version of tessel. It is not damaged: the remedy is to upgrade."""
+
+
 class LocalRankError(UserError):
     """A UserError that only one process knows of. That process prints it; any other UserError is printed by rank 0."""
 
@@ -52,13 +56,13 @@ def report_errors() -> Iterator[Outcome]:
             print(f"error: {error}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of another library's exception, shortened to one line of at most 300 characters.
+def one_line(error: BaseException, width: int = 300) -> str:
+    """The message of another library's exception, shortened to one line of at most `width` characters.
 
     A LookupError gets its class name in front, because its message is often only the missing key. An assertion
     without a message gives the source line that failed.
     """
-    text = textwrap.shorten(str(error), 300, placeholder=" ...")
+    text = textwrap.shorten(str(error), width, placeholder=" ...")
     if isinstance(error, LookupError):
         return f"{type(error).__name__}: {text}"
     if not text and isinstance(error, AssertionError):

@@ -51,7 +51,10 @@ def run_evaluation(
     finally:
         model.train(training)
         batches.close()
-    return None if world.any_rank(stop()) else metrics
+    if world.any_rank(stop()):
+        return None
+    task.note_evaluation(metrics)
+    return metrics
 
 
 def _without_gaps(batches: Loader) -> Iterator[Any]:
@@ -130,8 +133,8 @@ def check_classes(found: list[str] | None, trained: list[str] | None, target: Pa
     which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
     before = f"{len(trained)}" if at is None else trained[at]
     raise UserError(
-        f"the data has other classes than {target} was trained on: {which}, in training {before}; evaluate it on data "
-        "with the same classes in the same order"
+        f"the data has other classes than {target} was trained on: {which}, in training {before}; use data with the "
+        "same classes in the same order"
     )
 
 

@@ -103,6 +103,19 @@ class BackboneParts:
     init: Callable[[nn.Module], None] = keep_initialization
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """`x: [B, C, H, W]` in channels_last memory, itself if it is already."""
+    # not `x.contiguous(memory_format=...)`, which torch.vmap refuses
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _reset(module: nn.Module) -> None:
+    # batch norm resets its running statistics in `reset_parameters` too
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
 class Backbone(nn.Module):
     """A hierarchical vision backbone: image `[B, in_chans, H, W]` to logits `[B, num_classes]`, any H, W >= 1.
 
@@ -138,16 +151,13 @@ class Backbone(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize all parameters and buffers again, as the constructor does; for models made on the meta device."""
-        for module in self.modules():
-            # batch norm resets its running statistics in `reset_parameters` too
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        # children first, as in the constructor: a module may initialize its layers differently from their own default
+        self.apply(_reset)
         self.apply(self._init)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the last feature map after the final norm, `[B, num_features, h, w]`."""
-        return self.norm(self.stages(self.stem(x.contiguous(memory_format=torch.channels_last))))
+        return self.norm(self.stages(self.stem(channels_last(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map to logits, or with `pre_logits` to the pooled `[B, head_hidden_size]`."""
@@ -173,7 +183,7 @@ class Backbone(nn.Module):
         """
         assert output_fmt == "NCHW", f"output_fmt={output_fmt!r}: feature maps are NCHW only"
         take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         taken = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)

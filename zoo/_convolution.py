@@ -7,14 +7,11 @@ from torch import Tensor, nn
 from ..blocks import block
 
 
-class Conv(nn.Conv2d):
-    """Convolution without bias; odd kernels: `[B, in_chs, H, W] -> [B, out_chs, ceil(H/stride), ceil(W/stride)]`."""
-
-    def __init__(self, in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1):
-        super().__init__(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+def initialize_conv(conv: nn.Conv2d) -> None:
+    """He initialization by the fan out, as in the published code of the convolutional families."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 def activation(name: str) -> nn.Module:
@@ -29,8 +26,12 @@ def activation(name: str) -> nn.Module:
 
 
 def conv_norm_act(in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1, act: str = "") -> nn.Sequential:
-    """Convolution, batch norm and, unless `act` is empty, timm's activation of that name."""
-    layer = block(conv=Conv(in_chs, out_chs, kernel=kernel, stride=stride), norm=nn.BatchNorm2d(out_chs))
+    """Convolution without bias, batch norm and, unless `act` is empty, timm's activation of that name.
+
+    `[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]` for odd kernels.
+    """
+    conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
+    layer = block(conv=conv, norm=nn.BatchNorm2d(out_chs))
     if act:
         layer.add_module("act", activation(act))
     return layer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import FinalConvHead, conv_norm_act
+from ._convolution import FinalConvHead, conv_norm_act, initialize_conv
 from ._family import Family
 from ._keymap import KeyRule
 from ._registry import register
@@ -128,10 +128,8 @@ def build(
 
 
 def initialize(module: nn.Module) -> None:
-    # other convolutions are initialized so by their own class
-    if isinstance(module, InvertedResidual):
-        for conv in ("conv_pw", "conv_dw", "conv_pwl"):
-            nn.init.kaiming_normal_(module.get_parameter(f"{conv}.weight"), mode="fan_out", nonlinearity="relu")
+    if isinstance(module, nn.Conv2d):
+        initialize_conv(module)
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
-from torch import Tensor, nn
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from torch import nn
 
 from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
+from ..blocks.padding import PadToSize
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import DenseNorm, Family
 from ._keymap import KeyRule
@@ -59,20 +59,6 @@ VARIANTS = {
 norm = partial(LayerNorm2d, eps=1e-5)
 
 
-@register_notrace_module
-class StemConv(nn.Conv2d):
-    """7x7 convolution, stride 4, padding 2: a side of n pixels becomes (n - 3) // 4 + 1; n < 3 is padded to 3."""
-
-    def __init__(self, in_chs: int, out_chs: int):
-        super().__init__(in_chs, out_chs, 7, stride=4, padding=2)
-
-    def forward(self, input: Tensor) -> Tensor:
-        height, width = input.shape[-2:]
-        if height < 3 or width < 3:
-            input = F.pad(input, (0, max(0, 3 - width), 0, max(0, 3 - height)))
-        return super().forward(input)
-
-
 def build(
     cfg: CSWinConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
@@ -93,8 +79,10 @@ def build(
         ]
         down = conv_norm(cfg.dims[i - 1], dim, kernel=3, stride=2, norm=norm) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
+    # a side of n >= 3 pixels becomes (n - 3) // 4 + 1
+    conv = nn.Conv2d(in_chans, cfg.dims[0], 7, stride=4, padding=2)
     return BackboneParts(
-        stem=block(conv=StemConv(in_chans, cfg.dims[0]), norm=norm(cfg.dims[0])),
+        stem=block(pad=PadToSize(3), conv=conv, norm=norm(cfg.dims[0])),
         stages=stages,
         norm=norm(cfg.dims[-1]),
         head=ClassifierHead(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),

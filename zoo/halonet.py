@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Halo, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import FinalConvHead, activation, conv_norm_act
+from ._convolution import FinalConvHead, activation, conv_norm_act, initialize_conv
 from ._family import Family
 from ._keymap import Edit, KeyRule
 from ._registry import register
@@ -193,11 +193,8 @@ def initialize(module: nn.Module) -> None:
     if isinstance(module, Bottleneck):
         # at the start a block returns its shortcut
         nn.init.zeros_(module.branch.get_parameter("expand.norm.weight"))
-    elif isinstance(module, SEModule):
-        for conv in (module.fc1, module.fc2):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+    elif isinstance(module, nn.Conv2d):
+        initialize_conv(module)
     elif isinstance(module, nn.Linear) and module.bias is not None:
         # the classifier: the projections of the attention have no bias
         nn.init.normal_(module.weight, std=0.01)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, trunc_normal_
-from torch import Tensor, nn
+from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from torch import nn
 
 from ..blocks import DepthwiseMlp, HiLo, Residual, block, deformable_merge, drop_path_rates
-from ..blocks.padding import pad_to_multiple
+from ..blocks.padding import PadToMultiple
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import DenseNorm, Family
 from ._keymap import Edit, KeyRule
@@ -57,17 +57,6 @@ VARIANTS = {
 norm = partial(LayerNorm2d, eps=1e-5)
 
 
-@register_notrace_module
-class PatchConv(nn.Conv2d):
-    """4x4 convolution of stride 4; images are zero-padded at the bottom and right to multiples of 4."""
-
-    def __init__(self, in_chs: int, out_chs: int):
-        super().__init__(in_chs, out_chs, 4, stride=4)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(pad_to_multiple(input.permute(0, 2, 3, 1), 4, 4).permute(0, 3, 1, 2))
-
-
 def build(
     cfg: LITv2Config, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
 ) -> BackboneParts:
@@ -85,7 +74,7 @@ def build(
         down = deformable_merge(cfg.dims[i - 1], dim) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
     return BackboneParts(
-        stem=block(conv=PatchConv(in_chans, cfg.dims[0]), norm=norm(cfg.dims[0])),
+        stem=block(pad=PadToMultiple(4), conv=nn.Conv2d(in_chans, cfg.dims[0], 4, stride=4), norm=norm(cfg.dims[0])),
         stages=stages,
         norm=norm(cfg.dims[-1]),
         head=ClassifierHead(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import l2_normalize, without_autocast
+from ..recording import is_open
 from ..tables import BiasTable, expand_bias
 from .geometry import border_masks, window_side
 
@@ -48,11 +49,12 @@ def aggregated_attention_reference(
 
         row_mask, column_mask, log_keys = border_masks((height, width), window, k_pooled.shape[2], q.device, q.dtype)
         pixels = q.flatten(3)
-        scaled = (pixels + query_embedding.mT) * (F.softplus(temperature) * log_keys)
+        scaled = (pixels + query_embedding.transpose(1, 2)) * (F.softplus(temperature) * log_keys)
         offsets = local_bias.unflatten(1, (window, window))[..., None, None] + row_mask + column_mask
         scores = _window_scores(scaled.view_as(q), l2_normalize(k, dim=2), window) + offsets.flatten(1, 2)
         weights, y = _joint_softmax(scores, scaled.view_as(q), l2_normalize(k_pooled, dim=-1), v_pooled, bias)
-        weights = weights + (filters.mT.to(q.dtype) @ pixels + filter_bias.mT).view_as(weights)
+        filtered = filters.transpose(1, 2).to(q.dtype) @ pixels + filter_bias.transpose(1, 2)
+        weights = weights + filtered.view_as(weights)
         y = _add_window_values(y, weights, v, window)
     return y.permute(0, 3, 4, 1, 2).to(qkv.dtype)
 
@@ -70,11 +72,13 @@ def _joint_softmax(
     """One softmax over the scores of the window `[B, N, K, H, W]` and of the pooled keys `[B, N, P, D]`.
 
     Returns the weights of the window `[B, N, K, H, W]` and the weighted sum of the pooled values `[B, N, D, H, W]`.
-    Works through the rows of the map in chunks, see CHUNK_WEIGHTS.
+    Works through the rows of the map in chunks, see CHUNK_WEIGHTS; in a graph of open size there is one chunk.
     """
     table, rows, columns = bias
     heads, keys = k_pooled.shape[1:3]
     height, width = q.shape[3:]
+    if is_open(keys) or is_open(height) or is_open(width):
+        return _joint_softmax_of_rows(scores, q, k_pooled, v_pooled, bias)
     step = max(1, CHUNK_WEIGHTS // (heads * keys * width))
     chunks = [
         _joint_softmax_of_rows(scores_c, q_c, k_pooled, v_pooled, (table, rows_c, columns))
@@ -96,7 +100,7 @@ def _joint_softmax_of_rows(
     pooled_scores = pooled_scores + expand_bias(*bias).transpose(2, 3)  # [B, N, rows, columns, H, W]
     weights = torch.cat([scores, pooled_scores.flatten(2, 3)], 2).softmax(2)
     window_weights, pooled_weights = weights.split((scores.shape[2], k_pooled.shape[2]), 2)
-    y = v_pooled.mT @ pooled_weights.flatten(3).to(v_pooled.dtype)
+    y = v_pooled.transpose(2, 3) @ pooled_weights.flatten(3).to(v_pooled.dtype)
     return window_weights, y.unflatten(3, size)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recording import crop, exporting, is_open
 from ..sdpa import fused_attention
 
 # Without gradients, windows are computed in chunks whose relative logits take about this many bytes: they stay in cache
@@ -37,7 +38,8 @@ def halo_attention_reference(
 ) -> Tensor:
     """Copy every window, expand its relative logits, then ordinary attention; arguments as in `halo_attention`."""
     batch, height, width = kv.shape[:3]
-    rows, cols = -(-height // block_size), -(-width // block_size)
+    # not -(-height // block_size): in ONNX the quotient of a negative number is rounded towards zero
+    rows, cols = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
     side = block_size // stride
     q_WssND = split_blocks(q, side, rows, cols)
     kv_WKKNF = _windows(kv, block_size, halo_size, rows, cols)
@@ -46,7 +48,8 @@ def halo_attention_reference(
 
     windows, keys = q_WssND.shape[0], kv_WKKNF.shape[1] * kv_WKKNF.shape[2]
     chunk = max(1, CHUNK_BYTES // (q.shape[3] * side * side * keys * q.element_size()))
-    if windows <= chunk or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    # the number of windows comes last: comparing it would fix the batch size of a recorded graph
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or windows <= chunk:
         y_WqNE = _attend(q_WssND, kv_WKKNF, tables, outside)
     else:
         chunks = [slice(start, start + chunk) for start in range(0, windows, chunk)]
@@ -54,8 +57,10 @@ def halo_attention_reference(
         y_WqNE = torch.cat(
             [_attend(q_WssND[c], kv_WKKNF[c], tables, mask) for c, mask in zip(chunks, masks, strict=True)]
         )
-    y = y_WqNE.unflatten(1, (side, side)).unflatten(0, (batch, rows, cols)).transpose(2, 3)
-    return y.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]]
+    # batch and rows of blocks as one axis: XNNPACK (ExecuTorch) has at most 6 axes
+    y = y_WqNE.unflatten(1, (side, side)).unflatten(0, (batch * rows, cols)).transpose(1, 2)
+    y = y.flatten(2, 3).unflatten(0, (batch, rows)).flatten(1, 2)
+    return crop(y, q.shape[1], q.shape[2])
 
 
 def _attend(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tensor], outside: Tensor | None) -> Tensor:
@@ -92,9 +97,10 @@ def _shifted_tables(table: Tensor, side: int) -> Tensor:
 def split_blocks(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
     """`[B, H, W, N, D] -> [B*rows*cols, s, s, N, D]`, zero-padded at the bottom and right."""
     below, right = rows * side - x.shape[1], cols * side - x.shape[2]
-    if below or right:
+    if is_open(below) or is_open(right) or below or right:
         x = F.pad(x, (0, 0, 0, 0, 0, right, 0, below))
-    return x.unflatten(2, (cols, side)).unflatten(1, (rows, side)).transpose(2, 3).flatten(0, 2)
+    x = x.unflatten(1, (rows, side)).flatten(0, 1).unflatten(2, (cols, side))  # [B*rows, s, cols, s, N, D]
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) -> Tensor:
@@ -102,9 +108,10 @@ def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) 
     below = rows * block_size - kv.shape[1] + halo_size
     right = cols * block_size - kv.shape[2] + halo_size
     window = block_size + 2 * halo_size
-    kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below))
-    windows = kv.unfold(1, window, block_size).unfold(2, window, block_size)  # [B, rows, cols, N, F, K, K]
-    return windows.permute(0, 1, 2, 5, 6, 3, 4).flatten(0, 2)
+    heads = kv.shape[3:]
+    kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below)).flatten(3)
+    windows = kv.unfold(1, window, block_size).unfold(2, window, block_size)  # [B, rows, cols, N*F, K, K]
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(0, 2).unflatten(-1, heads)
 
 
 def _outside(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) -> Tensor:

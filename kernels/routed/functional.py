@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
+from ..recording import exporting, transformed
 from . import grouped
 from .reference import routed_attention_reference
 
@@ -51,8 +52,9 @@ def routed_attention(
     qkv = cast_to_autocast(qkv)
     reasons = routed_attention_unsupported(qkv, index, grid=grid)
     chosen = choose_backend("routed_attention", backend, reasons)
-    # an exported graph should run without this package, so it must not contain our operator
-    if chosen == "reference" or (chosen == "auto" and torch.compiler.is_exporting()):
+    # An exported graph should run without this package, so it must not contain our operator. torch.func cannot
+    # differentiate it.
+    if chosen == "reference" or (chosen == "auto" and (exporting() or transformed(qkv))):
         return routed_attention_reference(qkv, index, grid=grid, scale=scale)
     out, _ = _forward_op(qkv, index, grid, scale, chosen == "triton")
     return out

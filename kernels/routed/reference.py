@@ -20,6 +20,6 @@ def routed_attention_reference(qkv: Tensor, index: Tensor, *, grid: tuple[int, i
     """Gather the routed keys and values, then ordinary attention; arguments as in `routed_attention`."""
     q_BRNrD, k_BRNrD, v_BRNrD = (split_regions(x, grid) for x in qkv.unbind(3))
     k_BRNjD, v_BRNjD = gather_regions(k_BRNrD, index), gather_regions(v_BRNrD, index)
-    logits_BRNrj = (q_BRNrD * scale) @ k_BRNjD.mT
+    logits_BRNrj = (q_BRNrD * scale) @ k_BRNjD.transpose(-2, -1)
     p_BRNrj = logits_BRNrj.softmax(-1, dtype=acc_dtype(qkv)).to(qkv.dtype)
     return merge_regions(p_BRNrj @ v_BRNjD, grid, (qkv.shape[1], qkv.shape[2]))

@@ -1,6 +1,7 @@
 """Conversion between a feature map and its grid of equal regions, and gathering of whole regions.
 
-Suffixes as in reference.py: R regions of r = h * w pixels each, N heads of width D.
+Suffixes as in reference.py: R regions of r = h * w pixels each, N heads of width D. No tensor has more than 6 axes,
+which is the limit of XNNPACK (ExecuTorch).
 """
 
 from collections.abc import Sequence
@@ -11,16 +12,17 @@ from torch import Tensor
 
 def split_regions(x_BHWND: Tensor, grid: Sequence[int]) -> Tensor:
     """`[B, H, W, N, D] -> [B, R, N, r, D]`."""
-    rows, cols = grid
-    x = x_BHWND.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)  # [B, rows, cols, h, w, N, D]
-    return x.flatten(3, 4).flatten(1, 2).transpose(2, 3)
+    (rows, cols), (heads, head_dim) = grid, x_BHWND.shape[3:]
+    x = x_BHWND.flatten(3).unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2).unflatten(-1, (heads, head_dim)).transpose(2, 3)  # x: [B, rows, cols, h, w, C]
 
 
 def merge_regions(x_BRNrD: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:
     """`[B, R, N, r, D] -> [B, H, W, N, D]`, the inverse of `split_regions`; `size` is (H, W)."""
     (rows, cols), (height, width) = grid, size
-    x = x_BRNrD.transpose(2, 3).unflatten(2, (height // rows, width // cols)).unflatten(1, (rows, cols))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    batch, _, heads, _, head_dim = x_BRNrD.shape
+    x = x_BRNrD.unflatten(1, (rows, cols)).flatten(0, 1).unflatten(3, (height // rows, width // cols))
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, height, width, heads, head_dim)  # x: [B*rows, cols, N, h, w, D]
 
 
 def gather_regions(x_BRNrD: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
-from .reference import Lepe, window_attention_reference
+from ..recording import exporting
+from .reference import Lepe, Window, window_attention_reference
 from .tiles import fits_one_tile
 
 # name -> (B, (H, W), N, D, windows, with LePE): stages of the published models at 224 or 384, at 512 and at detection
@@ -49,7 +50,7 @@ MAX_IMAGE_ELEMENTS = 1 << 30  # offsets within two images are 32-bit integers
 def window_attention(
     qkv: Tensor,
     *,
-    windows: Sequence[tuple[int, int]],
+    windows: Sequence[Window],
     lepe: Lepe | None = None,
     scale: float | None = None,
     backend: str | None = None,
@@ -58,7 +59,8 @@ def window_attention(
 
     Args:
         qkv: `[B, H, W, 3, N, D]`, the projection's output.
-        windows: (height, width) in pixels for each of the G equal groups of heads, in the order of the heads.
+        windows: (height, width) in pixels for each of the G equal groups of heads, in the order of the heads; None
+            instead of a number means the whole side of the map.
         lepe: weight `[C', 1, 3, 3]` and bias `[C']` for each group, or None for no convolution.
         scale: factor of the logits; None means `D**-0.5`.
         backend: `auto`, `triton` or `reference`; None means the environment variable `TESSEL_KERNELS`.
@@ -76,19 +78,19 @@ def window_attention(
         lepe = [(cast_to_autocast(weight), cast_to_autocast(bias)) for weight, bias in lepe]
     reasons = window_attention_unsupported(qkv, windows=windows, lepe=lepe)
     if choose_backend("window_attention", backend, reasons) == "triton":
-        sides = [side for window in windows for side in window]
+        sides = [side for window in windows for side in _sides(window, qkv)]
         scale = qkv.shape[-1] ** -0.5 if scale is None else scale
         out, _ = _forward_op(qkv, [x for pair in lepe or () for x in pair], sides, scale)
         return out
     return window_attention_reference(qkv, windows=windows, lepe=lepe, scale=scale)
 
 
-def window_attention_unsupported(
-    qkv: Tensor, *, windows: Sequence[tuple[int, int]], lepe: Lepe | None = None
-) -> list[str]:
+def window_attention_unsupported(qkv: Tensor, *, windows: Sequence[Window], lepe: Lepe | None = None) -> list[str]:
     """Return the reasons why the Triton kernels cannot run on these tensors; empty if they can."""
     reasons = common_unsupported_reasons(qkv, head_dim=qkv.shape[-1])
-    for height, width in windows:
+    if reasons and exporting():
+        return reasons  # comparing open sizes would narrow the graph
+    for height, width in (_sides(window, qkv) for window in windows):
         if height * width > MAX_WINDOW_PIXELS:
             reasons.append(f"a window of {height}x{width} has more than {MAX_WINDOW_PIXELS} pixels")
     if math.prod(qkv.shape[1:]) > MAX_IMAGE_ELEMENTS:
@@ -98,15 +100,21 @@ def window_attention_unsupported(
     return reasons
 
 
-def _check(qkv: Tensor, windows: Sequence[tuple[int, int]], lepe: Lepe | None) -> None:
+def _sides(window: Window, qkv: Tensor) -> tuple[int, int]:
+    """Height and width of a window in pixels."""
+    height, width = window
+    return (qkv.shape[1] if height is None else height), (qkv.shape[2] if width is None else width)
+
+
+def _check(qkv: Tensor, windows: Sequence[Window], lepe: Lepe | None) -> None:
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"window_attention: qkv must be [B, H, W, 3, heads, head_dim], got shape={tuple(qkv.shape)}")
     heads, head_dim = qkv.shape[4:]
     if not windows or heads % len(windows):
         raise ValueError(f"window_attention: heads={heads} must be divisible by the {len(windows)} windows given")
     for window in windows:
-        if len(window) != 2 or min(window) < 1:
-            raise ValueError(f"window_attention: window={window} must be (height, width), both at least 1")
+        if len(window) != 2 or any(side is not None and side < 1 for side in window):
+            raise ValueError(f"window_attention: window={window} must be (height, width), both at least 1 or None")
     if lepe is None:
         return
     if len(lepe) != len(windows):

@@ -18,14 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recording import crop, is_open
 from ..sdpa import fused_attention
 
 # weight `[C', 1, 3, 3]` and bias `[C']` of the LePE convolution of each group of heads
 Lepe = Sequence[tuple[Tensor, Tensor]]
 
+# height and width of a window in pixels; None is the whole side of the map
+Window = tuple[int | None, int | None]
+
 
 def window_attention_reference(
-    qkv: Tensor, *, windows: Sequence[tuple[int, int]], lepe: Lepe | None = None, scale: float | None = None
+    qkv: Tensor, *, windows: Sequence[Window], lepe: Lepe | None = None, scale: float | None = None
 ) -> Tensor:
     """Partition the map into windows, then ordinary attention and convolution; arguments as in `window_attention`."""
     groups, head_dim = len(windows), qkv.shape[-1]
@@ -44,7 +48,7 @@ def _group_attention(
     q_BHWC: Tensor,
     k_BHWC: Tensor,
     v_BHWC: Tensor,
-    window: tuple[int, int],
+    window: Window,
     lepe: tuple[Tensor, Tensor] | None,
     *,
     head_dim: int,
@@ -52,12 +56,12 @@ def _group_attention(
 ) -> Tensor:
     """One group of heads: `[B, H, W, C']`."""
     height, width = q_BHWC.shape[1:3]
-    if not (height <= window[0] and width > window[1]):
+    if not _spans(window[0], height) or _spans(window[1], width):
         return _attend(q_BHWC, k_BHWC, v_BHWC, window, lepe, head_dim=head_dim, scale=scale)
     # Windows that span the height: transpose the map. Windows of whole rows need no copy, and convolutions are faster
     # along long rows.
     q, k, v = (x.transpose(1, 2) for x in (q_BHWC, k_BHWC, v_BHWC))
-    transposed = None if lepe is None else (lepe[0].mT, lepe[1])
+    transposed = None if lepe is None else (lepe[0].transpose(2, 3), lepe[1])
     return _attend(q, k, v, (window[1], window[0]), transposed, head_dim=head_dim, scale=scale).transpose(1, 2)
 
 
@@ -65,17 +69,18 @@ def _attend(
     q_BHWC: Tensor,
     k_BHWC: Tensor,
     v_BHWC: Tensor,
-    window: tuple[int, int],
+    window: Window,
     lepe: tuple[Tensor, Tensor] | None,
     *,
     head_dim: int,
     scale: float | None,
 ) -> Tensor:
-    (_, height, width, dim), (win_h, win_w) = q_BHWC.shape, window
-    rows, cols = -(-height // win_h), -(-width // win_w)
+    batch, height, width, dim = q_BHWC.shape
+    (rows, win_h), (cols, win_w) = _count(window[0], height), _count(window[1], width)
     pad_h, pad_w = rows * win_h - height, cols * win_w - width
     top, left = pad_h // 2, pad_w // 2
-    if pad_h or pad_w:
+    pads = is_open(pad_h) or is_open(pad_w) or bool(pad_h or pad_w)
+    if pads:
         padding = (0, 0, left, pad_w - left, top, pad_h - top)
         q_BHWC, k_BHWC, v_BHWC = (F.pad(x, padding) for x in (q_BHWC, k_BHWC, v_BHWC))
     if lepe is not None:
@@ -87,9 +92,20 @@ def _attend(
     y_UhwC = fused_attention(q, k, v, scale=scale).transpose(1, 2).reshape(v_UhwC.shape)
     if lepe is not None:
         y_UhwC = y_UhwC + _depthwise_conv(v_UhwC, *lepe, windows_per_image=rows * cols)
-    y = y_UhwC.view(-1, rows, cols, win_h, win_w, dim).transpose(2, 3)
-    y = y.reshape(-1, rows * win_h, cols * win_w, dim)
-    return y[:, top : top + height, left : left + width] if pad_h or pad_w else y
+    y = y_UhwC.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
+    y = y.reshape(batch, rows * win_h, cols * win_w, dim)
+    return crop(y, height, width, top=top, left=left) if pads else y
+
+
+def _spans(window: int | None, side: int) -> bool:
+    """Whether one window takes the whole side of the map."""
+    return window is None or (not is_open(side) and side <= window)
+
+
+def _count(window: int | None, side: int) -> tuple[int, int]:
+    """Number of windows along a side of the map, and their size in pixels."""
+    # not -(-side // window): in ONNX the quotient of a negative number is rounded towards zero
+    return (1, side) if window is None else ((side + window - 1) // window, window)
 
 
 def _partition(x_BHWC: Tensor, win_h: int, win_w: int) -> Tensor:

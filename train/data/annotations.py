@@ -1,12 +1,16 @@
 """Objects in images, as annotation files describe them."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import FaultsError, UserError
+from .split import held_out
 
 MAX_COORDINATE = 2**20  # sanity limit in pixels; also rejects infinity and NaN
+NO_SEGMENTATION = "has no segmentation, from which masks are drawn (task.kind=segment, task.detect.detector=mask_rcnn)"
+
+FileT = TypeVar("FileT")
 
 
 class AnnotatedObject(NamedTuple):
@@ -36,6 +40,12 @@ class Annotations:
     classes: list[str]
     images: list[AnnotatedImage]
 
+    def part(self, split: str, fraction: float, names: Sequence[str]) -> "Annotations":
+        """The split "train" or "val" of annotations that have none: by a hash of the images' `names`."""
+        held = held_out(names, fraction)
+        images = [image for image, chosen in zip(self.images, held, strict=True) if chosen == (split == "val")]
+        return replace(self, images=images)
+
 
 def are_numbers(values: Any, count: int, limit: float = MAX_COORDINATE) -> bool:
     """Whether `values` is a list of `count` numbers below the limit."""
@@ -46,12 +56,12 @@ def are_numbers(values: Any, count: int, limit: float = MAX_COORDINATE) -> bool:
     )
 
 
-def read_all(names: Iterable[str], read: Callable[[str], AnnotatedImage]) -> list[AnnotatedImage]:
-    """`read(name)` of each annotation file. Raises FaultsError with the faults of all files, not of the first alone."""
+def read_all(files: Iterable[FileT], read: Callable[[FileT], AnnotatedImage]) -> list[AnnotatedImage]:
+    """`read(file)` of each annotation file. Raises FaultsError with the faults of all files, not of the first alone."""
     images, faults = [], []
-    for name in names:
+    for file in files:
         try:
-            images.append(read(name))
+            images.append(read(file))
         except UserError as error:
             faults.append(str(error))
     if faults:

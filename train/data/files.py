@@ -5,7 +5,7 @@ from pathlib import Path
 from ..errors import FaultsError, UserError
 
 MAX_LISTED = 20  # missing files in one message
-UNPACK_HINT = "; unpack the published archive without changes"
+UNPACK_HINT = "; unpack the published archive without changes, or choose another data.source for own files"
 
 
 def unpacked_root(root: Path, folder: str, marker: str) -> Path:

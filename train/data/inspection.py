@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import WORKER_DIED, UserError, one_line
 from .segmentation import IGNORE_INDEX
+from .transform_errors import sample_name
 
 IMBALANCE = 20  # ratio of the most to the least frequent class from which on there is a warning
 MAX_COPIES = 5  # of one image, named in a message
@@ -81,11 +82,6 @@ class InspectedDataset(Dataset[SampleFacts]):
             name = sample_name(self.dataset, index)
             problems = tuple(f"{name}: {problem}" for problem in labels.problems)
         return SampleFacts(problems, size, _digest(image), labels)
-
-
-def sample_name(dataset: Any, index: int) -> str:
-    """The file of a sample, or its number if the data set does not tell."""
-    return dataset.name(index) if hasattr(dataset, "name") else f"sample {index}"
 
 
 def image_size(image: Any) -> tuple[int, int] | None:
@@ -187,8 +183,8 @@ class SplitFacts:
                 names = [sample_name(self.dataset, index) for index in copies]
                 differ = len({self.samples[index].labels.counts for index in copies}) > 1
                 more = f" and {len(names) - MAX_COPIES} more" if len(names) > MAX_COPIES else ""
-                listed = f"{', '.join(names[:MAX_COPIES])}{more} are the same image"
-                yield Finding(f"{listed} with different labels" if differ else listed, is_error=differ)
+                listed = f"{', '.join(names[:MAX_COPIES])}{more} have the same pixels"
+                yield Finding(f"{listed}, but different labels" if differ else listed, is_error=differ)
 
     def _class_findings(self) -> Iterator[Finding]:
         if self.classes is None:
@@ -254,4 +250,4 @@ def images_in_both(train: SplitFacts, val: SplitFacts) -> Iterator[Finding]:
         if digest in known:
             other = sample_name(train.dataset, known[digest][0])
             for index in copies:
-                yield Finding(f"{sample_name(val.dataset, index)} is the same image as {other} of the training split")
+                yield Finding(f"{sample_name(val.dataset, index)} has the same pixels as {other} of the training split")

@@ -38,7 +38,7 @@ def task_sections(run: RunRecord) -> Any:
 def usage(run: RunRecord) -> tuple[str, str]:
     """Code that loads the exported model and runs it on an image file. Raises UserError if there is no export."""
     text = "Loads the exported model, prepares an image file as in the evaluation, and predicts:"
-    return text, code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
+    return text, code(task_spec(run.recipe).usage_code(run.recipe, str(run.export)))
 
 
 def write_report(runs: Sequence[RunRecord], out: Path | None = None) -> Path:
@@ -78,6 +78,7 @@ def report_one(run: RunRecord, folder: Path) -> str:
         "Data": f"{recipe.data.location}, {recipe.data.size} × {recipe.data.size} pixels",
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
+        **({"Ended": run.done["ended"]} if run.done and "ended" in run.done else {}),
         "Reported with": f"tessel {__version__}, torch {torch.__version__}, timm {timm.__version__}",
         "Command": train_command(run, f"{run.name}-again"),
     }

@@ -14,6 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..data.bands import viewable
 from ..errors import UserError
 from .attention_maps import attention_figure, capture_examples
 from .page import NARROW, WIDTH, Section, card, charts, gallery, picture, shorten, wide
@@ -70,7 +71,9 @@ def hardest(run: RunRecord) -> tuple[str, str]:
     if [label for _, label in samples] != target[chosen].tolist():
         raise UserError("the evaluation was made on other data than that of the recipe")
     cards = [
-        hardest_card(image, data.classes[target[i]], data.classes[prediction[i]], float(probability[i, prediction[i]]))
+        hardest_card(
+            viewable(image), data.classes[target[i]], data.classes[prediction[i]], float(probability[i, prediction[i]])
+        )
         for i, (image, _) in zip(chosen, samples, strict=True)
     ]
     mistakes, rest = (~right).sum(), "the correct images with the lowest probability of their class"
@@ -86,6 +89,8 @@ def hardest(run: RunRecord) -> tuple[str, str]:
 
 def attention(run: RunRecord, folder: Path) -> tuple[str, str]:
     """What the token mixers attended to in a few held-out images."""
+    if (channels := run.recipe.model.in_chans or 3) != 3:
+        raise UserError(f"attention is drawn on images of 3 channels, and these have {channels}")
     images, captures = capture_examples(run.model, run.held_out, run.recipe.data)
     text = "Orange: the query region. Blue: the regions it attends to, in the last such mixer of each stage."
     html = picture(folder, "attention", "what queries attend to", lambda: attention_figure(images, captures))

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.transforms.v2.functional import to_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..data.inspection import Finding, SplitFacts, sample_name
+from ..data.bands import viewable
+from ..data.inspection import Finding, SplitFacts, image_size
 from ..data.segmentation import IGNORE_INDEX
+from ..data.transform_errors import sample_name
 from ..errors import UserError
 from ..recipe.schema import Recipe
 from ..tasks.detect.overlay import COLORS, draw_objects
@@ -103,19 +105,20 @@ def _cards(facts: SplitFacts, indices: Sequence[int]) -> Iterator[str]:
         lines = [escape(name if name.startswith("sample ") else Path(name).name)]
         if facts.classes:
             lines.append(legend(facts, index))
-        faults = (problem.removeprefix(f"{name}: ") for problem in facts.samples[index].problems)
+        path = name.removeprefix("image ")
+        faults = (problem.removeprefix("image ").removeprefix(f"{path}: ") for problem in facts.samples[index].problems)
         lines += [f'<em class="error">{escape(fault)}</em>' for fault in faults]
         yield card(drawn, "<br>".join(lines), alt=f"{name} with its labels", title=name)
 
 
 def draw_sample(image: Any, target: Any, facts: SplitFacts) -> Image.Image | None:
     """The image under its mask or boxes; None if it is no image. Small images are enlarged, large ones reduced."""
-    if (picture := _as_picture(image)) is None:
+    if image_size(image) is None:
         return None
-    names = facts.classes
+    picture, names = viewable(np.atleast_3d(image) if isinstance(image, np.ndarray) else image), facts.classes
     factor = SIDE / max(picture.size)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    small = picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
+    small = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
     if names and isinstance(target, dict) and {"boxes", "labels"} <= target.keys():
         labels = np.asarray(target["labels"], np.int64)
         known = (labels >= 0) & (labels < len(names))
@@ -124,7 +127,7 @@ def draw_sample(image: Any, target: Any, facts: SplitFacts) -> Image.Image | Non
         if "masks" in target:
             masks = [Image.fromarray(np.asarray(mask, np.uint8)).resize(size) for mask in target["masks"][known]]
             objects["masks"] = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, *size[::-1]))
-        drawn = draw_objects(to_image(small), objects, names)
+        drawn = draw_objects(pil_to_tensor(small), objects, names)
         return Image.fromarray(drawn.permute(1, 2, 0).numpy())
     if isinstance(target, Image.Image):
         target = np.asarray(target)
@@ -133,21 +136,6 @@ def draw_sample(image: Any, target: Any, facts: SplitFacts) -> Image.Image | Non
         mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         return overlay(small, [mask], [list(color(facts, number)) for number in range(len(names))])
     return small
-
-
-def _as_picture(image: Any) -> Image.Image | None:
-    """An RGB picture of a PIL image, or of the first three channels of an array [H, W] or [H, W, C]."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
-        return None
-    values = np.atleast_3d(image)[..., :3].astype(np.float64)
-    if values.shape[-1] < 3:
-        values = values[..., :1].repeat(3, -1)
-    if image.dtype != np.uint8:
-        low, high = values.min(), values.max()
-        values = 255 * (values - low) / ((high - low) or 1)
-    return Image.fromarray(values.astype(np.uint8))
 
 
 def color(facts: SplitFacts, number: int) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class MetricAccumulator(Protocol):
 
 
 class Task(ABC, Generic[TaskT, DataT]):
-    """What the engine needs of a task. A task without an evaluation leaves the defaults of the last four methods."""
+    """What the engine needs of a task. A task without an evaluation leaves the defaults of the last five methods."""
 
     micro_batch_multiple: int = 1
     """micro-batches must have a multiple of this many samples"""
@@ -89,6 +89,9 @@ class Task(ABC, Generic[TaskT, DataT]):
     def metrics(self, *, keep: bool = False) -> MetricAccumulator:
         """An empty accumulator; with `keep` it holds every prediction, for `MetricAccumulator.predictions`."""
         raise NotImplementedError
+
+    def note_evaluation(self, metrics: MetricAccumulator) -> None:
+        """Called on every process with the metrics of an evaluation, so that an export can say something of them."""
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture of truth and prediction) of the first `count` kept predictions; empty if it draws none."""

@@ -6,7 +6,7 @@
 import typing
 from pathlib import Path
 
-from ...recipe.registry import Metric, TaskSpec
+from ...recipe.registry import Auto, Metric, TaskSpec
 from .options import Detect, DetectData, conflicts, sample
 
 if typing.TYPE_CHECKING:
@@ -56,4 +56,6 @@ SPEC = TaskSpec(
     report="tessel.train.report.dense",
     eval_keys=("task.detect.max_size", "task.detect.kwargs"),
     backbone_prefix="backbone.body.body.",
+    auto=Auto(batch=(4, 16), epochs=(12, 100)),
+    models_of_timm=True,
 )

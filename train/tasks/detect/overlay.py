@@ -8,7 +8,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import nms
-from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 # distinguishable with color blindness, on light and dark ground (Okabe & Ito, 2008)
@@ -19,18 +19,20 @@ INSIDE = 8  # times the area of its name: a box at least so large may have it in
 NMS_IOU = 0.5  # of predictions of any class, of which only the one with the highest score is drawn
 
 
-def draw_objects(image: Tensor, objects: dict[str, Tensor], classes: list[str]) -> Tensor:
+def draw_objects(
+    image: Tensor, objects: dict[str, Tensor], classes: list[str], *, min_score: float = MIN_SCORE
+) -> Tensor:
     """The image with its objects, uint8 [3, H, W].
 
-    image: [3, H, W] in 0..1; objects: boxes [N, 4], labels [N] and, if given, scores [N] and masks [N, 1, H, W].
-    Predictions, which have scores, are filtered by MIN_SCORE and non-maximum suppression over all classes; those with
+    image: uint8 [3, H, W]; objects: boxes [N, 4], labels [N] and, if given, scores [N] and masks [N, 1, H, W].
+    Predictions, which have scores, are filtered by `min_score` and non-maximum suppression over all classes; those with
     high scores are drawn last.
     """
-    canvas = to_dtype(image, torch.uint8, scale=True)
+    canvas = image
     boxes, labels = objects["boxes"], objects["labels"].tolist()
     chosen = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
     if "scores" in objects:
-        confident = chosen[objects["scores"][chosen] >= MIN_SCORE]
+        confident = chosen[objects["scores"][chosen] >= min_score]
         chosen = confident[nms(boxes[confident], objects["scores"][confident], NMS_IOU)].flip(0)
     if not len(chosen):
         return canvas

@@ -6,8 +6,8 @@
 import typing
 from pathlib import Path
 
-from ...recipe.registry import Metric, TaskSpec
-from .options import Segment, SegmentData, conflicts
+from ...recipe.registry import Auto, Metric, TaskSpec
+from .options import Segment, SegmentData, conflicts, img_scale
 
 if typing.TYPE_CHECKING:
     from .model import Segmenter
@@ -57,4 +57,6 @@ SPEC = TaskSpec(
     eval_keys=("task.segment.test.",),
     init_keys=("task.segment.load_from",),
     backbone_prefix="backbone.body.",
+    auto=Auto(batch=(4, 16), epochs=(12, 100), keys={"data.img_scale": img_scale}),
+    models_of_timm=True,
 )

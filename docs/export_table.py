@@ -1,0 +1,140 @@
+"""Measure which family exports to which format, and write the table in docs/export.md.
+
+    python docs/export_table.py                    write the table from docs/export.json
+    python docs/export_table.py --measure [NAME...] [--only TITLE...]   measure first: all models, or those named
+
+A cell is the largest difference from PyTorch relative to the largest logit, over all inputs tried, or the reason why
+there is none. Every cell is measured with random weights in which no branch is zero, on the smallest model of a family.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from filelock import FileLock
+from generated import rewritten
+from torch import nn
+
+import tessel.zoo
+from tessel.export import export
+from tessel.export.errors import first_line
+
+PAGE = Path(__file__).resolve().parent / "export.md"
+RECORD = PAGE.with_name("export.json")
+
+
+class Cell(NamedTuple):
+    """A column of the table: a format and what it leaves open."""
+
+    format: str
+    dynamic: tuple[str, ...]
+
+
+CELLS = {
+    "ONNX": Cell("onnx", ()),
+    "ONNX, batch": Cell("onnx", ("batch",)),
+    "ONNX, batch and size": Cell("onnx", ("batch", "size")),
+    "torch.export, batch and size": Cell("torch-export", ("batch", "size")),
+    "TorchScript, batch": Cell("torchscript-trace", ("batch",)),
+    "AOTInductor": Cell("aoti", ()),
+    "AOTInductor, batch and size": Cell("aoti", ("batch", "size")),
+    "OpenVINO": Cell("openvino", ()),
+    "OpenVINO, batch and size": Cell("openvino", ("batch", "size")),
+    "ExecuTorch": Cell("executorch", ()),
+}
+
+# columns that CI tests; of a column with a model here, the default tests run that one
+IN_CI = {"ONNX, batch and size": "s2aformer_atto", "torch.export, batch and size": None, "TorchScript, batch": None}
+
+
+def perturbed(name: str) -> nn.Module:
+    """The model with random weights and statistics, so that branches which start at zero count."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.05 * torch.rand_like(buffer))
+    return model
+
+
+def measure(name: str, title: str, folder: Path) -> float:
+    """The error of one cell. Raises ExportError if it does not work."""
+    format, dynamic = CELLS[title]
+    example = torch.randn(2, 3, 96, 128)
+    return export(perturbed(name), folder / "model", format, example=example, dynamic=dynamic).error
+
+
+def table() -> str:
+    cells = json.loads(RECORD.read_text())["cells"]
+    lines = ["| model | " + " | ".join(CELLS) + " |", "|---" * (len(CELLS) + 1) + "|"]
+    reasons: list[str] = []
+    for name, row in cells.items():
+        found = []
+        for title in CELLS:
+            cell = row.get(title, {"reason": "not measured"})
+            if "error" in cell:
+                found.append(f"{cell['error']:.0e}")
+            else:
+                if cell["reason"] not in reasons:
+                    reasons.append(cell["reason"])
+                found.append(f"no ({reasons.index(cell['reason']) + 1})")
+        lines.append(f"| `{name}` | " + " | ".join(found) + " |")
+    notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def enter(name: str, title: str, cell: dict[str, Any], names: list[str]) -> None:
+    """Write one cell into the record, which several processes may fill."""
+    with FileLock(Path(tempfile.gettempdir()) / "tessel-export-table.lock"):
+        cells = json.loads(RECORD.read_text())["cells"] if RECORD.exists() else {}
+        cells.setdefault(name, {})[title] = cell
+        rows = {name: cells.get(name, {}) for name in names}
+        rows = {name: {title: row[title] for title in CELLS if title in row} for name, row in rows.items()}
+        RECORD.write_text(json.dumps({"versions": versions(), "cells": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs="*", metavar="NAME", help="measure these models, by default all")
+    parser.add_argument("--only", nargs="+", metavar="TITLE", choices=list(CELLS), default=list(CELLS))
+    options = parser.parse_args()
+    names = [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
+    if options.measure is not None:
+        for title in options.only:
+            for name in options.measure or names:
+                start = time.perf_counter()
+                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    try:
+                        cell = {"error": float(f"{measure(name, title, Path(folder)):.1e}")}
+                    except Exception as error:
+                        cell = {"reason": first_line(error)}
+                print(f"{name}, {title}: {cell} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+                enter(name, title, cell, names)
+    PAGE.write_text(rewritten(PAGE.read_text(), {"exports": table}))
+
+
+if __name__ == "__main__":
+    main()

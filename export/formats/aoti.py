@@ -1,0 +1,41 @@
+"""AOTInductor: a program of torch.export compiled to a library, for this kind of processor."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .base import METADATA_KEY, Format, Recording, Run
+
+
+def write(recording: Recording, path: Path) -> None:
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            recording.program(),
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": {METADATA_KEY: recording.metadata}},
+        )
+
+
+def read(path: Path) -> tuple[Run, str | None]:
+    model = torch._inductor.aoti_load_package(str(path))
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tree_leaves(model(images))
+
+    return run, model.get_metadata().get(METADATA_KEY)
+
+
+FORMAT = Format(
+    name="aoti",
+    suffix=".pt2",
+    about="torch and its C++ library, compiled for this kind of processor",
+    packages=(),
+    install="",
+    dynamic=("batch", "size"),
+    detectors=False,
+    write=write,
+    read=read,
+)

@@ -1,0 +1,66 @@
+"""What a format is, and the recording of a model by torch.export that most formats start from."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METADATA_KEY = "tessel"  # of the JSON text in files with named metadata
+METADATA_FILE = "tessel.json"  # of the same text in files that are archives
+
+# runs an exported model: images `[B, C, H, W]` to its outputs
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a format writes: a model on the CPU, an example of its input, and which axes of the input stay open."""
+
+    model: nn.Module
+    example: Tensor
+    open_axes: tuple[int, ...]
+    metadata: str  # JSON
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The model as recorded by torch.export."""
+        with torch.no_grad():
+            return torch.export.export(self.model, (self.example,), dynamic_shapes=self.dynamic_shapes, strict=False)
+
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
+        """The open axes as torch.export expects them."""
+        return (dict.fromkeys(self.open_axes, torch.export.Dim.DYNAMIC),) if self.open_axes else None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    name: as `export(format=)` takes it.
+    suffix: of its files.
+    about: one line on what runs the file.
+    packages: modules that must be importable to write it.
+    install: what installs them.
+    dynamic: which of "batch" and "size" can be left open.
+    detectors: whether it records how many boxes a detector finds, which depends on the image.
+    write: `(recording, path)` writes the file.
+    read: `(path)` returns a function that runs the file, and its metadata as JSON (None: there is none).
+    """
+
+    name: str
+    suffix: str
+    about: str
+    packages: tuple[str, ...]
+    install: str
+    dynamic: tuple[str, ...]
+    detectors: bool
+    write: Callable[[Recording, Path], None]
+    read: Callable[[Path], tuple[Run, str | None]]
+
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [package for package in self.packages if importlib.util.find_spec(package) is None]

@@ -1,0 +1,69 @@
+"""ONNX, by torch's exporters; read by ONNX Runtime."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..detectors import OneImageDetector
+from .base import METADATA_KEY, Format, Recording, Run
+
+_MOST_BYTES = 1 << 30  # of weights within the file itself: a protobuf holds 2 GB
+
+
+def write(recording: Recording, path: Path) -> None:
+    if isinstance(recording.model, OneImageDetector):
+        _write_traced(recording, path)
+        return
+    with torch.no_grad():
+        program = torch.onnx.export(
+            recording.model,
+            (recording.example,),
+            dynamo=True,
+            dynamic_shapes=recording.dynamic_shapes,
+            input_names=["images"],
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = recording.metadata
+    weights = sum(tensor.nbytes for tensor in recording.model.state_dict().values())
+    program.save(path, external_data=weights > _MOST_BYTES)
+
+
+def _write_traced(recording: Recording, path: Path) -> None:
+    """By the exporter that traces: torch.export does not record sizes that depend on the image."""
+    import onnx
+
+    names = list(recording.model(recording.example))
+    with torch.no_grad():
+        torch.onnx.export(
+            recording.model, (recording.example,), path, dynamo=False, input_names=["images"], output_names=names
+        )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {METADATA_KEY: recording.metadata})
+    onnx.save(model, path)
+
+
+def read(path: Path) -> tuple[Run, str | None]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+
+FORMAT = Format(
+    name="onnx",
+    suffix=".onnx",
+    about="ONNX Runtime, TensorRT and others",
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    install="tessel[export]",
+    dynamic=("batch", "size"),
+    detectors=True,
+    write=write,
+    read=read,
+)

@@ -1,0 +1,33 @@
+"""Whether a graph is being recorded, and what such a graph must not depend on.
+
+torch.export and torch.jit.trace record one call of a model as a graph that other programs run. The graph must not
+contain operators of this package, and must not depend on the value of a size that the graph leaves open.
+"""
+
+import torch
+from torch import Tensor
+
+
+def exporting() -> bool:
+    """Whether a graph is recorded that runs without this package: by torch.export or by torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) works on `x`."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_open(size: int) -> bool:
+    """Whether `size` is left open by the graph that torch.export records. A comparison of it would narrow the graph."""
+    return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
+
+
+def crop(x: Tensor, height: int, width: int, *, top: int = 0, left: int = 0) -> Tensor:
+    """A part of a map `x: [B, H, W, ...]`, as `[B, height, width, ...]`."""
+    if is_open(height) or is_open(width):
+        # whether a slice is contiguous would be decided by the sizes of the example
+        rows = torch.arange(height, device=x.device) + top
+        columns = torch.arange(width, device=x.device) + left
+        return x.index_select(1, rows).index_select(2, columns)
+    return x[:, top : top + height, left : left + width]

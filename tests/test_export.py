@@ -1,0 +1,237 @@
+"""tessel.export: files agree with PyTorch at other batches and sizes, carry their metadata, and errors say what to do.
+
+Which model exports to which format is recorded in docs/export.json by docs/export_table.py; every cell that is recorded
+as working is tested here.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tessel
+import tessel.export.formats.torch_export
+import tessel.zoo
+from tessel.export import ExportError, OneImageDetector, export, formats, load
+from tessel.export.exporting import difference
+from tessel.train.recipe.schema import Dense, Model
+from tessel.train.tasks.detect.detectors import build_detector
+from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.segment.model import build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
+
+DOCS = Path(tessel.__file__).parent / "docs"
+sys.path.insert(0, str(DOCS))
+import export_table  # noqa: E402
+
+sys.path.remove(str(DOCS))
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn about their own code
+
+
+def cells():
+    """The working cells of the table: one runs by default, CI runs three columns, the rest is run by hand."""
+    for name, row in json.loads(export_table.RECORD.read_text())["cells"].items():
+        for title, cell in row.items():
+            if "error" in cell:
+                marks = [pytest.mark.slow] if title in export_table.IN_CI else [pytest.mark.large]
+                if export_table.IN_CI.get(title) == name:
+                    marks = []
+                yield pytest.param(name, title, id=f"{name}-{title}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "title"), list(cells()))
+def test_cells_of_the_table_work(name, title, tmp_path):
+    if missing := formats()[export_table.CELLS[title].format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    assert export_table.measure(name, title, tmp_path) <= 1e-4
+
+
+def test_the_table_has_every_family_and_format():
+    record = json.loads(export_table.RECORD.read_text())["cells"]
+    assert list(record) == [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
+    for row in record.values():
+        assert list(row) == list(export_table.CELLS)
+    assert {cell.format for cell in export_table.CELLS.values()} == set(formats())
+
+
+class Doubled(nn.Module):
+    """A model with several outputs, and with a size that it refuses."""
+
+    in_chans = 3
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"map": y, "mean": y.mean((2, 3))}
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export", "torchscript-trace"])
+def test_file_carries_preprocessing_and_class_names(tmp_path, format):
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    model = timm.create_model("resnet18", num_classes=3).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    names = ["chat", "chien", "réservé"]
+    report = export(model, tmp_path / "model", format, size=64, class_names=names, metadata={"source": "a test"})
+    assert report.path == (tmp_path / "model").with_suffix(formats()[format].suffix)
+    assert report.size == report.path.stat().st_size and report.error <= 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == [report.path.name], "nothing else is left"
+    assert model.training and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    loaded = load(report.path)
+    assert loaded.format == format
+    found = loaded.metadata
+    assert found["class_names"] == names and found["source"] == "a test" and found["tessel"] == tessel.__version__
+    assert found["mean"] == pytest.approx(timm.data.IMAGENET_DEFAULT_MEAN) and found["crop_pct"] == 0.95
+    assert found["input_size"] == [3, 64, 64]
+    assert found["interpolation"] == "bicubic" and found["task"] == "classify" and found["outputs"] == ["output"]
+    x = torch.randn(1, 3, 64, 64)
+    assert difference(loaded(x), model.eval()(x).detach()) < 1e-4
+
+
+def test_several_outputs_have_names(tmp_path):
+    model = Doubled()
+    report = export(model, tmp_path / "model.pt2", "torch-export", size=16)
+    outputs, x = load(report.path)(x := torch.randn(1, 3, 20, 24)), x
+    expected = model(x)
+    assert outputs.keys() == expected.keys() == {"map", "mean"}
+    for key, value in expected.items():
+        torch.testing.assert_close(outputs[key], value, rtol=1e-4, atol=1e-5)
+    assert {shape[0] for shape in report.errors} >= {1, 2, 3} and len({shape[2:] for shape in report.errors}) > 2
+
+
+def test_adaptive_pooling_stays_open(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d((3, None)), nn.AdaptiveAvgPool2d(2))
+    report = export(model, tmp_path / "model.onnx", size=16)
+    assert len(report.errors) > 3 and isinstance(model[1], nn.AdaptiveAvgPool2d), "the model itself is not changed"
+
+
+@pytest.mark.slow
+def test_segmenters_export_with_open_size(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    options = SegmentOptions(decode_head={"type": "UPerHead", "channels": 16})
+    model = build_segmenter(Model(name="s2aformer_atto"), options, dense=Dense(), classes=["road", "sky", "tree"])
+    model.classes = ["road", "sky", "tree"]
+    report = export(model, tmp_path / "model.onnx", example=torch.randn(2, 3, 96, 128))
+    run = load(report.path)
+    assert run.metadata["class_names"] == model.classes and run.metadata["mean"]
+    assert run(torch.randn(1, 3, 97, 147)).shape == (1, 3, 97, 147)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torchscript-trace"])
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn", "mask_rcnn"])
+def test_detectors_export_for_one_image(tmp_path, name, format):
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    kwargs = {"box_score_thresh": 0.0, "box_detections_per_img": 7}
+    if "rcnn" not in name:
+        kwargs = {"score_thresh": 0.0, "detections_per_img": 7}
+    anchor = {} if name == "fcos" else {"anchor": 8}
+    options = DetectOptions(detector=name, channels=64, max_size=200, kwargs=kwargs, **anchor)
+    detector = build_detector(Model(name="s2aformer_atto"), options, dense=Dense(), size=64, classes=3).eval()
+    model = OneImageDetector(detector)
+    report = export(model, tmp_path / "model", format, size=(64, 80))
+    images = torch.rand(1, 3, 64, 80)
+    found, expected = load(report.path)(images), model(images)
+    assert found.keys() == expected.keys() and len(found["boxes"]) == 7
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="format aoti cannot record how many boxes .* choose one of onnx, torchscript"):
+        export(model, tmp_path / "model", "aoti")
+
+
+def test_imagenet_names_come_with_imagenet_models(tmp_path):
+    model = timm.create_model("s2aformer_atto").eval()
+    names = tessel.export.metadata.describe(model)["class_names"]
+    assert len(names) == 1000 and names[0].startswith("tench")
+    assert tessel.export.metadata.describe(timm.create_model("s2aformer_atto", num_classes=7))["class_names"] is None
+
+
+def test_half_precision(tmp_path):
+    model = timm.create_model("s2aformer_atto", num_classes=5)
+    report = export(model, tmp_path / "model.pt2", "torch-export", size=64, dynamic=(), half=True)
+    loaded = load(report.path)
+    assert loaded.metadata["dtype"] == report.dtype == "float16" and 0 < report.error < 0.05
+    assert loaded(torch.randn(1, 3, 64, 64)).dtype == torch.float16
+
+
+class Counting(nn.Module):
+    """Gives another result at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.calls
+
+
+def test_a_file_that_differs_is_not_written(tmp_path):
+    (tmp_path / "model.pt2").write_text("an older export")
+    with pytest.raises(ExportError, match=r"differs from PyTorch by .* on images of .*tolerance=0.0001; nothing"):
+        export(Counting(), tmp_path / "model.pt2", "torch-export", size=8)
+    assert (tmp_path / "model.pt2").read_text() == "an older export" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_that_cannot_be_recorded_is_named(tmp_path):
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="the model cannot be exported to torch-export: "):
+        export(Branch(), tmp_path / "model.pt2", "torch-export", size=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_checked(tmp_path):
+    model = Doubled()
+    with pytest.raises(ValueError, match="format='onxx' is unknown; choose one of onnx, torch-export"):
+        export(model, tmp_path / "m", "onxx")
+    with pytest.raises(ValueError, match="dynamic='width' is unknown; choose from batch, size"):
+        export(model, tmp_path / "m", "torch-export", dynamic=("width",))
+    with pytest.raises(ValueError, match="format torchscript-trace cannot leave 'size' open, only batch"):
+        export(model, tmp_path / "m", "torchscript-trace", dynamic=("size",))
+    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+        export(model, tmp_path / "m", "torch-export", size=0)
+    with pytest.raises(ValueError, match=r"example must be images \[B, C, H, W\]"):
+        export(model, tmp_path / "m", "torch-export", example=torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="class_names has 2 names for 5 outputs"):
+        export(timm.create_model("s2aformer_atto", num_classes=5), tmp_path / "m", size=64, class_names=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find_spec(name))
+    with pytest.raises(ExportError, match=r"needs the packages onnx, onnxscript, onnxruntime: pip install 'tessel\[ex"):
+        export(Doubled(), tmp_path / "m.onnx")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ExportError, match="no.onnx is not a file"):
+        load(tmp_path / "no.onnx")
+    for name in ("model.pt2", "model.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
+        with pytest.raises(ExportError, match=f"{name} cannot be read"):
+            load(tmp_path / name)
+    (tmp_path / "model.h5").touch()
+    with pytest.raises(ExportError, match="model.h5 has no suffix of an exported model"):
+        load(tmp_path / "model.h5")
+
+
+def test_metadata_of_a_later_layout_is_refused():
+    with pytest.raises(ValueError, match="has format 99; this version of tessel reads up to 1"):
+        tessel.export.metadata.decode(json.dumps({"format": 99}))
