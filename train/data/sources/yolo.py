@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic.dataclasses import dataclass
 
-from ...errors import UserError, one_line
+from ...errors import FaultsError, UserError, one_line
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
 from ..annotations import NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Annotations
@@ -87,7 +87,7 @@ def read_split(data: YOLO, split: str, *, masks: bool) -> Annotations:
         found.append(AnnotatedImage(str(image), height, width, objects))
     if faults:
         more = f"; and {len(faults) - MAX_FAULTS} more label files" if len(faults) > MAX_FAULTS else ""
-        raise UserError("; ".join(faults[:MAX_FAULTS]) + more)
+        raise FaultsError("; ".join(faults[:MAX_FAULTS]) + more, faults)
     annotations = Annotations(listing.source, listing.classes, found)
     return annotations if listing.val else annotations.part(split, data.split, names)
 
