@@ -34,7 +34,7 @@ def train_transform(data: ClassifyData, pretrained_cfg: Any) -> ImageTransform:
     aug, cfg = data.aug, input_config(data, pretrained_cfg)
     before, after = channel_steps(cfg["input_size"][0])
     try:
-        policy = create_transform(
+        policy: Any = create_transform(
             cfg["input_size"],
             is_training=True,
             scale=aug.scale,

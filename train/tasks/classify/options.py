@@ -101,8 +101,6 @@ def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
     data, aug, task, channels = recipe.data, recipe.data.aug, recipe.task, recipe.model.in_chans or 3
     if aug.auto_augment and aug.color_jitter:
         yield "data.aug.color_jitter has no effect together with data.aug.auto_augment; remove one of them"
-    if recipe.data.decoder == "torchcodec" and recipe.model.in_chans not in (None, 3):
-        yield f"data.decoder=torchcodec decodes RGB images; use pil with model.in_chans={recipe.model.in_chans}"
     yield from check_range("data.aug.scale", aug.scale)
     yield from check_range("data.aug.ratio", aug.ratio)
     if channels != 3 and data.decoder == "torchcodec":

@@ -1,6 +1,7 @@
 """The random resized crop of a uint8 tensor, for `data.decoder=torchcodec`."""
 
 import random
+from typing import Any
 
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -23,7 +24,7 @@ class TensorCrop:
         crop = self.crop
         top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
         modes = crop.interpolation
-        mode = random.choice(modes) if isinstance(modes, tuple) else modes
+        mode: Any = random.choice(modes) if isinstance(modes, tuple) else modes
         # torch computes in channels_last only if the strides of the batch dimension say so too
         batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         window = batch[..., top : top + height, left : left + width]

@@ -27,7 +27,9 @@ class EvaluatedTask(Protocol):
     classes: list[str]
     window: int
     kept: int
-    normalize: Callable[[Tensor], Tensor]
+
+    @property
+    def normalize(self) -> Callable[[Tensor], Tensor]: ...
 
 
 class SegmentationMetrics:
