@@ -203,7 +203,7 @@ def test_a_data_set_may_check_its_own_samples():
 
 def test_a_data_set_without_classes():
     """For example of a task of another package: an array instead of a picture, and anything as a target."""
-    data = Samples("text", {"any": 1}, None, "text", images=[*[np.zeros((5, 4, 6))] * 3, "no image at all"])
+    data = Samples("text", {"any": 1}, None, 7, images=[*[np.zeros((5, 4, 6))] * 3, "no image at all"])
     facts = inspect_split(data, name="train")
     assert [one.text for one in facts.findings()] == [
         "sample 2 cannot be read: FileNotFoundError: no mask",

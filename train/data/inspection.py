@@ -135,8 +135,8 @@ def _digest(image: Any) -> bytes | None:
     """A hash of the decoded pixels: equal for copies of a file, also if they are stored in another lossless format."""
     if image_size(image) is None:
         return None
-    pixels = np.ascontiguousarray(image)
-    return hashlib.blake2b(pixels.ravel(), digest_size=16, person=f"{pixels.shape}"[:16].encode()).digest()
+    pixels = np.asarray(image)
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16, person=f"{pixels.shape}"[:16].encode()).digest()
 
 
 class SplitFacts:

@@ -212,7 +212,7 @@ def sizes(splits: Mapping[str, SplitFacts], folder: Path) -> tuple[str, str]:
         axes = figure.subplots()
         edges = np.histogram_bin_edges(value(every), bins=min(30, max(1, kinds)))
         columns = [value(size) for size in found.values()]
-        axes.hist(columns, edges, stacked=True, label=list(found), color=[f"C{i}" for i in range(len(found))])
+        axes.hist(columns, edges.tolist(), stacked=True, label=list(found), color=[f"C{i}" for i in range(len(found))])
         axes.set(title=title, ylabel="images")
         axes.legend()
         return figure

@@ -114,7 +114,8 @@ def picture(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> st
     for suffix, colors in SCHEMES.items():
         file, part = folder / f"{name}{suffix}.png", folder / f".{name}{suffix}.png.part"
         try:
-            with rc_context(STYLE | colors):
+            settings: Any = STYLE | colors
+            with rc_context(settings):
                 draw().savefig(part, format="png", metadata={"Software": None})
             os.replace(part, file)
         finally:
