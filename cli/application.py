@@ -10,19 +10,13 @@ from .. import __version__
 from .completion import completion
 from .export import export
 from .forwarded import check, evaluate, report, train
+from .group import InOrder
 from .info import info
 from .listing import listing
 from .predict import predict
 from .weights import weights
 
 EPILOG = "`tessel COMMAND --help` explains a command. On several GPUs: torchrun --nproc-per-node 8 -m tessel train ..."
-
-
-class InOrder(click.Group):
-    """Lists its commands as they were added, not by the alphabet."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 @click.group(

@@ -14,6 +14,8 @@ from .output import json_option, print_facts
 def info(model: str, as_json: bool) -> None:
     """Show a model of tessel: paper, row of its table, cost, input, normalization, weights and their license.
 
+    With --json, memory is in bytes and multiply-adds are a number. Memory is that of float32.
+
     \b
     tessel info cswin_tiny
     tessel info cswin_large.in22k --json
@@ -44,8 +46,8 @@ def info(model: str, as_json: bool) -> None:
         "table row": configuration(name),
         "parameters": cost.parameters,
         "multiply-adds": cost.macs,
-        "weights in float32, bytes": cost.weight_bytes,
-        "activations of one image, bytes": cost.activation_bytes,
+        "memory of the weights": cost.weight_bytes,
+        "memory of one image": cost.activation_bytes,
         "input": [channels, height, width],
         "resize": {"crop_pct": cfg.crop_pct, "crop_mode": cfg.crop_mode, "interpolation": cfg.interpolation},
         "mean": list(cfg.mean),
@@ -62,10 +64,12 @@ def info(model: str, as_json: bool) -> None:
             "table row": "\n".join(f"{key} = {value}" for key, value in facts["table row"].items()),
             "parameters": f"{cost.parameters / 1e6:.2f} M",
             "multiply-adds": f"{cost.macs / 1e9:.2f} G, for one image of {height} x {width}",
-            "weights in float32, bytes": f"{cost.weight_bytes / 1e6:.1f} MB",
-            "activations of one image, bytes": f"{cost.activation_bytes / 1e6:.1f} MB at most, in inference",
+            "memory of the weights": f"{cost.weight_bytes / 1e6:.1f} MB in float32",
+            "memory of one image": f"{cost.activation_bytes / 1e6:.1f} MB of activations at most, in inference",
             "input": f"{channels} x {height} x {width}; other sizes work as well",
             "resize": f"{resize['interpolation']}, {resize['crop_mode']} crop of {resize['crop_pct']:g}",
+            "mean": ", ".join(f"{value:g}" for value in cfg.mean),
+            "std": ", ".join(f"{value:g}" for value in cfg.std),
             "weights": "\n".join(weight_line(row) for row in facts["weights"]) or "none were published",
         }
     )

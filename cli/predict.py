@@ -75,7 +75,7 @@ def predict(
                         writer.write(result)
                 advance()
         if writer and not as_json:
-            print(f"{len(sources) - skipped} results written to {out}", file=sys.stderr)
+            print(f"results of {len(sources) - skipped} of {len(sources)} images written to {out}", file=sys.stderr)
         if skipped:
             raise UserError(f"{skipped} of {len(sources)} images could not be read")
     return outcome.code

@@ -7,25 +7,26 @@ import click
 
 from .completion import complete_models
 from .forwarded import PACKAGE, forwarded
+from .group import InOrder
 
 CHECKPOINTS = f"{PACKAGE}.checkpoints.__main__"
 
 
-@click.group(short_help="Published weights: list, fetch, import, reproduce, push.")
+@click.group(cls=InOrder, short_help="Published weights: list, fetch, import, reproduce, push.")
 def weights() -> None:
     """Published weights: list, download, check, convert, import, reproduce, push."""
 
 
 for name, usage, text in (
-    ("list", "[PATTERN]", "List them: size, license, accuracy, and whether they can be downloaded."),
+    ("list", "[PATTERN]", "List them: size, license, accuracy, download."),
     ("fetch", "NAME", "Download a file to the cache, and print its sha256."),
     ("verify", "FILE", "Compare a file with the manifest."),
-    ("convert", "IN OUT --model NAME", "Convert the keys of a checkpoint from published to tessel's or back."),
+    ("convert", "IN OUT --model NAME", "Convert the keys of a checkpoint."),
 ):
     weights.add_command(forwarded(name, f"{CHECKPOINTS}:main", usage, text, prefix=(name,)))
 
 
-@weights.command("import")
+@weights.command("import", short_help="Keep a file that was downloaded by hand.")
 @click.argument("model", shell_complete=complete_models)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the cache, if it is another.")
@@ -72,7 +73,7 @@ def import_weights(model: str, file: Path, cache_dir: Path | None = None) -> Pat
         raise UserError(f"{error}; set TESSEL_HOME to a folder that can be written") from error
 
 
-@weights.command()
+@weights.command(short_help="Evaluate published weights, and compare.")
 @click.argument("model", shell_complete=complete_models)
 @click.option("--data", "root", required=True, type=click.Path(path_type=Path), help="Folder of ImageNet, with val/.")
 @click.option("--weights", "file", type=click.Path(path_type=Path), metavar="FILE", help="A local file of them.")
@@ -116,7 +117,7 @@ def comparison(weight: Any, found: dict[str, Any]) -> list[str]:
     ]
 
 
-@weights.command()
+@weights.command(short_help="Put a classifier on the Hugging Face hub.")
 @click.argument("source", metavar="MODEL|RUN|EXPORT")
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a private repository.")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from ..train.errors import UserError
 from .images import image_tensor
@@ -33,12 +34,19 @@ class Classifier:
     def __init__(self, network: Network, classes: Sequence[str], config: Mapping[str, Any]):
         from timm.data import create_transform
 
-        if (channels := config["input_size"][0]) != 3:
-            raise UserError(f"the model takes images of {channels} channels; predictions are made of RGB images")
+        from ..train.tasks.classify.augment import Normalizer
+        from ..train.tasks.classify.channels import channel_steps
+
+        if (channels := config["input_size"][0]) not in (1, 3):
+            raise UserError(
+                f"the model takes images of {channels} channels; predictions are made of gray or RGB images"
+            )
         self.network, self.classes = network, list(classes)
         self.config = {key: config[key] for key in CONFIG_KEYS if key in config}
         self.config["interpolation"] = {"random": "bicubic"}.get(config["interpolation"], config["interpolation"])
-        self.transform: Any = create_transform(**self.config)
+        before, after = channel_steps(channels)
+        steps: list[Any] = [*before, create_transform(**self.config, normalize=False), *after]
+        self.transform, self.normalize = Compose(steps), Normalizer(self.config, torch.device("cpu"))
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
@@ -54,7 +62,8 @@ class Classifier:
 
     def logits(self, named: Named) -> Tensor:
         """float32 [N, classes], on the CPU."""
-        return self.network(torch.stack([self.transform(image) for _, image in named])).float().cpu()
+        images = self.normalize(torch.stack([self.transform(image) for _, image in named]))
+        return self.network(images).float().cpu()
 
     def result(self, source: str, image: Image.Image, indices: list[int], probabilities: list[float]) -> Classification:
         """The result of an image, from the numbers of its classes and their probabilities."""
@@ -111,7 +120,7 @@ class Segmenter:
     ):
         from pydantic import TypeAdapter
 
-        from ..train.tasks.segment.augment import eval_transform
+        from ..train.tasks.segment.augment import Normalizer, eval_transform
         from ..train.tasks.segment.options import SegmentTest
 
         self.network, self.classes, self.palette = network, list(classes), [list(color) for color in palette]
@@ -121,9 +130,10 @@ class Segmenter:
         self.fixed_size = fixed_size
         if fixed_size is not None:
             self.test, img_scale = SegmentTest(flip=self.test.flip), None
-        # what the transform of a run's evaluation reads of the recipe and the model
+        # what the transform of a run's evaluation reads of the recipe
         data: Any = SimpleNamespace(img_scale=img_scale)
-        self.transform = eval_transform(data, self.test, {"mean": self.mean, "std": self.std})
+        self.transform = eval_transform(data, self.test)
+        self.normalize = Normalizer({"mean": self.mean, "std": self.std}, network.device)
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
@@ -159,7 +169,8 @@ class Segmenter:
         width, height = samples[0][1].size
         window = self.test.crop or self.size or max(height, width)
         views = [
-            torch.stack(list(images)).to(device) for images in zip(*(sample[2] for sample in samples), strict=True)
+            self.normalize(torch.stack(list(images)).to(device))
+            for images in zip(*(sample[2] for sample in samples), strict=True)
         ]
         masks = predict(network, views, (height, width), self.test, window)
         dtype = np.uint8 if len(self.classes) <= 256 else np.uint16

@@ -161,7 +161,7 @@ def test_info_of_a_model(capsys):
     assert facts["parameters"] == pytest.approx(22.3e6, rel=0.01)
     assert facts["multiply-adds"] == pytest.approx(4.3e9, rel=0.05)
     # the map after the stem, of 64 channels and 56 x 56 pixels, lies beside the four times wider one of the MLP
-    assert facts["activations of one image, bytes"] >= 4 * 5 * 64 * 56 * 56
+    assert facts["memory of one image"] >= 4 * 5 * 64 * 56 * 56
     assert facts["weights"][0]["name"] == "cswin_tiny.in1k" and facts["weights"][0]["license"] == "MIT"
     assert facts["table row"]["dims"] == [64, 128, 256, 512]
     assert main(["info", "cswin_large.in22k"]) == 0

@@ -110,6 +110,17 @@ def test_all_forms_of_one_image_give_one_result(classifier, tmp_path):
     assert all(result.probabilities == pytest.approx(gray[0].probabilities) for result in gray)
 
 
+def test_model_of_gray_images(tmp_path):
+    network = timm.create_model("biformer_atto", in_chans=1, num_classes=2).eval()
+    config = {"input_size": (1, 32, 32), "mean": (0.4,), "std": (0.2,), "crop_pct": 1.0, "interpolation": "bilinear"}
+    timm.models.save_for_hf(network, str(tmp_path), safe_serialization=True, data_config=config)
+    (found,) = tessel.load(tmp_path, device="cpu").predict(picture(size=(32, 32)))
+    gray = torch.from_numpy(np.asarray(picture(size=(32, 32)).convert("L")).copy())[None, None] / 255
+    with torch.no_grad():
+        wanted = network((gray - 0.4) / 0.2).softmax(1)[0]
+    assert found.probabilities == pytest.approx(wanted.sort(descending=True).values.tolist(), abs=1e-5)
+
+
 def test_rotated_and_transparent_images_are_read_as_they_are_seen(classifier, tmp_path):
     upright = picture(size=(60, 40))
     turned = upright.transpose(Image.Transpose.ROTATE_90)
@@ -407,6 +418,12 @@ def test_exported_classifier_predicts_as_the_run(dynamic, classifier, exported_f
 
 def test_exported_classifier_without_names_numbers_its_classes(classifier, exported_file):
     assert tessel.load(exported_file(classifier, [], class_names=None)).classes == [f"class {i}" for i in range(10)]
+
+
+def test_exported_classifier_of_several_labels(classifier, exported_file):
+    thresholds = {str(index): 0.0 if index == 3 else 1.0 for index in range(10)}
+    model = tessel.load(exported_file(classifier, [], task="multilabel", thresholds=thresholds))
+    assert model.predict(picture())[0].labels == ["3"]
 
 
 def test_exported_segmenter_predicts_as_the_run(segmenter, exported_file):

@@ -71,8 +71,7 @@ def resolve_pretrained(recipe: Recipe) -> Recipe:
     recipe = replaced(recipe, {"model.pretrained": False})
     if starts_from_weights(recipe) or ":" in model.name:
         return recipe
-    known = timm.models.get_pretrained_cfg(model.name)
-    return replaced(recipe, {"model.pretrained": bool(known is not None and known.has_weights)})
+    return replaced(recipe, {"model.pretrained": zoo.has_weights(model.name)})
 
 
 def no_weights(name: str) -> str:
@@ -86,7 +85,7 @@ def no_weights(name: str) -> str:
         )
     return text + (
         f"its file {row.name} cannot be downloaded by a program ({row.why_no_url}). Download it by hand "
-        f"from {row.source} and set model.init_from=FILE"
+        f"from {row.source}, and keep it with `tessel weights import {row.name} FILE` or set model.init_from=FILE"
     )
 
 

@@ -79,8 +79,7 @@ class VariantEvaluator:
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
         self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
-        self.config = input_config(recipe.data, model.pretrained_cfg)
-        self.normalize = Normalizer(self.config, world.device)
+        self.normalize = Normalizer(input_config(recipe.data, model.pretrained_cfg), world.device)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
@@ -153,7 +152,7 @@ class VariantEvaluator:
         FGSM (Goodfellow et al., arXiv 1412.6572) is one step in the direction of the gradient's sign; PGD (Madry et
         al., arXiv 1706.06083) several, each followed by a projection. It starts at the image itself.
         """
-        mean, std = (torch.tensor(self.config[key], device=images.device)[:, None, None] for key in ("mean", "std"))
+        mean, std = self.normalize.mean, self.normalize.std
         low = torch.maximum(images - EPSILON / std, -mean / std)
         high = torch.minimum(images + EPSILON / std, (1 - mean) / std)
         found = images
