@@ -285,7 +285,8 @@ def test_short_run(tmp_path, monkeypatch, kind):
     run = tmp_path / "runs/tiny"
     channels = 3 if kind == "multilabel" else 4
     assert loaded(run)(torch.zeros(1, channels, 32, 32)).shape == (1, 3)
-    assert ("thresholds" in json.loads((run / "export/config.json").read_text())) == (kind == "multilabel")
+    thresholds = json.loads((run / "export/config.json").read_text()).get("thresholds")
+    assert list(thresholds or ()) == (sorted(LABELS) if kind == "multilabel" else [])
     Image.new("RGB", (40, 50)).save(tmp_path / "image.jpg")
     np.save(tmp_path / "image.npy", np.zeros((40, 50, 4), np.float32))
     monkeypatch.chdir(tmp_path)
