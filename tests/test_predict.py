@@ -448,6 +448,7 @@ def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exporte
         model.predict(picture())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run, dynamic", [("classify", "batch"), ("segment", "none")])
 def test_export_and_predict_on_the_command_line(run, dynamic, tmp_path, capsys):
     room = pytest.importorskip("tessel.export")
