@@ -74,6 +74,19 @@ def measure(name: str, title: str, folder: Path) -> float:
     return export(perturbed(name), folder / "model", format, example=example, dynamic=dynamic).error
 
 
+# parts of errors that say little, and what they mean
+EXPLANATIONS = {
+    "Guard failed": (
+        "torch.export decides by the size of the example whether a stage has more than one window, and the file is "
+        "refused. Leave only the batch open, or use ONNX, whose graph has no such condition."
+    ),
+}
+
+
+def explained(reason: str) -> str:
+    return next((text for part, text in EXPLANATIONS.items() if part in reason), reason)
+
+
 def table() -> str:
     cells = json.loads(RECORD.read_text())["cells"]
     lines = ["| model | " + " | ".join(CELLS) + " |", "|---" * (len(CELLS) + 1) + "|"]
@@ -85,9 +98,10 @@ def table() -> str:
             if "error" in cell:
                 found.append(f"{cell['error']:.0e}")
             else:
-                if cell["reason"] not in reasons:
-                    reasons.append(cell["reason"])
-                found.append(f"no ({reasons.index(cell['reason']) + 1})")
+                reason = explained(cell["reason"])
+                if reason not in reasons:
+                    reasons.append(reason)
+                found.append(f"no ({reasons.index(reason) + 1})")
         lines.append(f"| `{name}` | " + " | ".join(found) + " |")
     notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes])

@@ -128,9 +128,8 @@ def segmenters() -> str:
         length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
-        lines.append(
-            f"| `ade20k/{path.stem}` | {link} | {counts} | `{begin}` | {settings(head)} | {miou[1]} | not run |"
-        )
+        rest = f"`{begin}` | {settings(head)} | {miou[1]} | not run"
+        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {rest} |")
     return "\n".join(lines)
 
 

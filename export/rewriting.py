@@ -1,5 +1,7 @@
 """Layers that no exporter leaves open in size, replaced by others that compute the same."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..blocks.pooling import adaptive_pool
@@ -22,5 +24,6 @@ def open_sizes(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if type(module) is nn.AdaptiveAvgPool2d and name and module.output_size not in (1, (1, 1)):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptivePool(module.output_size))
+            size: Any = module.output_size
+            setattr(model.get_submodule(parent), child, AdaptivePool(size))
     return model

@@ -6,6 +6,7 @@ contain operators of this package, and must not depend on the value of a size th
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 def exporting() -> bool:
@@ -15,7 +16,7 @@ def exporting() -> bool:
 
 def transformed(x: Tensor) -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) works on `x`."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
 
 
 def is_open(size: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tessel.blocks import Aggregated
 from tessel.blocks.length_scaled_cosine import LogPositionBias
+from tessel.blocks.pooling import _bins
 
 
 def pooled_tokens(mixer: Aggregated, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -121,6 +122,14 @@ def test_bias_tables_work_in_every_mode_and_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(mixer.float()(x).float(), expected, rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(mixer.bfloat16()(x.bfloat16()).float(), expected, rtol=3e-2, atol=3e-2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(side=st.integers(1, 40), bins=st.integers(1, 12))
+def test_bins_equal_adaptive_pooling(side, bins):
+    x = torch.randn(1, 2, side, dtype=torch.float64)
+    pooled = x @ _bins(side, bins, x).transpose(0, 1)
+    torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool1d(x, bins), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -100,6 +100,16 @@ def test_gradcheck(size):
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
 
 
+@settings(deadline=None, max_examples=30)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), batch=st.integers(1, 2))
+def test_real_products_equal_the_transforms(height, width, batch):
+    """What an exported graph computes."""
+    torch.manual_seed(0)
+    mixer = make(6, num_groups=2)
+    x = torch.randn(batch, 6, height, width, dtype=torch.float64)
+    torch.testing.assert_close(mixer._by_products(x), mixer(x), rtol=1e-12, atol=1e-12)
+
+
 def test_constant_mask_scales_the_input():
     mixer = make(8, num_groups=2)
     x = torch.randn(1, 8, 5, 6, dtype=torch.float64)

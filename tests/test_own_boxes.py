@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from own_data import CLASSES, save, voc_object, write, write_coco, write_voc, write_yolo, yolo_line
 from PIL import Image
 
-from tessel.train import check
 from tessel.train.data.detection import DetectionDataset
+from tessel.train.data.inspection import inspect_split
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import make_recipe
 from tessel.train.recipe.registry import SOURCES
@@ -333,7 +333,7 @@ def test_boxes_outside_the_image_are_told_and_clipped(tmp_path):
     data = opened("yolo", tmp_path, split=0.01)
     index = [data.location(i)[0].endswith("photo_000.jpg") for i in range(len(data))].index(True)
     assert len([text for text in data.problems(index) if "extends beyond the image of 120 x 90" in text]) == 2
-    told = [*check.find_problems(data, limit=None, workers=0, name="train")]
+    told = [finding.text for finding in inspect_split(data, name="train").findings()]
     assert any("line 1 of photo_000.txt" in text and "extends beyond" in text for text in told)
     sections = {
         "model": {"name": "test_resnet"},

@@ -1,4 +1,4 @@
-"""Every packaged recipe from its start to its report, at 64 pixels; `make recipes` runs them at larger sizes."""
+"""Every packaged recipe from its start to its evaluation, at 64 pixels; `make recipes` adds size and the report."""
 
 import fnmatch
 import re
@@ -17,7 +17,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_runner.RECIPES)
-def test_recipe_runs_to_its_report(name, data, tmp_path):
+def test_recipe_runs_to_its_evaluation(name, data, tmp_path):
     assert recipe_runner.run_recipe(name, data, tmp_path, short=True).startswith("loss ")
 
 

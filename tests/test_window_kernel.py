@@ -62,6 +62,15 @@ def test_reference_equals_the_loop(batch, size, windows, lepe):
     torch.testing.assert_close(y, by_loops(qkv, **options, scale=0.7), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lepe", [False, True])
+def test_none_is_the_whole_side(lepe):
+    sides, named = ((None, 2), (3, None), (None, None)), ((5, 2), (3, 7), (5, 7))
+    qkv, options = window_inputs(2, (5, 7), 6, 3, named, lepe)
+    expected = window_attention_reference(qkv, **options)
+    y = window_attention(qkv, **{**options, "windows": sides})
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_scale_defaults_to_the_head_dim():
     qkv, options = window_inputs()
     torch.testing.assert_close(window_attention(qkv, **options), window_attention(qkv, **options, scale=8**-0.5))

@@ -109,7 +109,7 @@ class Engine:
         """Train to the last step (True) or until a signal (False). The state is saved in both cases."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
-        run, max_corrupt = checkpoints.path.parent, self.recipe.guard.max_corrupt
+        run, max_corrupt = checkpoints.path.parent, self.recipe.guard.corrupt_limit(self.task.samples)
         profiler = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
         self.stream = BatchStream(self.batches, self.world, self.progress.corrupt, max_corrupt, run / "corrupt.jsonl")
         self.meter.restart()

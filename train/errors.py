@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 WORKER_DIED = (
@@ -16,6 +16,14 @@ WORKER_DIED = (
 
 class UserError(ValueError):
     """An error in the recipe, the data or the environment. Commands print its message without a traceback."""
+
+
+class FaultsError(UserError):
+    """A UserError about several faults. `faults` has a sentence for each; the message may leave some out."""
+
+    def __init__(self, message: str, faults: Sequence[str]):
+        super().__init__(message)
+        self.faults = list(faults)
 
 
 class NewerFormatError(UserError):

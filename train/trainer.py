@@ -62,6 +62,8 @@ def train(recipe: Recipe) -> None:
             loggers.close()
         step = engine.progress.step
         if complete:
+            for line in engine.stream.describe_corrupt():
+                say(line)
             say(f"finished {run.path}: {_format(engine.progress.metrics)}\n{_next_steps(run)}")
             return
         if world.main:

@@ -1,6 +1,8 @@
 """ExecuTorch with XNNPACK, for phones and other small devices. All sizes are fixed."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,22 +11,21 @@ from .base import METADATA_KEY, Format, Recording, Run
 
 
 def write(recording: Recording, path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    exir: Any = importlib.import_module("executorch.exir")
+    xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
 
     # a method without arguments that returns the metadata as bytes: methods return no text
     metadata = torch.tensor(list(recording.metadata.encode()), dtype=torch.uint8)
     with torch.no_grad():
-        edge = to_edge_transform_and_lower(
-            recording.program(), partitioner=[XnnpackPartitioner()], constant_methods={METADATA_KEY: metadata}
+        edge = exir.to_edge_transform_and_lower(
+            recording.program(), partitioner=[xnnpack.XnnpackPartitioner()], constant_methods={METADATA_KEY: metadata}
         )
         path.write_bytes(edge.to_executorch().buffer)
 
 
 def read(path: Path) -> tuple[Run, str | None]:
-    from executorch.runtime import Runtime
-
-    program = Runtime.get().load_program(path)
+    runtime: Any = importlib.import_module("executorch.runtime")
+    program = runtime.Runtime.get().load_program(path)
     text = None
     if METADATA_KEY in program.method_names:
         text = bytes(program.load_method(METADATA_KEY).execute([])[0].tolist()).decode()

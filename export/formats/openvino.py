@@ -1,6 +1,8 @@
 """OpenVINO, converted from a program of torch.export: a file .xml and one .bin beside it."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from .base import METADATA_KEY, Format, Recording, Run
 
 
 def write(recording: Recording, path: Path) -> None:
-    import openvino
+    openvino: Any = importlib.import_module("openvino")
 
     model = openvino.convert_model(recording.program())
     model.set_rt_info(recording.metadata, METADATA_KEY)
@@ -18,7 +20,7 @@ def write(recording: Recording, path: Path) -> None:
 
 
 def read(path: Path) -> tuple[Run, str | None]:
-    import openvino
+    openvino: Any = importlib.import_module("openvino")
 
     model = openvino.Core().read_model(path)
     text = model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from .image_io import RGB, read_image
 
 
@@ -57,14 +56,6 @@ class LabelSetFiles(ImageFiles):
     def targets(self) -> np.ndarray:
         """The class of every label of every picture."""
         return np.nonzero(self.label_sets)[1]
-
-    def problems(self, index: int) -> list[str]:
-        """One sentence if the picture cannot be read, for `tessel.train.check`."""
-        try:
-            self.picture(index)
-        except UserError as error:
-            return [str(error)]
-        return []
 
     def __getitem__(self, index: int) -> tuple[Any, np.ndarray]:
         return self.picture(index), self.label_sets[index].astype(np.float32)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from .files import MAX_LISTED
 from .image_io import EXTENSIONS
-from .split import held_out
+from .split import PART_NAMES, held_out
 
-NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 LISTS = ("", "ImageSets/Segmentation", "ImageSets/Main")  # folders below the root that may hold lists of names
 
 
@@ -73,7 +72,7 @@ class Folders:
 
     def _find(self, part: str, name: str | None) -> Path | tuple[Path, Path] | None:
         """The list of a split, or its folders of images and label files; None if there is none."""
-        for candidate in (name,) if name else NAMES[part]:
+        for candidate in (name,) if name else PART_NAMES[part]:
             if candidate.endswith(".txt"):
                 return self.root / candidate
             for images, labels in (

@@ -61,6 +61,9 @@ class SemanticMasks:
             drawn[target["masks"][number] > 0] = target["labels"][number] + self.shift
         return image, drawn
 
+    def image_path(self, index: int) -> str:
+        return self.objects.image_path(index)
+
     def problems(self, index: int) -> list[str]:
         """One sentence for each fault of an image and its annotations, for `tessel.train.check`."""
         return self.objects.problems(index)

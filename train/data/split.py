@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from ..recipe.schema import STRICT, Source
 
+# names by which users call the parts of a data set
+PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 

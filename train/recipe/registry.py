@@ -125,7 +125,15 @@ class SourceSpec:
     packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
     has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
     One of "labels" or "label sets" reads them by its attribute `decode`, by default `read_image`, which `data.decoder`
-    replaces.
+    replaces. For messages, `tessel.train.check` and reports it may also have
+
+    - `image_path(index) -> str`: the file of a sample
+    - `targets`: the classes of all its objects, so that classes without a sample are found without reading images
+    - `problems(index) -> list[str]`: a sentence for each fault of a sample, where taking the sample would raise for the
+      first one or for none
+    - `palette`: a color (red, green, blue in 0..255) for each class
+
+    If it cannot be opened, it raises UserError; `errors.FaultsError` lists several faults at once.
     """
 
 

@@ -248,10 +248,15 @@ class Eval:
 class Guard:
     max_skips: NonNegativeInt = 0
     """maximum number of consecutive updates with a NaN or infinite gradient that are skipped; then the run stops"""
-    max_corrupt: NonNegativeInt = 0
-    """maximum number of unreadable training samples that are replaced by others; then the run stops"""
+    max_corrupt: NonNegativeInt | None = None
+    """maximum number of unreadable training samples that are replaced by others; then the run stops; null: a thousandth
+    of the training samples, at least 3"""
     timeout: PositiveFloat = 900.0
     """seconds to wait for a batch before the run stops; collectives wait twice as long"""
+
+    def corrupt_limit(self, samples: int) -> int:
+        """`max_corrupt`, or its default for this number of training samples."""
+        return max(3, samples // 1000) if self.max_corrupt is None else self.max_corrupt
 
 
 TaskT = TypeVar("TaskT", bound=Task)

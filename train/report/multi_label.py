@@ -9,9 +9,9 @@ import numpy as np
 
 from ..data.bands import viewable
 from ..errors import UserError
-from .classify import MAX_IMAGES, draw_hardest
+from .classify import MAX_IMAGES, hardest_card
 from .dense import classes, headline
-from .page import Section, picture
+from .page import Section, gallery
 from .runs import RunRecord
 
 __all__ = ["headline", "sections"]
@@ -20,7 +20,7 @@ __all__ = ["headline", "sections"]
 def sections(run: RunRecord, folder: Path) -> dict[str, Section]:
     return {
         "Labels": lambda: labels(run, folder),
-        "Hardest images": lambda: hardest(run, folder),
+        "Hardest images": lambda: hardest(run),
     }
 
 
@@ -45,7 +45,7 @@ def threshold_table(evaluation: Mapping[str, Any]) -> str:
     return f"<details><summary>Thresholds</summary><table>{''.join(rows)}</table></details>"
 
 
-def hardest(run: RunRecord, folder: Path) -> tuple[str, str]:
+def hardest(run: RunRecord) -> tuple[str, str]:
     """The images with the highest loss, with their true and their predicted labels."""
     target, probability = run.require_predictions("target", "probability")
     thresholds = np.array(list(run.require_evaluation()["thresholds"].values()))
@@ -59,11 +59,11 @@ def hardest(run: RunRecord, folder: Path) -> tuple[str, str]:
         return ", ".join(data.classes[k] for k in np.flatnonzero(hot)) or "none"
 
     cards = [
-        (viewable(image), named(target[i]), named(probability[i] >= thresholds), float(1 - wrong[i].max()))
+        hardest_card(viewable(image), named(target[i]), named(probability[i] >= thresholds), float(1 - wrong[i].max()))
         for i, (image, _) in zip(chosen, samples, strict=True)
     ]
     text = (
         "The images with the highest loss, as true → predicted labels. Below each image: the probability that the "
         "model gave to the truth of its worst label."
     )
-    return text, picture(folder, "hardest", "the hardest images", lambda: draw_hardest(cards))
+    return text, gallery(cards, least=140)

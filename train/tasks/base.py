@@ -143,7 +143,7 @@ class DatasetTask(Task[TaskT, DataT]):
         return len(self.train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        order, retries = self._sampler(plan, step), self.recipe.guard.max_corrupt
+        order, retries = self._sampler(plan, step), self.recipe.guard.corrupt_limit(self.samples)
         dataset = SeededDataset(
             self.train, self.train_transform, self.recipe.run.seed, order=order, max_retries=retries
         )

@@ -87,6 +87,9 @@ class ArchiveDataset:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def image_path(self, index: int) -> str:
+        return f"{self.archives[self.archive[index]]}:{self.names[index].decode()}"
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         archive = self.archives[self.archive[index]]
 
@@ -95,8 +98,7 @@ class ArchiveDataset:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        name = f"{archive}:{self.names[index].decode()}"
-        return self.decode(open_file, name, pixel_format=self.pixel_format), int(self.targets[index])
+        return self.decode(open_file, self.image_path(index), pixel_format=self.pixel_format), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

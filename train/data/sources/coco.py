@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from ...errors import UserError
+from ...errors import FaultsError, UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
 from ..annotations import MAX_COORDINATE, NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Annotations, are_numbers
@@ -78,7 +78,8 @@ def read_instances(file: Path, folder: Path, masks: bool) -> Annotations:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not an instances file of COCO ({type(error).__name__}: {error})") from error
     if faults:
-        raise UserError(f"{file}: {faults[0]}" + (f" (and {len(faults) - 1} more faults)" if faults[1:] else ""))
+        more = f" (and {len(faults) - 1} more faults)" if faults[1:] else ""
+        raise FaultsError(f"{file}: {faults[0]}{more}", [f"{file}: {fault}" for fault in faults])
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; it must hold the images of {file.name}")
     return Annotations(str(file), classes, list(entries.values()))

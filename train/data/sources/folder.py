@@ -12,10 +12,9 @@ from ...recipe.schema import STRICT, FilePath
 from ..bands import ARRAY_EXTENSIONS
 from ..image_io import EXTENSIONS
 from ..labeled_files import LabeledFiles
-from ..split import SplitOptions, held_out
+from ..split import PART_NAMES, SplitOptions, held_out
 
 LAYOUT = "data.root must contain train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg, which data.split divides"
-NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -84,7 +83,7 @@ def open_folder(data: Folder, split: str) -> ImageFolder:
 def _find(data: Folder, part: str) -> Path | None:
     """The folder of a split; None if there is none. Raises UserError if the one that the recipe names is missing."""
     name = data.train_split if part == "train" else data.val_split
-    for candidate in (name,) if name else NAMES[part]:
+    for candidate in (name,) if name else PART_NAMES[part]:
         if (folder := Path(data.root) / candidate).exists():
             return folder
     if name:

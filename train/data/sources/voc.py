@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..annotations import Annotations
+from ..annotations import AnnotatedImage, Annotations, read_all
 from ..detection import DetectionDataset
 from ..files import UNPACK_HINT, check_exist, unpacked_root
 from ..segmentation import IGNORE_INDEX, IndexMasks, SegmentationDataset, published_classes
@@ -66,17 +66,19 @@ def _masks(data: VOC, name: str, folder: str) -> SegmentationDataset:
 
 
 def read_annotations(root: Path, split: str) -> Annotations:
-    """The XML files of a split. Raises UserError naming a file that is missing or is not in the format of VOC."""
+    """The XML files of a split. Raises UserError naming the files that are missing or are not in the format of VOC."""
     classes = [str(name) for name in CLASSES.split()]
     listing = root / "ImageSets/Main" / f"{split}.txt"
     try:
         names = listing.read_text(errors="replace").split()
     except OSError as error:
         raise UserError(f"{listing} cannot be read ({error.strerror}); data.source=voc2012 needs it") from error
-    images = [
-        read_voc_image(root / "Annotations" / f"{name}.xml", root / "JPEGImages" / f"{name}.jpg", classes, offset=1)
-        for name in names
-    ]
+
+    def read(name: str) -> AnnotatedImage:
+        file, image = root / "Annotations" / f"{name}.xml", root / "JPEGImages" / f"{name}.jpg"
+        return read_voc_image(file, image, classes, offset=1)
+
+    images = read_all(names, read)
     return Annotations(str(root), classes, images)
 
 

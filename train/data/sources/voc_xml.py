@@ -8,11 +8,11 @@ from pydantic.dataclasses import dataclass
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
-from ..annotations import AnnotatedImage, Annotations
+from ..annotations import AnnotatedImage, Annotations, read_all
 from ..class_file import find_class_file, read_class_file
 from ..detection import DetectionDataset
-from ..layout import NAMES, Folders, Pair
-from ..split import SplitOptions
+from ..layout import Folders, Pair
+from ..split import PART_NAMES, SplitOptions
 from ..voc_xml import object_names, read_voc_image
 
 IMAGES, ANNOTATIONS = ("images", "JPEGImages"), ("annotations", "Annotations", "labels")
@@ -44,12 +44,13 @@ def open_boxes(data: VOCFiles, split: str) -> DetectionDataset:
         raise UserError(f"data.root={data.root} is not a folder")
     pairs = find_pairs(data, split)
     classes = find_classes(data, pairs if split == "train" else find_pairs(data, "train"))
-    images = [
-        read_voc_image(pair.label, pair.image, classes, offset=data.voc_offset)
-        if pair.label is not None
-        else AnnotatedImage(str(pair.image))
-        for pair in pairs
-    ]
+
+    def read(pair: Pair) -> AnnotatedImage:
+        if pair.label is None:
+            return AnnotatedImage(str(pair.image))
+        return read_voc_image(pair.label, pair.image, classes, offset=data.voc_offset)
+
+    images = read_all(pairs, read)
     return DetectionDataset(Annotations(str(root), classes, images), masks=False)
 
 
@@ -74,7 +75,7 @@ def find_classes(data: VOCFiles, train: list[Pair]) -> list[str]:
 
 def _existing_folder(root: Path, names: tuple[str, ...]) -> str:
     """The first of `names` that is a folder of the data set; "." if none is."""
-    parts = ("", *NAMES["train"])
+    parts = ("", *PART_NAMES["train"])
     return next((name for name in names if any((root / part / name).is_dir() for part in parts)), ".")
 
 

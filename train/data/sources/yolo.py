@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic.dataclasses import dataclass
 
-from ...errors import UserError, one_line
+from ...errors import FaultsError, UserError, one_line
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath
 from ..annotations import NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Annotations
 from ..class_file import find_class_file, read_class_file
 from ..detection import DetectionDataset
 from ..image_io import EXTENSIONS, upright_size
-from ..layout import NAMES
 from ..semantic_masks import ObjectMasks, SemanticMasks
-from ..split import SplitOptions
+from ..split import PART_NAMES, SplitOptions
 
 MAX_FRACTION = 100.0  # sanity limit of a coordinate; a box may extend beyond its image, which `check` tells
 DIGITS = 3  # of a coordinate in pixels
@@ -88,7 +87,7 @@ def read_split(data: YOLO, split: str, *, masks: bool) -> Annotations:
         found.append(AnnotatedImage(str(image), height, width, objects))
     if faults:
         more = f"; and {len(faults) - MAX_FAULTS} more label files" if len(faults) > MAX_FAULTS else ""
-        raise UserError("; ".join(faults[:MAX_FAULTS]) + more)
+        raise FaultsError("; ".join(faults[:MAX_FAULTS]) + more, faults)
     annotations = Annotations(listing.source, listing.classes, found)
     return annotations if listing.val else annotations.part(split, data.split, names)
 
@@ -110,7 +109,7 @@ def read_listing(root: Path) -> Listing:
         )
     parts = {
         part: next(([root / "images" / name] for name in names if (root / "images" / name).is_dir()), [])
-        for part, names in NAMES.items()
+        for part, names in PART_NAMES.items()
     }
     names = [entry.name for entry in read_class_file(classes)]
     return Listing(str(root), names, parts["train"] or [root / "images"], parts["val"], None)
@@ -134,7 +133,8 @@ def _read_yaml(file: Path) -> Listing:
         if "nc" in content and int(content["nc"]) != len(names):
             raise ValueError(f"nc={content['nc']}, but names has {len(names)} classes")
         train, val = (
-            _entries(next((content[key] for key in NAMES[part] if content.get(key)), None)) for part in ("train", "val")
+            _entries(next((content[key] for key in PART_NAMES[part] if content.get(key)), None))
+            for part in ("train", "val")
         )
         if not train:
             raise ValueError("it has no train, the folder of the training images")

@@ -11,13 +11,13 @@ ZOO = "import tessel.zoo  # registers the models with timm\n"
 USAGE = """\
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tessel.zoo  # registers the models with timm
 
 model = timm.create_model("local-dir:{path}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("image.jpg").convert("RGB"))
+image = transform(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(1)[0]
 labels = model.pretrained_cfg["label_names"]

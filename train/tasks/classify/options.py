@@ -108,9 +108,12 @@ def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
     if channels != 3 and data.decoder == "torchcodec":
         yield f"data.decoder=torchcodec reads 3 channels, not model.in_chans={channels}; use data.decoder=pil"
     if channels not in (1, 3):
-        for key in ("auto_augment", "color_jitter"):
+        for key, off in (("auto_augment", "null"), ("color_jitter", "0")):
             if getattr(aug, key):
-                yield f"data.aug.{key} changes colors, which images of model.in_chans={channels} have not; remove it"
+                yield (
+                    f"data.aug.{key} changes colors, which images of model.in_chans={channels} have not; set "
+                    f"data.aug.{key}={off}"
+                )
     if (data.mean is None) != (data.std is None):
         yield "give both data.mean and data.std, or none of them"
     for key, values in (("mean", data.mean), ("std", data.std)):

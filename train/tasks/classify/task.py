@@ -152,7 +152,7 @@ class ClassifyTask(ClassifierTask[Classify]):
         return {"label_loss": (1 - weight) * loss, "distill_loss": weight * self.teacher.loss(images, logits)}
 
     def metrics(self, *, keep: bool = False) -> ClassificationMetrics:
-        return ClassificationMetrics(self.world, self.to_device, keep=keep)
+        return ClassificationMetrics(self.world, self.to_device, classes=len(self.classes), keep=keep)
 
 
 def build_classifier(recipe: Recipe[Any, Any], num_classes: int) -> nn.Module:

@@ -26,17 +26,18 @@ def load(path: str | Path) -> "nn.Module":
 
 USAGE = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import tessel.train.detect
 
 model = tessel.train.detect.load("{path}")
-image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255  # not normalized
+image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255  # not normalized
 with torch.inference_mode():
     (found,) = model([image])
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
-    print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
+    if score > 0.3:
+        print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
 """
 
 SPEC = TaskSpec(

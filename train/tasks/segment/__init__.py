@@ -27,13 +27,13 @@ def load(path: str | Path) -> "Segmenter":
 
 USAGE = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 import tessel.train.segment
 
 model = tessel.train.segment.load("{path}")
-image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255
+image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255
 with torch.inference_mode():
     logits = model(normalize(image, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])[None])
 mask = logits[0].argmax(0)  # [H, W], indices into model.classes
