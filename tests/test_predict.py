@@ -69,8 +69,8 @@ def folder(tmp_path):
 
 def test_load_is_the_only_lazy_attribute():
     assert tessel.load is load and tessel.__all__ == ["load"]
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        tessel.lod  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tessel.nothing  # noqa: B018
 
 
 def test_classes_are_those_of_timm(classifier, tmp_path):
@@ -448,6 +448,7 @@ def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exporte
         model.predict(picture())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run, dynamic", [("classify", "batch"), ("segment", "none")])
 def test_export_and_predict_on_the_command_line(run, dynamic, tmp_path, capsys):
     room = pytest.importorskip("tessel.export")
