@@ -16,7 +16,10 @@ PYTEST_ARGS ?=
 
 SCENES := demo-segment demo-detect
 
-.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow lint docs examples tables clean
+# the recipes that `make recipes` runs; patterns with spaces between
+RECIPES ?= *
+
+.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow recipes lint docs examples tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
@@ -25,6 +28,8 @@ help:
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
+	@echo "make recipes         run every packaged recipe on miniature data sets: about 20 minutes on one CPU core"
+	@echo "                     some of them: RECIPES='imagenet/cswin_* coco/*'"
 	@echo "make lint            formatting, lint, spelling, which room imports which, types"
 	@echo "make docs            build the documentation site into site/; a broken link fails"
 	@echo "make examples        run every script in examples/"
@@ -65,6 +70,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+recipes: $(INSTALLED)
+	$(BIN)/python tests/recipe_runner.py $(patsubst %,'%',$(RECIPES))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ class PlainLoop:
         import torch
 
         recipe, self.device = trainer.engine.recipe, trainer.engine.world.device
-        self.model = trainer.task.build_model().to(self.device)
+        self.model, self.normalize = trainer.task.build_model().to(self.device), trainer.task.normalize
         self.optimizer = timm.optim.create_optimizer_v2(
             self.model, recipe.optim.name, recipe.optim.lr, recipe.optim.weight_decay
         )
@@ -109,7 +109,7 @@ class PlainLoop:
     def steps(self, count: int) -> None:
         for _ in range(count):
             images, targets, _ = next(self.batches)
-            images = images.to(self.device, non_blocking=True)
+            images = self.normalize(images.to(self.device, non_blocking=True))
             targets = targets.to(self.device, non_blocking=True)
             with self.autocast:
                 loss = self.criterion(self.model(images), targets)

@@ -4,16 +4,34 @@ This package knows no models: it handles urls, hashes and dicts of tensors.
 """
 
 from .manifest import Weight, find_weight, load_manifest
-from .store import cached_path, fetch, fetch_weight, read_state, sha256_of, verify, write_state
+from .store import (
+    cached_path,
+    fetch,
+    fetch_weight,
+    find_local,
+    imported_path,
+    is_available,
+    keep_imported,
+    read_state,
+    remove_cached,
+    sha256_of,
+    verify,
+    write_state,
+)
 
 __all__ = [
     "Weight",
     "cached_path",
     "fetch",
     "fetch_weight",
+    "find_local",
     "find_weight",
+    "imported_path",
+    "is_available",
+    "keep_imported",
     "load_manifest",
     "read_state",
+    "remove_cached",
     "sha256_of",
     "verify",
     "write_state",

@@ -1,14 +1,16 @@
-"""`python -m tessel.checkpoints`: list, download, check and convert published weights."""
+"""`python -m tessel.checkpoints`: list, download, check and convert published weights; also as `tessel weights`."""
 
 import argparse
+import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .manifest import Weight, find_weight, load_manifest
-from .store import fetch_weight, read_state, sha256_of, verify, write_state
+from .store import fetch_weight, imported_path, read_state, sha256_of, verify, write_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help="list only matching names, such as 'cswin_*'"
     )
+    command.add_argument("--json", action="store_true", help="print all fields of the manifest as JSON")
     command.set_defaults(run=_list)
 
     text = "download a file to the cache, check its sha256, and print its path"
@@ -75,6 +78,9 @@ def _list(args: argparse.Namespace) -> None:
     weights = [weight for name, weight in load_manifest().items() if fnmatchcase(name, args.pattern)]
     if not weights:
         raise ValueError(f"no published weights match {args.pattern!r}; without a pattern all are listed")
+    if args.json:
+        print(json.dumps([dataclasses.asdict(weight) for weight in weights], indent=1))
+        return
     table = [("name", "size", "license", "published", "reproduced", "available"), *map(_cells, weights)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -88,7 +94,7 @@ def _cells(weight: Weight) -> tuple[str, ...]:
         weight.license,
         "-" if weight.published_top1 is None else f"{weight.published_top1:.2f}",
         "-" if weight.reproduced_top1 is None else f"{weight.reproduced_top1:.2f}",
-        "yes" if weight.url else f"no: {weight.why_no_url}",
+        "imported" if imported_path(weight).is_file() else "yes" if weight.url else f"no: {weight.why_no_url}",
     )
 
 
@@ -107,6 +113,8 @@ def _report(path: Path, weight: Weight | None) -> None:
     if weight is None:
         same = [row.name for row in load_manifest().values() if row.sha256 == sha256]
         print(f"weights {', '.join(same) or 'no weights in the manifest have this sha256'}")
+    elif path.name == imported_path(weight).name:
+        print(f"weights {weight.name}, imported, with tessel's keys")
     elif weight.sha256:
         verify(path, weight.sha256)
         print(f"weights {weight.name}")

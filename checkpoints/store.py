@@ -1,17 +1,24 @@
-"""Weight files: download to a cache, check by hash, read without running pickled code, write atomically."""
+"""Weight files: download to a cache, check by hash, read without running pickled code, write atomically.
+
+A file whose sha256 is not in the manifest has a record `.NAME.json` beside it in the cache, with its sha256 and size,
+written when it arrived. A file that differs from its record is refused. A mirror (`TESSEL_WEIGHTS_URL`) serves a copy
+of such a folder.
+"""
 
 import argparse
 import hashlib
+import json
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import torch
@@ -23,6 +30,7 @@ from .manifest import Weight
 
 _CHUNK = 1 << 17
 _TIMEOUT = 30.0
+_MIRROR = "TESSEL_WEIGHTS_URL"
 _BY_HAND = "pass it with pretrained_cfg_overlay=dict(file=...)"
 # keys under which trainers store the weights. EMA copies are not among them: only the manifest's `state_key` knows
 # whether the published accuracy belongs to the EMA weights (BiFormer's belongs to `model`, not to `model_ema`).
@@ -45,36 +53,99 @@ def fetch(
     The cache folder is `cache_dir`, else `$TESSEL_HOME/checkpoints`, else `checkpoints` in torch's hub folder. The file
     is stored as `filename`, by default the last part of the url with a hash of the url before it. If several processes
     fetch the same url, one downloads and the others wait. An interrupted download is resumed by the next call if the
-    server allows it. `source` is the web page that errors refer to.
+    server allows it. `source` is the web page that errors refer to. If the environment variable TESSEL_WEIGHTS_URL is
+    set, the file is downloaded from TESSEL_WEIGHTS_URL/FILENAME instead, FILENAME being its name in the cache.
+
+    The first fetch records sha256 and size of the file; a file that differs from its record later is refused.
 
     Raises ConnectionError if the url cannot be reached, OSError if the file cannot be written, and ValueError if its
     sha256 (64 hex digits) is another one: the download is then deleted, a file that was there before is kept.
     """
     sha256 = _digest(sha256) if sha256 else ""
     path = _local_path(url)
-    if path is None:
-        path = _cached_path(url, cache_dir, filename)
-        try:
-            if not path.exists() and _download(url, path, sha256=sha256, progress=progress):
-                return path
-        except ConnectionError as error:
-            by_hand = f"download it by hand from {source or url} and put it at {path}, or {_BY_HAND}"
-            raise ConnectionError(f"could not fetch {url}: {error}; {by_hand}") from error
-        except OSError as error:
-            reason = f"could not write to {path.parent}: {error.strerror}; set TESSEL_HOME to another folder"
-            raise OSError(error.errno, reason) from error
-    _require_file(path)
-    if sha256:
-        verify(path, sha256)
+    if path is not None:
+        _require_file(path)
+        if sha256:
+            verify(path, sha256)
+        return path
+    path = _cached_path(url, cache_dir, filename)
+    expected, origin = sha256 or _recorded(path), _mirror_url(path.name) or url
+    try:
+        downloaded = not path.exists() and _download(origin, path, sha256=expected, progress=progress)
+        if expected and not downloaded:
+            verify(path, expected)
+        if not expected:
+            # a folder that only others may write has no records
+            with nullcontext() if downloaded else suppress(OSError):
+                _write_record(path)
+    except ConnectionError as error:
+        by_hand = f"download it by hand from {source or url} and put it at {path}, or {_BY_HAND}"
+        raise ConnectionError(f"could not fetch {origin}: {error}; {by_hand}") from error
+    except OSError as error:
+        reason = f"could not write to {path.parent}: {error.strerror}; set TESSEL_HOME to another folder"
+        raise OSError(error.errno, reason) from error
+    except ValueError as error:
+        if sha256:
+            raise
+        raise ValueError(f"{error}; {_record_path(path)}, written by the first fetch, expects it") from error
     return path
 
 
 def fetch_weight(weight: Weight, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """`fetch` the file of a manifest row. Raises ValueError with the reason if the row has no url."""
-    if not weight.url:
+    """`fetch` the file of a manifest row; the imported file, if there is one (see `keep_imported`).
+
+    Raises ValueError with the reason if the row has no url and TESSEL_WEIGHTS_URL names no mirror.
+    """
+    imported = imported_path(weight, cache_dir=cache_dir)
+    if imported.is_file():
+        if recorded := _recorded(imported):
+            verify(imported, recorded)
+        return imported
+    url, filename = weight.url, None
+    if not url:
+        url, filename = _mirror_url(imported.name), imported.name
+    if not url:
         reason = f"{weight.why_no_url}; get the file from {weight.source} and {_BY_HAND}"
         raise ValueError(f"{weight.name} cannot be fetched: {reason}")
-    return fetch(weight.url, sha256=weight.sha256, cache_dir=cache_dir, source=weight.source, progress=progress)
+    return fetch(
+        url, sha256=weight.sha256, cache_dir=cache_dir, filename=filename, source=weight.source, progress=progress
+    )
+
+
+def imported_path(weight: Weight, *, cache_dir: str | Path | None = None) -> Path:
+    """Where the cache keeps the weights of a row that were imported: a safetensors file with our keys."""
+    return _cache(cache_dir) / f"{weight.name}.safetensors"
+
+
+def is_available(weight: Weight, *, cache_dir: str | Path | None = None) -> bool:
+    """Whether `fetch_weight` has a file to return or a url to try."""
+    return bool(weight.url or os.environ.get(_MIRROR)) or imported_path(weight, cache_dir=cache_dir).is_file()
+
+
+def find_local(weight: Weight, *, cache_dir: str | Path | None = None) -> Path | None:
+    """The file of a row in the cache, imported or downloaded; None if there is none."""
+    paths = [imported_path(weight, cache_dir=cache_dir)]
+    if weight.url:
+        paths.append(_cached_path(weight.url, cache_dir, None))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def keep_imported(weight: Weight, state: Mapping[str, Tensor], *, cache_dir: str | Path | None = None) -> Path:
+    """Keep `state`, the weights of a row with our keys, in the cache; `fetch_weight` returns this file from now on.
+
+    An earlier import of the row is replaced. Raises OSError if the file cannot be written.
+    """
+    path = imported_path(weight, cache_dir=cache_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_state(state, path, overwrite=True)
+    _write_record(path)
+    return path
+
+
+def remove_cached(path: Path) -> None:
+    """Delete a file of the cache and its record."""
+    path.unlink(missing_ok=True)
+    _record_path(path).unlink(missing_ok=True)
 
 
 def cached_path(url: str, *, cache_dir: str | Path | None = None) -> Path | None:
@@ -164,15 +235,47 @@ def _local_path(url: str) -> Path | None:
     return None
 
 
-def _cached_path(url: str, cache_dir: str | Path | None, filename: str | None) -> Path:
+def _cache(cache_dir: str | Path | None) -> Path:
     if cache_dir is None:
         cache_dir = Path(os.environ.get("TESSEL_HOME") or torch.hub.get_dir(), "checkpoints")
+    return Path(cache_dir).expanduser()
+
+
+def _mirror_url(filename: str) -> str:
+    """The url of a file of the cache on the mirror; empty if no mirror is set."""
+    base = os.environ.get(_MIRROR, "").rstrip("/")
+    return f"{base}/{quote(filename)}" if base else ""
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")
+
+
+def _write_record(path: Path) -> None:
+    record = _record_path(path)
+    part = record.with_name(f"{record.name}.{os.getpid()}.part")
+    part.write_text(json.dumps({"sha256": sha256_of(path), "size": path.stat().st_size}) + "\n")
+    os.replace(part, record)
+
+
+def _recorded(path: Path) -> str:
+    """The sha256 in the record of a file of the cache; empty if it has none."""
+    record = _record_path(path)
+    if not record.exists():
+        return ""
+    try:
+        return _digest(json.loads(record.read_text())["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged ({error}); delete it, and fetch the file again") from error
+
+
+def _cached_path(url: str, cache_dir: str | Path | None, filename: str | None) -> Path:
     if filename is None:
         base = PurePosixPath(unquote(urlsplit(url).path)).name
         filename = f"{hashlib.sha256(url.encode()).hexdigest()[:10]}-{base}"
     if Path(filename).name != filename:
         raise ValueError(f"filename = {filename!r} must be a name without a folder")
-    return Path(cache_dir).expanduser() / filename
+    return _cache(cache_dir) / filename
 
 
 def _download(url: str, target: Path, *, sha256: str, progress: bool) -> bool:

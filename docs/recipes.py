@@ -8,6 +8,7 @@ the YAML, paper and accuracy from the comments they open with. A table stands be
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -15,10 +16,11 @@ from pathlib import Path
 
 from generated import main
 
-from tessel.train.__main__ import describe_type
+from tessel.train.recipe.explain import describe_type
 from tessel.train.recipe.load import PACKAGED, load_recipe
 from tessel.train.recipe.plan import plan
 from tessel.train.recipe.registry import SOURCES, TASKS, SourceSpec, TaskSpec, key_groups
+from tessel.train.recipe.sizing import sized
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 IMAGENET = 1_281_167  # training images
@@ -56,6 +58,18 @@ def reads(task: TaskSpec, source: SourceSpec) -> bool:
 def heading(columns: str) -> list[str]:
     """The first two lines of a table, from names with commas between."""
     return [f"| {columns.replace(', ', ' | ')} |", "|---" * len(columns.split(", ")) + "|"]
+
+
+def sizes() -> str:
+    """What `auto` stands for in the fine-tuning recipes, on data sets of four sizes."""
+    lines = heading("recipe, images, batch, epochs, updates, warm-up, evaluate every, log every, EMA decay")
+    for name, images in itertools.product(("classify", "detect"), (60, 1_000, 20_000, 600_000)):
+        recipe = sized(load_recipe(f"finetune/{name}", ["data.root=PATH"]), samples=images)
+        steps = plan(recipe, samples=images, world_size=1)
+        counts = f"{images:,} | {recipe.data.batch} | {recipe.sched.epochs:g} | {steps.steps:,} | {steps.warmup:,}"
+        rates = f"{recipe.eval.every:,} | {recipe.log.every} | {recipe.ema.decay}"
+        lines.append(f"| `finetune/{name}`{', `segment`' * (name == 'detect')} | {counts} | {rates} |")
+    return "\n".join(lines)
 
 
 def settings(head: str) -> str:
@@ -110,15 +124,23 @@ def segmenters() -> str:
         decoder = re.search(r"with (.*), ADE20K", head)
         if not (paper and miou and decoder):
             raise SystemExit(f"{path} does not open with its paper, its decoder and its published mIoU")
-        begin = recipe.model.init_from or ("published weights" if recipe.model.pretrained else "")
+        begin = recipe.model.name if recipe.model.pretrained else recipe.model.init_from
         length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
-        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {begin} | {settings(head)} | {miou[1]} | not run |")
+        rest = f"`{begin}` | {settings(head)} | {miou[1]} | not run"
+        lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {rest} |")
     return "\n".join(lines)
 
 
-TABLES = {"keys": keys, "registered": registered, "recipes": recipes, "segmenters": segmenters, "coco": coco}
+TABLES = {
+    "keys": keys,
+    "registered": registered,
+    "sizes": sizes,
+    "recipes": recipes,
+    "segmenters": segmenters,
+    "coco": coco,
+}
 
 
 if __name__ == "__main__":

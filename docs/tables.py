@@ -7,13 +7,10 @@ published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -
 """
 
 import sys
-from functools import cache
 from pathlib import Path
 
 import timm
-import torch
 from generated import main
-from torch.utils.flop_counter import FlopCounterMode
 
 import tessel.zoo
 from tessel.checkpoints import load_manifest
@@ -23,19 +20,11 @@ NONE = "its authors published none"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 
 
-@cache
 def cost(name: str) -> tuple[float, float, int]:
     """Parameters in millions, multiply-adds in billions, and the side of the input that these are counted at."""
     tag = timm.get_pretrained_cfg(name).tag
-    if tag and "." not in name:
-        return cost(f"{name}.{tag}")  # so that both names share one entry of the cache
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
-        size = model.default_cfg["input_size"]
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *size))
-    parameters = sum(p.numel() for p in model.parameters())
-    return parameters / 1e6, counter.get_total_flops() / 2e9, size[-1]
+    found = tessel.zoo.model_cost(f"{name}.{tag}" if tag and "." not in name else name)
+    return found.parameters / 1e6, found.macs / 1e9, found.input_size[-1]
 
 
 def families() -> str:

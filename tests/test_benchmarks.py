@@ -53,6 +53,32 @@ def test_dry_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_dry_run_of_the_loader(tmp_path):
+    pytest.importorskip("torchcodec")
+    command = [sys.executable, str(BENCHMARKS / "loader.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["dry_run"] and {"device", "torch", "commit", "load_average_before", "workers"} <= found.keys()
+    assert list(found["loaders"]) == ["timm", "pil", "torchcodec"] and 25 < found["kilobytes_a_picture"] < 60
+    for row in found["loaders"].values():
+        assert row["images_per_second"] == [row["median"]] == [row["best"]] and row["cpu_ms_an_image"] > 0
+    assert found["goals"].keys() == {"pil", "torchcodec"}
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_threads(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "threads.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["other_processes"] == {"idle": 0, "busy": found["cores"]}
+    for case in ("idle", "busy"):
+        assert list(found["images_per_second"][case]) == ["trainer", "default", "one thread", "passive"]
+        assert all(rate > 0 for rate in found["images_per_second"][case].values())
+
+
+@pytest.mark.slow
 def test_dry_run_of_the_trainer(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "trainer.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

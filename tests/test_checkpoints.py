@@ -4,6 +4,7 @@ import argparse
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -94,9 +95,9 @@ def cache(tmp_path):
 
 
 def content(folder: Path) -> list[str]:
-    """Names of the files in a cache folder, without the empty lock files."""
+    """Names of the files in a cache folder, without the empty lock files and the records of hashes."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return [name for name in names if not name.endswith(".lock")]
+    return [name for name in names if not (name.endswith(".lock") or (name[0] == "." and name.endswith(".json")))]
 
 
 def message(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -501,3 +502,83 @@ def test_state_that_cannot_be_written_is_refused(tmp_path, name, state, word):
     with pytest.raises(ValueError, match=word):
         write_state(state, tmp_path / name)
     assert content(tmp_path) == []
+
+
+# records, mirror and imported files
+
+
+def test_first_fetch_records_hash_and_size_and_later_ones_compare(server, cache):
+    path = fetch(server.url(), cache_dir=cache)
+    record = json.loads(path.with_name(f".{path.name}.json").read_text())
+    assert record == {"sha256": DIGEST, "size": len(PAYLOAD)}
+    assert fetch(server.url(), cache_dir=cache) == path
+    path.write_bytes(PAYLOAD + b"x")
+    with pytest.raises(ValueError, match="refused") as caught:
+        fetch(server.url(), cache_dir=cache)
+    for word in (DIGEST, "written by the first fetch", f".{path.name}.json"):
+        assert word in message(caught)
+    assert path.read_bytes() == PAYLOAD + b"x", "the user's file is kept"
+
+
+def test_another_file_behind_the_same_url_is_refused_and_deleted(server, cache, monkeypatch):
+    path = fetch(server.url(), cache_dir=cache)
+    path.unlink()
+    monkeypatch.setitem(globals(), "PAYLOAD", PAYLOAD[::-1])
+    with pytest.raises(ValueError, match="the download is deleted.*written by the first fetch"):
+        fetch(server.url(), cache_dir=cache)
+    assert content(cache) == []
+    store.remove_cached(path)
+    assert fetch(server.url(), cache_dir=cache).read_bytes() == PAYLOAD, "without the record it is accepted"
+
+
+def test_file_of_a_cache_that_cannot_be_written_is_used_without_a_record(server, cache, monkeypatch):
+    path = fetch(server.url(), cache_dir=cache)
+    path.with_name(f".{path.name}.json").unlink()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store, "_write_record", refuse)
+    assert fetch(server.url(), cache_dir=cache) == path
+
+
+def test_damaged_record_is_an_error_that_names_it(server, cache):
+    path = fetch(server.url(), cache_dir=cache)
+    path.with_name(f".{path.name}.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        fetch(server.url(), cache_dir=cache)
+    assert f".{path.name}.json" in message(caught)
+
+
+def test_mirror_serves_the_files_of_the_cache(server, cache, monkeypatch):
+    url = offline_url()
+    monkeypatch.setenv("TESSEL_WEIGHTS_URL", server.url("/file/mirror/"))
+    path = fetch(url, cache_dir=cache)
+    assert path.read_bytes() == PAYLOAD and path == cached_path(url, cache_dir=cache)
+    weight = find_weight("biformer_small.in1k")
+    assert fetch_weight(weight, cache_dir=cache) == cache / "biformer_small.in1k.safetensors"
+    monkeypatch.setenv("TESSEL_WEIGHTS_URL", offline_url())
+    with pytest.raises(ConnectionError, match=r"/biformer_tiny\.in1k\.safetensors: .*by hand"):
+        fetch_weight(find_weight("biformer_tiny.in1k"), cache_dir=cache)
+
+
+def test_imported_weights_come_before_a_download(cache):
+    weight = find_weight("cswin_tiny.in1k")
+    assert store.find_local(weight, cache_dir=cache) is None
+    path = store.keep_imported(weight, STATE, cache_dir=cache)
+    assert fetch_weight(weight, cache_dir=cache) == path == store.find_local(weight, cache_dir=cache)
+    assert_state(read_state(path), STATE)
+    assert store.keep_imported(weight, OTHER, cache_dir=cache) == path
+    assert_state(read_state(fetch_weight(weight, cache_dir=cache)), OTHER)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="refused"):
+        fetch_weight(weight, cache_dir=cache)
+
+
+def test_available_are_rows_with_a_url_a_mirror_or_an_import(cache, monkeypatch):
+    with_url, without = find_weight("cswin_tiny.in1k"), find_weight("biformer_small.in1k")
+    assert store.is_available(with_url, cache_dir=cache) and not store.is_available(without, cache_dir=cache)
+    store.keep_imported(without, STATE, cache_dir=cache)
+    assert store.is_available(without, cache_dir=cache)
+    monkeypatch.setenv("TESSEL_WEIGHTS_URL", "https://example.org")
+    assert store.is_available(without, cache_dir=cache / "other")

@@ -14,6 +14,7 @@ from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import open_dataset
+from tessel.train.recipe.schema import PixelFormat
 from tessel.train.tasks.detect.augment import EvalTransform, RandomSizeCrop, TrainTransform
 from tessel.train.tasks.detect.task import DetectTask
 
@@ -60,7 +61,7 @@ def test_images_without_objects_are_evaluated_and_trained_on_if_asked(coco, tmp_
 
 def test_annotations_are_arrays(coco, tmp_path):
     held = vars(open_dataset(recipe(tmp_path, coco, MASKS), "train"))
-    assert all(isinstance(value, np.ndarray | bool | str | list) for value in held.values())
+    assert all(isinstance(value, np.ndarray | bool | str | list | PixelFormat) for value in held.values())
     assert [name for name, value in held.items() if isinstance(value, list)] == ["classes"]
 
 
@@ -74,7 +75,7 @@ def test_crowds_and_boxes_without_area_are_not_learned(coco, tmp_path):
         image, target = transform(*train[index])
         assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, *image.shape[-2:])
     image, target = EvalTransform()(*train[3])
-    assert len(target["boxes"]) == 4 and image.shape == (3, 60, 60) and image.dtype == torch.float32
+    assert len(target["boxes"]) == 4 and image.shape == (3, 60, 60) and image.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -279,9 +280,9 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
         pixels, found = transform(image, target)
         shapes.add(tuple(pixels.shape[-2:]))
         counts.add(len(found["boxes"]))
-        assert max(pixels.shape) <= 120 and pixels.dtype == torch.float32 and type(found["boxes"]) is torch.Tensor
+        assert max(pixels.shape) <= 120 and pixels.dtype == torch.uint8 and type(found["boxes"]) is torch.Tensor
         for (x1, y1, x2, y2), label, mask in zip(found["boxes"], found["labels"], found["masks"], strict=True):
-            bright = pixels[label] > 0.5
+            bright = pixels[label] > 127
             inside = bright[int(y1.round()) : int(y2.round()), int(x1.round()) : int(x2.round())]
             assert inside.float().mean() > 0.9 and inside.sum() > 0.9 * bright.sum()
             assert (mask.bool() ^ bright).float().mean() < 0.06  # nearest-neighbor resizing is off by up to one pixel

@@ -20,7 +20,7 @@ from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import open_dataset
 from tessel.train.tasks.detect.augment import EvalTransform
 from tessel.train.tasks.detect.metrics import DetectionMetrics
-from tessel.train.tasks.detect.overlay import draw_objects
+from tessel.train.tasks.detect.overlay import draw_objects, write_names
 from tessel.train.tasks.detect.task import DetectTask, collate_lists
 
 NAMES = [
@@ -202,8 +202,27 @@ def test_the_data_set_of_the_task(evaluated):
     assert len(cast(DetectTask, evaluated[1]).train) == 9 and len(open_dataset(evaluated[1].recipe, "val")) == 12
 
 
+def test_names_hide_no_object():
+    """A name is beside its box where it covers no other, inside if the box is large, else it is left out."""
+    canvas = torch.full((3, 320, 320), 9, dtype=torch.uint8)
+    boxes = [[10.0, 8, 300, 300], [50, 60, 62, 70], [64, 60, 76, 70], [40, 100, 50, 300]]
+    drawn = write_names(
+        canvas, boxes, ["large", "small", "other", "narrow"], ["#00ff00", "#ff0000", "#ff0000", "#ff00ff"]
+    )
+    changed = (drawn != canvas).any(0)
+    assert changed[8:24, 12:40].any(), "the name of the large box is in its corner"
+    for left, top, right, bottom in boxes[1:]:
+        assert not changed[int(top) : int(bottom), int(left) : int(right)].any()
+    red = (drawn == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all(0)
+    assert red.any(), "the names of small boxes are beside them"
+    crowded = [[x, y, x + 8.0, y + 8] for x in range(0, 320, 10) for y in range(0, 320, 10)]
+    assert torch.equal(write_names(canvas, crowded, ["name"] * 1024, ["red"] * 1024), canvas)
+    edge = write_names(canvas, [[0.0, 0, 320, 320], [318, 318, 320, 320]], ["all", "corner"], ["red", "blue"])
+    assert (edge != canvas).any()
+
+
 def test_overlapping_predictions_are_suppressed_over_all_classes():
-    image = torch.zeros(3, 96, 96)
+    image = torch.zeros(3, 96, 96, dtype=torch.uint8)
     found = {
         "boxes": torch.tensor([[4.0, 4, 60, 60], [5, 4, 60, 61], [40, 40, 90, 90], [0, 60, 30, 90], [9, 9, 9, 30]]),
         "labels": torch.tensor([1, 0, 2, 0, 0]),

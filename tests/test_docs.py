@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
+import click
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import tessel
+from tessel.cli.application import tessel as tessel_command
 from tessel.train.recipe.load import load_recipe
 
 ROOT = Path(tessel.__file__).parent
@@ -51,11 +53,24 @@ def test_commands_exist(page):
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert {word for word in words[1:] if "=" not in word} <= targets, line
+        if words[:1] == ["tessel"]:
+            assert_command(words[1:], line)
         if "-m" in words and (module := words[words.index("-m") + 1]).startswith("tessel."):
             assert module.removeprefix("tessel.") in MODULES, line
         for word in words:
             if word.startswith(("examples/", "benchmarks/", "docs/", "configs/")):
                 assert (ROOT / word).exists(), line
+
+
+def assert_command(words: list[str], line: str) -> None:
+    """Assert that `tessel WORDS` is a command, and that it has the options."""
+    command: click.Command = tessel_command
+    while isinstance(command, click.Group):
+        assert words and words[0] in command.commands, line
+        command, words = command.commands[words[0]], words[1:]
+    options = {name for parameter in command.params for name in parameter.opts}
+    if not command.ignore_unknown_options:
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options | {"--help"}, line
 
 
 @pages
@@ -66,10 +81,12 @@ def test_recipes_are_valid(page, tmp_path, monkeypatch):
         Path(name).write_text(recipe)
         load_recipe(name)
     for line in "\n".join(blocks(page, "sh")).splitlines():
-        if found := re.search(r"-m tessel\.train(?:\.check)? ([^-\s]\S*)((?: \S+=\S+)*)", line):
+        if found := re.search(
+            r"(?:-m tessel\.train(?:\.check)?|tessel (?:train|check)) ([^-\s]\S*)((?: \S+=\S+)*)", line
+        ):
             recipe, overrides = found.groups()
             if not recipe.isupper():  # RECIPE is a placeholder
-                load_recipe(recipe, overrides.split())
+                load_recipe(recipe, shlex.split(overrides))
 
 
 @pages

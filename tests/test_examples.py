@@ -15,6 +15,7 @@ PRINTED = {
     "detector.py": r"step 29: loss \d.*IoU 0\.[1-9]",
     "export_and_compare.py": r"cswin_atto: exported .* difference (\d\.\de-0[5-9]|0\.0e\+00).*images/s",
     "features.py": r"stage 3: stride 32, \[B, C, H, W\] = \[1, 96, 14, 20\]",
+    "own_data.py": r"wrote own/digits, own/scenes and own/boxes",
     "own_folder.py": r"finished .* top1 (9\d|100)\..*0/000.png is predicted to be 0",
     "own_model.py": r"full attention .*HiLo .*bi-level routing .*strip attention .* parameters, accuracy",
 }

@@ -65,8 +65,8 @@ def from_manifest(monkeypatch, server, folder, tmp_path):
 
 
 def cached_files(tmp_path: Path) -> list[Path]:
-    """The files in the cache, without the empty lock files."""
-    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """The files in the cache, without the empty lock files and the records of hashes."""
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def test_pretrained_downloads_verifies_converts_and_loads(from_manifest, folder, published, tmp_path):

@@ -48,8 +48,8 @@ FACTS = {
     "s2aformer_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.05, None, None, 1, 80.8),
     "s2aformer_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.15, None, None, 1, 82.3),
     "tessel_davit_tiny": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 82.8),
-    "tessel_davit_small": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 84.2),
-    "tessel_davit_base": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.1, 1.0, None, 1, 84.6),
+    "tessel_davit_small": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.2, 1.0, None, 1, 84.2),
+    "tessel_davit_base": (224, 1024, 310, 5, 1e-3, 1e-5, 0.05, 0.4, 1.0, None, 1, 84.6),
     "tessel_halonet26t": (256, 2048, 600, 5, 5e-3, 1e-6, 0.01, 0.1, None, None, 3, 79.1),
     "tessel_halonet50ts": (256, 2048, 600, 5, 5e-3, 1e-6, 0.01, 0.1, None, None, 3, 81.6),
     "tessel_sehalonet33ts": (256, 1024, 450, 3, 0.064, None, 1e-5, 0.2, None, 0.9999, 1, 81.0),
@@ -117,6 +117,12 @@ def test_recipe_holds_the_published_figures(name):
     assert recipe.ema.decay == ema and recipe.data.aug.repeated_aug == repeats
     assert last is None or last in (recipe.sched.min_lr, lr)
     assert f"top-1 {top1:.1f} % (published" in head(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_follows_the_authors_code_in_erasing_and_batch_norm(name):
+    assert loaded(name).data.aug.erase_after_mixing == name.startswith(("cswin", "tessel_davit"))
+    assert loaded(name).parallel.sync_batch_norm != name.startswith(("biformer", "litv2"))
 
 
 @pytest.mark.parametrize("name", RECIPES)

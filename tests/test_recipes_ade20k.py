@@ -102,6 +102,16 @@ def test_recipe_has_the_published_settings(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
+    recipe = loaded(name)
+    assert recipe.task.segment.avg_non_ignore == name.startswith("affnet")
+    decays_all = ("tessel_davit",) if "upernet" in name else ("biformer", "cswin", "litv2")
+    assert recipe.optim.decay_norms == name.startswith(decays_all)
+    assert recipe.parallel.sync_batch_norm != name.startswith("tessel_davit")
+    assert recipe.task.dense.sync_batch_norm != name.startswith("litv2")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_learning_rate_at_named_points(name):
     recipe = loaded(name)
     planned, sched = plan(recipe, samples=IMAGES, world_size=8), recipe.sched

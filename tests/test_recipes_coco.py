@@ -105,6 +105,30 @@ def test_recipe_has_the_published_settings(name):
     assert all(re.search(rf"\b{re.escape(str(value))}\b", comments(name)) for value in results)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name):
+    recipe, model = load_recipe(f"coco/{name}"), architecture(name)
+    retina = recipe.task.detect.detector == "retinanet"
+    decays_all = model.startswith(("tessel_davit", "biformer", "litv2") if retina else "tessel_davit")
+    assert recipe.optim.decay_norms == decays_all
+    assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
+    half = model.startswith(("biformer", "litv2", "s2aformer", "cswin")) or model == "transnext_base"
+    assert (recipe.parallel.precision == "fp16") == half
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_mmdetections_conventions_where_torchvision_lets_it(name):
+    detect = load_recipe(f"coco/{name}").task.detect
+    if detect.detector == "mask_rcnn":
+        assert detect.roi_align == "mmdetection" and detect.kwargs == {"rpn_post_nms_top_n_train": 1000}
+        assert "the box losses are L1 (here smooth L1 with beta 1/9)" in " ".join(
+            comments(name).replace("#", "").split()
+        )
+    else:
+        assert detect.loss_average == "batch" and detect.kwargs == {"detections_per_img": 100}
+    assert "rounded to whole pixels" in " ".join(comments(name).replace("#", "").split())
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn_1x_litv2_small", "retinanet_3x_tessel_davit_base"])
 def test_learning_rate_at_named_points(name):
     recipe = load_recipe(f"coco/{name}")
@@ -134,10 +158,4 @@ def one_step(name, tmp_path):
 
 @pytest.mark.parametrize("name", FEW)
 def test_one_step_with_the_familys_smallest_model(name, tmp_path):
-    one_step(name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(FEW)))
-def test_one_step_of_the_others(name, tmp_path):
     one_step(name, tmp_path)

@@ -261,8 +261,10 @@ def test_registered_source_works_with_classification(recipe, tmp_path, capsys):
     overrides = ["task.kind=classify", "data.source=toy_halves", "sched.steps=4"]
     assert main([str(recipe), *overrides]) == 0
     assert trainer.metrics(tmp_path / "runs/toy")[-1]["count"] == 40
-    assert check([str(recipe), *overrides]) == 0
-    assert "no problems" in capsys.readouterr().out
+    assert check([str(recipe), *overrides]) == 1
+    out = capsys.readouterr().out
+    assert "train: checked 40 of 40 samples, found no errors" in out
+    assert "val: error: sample 3 has the same pixels as sample 3 of the training split" in out
 
 
 def test_names_in_built_in_specs_can_be_imported():

@@ -1,6 +1,8 @@
 """The report: its sections, what it leaves out and why, its charts and attention maps."""
 
 import base64
+import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -16,8 +18,11 @@ import timm
 import torch
 import trainer
 import yaml
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
@@ -28,16 +33,16 @@ from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import task_spec
 from tessel.train.report import __main__ as report
-from tessel.train.report import attention_maps, classify, curves
-from tessel.train.report.page import STYLE, duration
+from tessel.train.report import attention_maps, classify, curves, dense
+from tessel.train.report.page import NARROW, STYLE, duration
 from tessel.train.report.runs import RunRecord, read_run
 from tessel.train.tasks.classify.options import ClassifyData
 from tessel.train.tasks.export import export_classifier
 
 SECTIONS = {
-    "Training": ["learning", "optimisation"],
-    "Confusion": ["confusion"],
-    "Hardest images": ["hardest"],
+    "Training": ["loss", "metric", "lr", "grad_norm", "images_per_second"],
+    "Confusion": ["confusion", "recall"],
+    "Hardest images": [],
     "What the mixers attended to": ["attention"],
     "Use this model": [],
 }
@@ -119,7 +124,7 @@ def save_predictions(path, wrong):
 class Page(HTMLParser):
     """The parsed page: texts by element, text by section, links. Asserts that all elements are closed."""
 
-    VOID = {"meta", "img", "source"}
+    VOID = {"meta", "img", "source", "br"}
 
     def __init__(self, path):
         super().__init__()
@@ -150,7 +155,8 @@ def test_the_page_has_all_sections(page):
 
 
 def test_the_page_is_self_contained(page):
-    assert len(page.links) == 2 * len(PICTURES), "one picture for light screens and one for dark"
+    # one chart for light screens and one for dark, and the hardest images
+    assert len(page.links) == 2 * len(PICTURES) + classify.MAX_IMAGES
     for link in page.links:
         head, _, data = link.partition(",")
         assert head == "data:image/png;base64"
@@ -171,7 +177,7 @@ def test_the_pictures_are_beside_the_page(page, finished):
 
 def test_the_header_describes_the_run(page):
     parameters = sum(p.numel() for p in timm.create_model("biformer_atto", num_classes=10).parameters())
-    assert page.texts["b"] == ["99.2 %", f"{parameters / 1e6:.2f} M", "5 s", "20"]
+    assert page.texts["b"][:4] == ["99.2 %", f"{parameters / 1e6:.2f} M", "5 s", "20"]
     assert page.texts["span"][0] == "top-1 on 360 held-out images, ± 0.5"
     facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
     assert facts["Model"] == "biformer_atto"
@@ -306,18 +312,22 @@ def test_more_mistakes_than_there_is_room_for(run, undrawn):
 
 def test_the_hardest_images_come_in_order(run, monkeypatch):
     save_predictions(run, wrong=[7, 200])
-    drawn = []
-    monkeypatch.setattr(classify, "picture", lambda folder, name, alt, draw: drawn.append(draw) or "")
-    monkeypatch.setattr(classify, "draw_hardest", drawn.append)
-    classify.hardest(read_run(run), run)
-    drawn[0]()
-    data, cards = load_digits("val"), drawn[1]
+    monkeypatch.setattr(classify, "hardest_card", lambda *card: card)
+    monkeypatch.setattr(classify, "gallery", lambda cards, least: cards)
+    data, cards = load_digits("val"), classify.hardest(read_run(run))[1]
     assert [(true, predicted) for _, true, predicted, _ in cards[:2]] == [
         (str(data.targets[i]), str((data.targets[i] + 1) % 10)) for i in (7, 200)
     ]
     # in the fixture the probability of the correct class falls with the index
     assert [image.tobytes() for image, *_ in cards[2:]] == [data[i][0].tobytes() for i in range(359, 337, -1)]
     assert cards[2][3] == pytest.approx(0.82 - 0.359)
+
+
+def test_a_card_names_the_classes_as_text():
+    image = Image.new("RGB", (800, 40))
+    wrong = classify.hardest_card(image, "<cat>", "dog", 0.5)
+    assert '<b class="error">&lt;cat&gt; → dog</b><br>50 %' in wrong and image.size == (800, 40)
+    assert "<b>dog</b><br>99 %" in classify.hardest_card(image, "dog", "dog", 0.99)
 
 
 def test_several_runs_are_compared(finished, tmp_path):
@@ -328,12 +338,10 @@ def test_several_runs_are_compared(finished, tmp_path):
     page = Page(out / "index.html")
     assert page.texts["h1"] == ["2 runs compared"]
     assert {"demo", "<other> & more", "biformer_atto", "99.2 %"} <= set(page.texts["td"])
-    assert sorted(path.name for path in out.glob("*.png") if "dark" not in path.name) == [
-        "learning.png",
-        "optimisation.png",
-    ]
+    drawn = {path.stem for path in out.glob("*.png") if "dark" not in path.name}
+    assert drawn == set(SECTIONS["Training"])
     runs = [read_run(path) for path in (finished, finished)]
-    loss, accuracy = curves.draw_learning(runs).axes
+    (loss,), (accuracy,) = curves.draw_loss(runs).axes, curves.draw_metric(runs).axes
     assert len([line for line in loss.lines if len(line.get_xdata())]) == 4
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
 
@@ -345,8 +353,61 @@ def test_few_points_have_markers(run, count):
     lines = (json.dumps(line | {"step": step}) + "\n" for step in range(count))
     (run / "metrics.jsonl").write_text("".join(lines))
     record = read_run(run)
-    for axes in (curves.draw_learning([record]).axes[0], *curves.draw_optimization([record]).axes):
-        assert (axes.lines[0].get_marker() == "None") == (count > 1)
+    figures = [curves.draw_loss([record]), *(curves.draw_key([record], key) for key in curves.TITLES)]
+    for figure in figures:
+        assert (figure.axes[0].lines[0].get_marker() == "None") == (count > 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "start"), [([12.0, 88.0], 0), ([81.0, 84.5], 70), ([99.2], 80), ([40.0], 0), ([60.0, 300.0], 0)]
+)
+def test_an_axis_starts_at_0_or_says_where(finished, values, start):
+    evals = [{"step": 5 * n, "top1": value} for n, value in enumerate(values, 1)]
+    record = dataclasses.replace(read_run(finished), evals=evals)
+    (axes,) = curves.draw_metric([record]).axes
+    assert axes.get_ylim()[0] == start and axes.get_ylim()[1] > max(values)
+    assert axes.get_ylabel() == ("%" if start == 0 else f"% (axis starts at {start})")
+    for key in curves.TITLES:
+        assert curves.draw_key([record], key).axes[0].get_ylim()[0] == 0
+
+
+def texts_outside(figure):
+    """Texts of a figure that are cut off by its edge, and pairs that overlap."""
+    figure.canvas.draw()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True):
+            label.set_visible(low <= place <= high)  # matplotlib has ticks beyond the axis, which it does not draw
+    width, height = figure.bbox.size
+    drawn = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn]
+    outside = [name for name, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
+    overlap = [
+        (one[0], other[0])
+        for one, other in itertools.combinations(boxes, 2)
+        if min(one[1].x1, other[1].x1) - max(one[1].x0, other[1].x0) > 1
+        and min(one[1].y1, other[1].y1) - max(one[1].y0, other[1].y0) > 1
+    ]
+    return outside, overlap
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], [f"a long class name {n}" for n in range(20)]])
+def test_texts_of_charts_are_whole_and_do_not_overlap(finished, classes):
+    counts = np.random.default_rng(0).integers(1, 30, (len(classes), len(classes)))
+    record = read_run(finished)
+    with rc_context(STYLE):
+        figures = [
+            classify.draw_recall(counts, classes),
+            classify.draw_confusion(counts, classes),
+            dense.draw_classes({"iou": dict.fromkeys(classes, 30.0)}, classes),
+            curves.draw_loss([record]),
+            curves.draw_metric([record, record]),
+            *(curves.draw_key([record], key) for key in curves.TITLES),
+        ]
+        for figure in figures:
+            assert figure.get_figwidth() <= NARROW
+            FigureCanvasAgg(figure)
+            assert texts_outside(figure) == ([], [])
 
 
 def run_code(html, folder, monkeypatch):
@@ -444,14 +505,16 @@ def test_durations(seconds, text):
 
 @pytest.mark.parametrize(("size", "written"), [(3, 3), (20, 20), (30, 0), (100, 0)])
 def test_confusion_matrices_of_every_size(size, written):
-    matrix, recall = classify.draw_confusion(5 * np.eye(size, dtype=int), ["a rather long name"] * size).axes
+    counts, names = 5 * np.eye(size, dtype=int), ["a rather long name"] * size
+    (matrix,), (recall,) = classify.draw_confusion(counts, names).axes, classify.draw_recall(counts, names).axes
     assert [text.get_text() for text in matrix.texts] == ["5"] * written
     assert len(matrix.get_xticklabels()) == (size if size <= classify.MAX_NAMED else 0)
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), 100)
 
 
 def test_confusion_with_an_empty_class_and_one_always_wrong():
-    matrix, recall = classify.draw_confusion(np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")).axes
+    counts, names = np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")
+    (matrix,), (recall,) = classify.draw_confusion(counts, names).axes, classify.draw_recall(counts, names).axes
     cells = {text.get_position(): text.get_text() for text in matrix.texts}
     assert cells == {(0, 0): "4", (0, 2): "1", (1, 2): "3"}
     np.testing.assert_array_equal(recall.lines[1].get_xdata(), [100, np.nan, 0])

@@ -49,7 +49,9 @@ def fake_task(classes=4, world: Any = None, test: SegmentTest | None = None, kep
     segment = SimpleNamespace(test=test or SegmentTest())
     recipe = SimpleNamespace(task=SimpleNamespace(segment=segment), parallel=Parallel())
     names = [f"c{number}" for number in range(classes)]
-    return SimpleNamespace(classes=names, world=world or World(), recipe=recipe, window=16, kept=kept)
+    return SimpleNamespace(
+        classes=names, world=world or World(), recipe=recipe, window=16, kept=kept, normalize=lambda x: x
+    )
 
 
 def by_hand(pairs, classes):

@@ -185,6 +185,19 @@ def test_cross_entropy_equals_mmsegmentations_where_that_works(weighted, known, 
     torch.testing.assert_close(loss(pred, label, weight=pixels, ignore_index=255), theirs)
 
 
+@pytest.mark.parametrize("given, average", [({}, None), ({"avg_non_ignore": True}, True)])
+def test_average_over_all_pixels_as_mmsegmentation_does_by_default(batch, given, average):
+    """`avg_non_ignore` of the loss itself, where it is given, comes first."""
+    head = {"type": "FCNHead", "channels": 8, "in_index": 3, "num_convs": 1, "concat_input": False}
+    head["loss_decode"] = {"type": "CrossEntropyLoss", **given}
+    losses = {}
+    for known in (True, False):
+        torch.manual_seed(0)
+        losses[known] = assembled(head, "litv2_atto", avg_non_ignore=known).eval()(*batch)["decode.loss_ce"]
+    labelled = (batch[1] != 255).float().mean()
+    torch.testing.assert_close(losses[False], losses[True] * (1 if average else labelled))
+
+
 def test_several_losses_and_their_weights(batch):
     losses = [{"type": "CrossEntropyLoss"}, {"type": "DiceLoss", "loss_name": "loss_dice"}]
     found = assembled(UPER | {"loss_decode": losses}, class_weight=dict.fromkeys(CLASSES, 0.5))(*batch)

@@ -124,8 +124,57 @@ def test_real_labels_of_imagenet(evaluator, tmp_path):
 
 @pytest.mark.parametrize("text", ["sketc=x", "v2", "v2=", "=x"])
 def test_sets_must_be_given_as_name_and_folder(text):
-    with pytest.raises(UserError, match="NAME=FOLDER with NAME one of val, real, v2, a, r, sketch, c"):
+    with pytest.raises(UserError, match="NAME=FOLDER with NAME one of val, real, v2, a, r, sketch, c, fgsm, pgd, or"):
         sets.parse_sets([text])
+
+
+def test_sets_by_the_usual_folders(tmp_path):
+    for name in ("imagenet/val", "imagenet/imagenet-a", "imagenet-r", "sketch"):
+        (tmp_path / name).mkdir(parents=True)
+    root = tmp_path / "imagenet"
+    found = sets.parse_sets(["a,r,val", "real", f"v2={tmp_path}"], root)
+    assert found == {
+        "a": root / "imagenet-a",
+        "r": tmp_path / "imagenet-r",
+        "val": root / "val",
+        "real": root / "val",
+        "v2": tmp_path,
+    }
+    with pytest.raises(
+        UserError, match="--sets c: neither in .*imagenet nor beside it is a folder imagenet-c; give c="
+    ):
+        sets.parse_sets(["c"], root)
+
+
+class Linear(nn.Module):
+    """Logits of the classes 0 and 1 by the brightness of an image; the others are much lower."""
+
+    pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
+
+    def forward(self, x):
+        brightness = x.mean((1, 2, 3))
+        return torch.stack([brightness, -brightness, *[torch.full_like(brightness, -9.0)] * 10], 1)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_attacks_change_images_by_one_gray_level(name, evaluator, tmp_path):
+    """Images one level above the threshold are misclassified after the attack, those two levels above are not."""
+    model = Linear().eval()
+    attacked = VariantEvaluator(evaluator.recipe, model, CLASSES, World())
+    for number, gray in enumerate((128, 129, 160)):  # the threshold lies at 127.5
+        path = tmp_path / "val" / CLASSES[0] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), gray, np.uint8)).save(path)
+    assert attacked.evaluate("val", tmp_path / "val")["top1"] == 100
+    attack, images = sets.ATTACKS[name], sets.ImageFolder(tmp_path / "val")
+    found = attacked.accuracy(images, [0, 1], lambda _, labels: torch.eye(2).bool()[labels], attack)
+    assert found["top1"] == pytest.approx(200 / 3)
+    images = torch.full((1, 3, 4, 4), (128 / 255 - 0.5) / 0.25)
+    moved = attacked.attacked(images, torch.tensor([0]), [0, 1], *attack)
+    torch.testing.assert_close(images - moved, torch.full_like(images, 1 / 255 / 0.25))
+    black = torch.full((1, 3, 4, 4), -0.5 / 0.25)
+    assert torch.equal(attacked.attacked(black, torch.tensor([0]), [0, 1], *attack), black), "no pixel leaves 0..1"
+    assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_command_line_keeps_earlier_results(tmp_path, capsys):

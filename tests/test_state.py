@@ -22,7 +22,7 @@ import tessel
 import tessel.train.detect
 import tessel.train.segment
 from tessel.train import evaluate
-from tessel.train.errors import UserError
+from tessel.train.errors import NewerFormatError, UserError
 from tessel.train.evaluation import load_run
 from tessel.train.recipe.load import differences, dump, load_recipe
 from tessel.train.recipe.migrate import FORMAT, RENAMED
@@ -188,3 +188,13 @@ def test_files_of_a_later_version_are_refused(artifacts, capsys):
     (run / "recipe.yaml").write_text(f"format: 99\ntessel: 9.9.1\n{recipe}")
     with pytest.raises(UserError, match="upgrade tessel"):
         load_recipe(run / "recipe.yaml")
+
+
+def test_checkpoint_of_a_later_version_is_not_called_damaged(artifacts, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    path = max(Path("runs/digits_unfinished/checkpoints").glob("step-*"))
+    with pytest.raises(NewerFormatError, match=f"checkpoint {path} has format 1, written by tessel .*: upgrade tessel"):
+        checkpoint.find_damage(path)
+    assert train(Path("digits.yaml"), "run.name=digits_unfinished") == 1
+    output = "".join(capsys.readouterr())
+    assert "upgrade tessel" in output and "damaged" not in output

@@ -62,7 +62,7 @@ def renamed_class(images):
 @pytest.mark.parametrize(
     ("overrides", "damage", "fragments"),
     [
-        (["data.root=/nowhere"], None, ["/nowhere/val", "No such file", "data.root must contain"]),
+        (["data.root=/nowhere"], None, ["/nowhere", "No such file", "data.root must contain"]),
         ([], split_is_a_file, ["images/val", "Not a directory"]),
         ([], empty_class, ["class class_0", "no images", ".jpg"]),
         ([], no_classes, ["no class folders", "data.root must contain"]),
@@ -78,7 +78,7 @@ def renamed_class(images):
         (["model.kwargs={num_classes: 7}"], None, ["model.kwargs", "num_classes", "task.num_classes"]),
         (["model.kwargs={pretrained: true}"], None, ["model.kwargs", "model.pretrained"]),
         (["model.kwargs={features_only: true}"], None, ["model.kwargs", "features_only"]),
-        (["model.kwargs={in_chans: 1}"], None, ["model.name=test_efficientnet", "3 x 32 x 32", "1 channels", "kwargs"]),
+        (["model.kwargs={in_chans: 1}"], None, ["model.kwargs", "in_chans", "model.in_chans"]),
         (["model.name=test_vit", "data.size=10"], None, ["model.name=test_vit", "3 x 10 x 10", "divisible"]),
         (["model.name=levit_128s", "data.size=50"], None, ["model.name=levit_128s", "3 x 50 x 50", "data.size"]),
         ([TINY_VIT, "model.kwargs={depth: 1, img_size: 64}"], None, [TINY_VIT, "3 x 32 x 32", "match model (64)"]),
@@ -137,10 +137,12 @@ def test_corrupt_validation_image_loses_no_update_on_two_processes(recipe, capsy
     ]
 
 
-def test_unwritable_output_folder_is_an_error(recipe, capsys):
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_output_folder_below_a_file_is_an_error(recipe, capsys, options):
     (recipe.parent / "file").touch()
-    message = error_message(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs"))
-    assert "file/runs/tiny cannot be written" in message and "run.out" in message
+    message = error_message(capsys, trainer.train(recipe, f"run.out={recipe.parent}/file/runs", *options))
+    for fragment in ("file/runs/tiny cannot be written", f"{recipe.parent}/file is a file", "set run.out"):
+        assert fragment in message
 
 
 def test_run_directory_with_other_files_is_refused(recipe, capsys):

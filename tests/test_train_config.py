@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tessel.train.errors import UserError
+from tessel.train.recipe.explain import MEANT, SYNONYMS
 from tessel.train.recipe.load import differences, dump, find_recipe, flatten, load_recipe, make_recipe, semantic_keys
 from tessel.train.recipe.plan import plan
 from tessel.train.recipe.registry import SOURCES, TASKS, key_groups, recipe_keys
@@ -27,6 +28,12 @@ def recipe(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     return path
+
+
+def test_synonyms_stand_for_keys():
+    known = {key.name for _, keys in key_groups() for key in keys}
+    assert set(SYNONYMS) <= known
+    assert not {word for word in MEANT if any(name.rpartition(".")[2] == word for name in known)}
 
 
 def test_defaults_and_run_name(recipe):
@@ -108,7 +115,14 @@ def test_yaml_value_gets_the_type_of_the_schema(tmp_path):
         ("run.name=a/b", ["run.name='a/b'"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("optim.learning_rate=1", ["did you mean optim.lr?"]),
-        ("data.aug.scale=0.5", ["data.aug.scale=0.5", "a list"]),
+        ("train.batch_size=4", ["did you mean data.batch?"]),
+        ("warmup-epochs=4", ["did you mean sched.warmup?"]),
+        ("data.imgsz=64", ["did you mean data.size?"]),
+        ("data.aug.scale=0.5", ["data.aug.scale=0.5", "a list of two numbers, for example data.aug.scale=[0.5, 1.0]"]),
+        ("data.aug.scale=[0.5]", ["data.aug.scale must be a list of two numbers"]),
+        ("sched.milestones=3", ["sched.milestones=3 must be a list of numbers, for example"]),
+        ("data.batch=many", ["data.batch='many'", "integer, or auto"]),
+        ("model.freeze=head", ["model.freeze='head'", "integer, or backbone"]),
         ("task.segment.test.flip=true", ["no effect", "task.kind=segment"]),
         ("task.kind=segmen", ["task.kind='segmen'", "did you mean segment?"]),
         ("data.source=ade20k", ["data.root is missing"]),
@@ -203,11 +217,17 @@ def test_packaged_recipe_is_found_without_its_suffix(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(str(p) for p in find_recipe("demo/digits").parent.parent.rglob("*.yaml")))
 def test_packaged_recipes_load_and_document_command_and_cost(path):
-    load_recipe(path)
+    load_recipe(path, ["data.root=PATH"] if Path(path).parent.name == "finetune" else [])
     with open(path) as file:
         head = [line for line in file if line.startswith("#")]
     for word in ("command", "hardware", "time", "expect"):
         assert any(word in line.lower() for line in head), f"{path} does not open with its {word}"
+
+
+def test_warmup_longer_than_the_training_says_what_to_change(recipe):
+    loaded = load_recipe(recipe, ["sched.epochs=1", "sched.warmup=1"])
+    with pytest.raises(UserError, match=r"sched\.warmup=1 \(10 steps\).*sched\.warmup=0\.05, or train for longer"):
+        plan(loaded, samples=2560, world_size=1)
 
 
 def test_only_keys_that_change_the_training_are_differences(recipe):

@@ -12,6 +12,7 @@ from tessel.train.data.loader import Loader, SeededDataset
 from tessel.train.data.sampler import RepeatedAugSampler
 from tessel.train.data.sources.folder import ImageFolder
 from tessel.train.errors import UserError
+from tessel.train.recipe.schema import Guard
 
 CORRUPT_FILES = "class_0/3.png", "class_2/7.png"
 LIMIT = "guard.max_corrupt=2"
@@ -178,9 +179,10 @@ def test_too_many_corrupt_samples_stop_the_run_and_a_larger_limit_resumes_it(rec
 def test_new_start_forgets_repaired_files(recipe, images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     train = partial(trainer.train, recipe, f"data.root={tmp_path}/images", "sched.steps=5", "eval.every=5")
-    assert train() == 1
-    assert "cannot be decoded" in capsys.readouterr().err
-    assert len(corrupt_log(recipe.parent / "runs/tiny")) == 1
+    assert train("guard.max_corrupt=0") == 1
+    error, run = capsys.readouterr().err, recipe.parent / "runs/tiny"
+    assert "cannot be decoded" in error and f"python -m tessel.train.check {run}/recipe.yaml" in error
+    assert "guard.max_corrupt=N" in error and len(corrupt_log(run)) == 1
     for corrupt in CORRUPT_FILES:
         shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / corrupt)
     assert train() == 0 and corrupt_log(recipe.parent / "runs/tiny") == []
@@ -193,3 +195,80 @@ def test_corrupt_validation_image_is_an_error(recipe, images, tmp_path, capsys):
     assert trainer.train(recipe, f"data.root={tmp_path}/images", "guard.max_corrupt=9") == 1
     error = capsys.readouterr().err
     assert str(corrupt) in error and "cannot be decoded" in error
+    assert "an evaluation replaces no sample. python -m tessel.train.check" in error and error.count("\n") == 1
+
+
+def test_by_default_a_few_corrupt_samples_are_replaced_and_listed_at_the_end(recipe, straight, capsys):
+    """One in a thousand, at least three; no limit in the recipe gives the weights of a limit that is not reached."""
+    for samples, limit in ((36, 3), (3999, 3), (4000, 4), (1_281_167, 1281)):
+        assert Guard().corrupt_limit(samples) == limit
+    assert Guard(max_corrupt=0).corrupt_limit(10**6) == 0
+    assert trainer.train(recipe) == 0
+    head, end = capsys.readouterr().out.split("unreadable training samples, replaced by others: 2 (")
+    assert "is unreadable and replaced by another" in head
+    assert all(f"images/train/{corrupt} cannot be decoded" in end for corrupt in CORRUPT_FILES)
+    assert corrupt_log(recipe.parent / "runs/tiny") == corrupt_log(straight)
+    trainer.assert_same_checkpoint(
+        *(path / "checkpoints/step-00000009" for path in (recipe.parent / "runs/tiny", straight))
+    )
+
+
+def broken_augmentation(image, target):
+    raise ZeroDivisionError("no\nluck")
+
+
+class Torn:
+    """A transform with settings that cannot transform images of one kind."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __repr__(self):
+        return f"Torn(bad={self.bad})"
+
+    def __call__(self, image, target):
+        if image[0] == self.bad:
+            image.numpy().reshape(3, 5)
+        return image, target
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_exception_in_a_transform_names_sample_operation_and_remedy(workers):
+    def first_error(dataset, transform):
+        loader = Loader(SeededDataset(dataset, transform, 0), [[(0, 7)]], workers=workers, prefetch=2, pin=False)
+        with pytest.raises(UserError) as caught:
+            next(loader)
+        loader.close()
+        return str(caught.value)
+
+    message = first_error(Numbers(), Torn(7))
+    assert "\n" not in message and "Traceback" not in message
+    assert message.startswith("sample 7 cannot be transformed: Torn(bad=7) failed (cannot reshape array of size 2")
+    assert message.endswith("the key of data.aug (or of data) that asks for this operation, or remove the image")
+    assert "broken_augmentation failed (no luck)" in first_error(Numbers(), broken_augmentation)
+
+
+def test_samples_that_cannot_be_transformed_are_replaced_like_unreadable_ones():
+    stream = order()
+    seeded = SeededDataset(Numbers(), Torn(4), 1, order=stream, max_retries=1)
+    loader = Loader(seeded, stream, workers=0, prefetch=2, pin=False)
+    indices = [index for batch in loader for index in batch[2].tolist()]
+    assert len(indices) == 60 and 4 not in indices and list(loader.failures) == [4]
+
+
+def test_run_stops_with_one_line_if_an_augmentation_fails(tmp_path, monkeypatch, capsys):
+    images = trainer.draw_folder(tmp_path / "images")
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", data={"root": str(images)})
+
+    reasons = [ValueError("bits must be between 1 and 8")]
+
+    def fail_once(operation, image):
+        if reasons:
+            raise reasons.pop()
+        return image
+
+    monkeypatch.setattr("timm.data.auto_augment.AugmentOp.__call__", fail_once)
+    assert trainer.train(recipe, "guard.max_corrupt=0") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: image ") and ".png cannot be transformed: " in error and error.count("\n") == 1
+    assert "failed (bits must be between 1 and 8)" in error and "guard.max_corrupt=N" in error

@@ -10,13 +10,15 @@ import trainer
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
-from tessel.train.distributed.parallel import fsdp_units, prepare_model, wrap_distributed
+from tessel.train.distributed.parallel import fsdp_units, prepare_model, synchronize_batch_norms, wrap_distributed
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
 from tessel.train.optim.ema import WeightAverage
 from tessel.train.optim.gradients import clip_units
-from tessel.train.recipe.schema import Ema, Parallel
+from tessel.train.recipe.schema import Dense, Ema, Model, Parallel
 from tessel.train.run import checkpoint
+from tessel.train.tasks.segment.model import build_segmenter
+from tessel.train.tasks.segment.options import SegmentOptions
 
 # a model without batch statistics, so that the number of processes does not change the result
 SHARED = ["model.name=test_convnext", "log.every=1", "eval.every=2", "ckpt.every=2", "sched.steps=4"]
@@ -128,6 +130,20 @@ def test_sync_batch_norm_on_several_gpus(monkeypatch, name):
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert norms and {isinstance(norm, nn.SyncBatchNorm) for norm in norms} == {wanted and world.size == 2}
         torch.testing.assert_close(model(image), before)  # the activations inside norms are kept
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_batch_norms_of_a_dense_backbone_can_stay_local(wanted):
+    head = {"type": "FCNHead", "channels": 8, "in_index": 3, "num_convs": 1}
+    options, dense = SegmentOptions(decode_head=head), Dense(sync_batch_norm=wanted)
+    model = build_segmenter(Model(name="litv2_atto"), options, dense=dense, classes=["a", "b"])
+    before = {name: type(module) for name, module in model.named_modules()}
+    names = list(model.state_dict())
+    synced = synchronize_batch_norms(model)
+    changed = {name for name, module in synced.named_modules() if type(module) is not before[name]}
+    assert any(name.startswith("decode_head") for name in changed)
+    assert any(name.startswith("backbone") for name in changed) == wanted
+    assert list(synced.state_dict()) == names
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "biformer_atto"])

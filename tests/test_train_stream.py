@@ -33,7 +33,7 @@ class RecordRandomNumbers:
     def __call__(self, image, target):
         before = self.next_numbers()
         image, target = self.transform(image, target)
-        return (image, before, self.next_numbers()), target
+        return image, (target, before, self.next_numbers())
 
     def next_numbers(self):
         return torch.tensor(
@@ -57,8 +57,8 @@ def stream(root, *overrides, workers=0, start=0):
     batches = task.train_batches(plan(recipe, samples=task.samples, world_size=1), start)
     try:
         found = []
-        for images, labels, index in batches:
-            found.append([*images, labels, index])
+        for images, (labels, *numbers), index in batches:
+            found.append([images, *numbers, labels, index])
             torch.rand(3), random.random(), np.random.rand()
         return found
     finally:

@@ -204,7 +204,7 @@ def test_distill_weight_splits_the_loss_between_labels_and_teacher(recipe, base)
         (["model.init_from=local-dir:/nowhere"], ["model.init_from=local-dir:/nowhere"]),
         (["model.init_from=local-dir:BASE/export", "model.name=test_resnet"], ["does not fit", "same parameters"]),
         (["model.init_from=biformer_atto", "model.pretrained=true"], ["model.pretrained has no effect"]),
-        (["task.probe=linear", "optim.layer_decay=0.5"], ["optim.layer_decay has no effect"]),
+        (["task.probe=linear", "sched.freeze=1"], ["sched.freeze has no effect"]),
         (["task.probe=linear", "model.drop_path_rate=0.5"], ["model.drop_path_rate has no effect"]),
         (["task.probe=mean"], ["task.probe='mean'", "linear"]),
         (["task.distill.kind=hard"], ["without task.distill.teacher"]),

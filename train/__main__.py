@@ -3,17 +3,22 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
-import types
-import typing
 from collections.abc import Iterator
 
+from .. import __version__
 from .errors import report_errors
-from .recipe.load import load_recipe
-from .recipe.registry import SOURCES, TASKS, key_groups
+from .recipe.explain import describe_type
+from .recipe.load import describe_packaged, load_recipe
+from .recipe.registry import SOURCES, TASKS, key_groups, task_spec
+from .tasks.names import check_spelling
+from .threads import limit_spinning
 
 EXAMPLES = """\
 examples:
+  python -m tessel.train --list                                 the packaged recipes
+  python -m tessel.train finetune/classify data.root=PATH       fine-tunes a model on your own pictures
   python -m tessel.train demo/digits                            a packaged recipe: on the CPU, without a download
   python -m tessel.train my.yaml optim.lr=1e-3 run.name=fast    any key can be overridden
   torchrun --nproc-per-node 8 -m tessel.train my.yaml           on eight GPUs; data.batch is the global batch size
@@ -27,17 +32,29 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     parser = argparse.ArgumentParser(
         prog="tessel-train",
-        usage="python -m tessel.train RECIPE [key=value ...] [--dry-run]",
+        usage="python -m tessel.train RECIPE [key=value ...] [--dry-run]\n       python -m tessel.train --list",
         description="Train a model as a recipe says. Started again, it continues from the last checkpoint.",
         epilog=EXAMPLES + "\n".join(describe_keys()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override a key, for example optim.lr=1e-3")
     parser.add_argument("--dry-run", action="store_true", help="build everything and try one batch; writes nothing")
+    parser.add_argument("--list", action="store_true", help="list the packaged recipes")
     options = parser.parse_intermixed_args(argv)
+    if options.list or options.recipe is None:
+        print("packaged recipes:", *describe_packaged(), sep="\n")
+        print(f"usage: {parser.usage}")
+        return 0 if options.list else 2
+    if os.environ.get("RANK", "0") == "0":
+        # at once: importing torch and timm takes seconds
+        print(f"tessel {__version__}, recipe {options.recipe}: loading", flush=True)
     with report_errors() as outcome:
         recipe = load_recipe(options.recipe, options.overrides)
+        if task_spec(recipe).models_of_timm:
+            check_spelling(recipe.model.name, "model.name")
+            check_spelling(recipe.model.init_from, "model.init_from")
+        limit_spinning()
         # imports torch and timm, after help and errors in the recipe
         from . import trainer
 
@@ -56,17 +73,6 @@ def describe_keys() -> Iterator[str]:
         for key in keys:
             value = "required" if key.default is dataclasses.MISSING else json.dumps(key.default)
             yield f"  {key.name + ': ' + value:36s}  {key.description} [{describe_type(key.hint)}]"
-
-
-def describe_type(hint: typing.Any) -> str:
-    """A type as a user writes it in a recipe."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(map(str, arguments))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join("null" if part is type(None) else describe_type(part) for part in arguments)
-    names = {"tuple": "list", "dict": "mapping", "str": "text", "bool": "true | false", "int": "integer"}
-    return names.get(hint.__name__, str(hint.__name__))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ uninterrupted one bit for bit.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -29,9 +30,10 @@ from .distributed.parallel import (
 )
 from .distributed.world import World
 from .errors import UserError
-from .evaluation import run_evaluation
+from .evaluation import check_classes, load_checkpoint, run_evaluation
 from .files import write_atomically, writing
 from .optim.ema import WeightAverage
+from .optim.freeze import FrozenBackbone, freeze_parameters
 from .optim.gradients import NonFiniteError, NonFiniteGuard, clip_gradients
 from .optim.optimizer import build_optimizer
 from .optim.schedule import build_schedule
@@ -57,6 +59,8 @@ class Progress:
     evaluated: int = 0  # step of the last evaluation
     best_step: int = 0
     best: float | None = None  # primary metric at best_step
+    best_loss: float | None = None  # loss of the evaluation at best_step
+    stalled: int = 0  # evaluations since best_step
     losses: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last line of the log
     updates: int = 0  # in these sums
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last evaluation
@@ -78,13 +82,19 @@ class Engine:
         self.metric = task_spec(recipe).metric
         seed_all(recipe.run.seed, devices=True)
         with world.raise_on_all_ranks():
-            self.model = prepare_model(task.build_model(), recipe.parallel, world)
+            model, prefix = task.build_model(), task_spec(recipe).backbone_prefix
+            freeze_parameters(model, prefix, recipe.model.freeze)
+            self.model = prepare_model(model, recipe.parallel, world)
             example = task.example()
             with input_errors(f"model.name={recipe.model.name}", example[0][0]):
                 self.gflops = forward_gflops(self.model, example)
         self.replicas = wrap_distributed(self.model, recipe.parallel, world)
+        self.frozen = FrozenBackbone(
+            self.model, prefix, freeze=recipe.model.freeze is not None, first_steps=plan.freeze
+        )
         with world.raise_on_all_ranks():
-            self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr)
+            split = self.frozen.split if plan.freeze else None
+            self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr, split)
         self.schedule = build_schedule(self.optimizer, recipe, plan)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema.decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
@@ -99,7 +109,7 @@ class Engine:
         """Train to the last step (True) or until a signal (False). The state is saved in both cases."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
         self.batches = self.task.train_batches(self.plan, self.progress.step)
-        run, max_corrupt = checkpoints.path.parent, self.recipe.guard.max_corrupt
+        run, max_corrupt = checkpoints.path.parent, self.recipe.guard.corrupt_limit(self.task.samples)
         profiler = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
         self.stream = BatchStream(self.batches, self.world, self.progress.corrupt, max_corrupt, run / "corrupt.jsonl")
         self.meter.restart()
@@ -107,7 +117,7 @@ class Engine:
             complete = False
             while (
                 self.log_evaluate_save_if_due()
-                and not (complete := self.progress.step >= self.plan.steps)
+                and not (complete := self.progress.step >= self.plan.steps or self.stalled)
                 and self.step()
             ):
                 profiler.step()
@@ -128,6 +138,7 @@ class Engine:
             return False
         step = self.progress.step
         self.schedule.step_update(step)
+        self.frozen.apply(self.optimizer, step)
         losses = self.backward(self.stream.batches)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.optimizer, self.recipe.optim)
@@ -206,9 +217,40 @@ class Engine:
             metrics, progress = accumulated.compute(), self.progress
         self.loggers.log({"kind": "eval", **self.position(), **metrics})
         progress.evaluated, progress.metrics = progress.step, metrics
-        if self.metric.is_better(metrics[self.metric.key], progress.best):
-            progress.best, progress.best_step = metrics[self.metric.key], progress.step
+        value, loss = metrics[self.metric.key], metrics.get("loss")
+        if self.metric.is_better(value, progress.best) or (value == progress.best and self.breaks_tie(loss)):
+            progress.best, progress.best_loss = value, loss
+            progress.best_step, progress.stalled = progress.step, 0
+        elif progress.step > self.plan.freeze:
+            progress.stalled += 1
         return True
+
+    def breaks_tie(self, loss: float | None) -> bool:
+        """Whether an evaluation with `loss` is better than the best one, which has the same primary metric.
+
+        On few images, many evaluations share the best accuracy. A task without a loss on the validation split, whose
+        metric can stay 0 for long, has the later one as the better.
+        """
+        before = self.progress.best_loss
+        return loss < before if loss is not None and before is not None else loss is None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `sched.patience` evaluations were no better than the one before them."""
+        return self.progress.stalled >= (self.recipe.sched.patience or math.inf)
+
+    def load_best(self) -> int:
+        """With `sched.patience`, load the weights of the best evaluation. Returns the step of the model's weights."""
+        progress = self.progress
+        if not self.recipe.sched.patience or progress.best_step in (0, progress.step):
+            return progress.step
+        path = self.checkpoints.at(progress.best_step)
+        if damage := self.world.broadcast_object(checkpoint.find_damage(path) if self.world.main else None):
+            self.loggers.say(f"warning: the best checkpoint {path} is damaged ({damage}); using the last weights")
+            return progress.step
+        load_checkpoint(path, self.model, self.world)
+        self.average = None  # the weights that were loaded are averaged ones, if the recipe has them
+        return progress.best_step
 
     def accumulate_metrics(self, *, keep: bool = False) -> MetricAccumulator | None:
         """The metrics over the validation split; None if a signal interrupted the evaluation."""
@@ -244,14 +286,18 @@ class Engine:
     def resume(self, path: Path) -> str:
         """Continue from the checkpoint at `path`. Returns how exactly that repeats the uninterrupted run."""
         facts, state = checkpoint.read_manifest(path), self.state()
+        same_recipe = not checkpoint.other_recipe(path, self.recipe)
+        if same_recipe:  # the files that name the classes may have changed
+            check_classes(self.task.classes, facts.get("classes"), path)
         checkpoint.load(path, state, self.world)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress.read(facts["progress"])
         self.saved = self.progress.step
         self.losses.restore(self.progress.losses, self.progress.updates)
-        if checkpoint.other_recipe(path, self.recipe):
+        if not same_recipe:
             self.progress.best, self.progress.best_step, self.progress.corrupt = None, 0, {}
+            self.progress.stalled = 0
             self.losses.restore({}, 0)
             return "with another recipe than that of the checkpoint"
         now = numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch)

@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 WORKER_DIED = (
@@ -16,6 +16,18 @@ WORKER_DIED = (
 
 class UserError(ValueError):
     """An error in the recipe, the data or the environment. Commands print its message without a traceback."""
+
+
+class FaultsError(UserError):
+    """A UserError about several faults. `faults` has a sentence for each; the message may leave some out."""
+
+    def __init__(self, message: str, faults: Sequence[str]):
+        super().__init__(message)
+        self.faults = list(faults)
+
+
+class NewerFormatError(UserError):
+    """A file was written by a later version of tessel. It is not damaged: the remedy is to upgrade."""
 
 
 class LocalRankError(UserError):
@@ -44,13 +56,13 @@ def report_errors() -> Iterator[Outcome]:
             print(f"error: {error}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of another library's exception, shortened to one line of at most 300 characters.
+def one_line(error: BaseException, width: int = 300) -> str:
+    """The message of another library's exception, shortened to one line of at most `width` characters.
 
     A LookupError gets its class name in front, because its message is often only the missing key. An assertion
     without a message gives the source line that failed.
     """
-    text = textwrap.shorten(str(error), 300, placeholder=" ...")
+    text = textwrap.shorten(str(error), width, placeholder=" ...")
     if isinstance(error, LookupError):
         return f"{type(error).__name__}: {text}"
     if not text and isinstance(error, AssertionError):

@@ -2,10 +2,11 @@
 
 Evaluates a finished run, or one of its checkpoints, on the validation split, and writes RUN/evaluation/; with
 --overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on
-variants of ImageNet instead (val, real, v2, a, r, sketch, c) and writes RUN/sets.json. MODEL is a timm or tessel model
-with published weights, evaluated with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the
-metrics on IMAGENET/val/CLASS/*; --weights takes a local file instead. Keys of the recipe that matter in evaluation can
-be overridden, for example task.segment.test.flip=true or run.device=cpu.
+variants of ImageNet instead (val, real, v2, a, r, sketch, c, fgsm, pgd) and writes RUN/sets.json; a name without a
+folder is looked for in the folder of --data root=. MODEL is a timm or tessel model with published weights, evaluated
+with its own preprocessing: `evaluate cswin_tiny.in1k --data root=IMAGENET` prints the metrics on IMAGENET/val/CLASS/*,
+also as a row of timm's tables of results; --weights takes a local file instead. Keys of the recipe that matter in
+evaluation can be overridden, for example task.segment.test.flip=true or run.device=cpu.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 import timm
 from timm.data import ImageNetInfo
 
+from ..zoo import has_weights
 from .distributed.parallel import prepare_model
 from .distributed.world import init_distributed
 from .errors import UserError, report_errors
@@ -35,7 +37,7 @@ from .recipe.load import make_recipe
 from .recipe.registry import TASKS, task_spec
 from .run import checkpoint
 from .tasks.base import Task
-from .tasks.classify.imagenet_variants import VariantEvaluator, format_lines, parse_sets
+from .tasks.classify.imagenet_variants import VariantEvaluator, format_lines, parse_sets, timm_rows
 from .tasks.classify.task import ClassifyTask
 from .tasks.export import load_weights, read_classes
 from .tasks.models import check_name, create_model
@@ -52,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")
-    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FOLDER", help="v2, a, r, sketch, c, real or val")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME[=FOLDER]", help="see above")
     parser.add_argument("--overlays", type=_count, default=0, metavar="N", help="draw the first N predictions")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of MODEL, instead of the published ones")
     options = parser.parse_intermixed_args(argv)
     with report_errors() as outcome:
         overrides = check_eval_keys([*options.overrides, *(_data_key(text) for text in options.data)])
-        sets, target = parse_sets(options.sets), options.target
+        root = next((text.partition("=")[2] for text in overrides if text.startswith("data.root=")), "")
+        sets, target = parse_sets(options.sets, Path(root) if root else None), options.target
         is_run = any((target / name).is_file() for name in ("recipe.yaml", checkpoint.MANIFEST))
         if options.weights and is_run:
             raise UserError(f"--weights has no effect on {target}, which has its own weights; remove it")
@@ -99,15 +102,20 @@ def check_eval_keys(overrides: list[str]) -> list[str]:
     return overrides
 
 
-def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None) -> None:
-    """Evaluate a model with its published weights, or those of a file, on folders of ImageNet's classes."""
+def evaluate_model(
+    name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model with its published weights, or those of a file, on folders of ImageNet's classes.
+
+    Prints the metrics of each set, and returns them by its name.
+    """
     check_name(name, "the model")
     published = timm.models.get_pretrained_cfg(name)
     assert published is not None
     side = published.input_size[-1]
     sections = {"model": {"name": name}, "data": {"source": "folder", "root": ".", "size": side}, "sched": {"steps": 1}}
     recipe = make_recipe(sections, overrides, source=f"evaluation of {name}")
-    if not (weights or published.has_weights):
+    if not (weights or has_weights(name)):
         raise UserError(f"{name} has no weights that can be downloaded; --weights FILE evaluates those of a file")
     if weights and not weights.is_file():
         raise UserError(f"--weights {weights}: no such file")
@@ -122,9 +130,11 @@ def evaluate_model(name: str, overrides: list[str], sets: dict[str, Path], weigh
         if model.num_classes != len(classes):
             raise UserError(f"{name} has {model.num_classes} classes, but ImageNet-1K has {len(classes)}")
         evaluator = VariantEvaluator(recipe, prepare_model(model, recipe.parallel, world).eval(), classes, world)
-        found = {title: evaluator.evaluate(title, folder) for title, folder in folders.items()}
+        facts = {"size": recipe.data.size}
+        found = {title: evaluator.evaluate(title, folder) | facts for title, folder in folders.items()}
         if world.main:
-            print("\n".join(format_lines(found)))
+            print("\n".join([*format_lines(found), *timm_rows(model, name, found)]))
+        return found
 
 
 def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import zoo as zoo  # registers the models with timm, for load_run
+from .data.loader import Loader
 from .distributed.parallel import autocast
 from .distributed.world import World
 from .errors import UserError
@@ -34,20 +35,38 @@ def run_evaluation(
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> MetricAccumulator | None:
-    """The task's metrics over the validation split; None if `stop()` became true on any process."""
+    """The task's metrics over the validation split; None if `stop()` became true on any process.
+
+    Raises UserError on every process for an unreadable sample: metrics over fewer samples would not be comparable.
+    """
     metrics, batches, training = task.metrics(keep=keep), task.eval_batches(), model.training
     model.eval()
     try:
         # no_grad rather than inference_mode: tensors that a model caches here are used in training too
         with world.raise_on_all_ranks(), torch.no_grad(), autocast(parallel, world):
-            for batch in batches:
+            for batch in _without_gaps(batches):
                 if stop():
                     break
                 metrics.update(model, batch)
     finally:
         model.train(training)
         batches.close()
-    return None if world.any_rank(stop()) else metrics
+    if world.any_rank(stop()):
+        return None
+    task.note_evaluation(metrics)
+    return metrics
+
+
+def _without_gaps(batches: Loader) -> Iterator[Any]:
+    """The batches; the error for an unreadable sample says why it is one."""
+    try:
+        yield from batches
+    except UserError as error:
+        if not batches.failures:
+            raise
+        raise UserError(
+            f"{error}; an evaluation replaces no sample. python -m tessel.train.check RECIPE lists all broken files"
+        ) from error
 
 
 def save_evaluation(run: Path, metrics: MetricAccumulator, facts: dict[str, Any], world: World) -> dict[str, Any]:
@@ -114,8 +133,8 @@ def check_classes(found: list[str] | None, trained: list[str] | None, target: Pa
     which = f"{len(found)} classes" if at is None else f"class {at} is {found[at]}"
     before = f"{len(trained)}" if at is None else trained[at]
     raise UserError(
-        f"the data has other classes than {target} was trained on: {which}, in training {before}; evaluate it on data "
-        "with the same classes in the same order"
+        f"the data has other classes than {target} was trained on: {which}, in training {before}; use data with the "
+        "same classes in the same order"
     )
 
 

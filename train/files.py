@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import NewerFormatError, UserError
 
 
-def check_format(content: Mapping[str, Any], newest: int) -> int:
-    """The format number of a file's content; 1 if it has none. Raises UserError for a format of a later version."""
+def check_format(content: Mapping[str, Any], newest: int, name: Path | str) -> int:
+    """The format number of a file's content; 1 if it has none. Raises NewerFormatError, which calls the file `name`."""
     written = content.get("format", 1)
     if not isinstance(written, int) or written > newest:
-        raise UserError(
-            f"it has format {written!r}, written by tessel {content.get('tessel')}; this version reads formats up to "
-            f"{newest}: upgrade tessel"
+        raise NewerFormatError(
+            f"{name} has format {written!r:.20}, written by tessel {content.get('tessel')!s:.20}; this version reads "
+            f"formats up to {newest}: upgrade tessel"
         )
     return written
 
@@ -29,6 +29,8 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            remedy = "a part of this path is a file: remove it"
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}); {remedy} or set run.out to another folder"
         ) from error

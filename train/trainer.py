@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .distributed.parallel import full_state_dict
 from .distributed.world import World, init_distributed
 from .engine import Engine
@@ -12,6 +14,7 @@ from .evaluation import save_evaluation
 from .recipe.plan import Plan, plan
 from .recipe.registry import task_spec
 from .recipe.schema import Recipe
+from .recipe.sizing import describe_auto, sized, starts_from_weights
 from .run import checkpoint
 from .run.checkpoint import Checkpoints
 from .run.directory import RunDirectory
@@ -19,6 +22,8 @@ from .run.loggers import Loggers
 from .run.profiling import count_parameters, peak_memory
 from .run.signals import Signals, is_elastic_restart
 from .tasks.base import Task
+from .tasks.models import no_weights, resolve_pretrained
+from .threads import describe_waiting
 
 
 def train(recipe: Recipe) -> None:
@@ -39,15 +44,17 @@ def train(recipe: Recipe) -> None:
         with world.raise_on_all_ranks():
             if world.main:
                 run.lock()
-        task, schedule, engine = build(recipe, world)
+        # a continued run keeps the numbers that `auto` stood for at its start
+        task, schedule, engine = build(run.recipe, world)
+        run.recipe = engine.recipe
         with world.raise_on_all_ranks():
             aside = run.open() if world.main else None
         if aside:
             say(f"moved the old run to {aside}")
         checkpoints = resume_or_start(engine, run, world, say, begun)
-        loggers = Loggers(recipe, run.path, world, total=schedule.steps, step=engine.progress.step)
+        loggers = Loggers(engine.recipe, run.path, world, total=schedule.steps, step=engine.progress.step)
         try:
-            for line in describe(engine):
+            for line in [*describe(engine), *describe_choices(recipe, engine.recipe)]:
                 loggers.say(line)
             complete = engine.train(checkpoints, loggers, signals) and finish(engine, run)
         finally:
@@ -55,6 +62,8 @@ def train(recipe: Recipe) -> None:
             loggers.close()
         step = engine.progress.step
         if complete:
+            for line in engine.stream.describe_corrupt():
+                say(line)
             say(f"finished {run.path}: {_format(engine.progress.metrics)}\n{_next_steps(run)}")
             return
         if world.main:
@@ -65,8 +74,12 @@ def train(recipe: Recipe) -> None:
 def build(recipe: Recipe, world: World) -> tuple[Task, Plan, Engine]:
     """Task, plan and engine of a recipe; writes nothing."""
     with world.raise_on_all_ranks():
+        recipe = resolve_pretrained(recipe)
         task: Task = task_spec(recipe).build(recipe, world)
         multiple = task.micro_batch_multiple
+        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        # the number of images is known only to the task
+        task.recipe = recipe = sized(recipe, samples=task.samples, processes=world.size, multiple=multiple, bf16=bf16)
         schedule = plan(recipe, samples=task.samples, world_size=world.size, micro_batch_multiple=multiple)
     return task, schedule, Engine(recipe, task, world, schedule)
 
@@ -116,7 +129,14 @@ def checkpoint_to_start_from(resume: str, steps: int) -> Path:
 
 def finish(engine: Engine, run: RunDirectory) -> bool:
     """Final evaluation, export and DONE. Returns False if a signal came first."""
-    world, facts = engine.world, {"step": engine.progress.step, "checkpoint": str(run.path / "export")}
+    world, metric, patience = engine.world, engine.metric, engine.recipe.sched.patience
+    facts = {"step": engine.load_best(), "checkpoint": str(run.path / "export")}
+    if engine.stalled and metric:
+        facts["ended"] = (
+            f"after step {engine.progress.step}, because {patience} evaluations brought no better {metric.name} than "
+            f"that of step {engine.progress.best_step} (sched.patience={patience})"
+        )
+        engine.loggers.say(f"training ended {facts['ended']}")
     accumulated = None
     if engine.metric is not None and (accumulated := engine.accumulate_metrics(keep=True)) is None:
         return False
@@ -134,6 +154,8 @@ def finish(engine: Engine, run: RunDirectory) -> bool:
 def dry_run(recipe: Recipe) -> None:
     """Build everything, print what the run would be, try one micro-batch; writes nothing."""
     with init_distributed(recipe.run, recipe.guard) as world:
+        with world.raise_on_all_ranks():
+            RunDirectory(recipe).check_place()
         task, schedule, engine = build(recipe, world)
         batches = task.train_batches(schedule, 0)
         try:
@@ -143,14 +165,14 @@ def dry_run(recipe: Recipe) -> None:
         finally:
             batches.close()
         if world.main:
-            print("\n".join(describe(engine)))
+            print("\n".join([*describe(engine), *describe_choices(recipe, engine.recipe)]))
             print(f"forward: {engine.gflops:.3f} GFLOP per image")
             print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
             print("dry run: nothing was written")
 
 
 def describe(engine: Engine) -> Iterator[str]:
-    """What will be trained, in three lines."""
+    """What will be trained, in three lines; on the CPU a fourth one about threads."""
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
     yield f"{recipe.model.name}: {count_parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
@@ -159,6 +181,16 @@ def describe(engine: Engine) -> Iterator[str]:
         f"{schedule.accumulate} x {schedule.micro_batch} (processes, accumulated, micro-batch) on {world.device.type}"
     )
     yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
+    if world.device.type == "cpu":
+        yield f"CPU threads: {torch.get_num_threads()}, {describe_waiting()}"
+
+
+def describe_choices(asked: Recipe, recipe: Recipe) -> Iterator[str]:
+    """What was chosen for the keys of the recipe `asked` that have the value auto."""
+    if text := describe_auto(asked, recipe):
+        yield text
+    if asked.model.pretrained == "auto" and not starts_from_weights(recipe):
+        yield no_weights(recipe.model.name)
 
 
 def _format(metrics: dict[str, Any]) -> str:

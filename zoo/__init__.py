@@ -5,18 +5,23 @@ Importing this package registers every family; `timm.create_model("biformer_smal
 
 from . import affnet, biformer, cswin, davit, halonet, litv2, s2aformer, transnext
 from ._conversion import from_published, to_published
+from ._cost import Cost, model_cost
 from ._family import list_families, list_models
+from ._pretrained import has_weights
 
 __all__ = [
+    "Cost",
     "affnet",
     "biformer",
     "cswin",
     "davit",
     "from_published",
     "halonet",
+    "has_weights",
     "list_families",
     "list_models",
     "litv2",
+    "model_cost",
     "s2aformer",
     "to_published",
     "transnext",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._family import configuration, families, make_model
 from ._keymap import KeyMap, KeyRule, MissingKeys, UnknownKeys
-from ._pretrained import check_shapes
+from ._pretrained import check_finite, check_shapes
 
 
 def from_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -67,10 +67,12 @@ def _key_maps(name: str, cfg: Any) -> tuple[KeyMap, ...]:
     )
 
 
-def checkpoint_filter(name: str, cfg: Any, state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """timm's checkpoint filter: convert a checkpoint of `name` to our keys, and check it.
 
-    The checkpoint may have published keys, those of another known layout, or ours, with or without the classifier.
+    The checkpoint may have published keys, those of another known layout, or ours. With `whole` it must hold every
+    weight, else it may lack the classifier where timm makes a new one. Raises ValueError for unknown and missing keys,
+    other shapes, and values that are not finite.
     """
     classifier = frozenset({"head.fc.weight", "head.fc.bias"})
     published = _key_maps(name, cfg)[0]
@@ -81,10 +83,13 @@ def checkpoint_filter(name: str, cfg: Any, state: dict[str, Tensor], model: Any)
     state = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
     if unknown := sorted(set(state) - expected):
         raise UnknownKeys(f"{name}: the checkpoint has {len(unknown)} keys the model lacks: {', '.join(unknown[:5])}")
-    needed = expected & set(model.state_dict()) - (frozenset() if _needs_classifier(model) else classifier)
+    needed = expected
+    if not whole:
+        needed &= set(model.state_dict()) - (frozenset() if _needs_classifier(model) else classifier)
     if missing := sorted(needed - set(state)):
         raise MissingKeys(f"{name}: the checkpoint lacks {len(missing)} keys: {', '.join(missing[:5])}")
     check_shapes(name, state, model)
+    check_finite(name, state)
     return state
 
 

@@ -5,9 +5,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from ..checkpoints import cached_path, fetch, fetch_weight, load_manifest, read_state
+from ..checkpoints import (
+    cached_path,
+    fetch,
+    fetch_weight,
+    imported_path,
+    is_available,
+    load_manifest,
+    read_state,
+    remove_cached,
+)
 
 
 def read_weights(name: str, pretrained_cfg: Any, cache_dir: str | Path | None) -> dict[str, Tensor] | None:
@@ -27,9 +37,10 @@ def read_weights(name: str, pretrained_cfg: Any, cache_dir: str | Path | None) -
         return read_state(pretrained_cfg.file)
     remedy = "use pretrained=False for random weights, or pass a file with pretrained_cfg_overlay=dict(file=...)"
     if row is not None and (pretrained_cfg.url or "") == row.url:
-        if not row.url:
+        if not is_available(row, cache_dir=cache_dir):
             raise RuntimeError(
-                f"The pretrained weights of {row.name} cannot be downloaded: {row.why_no_url}; {remedy} of {row.source}"
+                f"The pretrained weights of {row.name} cannot be downloaded: {row.why_no_url}; download the file of "
+                f"{row.source} by hand and keep it with `tessel weights import {row.name} FILE`, or {remedy}"
             )
         return read_state(fetch_weight(row, cache_dir=cache_dir), state_key=row.state_key)
     if pretrained_cfg.url:
@@ -37,11 +48,29 @@ def read_weights(name: str, pretrained_cfg: Any, cache_dir: str | Path | None) -
     raise RuntimeError(f"No pretrained weights exist for {name}; {remedy}")
 
 
-def download_path(pretrained_cfg: Any, cache_dir: str | Path | None) -> Path | None:
+def has_weights(name: str) -> bool:
+    """Whether `create_model(name, pretrained=True)` finds weights: to download, or imported to the cache."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        return False
+    row = load_manifest().get(f"{name.partition('.')[0]}.{cfg.tag}")
+    return is_available(row) if row is not None else cfg.has_weights
+
+
+def download_path(name: str, pretrained_cfg: Any, cache_dir: str | Path | None) -> Path | None:
     """Where `read_weights` stores what it downloads; None where it downloads nothing."""
-    if pretrained_cfg.file or not pretrained_cfg.url:
+    if pretrained_cfg.file:
         return None
-    return cached_path(pretrained_cfg.url, cache_dir=cache_dir)
+    if pretrained_cfg.url:
+        return cached_path(pretrained_cfg.url, cache_dir=cache_dir)
+    row = load_manifest().get(f"{name}.{pretrained_cfg.tag}")
+    return imported_path(row, cache_dir=cache_dir) if row else None
+
+
+def is_unverified(name: str, pretrained_cfg: Any) -> bool:
+    """Whether `read_weights` reads a published file whose hash is not in the manifest."""
+    row = load_manifest().get(f"{name}.{pretrained_cfg.tag}")
+    return row is not None and not (row.sha256 or pretrained_cfg.file or pretrained_cfg.state_dict)
 
 
 @contextmanager
@@ -52,7 +81,7 @@ def removed_on_error(path: Path | None) -> Iterator[None]:
         yield
     except Exception:
         if path is not None and not existed:
-            path.unlink(missing_ok=True)
+            remove_cached(path)
         raise
 
 
@@ -61,6 +90,15 @@ def forget_state_dict(model: Any) -> None:
     for holder in (model, getattr(model, "model", model)):
         for pretrained_cfg in (holder.pretrained_cfg, holder.default_cfg):
             pretrained_cfg.pop("state_dict", None)
+
+
+def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for weights that are infinite or not a number."""
+    bad = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{name}: {len(bad)} tensors of the checkpoint are not finite: {', '.join(bad[:5])}; the file is damaged"
+        )
 
 
 def check_shapes(name: str, state: Mapping[str, Tensor], model: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoints import Weight, load_manifest
 from ._conversion import checkpoint_filter
 from ._family import MODEL_ARGUMENTS, Family, families, make_model, split_options
-from ._pretrained import download_path, forget_state_dict, read_weights, removed_on_error
+from ._pretrained import download_path, forget_state_dict, is_unverified, read_weights, removed_on_error
 
 
 def register(family: Family, module: str) -> None:
@@ -93,14 +93,14 @@ def _entry_point(family: Family, name: str, home: Any) -> Callable[..., nn.Modul
             partial(make_model, family, cfg),
             name,
             pretrained,
-            pretrained_filter_fn=partial(checkpoint_filter, name, cfg),
+            pretrained_filter_fn=partial(checkpoint_filter, name, cfg, is_unverified(name, pretrained_cfg)),
             # a new dict for every call: timm changes it
             feature_cfg={"out_indices": tuple(range(4)), "flatten_sequential": True, "feature_cls": "getter"},
         )
         if not pretrained:
             return build(**kwargs)
         # a download that does not fit the model is deleted
-        with removed_on_error(download_path(pretrained_cfg, cache_dir)):
+        with removed_on_error(download_path(name, pretrained_cfg, cache_dir)):
             state = read_weights(name, pretrained_cfg, cache_dir)
             if state is None:
                 return build(**kwargs)

@@ -1,7 +1,7 @@
 """Draws the micro-batches of each optimizer step, and counts unreadable samples over all processes.
 
 An unreadable sample is reported and counted once over all processes and starts of a run, and replaced by another (see
-`loader.SeededDataset`), up to `guard.max_corrupt` samples. It counts at the step that would have used it.
+`loader.SeededDataset`), up to `guard.corrupt_limit` samples. It counts at the step that would have used it.
 """
 
 import json
@@ -57,7 +57,11 @@ class BatchStream:
         if len(self.corrupt) <= self.max_corrupt:
             return
         reasons = list(self.corrupt.values())
-        remedy = "guard.max_corrupt=N replaces up to N unreadable samples by others"
+        recipe = self.file.with_name("recipe.yaml")
+        remedy = (
+            f"python -m tessel.train.check {recipe} lists all broken files, and guard.max_corrupt=N replaces up to N "
+            "of them by other samples"
+        )
         if len(reasons) == 1:
             raise UserError(f"{reasons[0]}; {remedy}")
         more = f"; and {len(reasons) - MAX_LISTED} more" if len(reasons) > MAX_LISTED else ""
@@ -65,6 +69,15 @@ class BatchStream:
             f"{len(reasons)} samples are unreadable, more than guard.max_corrupt={self.max_corrupt}; {self.file} lists "
             f"them ({remedy}): {'; '.join(reasons[:MAX_LISTED])}{more}"
         )
+
+    def describe_corrupt(self) -> list[str]:
+        """Lines for the end of a run: how many samples were unreadable, and which."""
+        if not self.corrupt:
+            return []
+        reasons = [f"  sample {index}: {reason}" for index, reason in self.corrupt.items()]
+        more = [f"  and {len(reasons) - MAX_LISTED} more"] if len(reasons) > MAX_LISTED else []
+        head = f"unreadable training samples, replaced by others: {len(reasons)} ({self.file} lists them)"
+        return [head, *reasons[:MAX_LISTED], *more]
 
     def _write(self) -> None:
         with self.world.raise_on_all_ranks():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .annotations import Annotations
-from .image_io import read_oriented
+from .image_io import RGB, read_file
 from .instance_masks import decode_mask, is_polygon
 
 Target = dict[str, np.ndarray]
@@ -21,6 +21,8 @@ Target = dict[str, np.ndarray]
 
 class DetectionDataset:
     """Annotated image files. All annotations are in a few arrays, so that data loader workers share their memory."""
+
+    pixel_format = RGB
 
     def __init__(self, annotations: Annotations, *, masks: bool):
         """masks: samples contain instance masks. Raises UserError if there are no images."""
@@ -68,7 +70,7 @@ class DetectionDataset:
             raise UserError(
                 f"image {path} has an object of a category that the annotation file does not list; add the category"
             )
-        image = read_oriented(path, (width, height) if height else None)
+        image = read_file(path, pixel_format=self.pixel_format, size=(width, height) if height else None)
         target = {
             "boxes": self.boxes[part],
             "labels": self.labels[part],
@@ -79,6 +81,9 @@ class DetectionDataset:
             found = [self.mask(number, image.height, image.width) for number in range(part.start, part.stop)]
             target["masks"] = np.stack(found) if found else np.zeros((0, image.height, image.width), np.uint8)
         return image, target
+
+    def image_path(self, index: int) -> str:
+        return self.location(index)[0]
 
     def location(self, index: int) -> tuple[str, tuple[int, int], slice]:
         """Path, (height, width) and the range of object indices of an image."""
@@ -99,7 +104,7 @@ class DetectionDataset:
         """One sentence for each fault of an image and its annotations, for `tessel.train.check`."""
         path, (height, width), part = self.location(index)
         try:
-            image = read_oriented(path, (width, height) if height else None)
+            image = read_file(path, pixel_format=self.pixel_format, size=(width, height) if height else None)
         except UserError as error:
             return [str(error)]
         found: list[str] = []

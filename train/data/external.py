@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
-from .image_io import read_image
+from .image_io import RGB, read_image
 
 # what timm's reader and the data set libraries raise for data they cannot read
 READER_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError)
@@ -15,6 +15,9 @@ READER_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, Asser
 
 class ExternalDataset:
     """(image, class index) samples; `fetch(index)` returns a binary file of the image, and the class index."""
+
+    pixel_format = RGB
+    decode: Any = staticmethod(read_image)
 
     def __init__(self, fetch: Callable[[int], tuple[Any, Any]], length: int, classes: list[str], name: str):
         self.fetch, self.length, self.classes, self.name = fetch, length, classes, name
@@ -31,10 +34,10 @@ class ExternalDataset:
             target = int(label)
             return file
 
-        return read_image(open_file, f"{index} of {self.name}"), target
+        return self.decode(open_file, f"{index} of {self.name}", pixel_format=self.pixel_format), target
 
 
-def require_package(source: str, package: str, distribution: str) -> None:
-    """Raises UserError if a package is not installed."""
+def require_package(setting: str, package: str, distribution: str) -> None:
+    """Raises UserError if the package that a setting of the recipe needs is not installed."""
     if find_spec(package) is None:
-        raise UserError(f"data.source={source} needs the package {package}: pip install {distribution}")
+        raise UserError(f"{setting} needs the package {package}: pip install {distribution}")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import FaultsError, UserError
 
 MAX_LISTED = 20  # missing files in one message
-UNPACK_HINT = "; unpack the published archive without changes"
+UNPACK_HINT = "; unpack the published archive without changes, or choose another data.source for own files"
 
 
 def unpacked_root(root: Path, folder: str, marker: str) -> Path:
@@ -26,5 +26,6 @@ def check_exist(paths: list[Path], kind: str) -> list[Path]:
     """`paths`, unchanged. Raises UserError if one is missing, so that a training does not fail hours later."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         listed = ", ".join(missing[:MAX_LISTED]) + ", ..." * (len(missing) > MAX_LISTED)
-        raise UserError(f"{len(missing)} of {len(paths)} {kind} are missing: {listed}{UNPACK_HINT}")
+        message = f"{len(missing)} of {len(paths)} {kind} are missing: {listed}{UNPACK_HINT}"
+        raise FaultsError(message, [f"{path} is missing" for path in missing])
     return paths

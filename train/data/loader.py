@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import WORKER_DIED, UserError
 from .sampler import GlobalBatchSampler, Key, seed_all
+from .transform_errors import transform_errors
 
 WORKER_HANGS = (
     "no batch arrived within {timeout:g} s: a data loader worker hangs, or reading the images is too slow. Check that "
@@ -32,9 +33,9 @@ class FallbackSample:
 class SeededDataset(Dataset[Any]):
     """`dataset[epoch, index]` -> (image, target, index), transformed with generators seeded by (seed, epoch, index).
 
-    A sample for which the data set raises UserError is replaced by the first good one of up to `max_retries` that
-    follow it in its epoch, transformed with the seed of the replaced one. So batches keep their size, and no other
-    sample or augmentation changes.
+    A sample that cannot be read or transformed (UserError) is replaced by the first good one of up to `max_retries`
+    that follow it in its epoch, transformed with the seed of the replaced one. So batches keep their size, and no
+    other sample or augmentation changes.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class SeededDataset(Dataset[Any]):
             seed_all(self.seed, *key)
             try:
                 image, target = self.dataset[index]
+                with transform_errors(self.dataset, index):
+                    sample = (*self.transform(image, target), index)
             except UserError as error:
                 failures[index] = str(error)
                 continue
-            sample = (*self.transform(image, target), index)
             return FallbackSample(sample, failures) if failures else sample
         return FallbackSample(None, failures)
 

@@ -4,7 +4,7 @@ A sample is (RGB image, uint8 mask [H, W]); IGNORE_INDEX marks unlabelled pixels
 `palette`, a color per class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .image_io import decoding_errors, read_oriented
+from .image_io import RGB, decoding_errors, read_file
 
 IGNORE_INDEX = 255
 UNKNOWN = -1  # a value without a class
+INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of images with one value per pixel
 
 
 class SegmentationDataset:
     """Pairs of image and mask files. The paths are arrays, so that data loader workers share their memory."""
+
+    pixel_format = RGB
 
     def __init__(
         self,
@@ -28,21 +31,35 @@ class SegmentationDataset:
         *,
         classes: Sequence[str],
         palette: Sequence[Sequence[int]],
-        table: Mapping[int, int],
+        reader: Callable[[str], np.ndarray],
     ):
-        """table: value in a mask file -> class index or IGNORE_INDEX; other values are errors."""
+        """reader: path of a mask file -> uint8 class indices or IGNORE_INDEX, [H, W]; see `IndexMasks`."""
         self.images, self.masks = (np.array([str(path).encode() for path in paths]) for paths in (images, masks))
-        self.classes, self.palette = list(classes), [list(color) for color in palette]
-        self.table = np.full(2**16, UNKNOWN, np.int16)
-        self.table[list(table)] = list(table.values())
+        self.classes, self.palette, self.reader = list(classes), [list(color) for color in palette], reader
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        path = self.masks[index].decode()
-        mask = self.to_classes(read_mask(path), path)
-        return read_oriented(self.images[index].decode(), (mask.shape[1], mask.shape[0])), mask
+        mask = self.reader(self.masks[index].decode())
+        size = (mask.shape[1], mask.shape[0])
+        return read_file(self.image_path(index), pixel_format=self.pixel_format, size=size), mask
+
+    def image_path(self, index: int) -> str:
+        return self.images[index].decode()
+
+
+class IndexMasks:
+    """Reads mask files of one value per pixel: palette indices, or gray levels of 8 or 16 bits."""
+
+    def __init__(self, table: Mapping[int, int]):
+        """table: value in a mask file -> class index or IGNORE_INDEX; other values are errors."""
+        self.classes = len({label for label in table.values() if label != IGNORE_INDEX})
+        self.table = np.full(2**16, UNKNOWN, np.int16)
+        self.table[list(table)] = list(table.values())
+
+    def __call__(self, path: str) -> np.ndarray:
+        return self.to_classes(read_mask(path), path)
 
     def to_classes(self, values: np.ndarray, path: str) -> np.ndarray:
         """Values of a mask file to class indices. Raises UserError naming values without a class."""
@@ -54,7 +71,8 @@ class SegmentationDataset:
             unknown = sorted(set(np.unique(values[mask == UNKNOWN]).tolist()))[:5]
             raise UserError(
                 f"mask {path} has the values {', '.join(map(str, unknown))}, which are none of the "
-                f"{len(self.classes)} classes; is it from another data set, or a color image?"
+                f"{self.classes} classes; is it from another data set, or a color image? Own masks are read with "
+                "data.source=masks"
             )
         return mask.astype(np.uint8)
 
@@ -62,7 +80,7 @@ class SegmentationDataset:
 def read_mask(path: str) -> np.ndarray:
     """The values [H, W] of a mask: palette indices, or gray levels of 8 or 16 bits."""
     with decoding_errors(f"mask {path}"), Image.open(path) as mask:
-        if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        if mask.mode not in INDEX_MODES:
             raise UserError(f"mask {path} is an image of mode {mask.mode}; it must have one class index per pixel")
         return np.array(mask).astype(np.int32)
 

@@ -3,8 +3,25 @@ order or number of the other samples."""
 
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..recipe.schema import STRICT, Source
+
+# names by which users call the parts of a data set
+PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SplitOptions(Source):
+    """Keys of a source whose data may come without a validation part."""
+
+    split: Fraction = 0.2
+    """fraction of the images held out for validation by a hash of their names, if the data have no validation part"""
 
 
 def held_out(names: Sequence[str], fraction: float, labels: Sequence[int] | None = None) -> np.ndarray:

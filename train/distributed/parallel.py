@@ -1,5 +1,6 @@
 """Data parallelism: device placement, DDP and FSDP2, mixed precision, and state of sharded models."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os.path import commonprefix
@@ -38,13 +39,24 @@ def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Modu
                 f"parallel.grad_checkpointing: this model does not support it ({error}); remove it"
             ) from error
     if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
-        model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation inside BatchNormAct2d
+        model = synchronize_batch_norms(model)
     # fully_shard needs contiguous weights; convolutions then follow the memory format of the images
     sharded = world.size > 1 and parallel.strategy != "ddp"
     layout = torch.contiguous_format if sharded else memory_format(parallel)
     model = model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
     if parallel.compile:
         model.compile()
+    return model
+
+
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
+    """The model with SyncBatchNorm for its batch norms, except in parts whose attribute `local_batch_norm` is true."""
+    parts = {name: part for name, part in model.named_modules() if getattr(part, "local_batch_norm", False)}
+    for name in parts:
+        model.set_submodule(name, nn.Identity())
+    model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation inside BatchNormAct2d
+    for name, part in parts.items():
+        model.set_submodule(name, part)
     return model
 
 
@@ -64,6 +76,9 @@ def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.M
     if world.size == 1:
         return model
     if parallel.strategy == "ddp":
+        # gradients of depthwise convolutions [C, 1, k, k] have another stride in their dimension of size 1, which
+        # changes no address; DDP compares the numbers and warns
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
     shape, names = (world.size,), ("shard",)
     if parallel.strategy == "hsdp":

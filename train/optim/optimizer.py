@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import timm.optim
@@ -13,9 +13,15 @@ from torch import nn
 from ..errors import UserError
 from ..recipe.schema import Optim
 
+Groups = list[dict[str, Any]]
 
-def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
+
+def build_optimizer(
+    model: nn.Module, optim: Optim, lr: float, split: Callable[[Groups], Groups] | None = None
+) -> torch.optim.Optimizer:
     """timm's optimizer `optim.name` over the trainable parameters, with base learning rate `lr`.
+
+    split: makes finer parameter groups of those that follow from the recipe.
 
     Biases, norm weights (unless `optim.decay_norms`) and the parameters that the model's `no_weight_decay()` names
     get no weight decay. Raises UserError for an unknown name and for arguments that the optimizer does not take.
@@ -29,8 +35,13 @@ def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Op
         "layer_decay": optim.layer_decay,
         "filter_bias_and_bn": not optim.decay_norms,
     }
-    if optim.lr_factors:
-        grouping["param_group_fn"] = partial(param_groups_lr_factors, optim=optim, lr=lr)
+
+    def groups(model: nn.Module) -> Groups:
+        found = param_groups_lr_factors(model, optim, lr) if optim.lr_factors else _timm_groups(model, optim)
+        return split(found) if split else found
+
+    if optim.lr_factors or split:
+        grouping["param_group_fn"] = groups
     try:
         return timm.optim.create_optimizer_v2(model, name, lr, **grouping, **optim.kwargs)
     except UserError:
@@ -39,7 +50,7 @@ def build_optimizer(model: nn.Module, optim: Optim, lr: float) -> torch.optim.Op
         raise UserError(f"optim.name={name} cannot be built with optim.kwargs={optim.kwargs}: {error}") from error
 
 
-def param_groups_lr_factors(model: nn.Module, optim: Optim, lr: float) -> list[dict[str, Any]]:
+def param_groups_lr_factors(model: nn.Module, optim: Optim, lr: float) -> Groups:
     """timm's parameter groups, each split by the learning-rate factors of `optim.lr_factors`.
 
     A parameter takes the factor of the first pattern found in its name (re.search), else 1. The factor multiplies the
@@ -67,7 +78,7 @@ def param_groups_lr_factors(model: nn.Module, optim: Optim, lr: float) -> list[d
     return split
 
 
-def _timm_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+def _timm_groups(model: nn.Module, optim: Optim) -> Groups:
     """The groups that timm's factory would make: by weight decay and, with `optim.layer_decay`, by layer."""
     without_decay = getattr(model, "no_weight_decay", set)()
     args: dict[str, Any] = {"no_weight_decay_list": without_decay, "weight_decay_exclude_1d": not optim.decay_norms}

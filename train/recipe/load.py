@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 import json
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
 from ..errors import UserError
+from .explain import unknown_key, wrong_values
 from .migrate import FORMAT, changed_keys, drop_unused_keys, migrate, present_name
 from .registry import SOURCES, TASKS, owners, recipe_keys, recipe_type
 from .schema import Key, Recipe
@@ -95,10 +97,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
     """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
     data = copy.deepcopy(data)
-    try:
-        written = migrate(data)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+    written = migrate(data, source)
     pairs = [_split(override) for override in overrides]
     # these two decide which other keys there are
     for key, value, text in pairs:
@@ -128,6 +127,15 @@ def find_recipe(path: str | Path) -> Path:
     near = [name for name in known if Path(name).name == Path(wanted).name] or difflib.get_close_matches(wanted, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the packaged recipes are {', '.join(known)}"
     raise UserError(f"there is no recipe {str(path)!r}, neither as a file nor among the packaged ones; {hint}")
+
+
+def describe_packaged() -> Iterator[str]:
+    """One line for each packaged recipe: its name, and what its first line says."""
+    first = ("finetune", "demo")  # what most readers look for
+    for file in sorted(PACKAGED.rglob("*.yaml"), key=lambda file: (file.parent.name not in first, file)):
+        name = file.relative_to(PACKAGED).with_suffix("").as_posix()
+        line = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        yield f"  {name:38s}{textwrap.shorten(line, 100, placeholder=' ...')}"
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -203,7 +211,7 @@ def _override(data: dict[str, Any], known: dict[str, Key], key: str, value: str,
         if value == "null" and owners(key):
             _remove(data, key)
             return
-        raise UserError(f"override {text!r}: {_unknown(key, known)}")
+        raise UserError(f"override {text!r}: {unknown_key(key, known)}")
     _set(data, key, _typed(value, known[owner].hint if key == owner else Any, text), text)
 
 
@@ -246,33 +254,4 @@ def _validate(data: Mapping[str, Any], known: dict[str, Key], source: str) -> Re
         text = json.dumps({**data, "task": {**(data.get("task") or {}), "kind": task}}, default=str)
         return TypeAdapter(recipe_type(spec.options, spec.data, SOURCES[origin].options)).validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(one, known) for one in error.errors())) from error
-
-
-def _explain(error: Any, known: dict[str, Key]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "unexpected_keyword_argument":
-        return _unknown(key, known)
-    if error["type"].startswith("missing"):
-        description = known[key].description if key in known else ""
-        return f"{key} is missing" + (f": {description}" if description else "")
-    if error["type"] == "dataclass_type":
-        return f"{key} is a section: it takes key: value lines, not {error['input']!r}"
-    if error["type"] == "tuple_type":
-        return f"{key}={error['input']!r} must be a list, for example {key}=[{error['input']}, {error['input']}]"
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _unknown(key: str, known: Mapping[str, Key]) -> str:
-    if any(name.startswith(f"{key}.") for name in known):
-        return f"unknown key {key}: it is a section; give one of its keys"
-    if found := owners(key):
-        return f"{key} has no effect here: it is a key of {' and of '.join(found)}; remove it"
-    last = {name: name.rpartition(".")[2] for name in known}
-    ending = key.rpartition(".")[2]
-    near = [name for name in known if last[name] == ending]
-    # learning_rate stands for lr
-    near = near or [name for name in known if last[name] == "".join(word[:1] for word in ending.split("_"))]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "python -m tessel.train --help lists the keys"
-    return f"unknown key {key}; {hint}"
+        raise UserError(f"{source}: " + "; ".join(wrong_values(error.errors(), known))) from error

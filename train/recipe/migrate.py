@@ -92,12 +92,12 @@ FORMAT_1_DEFAULTS: dict[str, Any] = {
 FORMAT_1_IGNORED = {"data.scenes"}
 
 
-def migrate(data: dict[str, Any]) -> int:
+def migrate(data: dict[str, Any], source: str) -> int:
     """Rename the keys of a recipe, in place, to the current format. Returns the format in which it was written.
 
-    Raises UserError for a format of a later version of tessel.
+    source: what errors call the recipe. Raises NewerFormatError for a format of a later version of tessel.
     """
-    written = check_format(data, FORMAT)
+    written = check_format(data, FORMAT, source)
     data.pop("format", None)
     data.pop("tessel", None)
     # a recipe written by hand has no format number and may use the names of any format

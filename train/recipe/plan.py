@@ -21,6 +21,7 @@ class Plan:
     lr_text: str
     cooldown: int = 0
     milestones: tuple[int, ...] = ()
+    freeze: int = 0  # first steps, in which the backbone does not change
 
 
 def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple: int = 1) -> Plan:
@@ -32,7 +33,8 @@ def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple:
     batch, optim, sched = recipe.data.batch, recipe.optim, recipe.sched
     if batch > samples:
         raise UserError(
-            f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less"
+            f"data.batch={batch} is larger than the {samples} training images; use data.batch={samples} or less, or "
+            "data.batch=auto"
         )
     micro = recipe.data.micro_batch or batch // world_size
     if not micro or batch % (micro * world_size):
@@ -50,7 +52,15 @@ def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple:
     warmup = round(sched.warmup * per_unit)
     if warmup >= steps:
         raise UserError(
-            f"sched.warmup={sched.warmup:g} ({warmup} steps) must be shorter than the training ({steps} steps)"
+            f"sched.warmup={sched.warmup:g} ({warmup} steps) must be shorter than the training ({steps} steps); lower "
+            f"sched.warmup, for example to sched.warmup={_twentieth(recipe)}, or train for longer "
+            f"(sched.{'epochs' if sched.epochs else 'steps'})"
+        )
+    freeze = round(sched.freeze * per_unit)
+    if freeze >= steps:
+        raise UserError(
+            f"sched.freeze={sched.freeze:g} ({freeze} steps) must be shorter than the training ({steps} steps); "
+            "model.freeze=backbone freezes the backbone for the whole training"
         )
     cooldown = round(sched.cooldown * per_unit)
     if warmup + cooldown >= steps:
@@ -73,4 +83,11 @@ def plan(recipe: Recipe, *, samples: int, world_size: int, micro_batch_multiple:
         lr_text=f"{text}, rule {optim.lr_rule}, global batch {batch}",
         cooldown=cooldown,
         milestones=tuple(round(milestone * per_unit) for milestone in sched.milestones or ()),
+        freeze=freeze,
     )
+
+
+def _twentieth(recipe: Recipe) -> str:
+    """5 % of the training, in the unit of its length, as text."""
+    sched = recipe.sched
+    return f"{sched.epochs / 20:g}" if sched.epochs else str((sched.steps or 0) // 20)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from .schema import STRICT, Data, Key, Recipe, Source, Task, keys
+from .schema import STRICT, Data, Key, PixelFormat, Recipe, Source, Task, keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,19 @@ class Metric:
 
     def is_better(self, value: float, than: float | None) -> bool:
         return than is None or (value > than if self.higher_is_better else value < than)
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """What `auto` means in a task; see `sizing`.
+
+    batch, epochs: the lowest and highest `data.batch` and `sched.epochs`. keys: further keys that take `auto`, and
+    functions of the recipe that choose their values.
+    """
+
+    batch: tuple[int, int] = (8, 128)
+    epochs: tuple[int, int] = (10, 100)
+    keys: Mapping[str, Callable[[Recipe], Any]] = dataclasses.field(default_factory=dict)
 
 
 def no_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -62,8 +75,11 @@ class TaskSpec:
     """dotted name of a function: path of an export -> model in evaluation mode on the CPU"""
     load_hint: str
     """Python code that loads an export at {path}, shown to the user"""
-    usage: str | None = None
-    """Python code for a report: loads the export in the folder {path} and predicts"""
+    any_channels: bool = False
+    """whether it reads images of `model.in_chans` channels; the others read 3"""
+    usage: str | Callable[[Any], str] | None = None
+    """Python code for a report: loads the export in the folder {path} and predicts; or a function of the recipe that
+    returns it"""
     report: str | None = None
     """dotted name of a module with the functions `headline` and `sections`; see report/dense.py"""
     eval_keys: tuple[str, ...] = ()
@@ -71,11 +87,20 @@ class TaskSpec:
     init_keys: tuple[str, ...] = ()
     """keys that name initial weights, beside model.pretrained and model.init_from; an evaluation clears them"""
     backbone_prefix: str | None = None
-    """prefix of the backbone's weights in an export, so that another model can start from them"""
+    """prefix of the backbone's weights, so that another model can start from them; None: all but the classifier"""
+    auto: Auto = Auto()
+    """what keys with the value auto stand for"""
+    models_of_timm: bool = False
+    """model.name is a model of timm or tessel: a misspelt one is told before torch is imported"""
 
     def sample_kind(self, options: Task) -> str:
         """The kind of sample that it reads with these options."""
         return self.sample(options) if callable(self.sample) else self.sample
+
+    def usage_code(self, recipe: Recipe, path: str) -> str:
+        """`usage` for the export at `path` of a run with this recipe."""
+        code = self.usage(recipe) if callable(self.usage) else str(self.usage)
+        return code.replace("{path}", path)
 
     def build(self, recipe: Recipe, world: Any) -> Any:
         """The task of a recipe."""
@@ -95,9 +120,20 @@ class SourceSpec:
     datasets: Mapping[str, Callable[[Any, str], Any]]
     """kind of sample -> function (section `data`, "train" or "val") -> map-style data set.
 
-    Kinds: "labels" (image, class index), "semantic masks" (image, uint8 mask; see `data.segmentation`), "boxes" and
-    "instance masks" (image, target; see `data.detection`); other packages may add kinds. A data set has
-    `classes: list[str]` if its samples have classes.
+    Kinds: "labels" (image, class index), "label sets" (image, float32 [classes] of 0 and 1), "semantic masks" (image,
+    uint8 mask; see `data.segmentation`), "boxes" and "instance masks" (image, target; see `data.detection`); other
+    packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
+    has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
+    One of "labels" or "label sets" reads them by its attribute `decode`, by default `read_image`, which `data.decoder`
+    replaces. For messages, `tessel.train.check` and reports it may also have
+
+    - `image_path(index) -> str`: the file of a sample
+    - `targets`: the classes of all its objects, so that classes without a sample are found without reading images
+    - `problems(index) -> list[str]`: a sentence for each fault of a sample, where taking the sample would raise for the
+      first one or for none
+    - `palette`: a color (red, green, blue in 0..255) for each class
+
+    If it cannot be opened, it raises UserError; `errors.FaultsError` lists several faults at once.
     """
 
 
@@ -133,7 +169,10 @@ def open_dataset(recipe: Recipe, split: str) -> Any:
     Raises UserError naming what is missing or invalid on disk.
     """
     kind = task_spec(recipe).sample_kind(recipe.task)
-    return SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    dataset = SOURCES[recipe.data.source].datasets[kind](recipe.data, split)
+    if hasattr(dataset, "pixel_format"):
+        dataset.pixel_format = PixelFormat(recipe.model.in_chans or 3, recipe.data.background)
+    return dataset
 
 
 def sources_with(kind: str) -> list[str]:

@@ -17,6 +17,22 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Probability = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+Level = Annotated[int, Field(ge=0, le=255)]
+if typing.TYPE_CHECKING:
+    # a run begins with the number that `sizing.sized` puts in the place of "auto"
+    AutoInt = int
+    AutoFloat = float
+    AutoPositive = float
+    AutoFraction = float
+    AutoDecay = float
+    AutoPair = tuple[int, int]
+else:
+    AutoInt = PositiveInt | Literal["auto"]
+    AutoFloat = NonNegativeFloat | Literal["auto"]
+    AutoPositive = PositiveFloat | Literal["auto"]
+    AutoFraction = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
+    AutoDecay = Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+    AutoPair = tuple[PositiveInt, PositiveInt] | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,12 +55,16 @@ class Run:
 class Model:
     name: str
     """a model of timm or tessel; local-dir:RUN/export takes an exported one"""
-    pretrained: bool = False
-    """start from the published weights of the model"""
+    pretrained: bool | Literal["auto"] = False
+    """start from the published weights of the model; auto: if they can be downloaded, else from random weights"""
     init_from: str | None = None
-    """start from the weights of another model with the same parameters: a timm name, or local-dir:RUN/export"""
+    """start from the weights of another model with the same parameters: a timm name, local-dir:RUN/export, or a file"""
+    freeze: Literal["backbone"] | PositiveInt | None = None
+    """do not train the backbone, or its stem and first N stages; their batch norms keep their running statistics"""
     drop_path_rate: Probability | None = None
     """stochastic depth rate; null: the default of the model"""
+    in_chans: PositiveInt | None = None
+    """channels of the input; null: 3, red, green and blue"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of timm.create_model"""
 
@@ -53,6 +73,8 @@ class Model:
 class Dense:
     batch_norm: Literal["train", "eval", "frozen"] = "train"
     """batch norms of the backbone; eval: use the running statistics; frozen: freeze weights and biases too"""
+    sync_batch_norm: bool = True
+    """false: parallel.sync_batch_norm synchronizes the batch norms of the heads only, not those of the backbone"""
     norms: tuple[bool, ...] | None = None
     """add a norm to each output, one value per output; null: the norms of the paper, none for models of timm"""
 
@@ -85,14 +107,16 @@ class Data:
     """the data source"""
     size: PositiveInt = 224
     """side of the input in pixels; in detection, its short side"""
-    batch: PositiveInt = 256
-    """global batch size: images per update over all processes"""
+    batch: AutoInt = 256
+    """global batch size: images per update over all processes; auto: by the number of training images"""
     micro_batch: PositiveInt | None = None
     """images per forward pass and process; null: batch / processes"""
     eval_batch: PositiveInt = 256
     """images per forward pass and process in evaluation"""
     workers: NonNegativeInt = 0
     """data loader workers per process"""
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    """color below transparent pixels: red, green and blue in 0 to 255"""
     aug: Aug = Aug()
 
     @property
@@ -120,8 +144,8 @@ class Optim:
     """not applied to biases, norms and the model's no_weight_decay list"""
     decay_norms: bool = False
     """apply weight decay to biases and norms too"""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """layer-wise learning rate decay: factor from each layer to the one below"""
+    layer_decay: AutoFraction | None = None
+    """layer-wise learning rate decay: factor from each layer to the one below; auto: 0.9, null from random weights"""
     lr_factors: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
     """regular expression -> factor on lr for parameters whose names match; the first match wins"""
     clip: PositiveFloat | None = None
@@ -136,12 +160,12 @@ class Optim:
 class Sched:
     name: Literal["cosine", "poly", "tanh", "wsd", "rsqrt", "step", "multistep", "constant"] = "cosine"
     """learning rate schedule of timm, a function of the step"""
-    epochs: PositiveFloat | None = None
-    """length of the training in epochs; give this or steps"""
+    epochs: AutoPositive | None = None
+    """length of the training in epochs; give this or steps; auto: by the number of training images"""
     steps: PositiveInt | None = None
     """length of the training in updates"""
-    warmup: NonNegativeFloat = 0.0
-    """length of the linear warm-up, in epochs or steps like the length of the training"""
+    warmup: AutoFloat = 0.0
+    """length of the linear warm-up, in epochs or steps like the length of the training; auto: 5 % of it"""
     warmup_lr: NonNegativeFloat = 1e-6
     """learning rate at the start of the warm-up"""
     min_lr: NonNegativeFloat = 0.0
@@ -154,12 +178,16 @@ class Sched:
     """interval between decays (step) or length of the decay (wsd, rsqrt), in updates"""
     milestones: tuple[PositiveFloat, ...] | None = None
     """when multistep decays, in epochs or steps like the length of the training"""
+    freeze: NonNegativeFloat = 0.0
+    """first part of the training, in which the backbone does not change; in epochs or steps like its length"""
+    patience: PositiveInt | None = None
+    """stop after this many evaluations without a better one, and export the best weights; null: train to the end"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Ema:
-    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """decay of the exponential moving average of the weights; null: off"""
+    decay: AutoDecay | None = None
+    """decay of the exponential moving average of the weights; null: off; auto: by the number of updates"""
     warmup: bool = True
     """start with the decay min(decay, (1 + step) / (10 + step))"""
 
@@ -170,8 +198,8 @@ class Parallel:
     """replicate the model, shard it over all processes, or shard it within groups of processes"""
     shard: PositiveInt | None = None
     """processes per group (hsdp); null: those of a node"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """autocast dtype; fp16 needs cuda"""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """autocast dtype; fp16 needs cuda; auto: bf16 on a GPU that has it, else fp32"""
     compile: bool = False
     """torch.compile the model"""
     channels_last: bool = False
@@ -184,8 +212,8 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Ckpt:
-    every: PositiveInt | None = None
-    """steps between checkpoints; null: an epoch"""
+    every: AutoInt | None = None
+    """steps between checkpoints; null: an epoch; auto: with each evaluation"""
     keep_last: PositiveInt = 2
     """number of newest checkpoints to keep; the best one is kept too"""
     background: bool = False
@@ -196,8 +224,8 @@ class Ckpt:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Log:
-    every: PositiveInt = 50
-    """steps between lines of metrics.jsonl"""
+    every: AutoInt = 50
+    """steps between lines of metrics.jsonl; auto: 100 lines over the training, at least one in 50 steps"""
     profile: bool = False
     """write a torch.profiler trace of ten updates to profile/ in the run directory"""
     progress: Literal["auto", "bar", "lines"] = "auto"
@@ -212,18 +240,23 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Eval:
-    every: PositiveInt | None = None
-    """steps between evaluations; null: an epoch"""
+    every: AutoInt | None = None
+    """steps between evaluations; null: an epoch; auto: 30 over the training, at most two an epoch"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Guard:
     max_skips: NonNegativeInt = 0
     """maximum number of consecutive updates with a NaN or infinite gradient that are skipped; then the run stops"""
-    max_corrupt: NonNegativeInt = 0
-    """maximum number of unreadable training samples that are replaced by others; then the run stops"""
+    max_corrupt: NonNegativeInt | None = None
+    """maximum number of unreadable training samples that are replaced by others; then the run stops; null: a thousandth
+    of the training samples, at least 3"""
     timeout: PositiveFloat = 900.0
     """seconds to wait for a batch before the run stops; collectives wait twice as long"""
+
+    def corrupt_limit(self, samples: int) -> int:
+        """`max_corrupt`, or its default for this number of training samples."""
+        return max(3, samples // 1000) if self.max_corrupt is None else self.max_corrupt
 
 
 TaskT = TypeVar("TaskT", bound=Task)
@@ -246,6 +279,14 @@ class Recipe(Generic[TaskT, DataT]):
     log: Log = Log()
     eval: Eval = Eval()
     guard: Guard = Guard()
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelFormat:
+    """How a data set reads the pixels of image files."""
+
+    channels: int = 3
+    background: tuple[int, int, int] = (255, 255, 255)  # below transparent pixels
 
 
 @dataclasses.dataclass(frozen=True)

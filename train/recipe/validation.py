@@ -29,16 +29,22 @@ def conflicts(recipe: Recipe) -> Iterator[str]:
     if kind not in SOURCES[source].datasets:
         known = ", ".join(sources_with(kind))
         yield f"data.source={source} has no {kind}, which task.kind={spec.kind} reads here; use one of {known}"
+    if not spec.any_channels and recipe.model.in_chans not in (None, 3):
+        yield f"model.in_chans={recipe.model.in_chans} does not work with task.kind={spec.kind}, which reads 3 channels"
     yield from _schedule(recipe)
     yield from _optimizer(recipe)
-    if recipe.model.init_from and recipe.model.pretrained:
+    if recipe.sched.freeze and recipe.model.freeze == "backbone":
+        yield "sched.freeze has no effect together with model.freeze=backbone; remove one of them"
+    if spec.metric is None and recipe.sched.patience:
+        yield f"sched.patience has no effect with task.kind={spec.kind}, which has no evaluation; remove it"
+    if recipe.model.init_from and recipe.model.pretrained is True:
         yield "model.pretrained has no effect together with model.init_from; remove one of them"
     yield from spec.conflicts(recipe)
 
 
 def _schedule(recipe: Recipe) -> Iterator[str]:
     sched = recipe.sched
-    if (sched.epochs is None) == (sched.steps is None):
+    if sched.epochs != "auto" and (sched.epochs is None) == (sched.steps is None):
         yield "give one of sched.epochs and sched.steps"
     for key in ("decay_rate", "decay_steps", "milestones"):
         if getattr(sched, key) is not None and key not in SCHED_KEYS.get(sched.name, ()):

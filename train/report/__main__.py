@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..recipe.registry import task_spec
 from ..run.profiling import count_parameters
 from .curves import curves
-from .page import code, duration, page
+from .page import code, duration, page, wide
 from .runs import RunRecord, next_steps, one_metric, read_run, train_command
 
 
@@ -37,7 +37,8 @@ def task_sections(run: RunRecord) -> Any:
 
 def usage(run: RunRecord) -> tuple[str, str]:
     """Code that loads the exported model and runs it on an image file. Raises UserError if there is no export."""
-    return "In Python:", code(str(task_spec(run.recipe).usage).replace("{path}", str(run.export)))
+    text = "Loads the exported model, prepares an image file as in the evaluation, and predicts:"
+    return text, code(task_spec(run.recipe).usage_code(run.recipe, str(run.export)))
 
 
 def write_report(runs: Sequence[RunRecord], out: Path | None = None) -> Path:
@@ -77,9 +78,12 @@ def report_one(run: RunRecord, folder: Path) -> str:
         "Data": f"{recipe.data.location}, {recipe.data.size} × {recipe.data.size} pixels",
         "Optimizer": f"{optim.name}, learning rate {optim.lr:g}, {recipe.sched.name} schedule, seed {recipe.run.seed}",
         "Last step": f"{datetime.fromtimestamp(run.train[-1]['time']):%d %B %Y, %H:%M}" if run.train else "none yet",
+        **({"Ended": run.done["ended"]} if run.done and "ended" in run.done else {}),
         "Reported with": f"tessel {__version__}, torch {torch.__version__}, timm {timm.__version__}",
         "Command": train_command(run, f"{run.name}-again"),
     }
+    if unreadable := run.unreadable:
+        facts["Unreadable"] = f"{unreadable:,} training samples, replaced by others; corrupt.jsonl lists them"
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     text = escape((run.path / "recipe.yaml").read_text(encoding="utf-8"))
     head = f"<dl>{listed}</dl>\n<details><summary>The whole recipe</summary><pre>{text}</pre></details>"
@@ -99,7 +103,9 @@ def report_many(runs: Sequence[RunRecord], folder: Path) -> str:
         steps = f"{last['step']:,}" if last else ""
         rows.append((run.name, run.recipe.model.name, value, steps, duration(run.training_seconds)))
     table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return page(f"{len(runs)} runs compared", [], f"<table>{table}</table>", {"Training": lambda: curves(runs, folder)})
+    return page(
+        f"{len(runs)} runs compared", [], wide(f"<table>{table}</table>"), {"Training": lambda: curves(runs, folder)}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...blocks import BiLevelRouting
 from ..errors import UserError
-from ..tasks.classify.augment import eval_transform, input_config
+from ..tasks.classify.augment import Normalizer, eval_transform, input_config
 from ..tasks.classify.options import ClassifyData
 
 EXAMPLES = 4  # images that are drawn
@@ -172,9 +172,8 @@ def capture_examples(model: Any, dataset: Any, data: ClassifyData) -> tuple[list
         image, target = dataset[int(index)]
         examples.setdefault(target, image)
     transform, config = eval_transform(data, model.pretrained_cfg), input_config(data, model.pretrained_cfg)
-    images = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
-    captures = capture(model, images)
+    pixels = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
+    captures = capture(model, Normalizer(config, pixels.device)(pixels))
     if not captures:
         raise UserError("the model has no token mixer whose attention can be drawn")
-    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    return [(image.permute(1, 2, 0) * std + mean).clamp(0, 1) for image in images], captures
+    return [image.permute(1, 2, 0) / 255 for image in pixels], captures

@@ -1,6 +1,7 @@
 """Charts of metrics.jsonl over the training steps, of one run or of several."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..errors import UserError
-from .page import WIDTH, picture
+from .page import NARROW, charts, picture, shorten
 from .runs import RunRecord, one_metric
 
 FEW_POINTS = 25  # curves of at most so many points get markers, so that a single point is visible
+LEGEND_COLUMNS = 2
+THIRD = 3.2  # width of one of three charts beside each other, inches
+TITLES = {"lr": "Learning rate", "grad_norm": "Gradient norm, L2", "images_per_second": "Speed, images/s"}
 
 
 def curves(runs: Sequence[RunRecord], folder: Path) -> tuple[str, str]:
@@ -23,52 +27,82 @@ def curves(runs: Sequence[RunRecord], folder: Path) -> tuple[str, str]:
         raise UserError("no training step is logged yet")
     waiting = np.mean([line["data_wait"] for run in runs for line in run.train])
     text = (
-        "Loss on a logarithmic scale. The training loss is measured with augmentation, mixing and drop path on, so it "
-        f"can lie above the loss on held-out images. Waiting for data took {waiting:.0%} of the time."
+        "The loss has a logarithmic axis. The training loss is measured with augmentation, mixing and drop path on, so "
+        f"it can lie above the loss on held-out images. Waiting for data took {waiting:.0%} of the time."
     )
-    learning = picture(folder, "learning", "loss and accuracy", lambda: draw_learning(runs))
-    rest = picture(folder, "optimisation", "learning rate, gradient norm, speed", lambda: draw_optimization(runs))
-    return text, learning + rest
+    learning = [picture(folder, "loss", "loss by step", partial(draw_loss, runs))]
+    if one_metric(runs):
+        learning.append(picture(folder, "metric", "metric on held-out images by step", partial(draw_metric, runs)))
+    rest = [picture(folder, key, f"{title} by step", partial(draw_key, runs, key)) for key, title in TITLES.items()]
+    return text, charts(learning) + charts(rest)
 
 
-def draw_learning(runs: Sequence[RunRecord]) -> Figure:
-    """Loss on training and held-out images; main metric on held-out images."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    metric = one_metric(runs)
-    loss, accuracy = figure.subplots(1, 2, sharex=True, gridspec_kw={"wspace": 0.06})
+def draw_loss(runs: Sequence[RunRecord]) -> Figure:
+    """Loss on training and held-out images."""
+    figure, axes = _chart(runs, NARROW, 3.0)
     for i, run in enumerate(runs):
-        color = f"C{i + (len(runs) == 1)}"
-        held_out = {"color": color, "marker": "o", "markersize": 3.2}
-        plot(loss, *series(run.train, "loss"), color=f"C{i}", linewidth=1.1, alpha=0.8)
-        loss.plot(*series(run.evals, "loss"), **held_out)
-        if metric is None:
-            continue
-        accuracy.plot(*series(run.evals, metric.key), **held_out)
-        for step, last in list(zip(*series(run.evals, metric.key), strict=True))[-1:]:
-            accuracy.annotate(f"{last:.1f}", (step, last), (6, -3), textcoords="offset points", color=color)
-    loss.set(title="Loss", xlabel="step", yscale="log")
-    loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-    loss.minorticks_off()
-    loss.set_xlim(left=0)
-    accuracy.set(title="Held-out images", xlabel="step", ylabel=f"{metric.name}, %" if metric else "no evaluation")
+        plot(axes, *series(run.train, "loss"), color=f"C{i}", linewidth=1.1, alpha=0.8)
+        axes.plot(*series(run.evals, "loss"), **_held_out(runs, i))
+    axes.set(title="Loss, logarithmic", yscale="log")
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axes.minorticks_off()
     trained, evaluated = ("C0", "C1") if len(runs) == 1 else ("0.5", "0.5")
-    loss.plot([], [], color=trained, linewidth=1.1, label="training")
-    loss.plot([], [], color=evaluated, marker="o", markersize=3.2, label="held out")
-    loss.legend()
-    return name_runs(figure, runs)
+    axes.plot([], [], color=trained, linewidth=1.1, label="training")
+    axes.plot([], [], color=evaluated, marker="o", markersize=3.2, label="held out")
+    axes.legend()
+    return figure
 
 
-def draw_optimization(runs: Sequence[RunRecord]) -> Figure:
-    """Learning rate, gradient norm and speed."""
-    figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
-    titles = {"lr": "Learning rate", "grad_norm": "Gradient norm, L2", "images_per_second": "Speed, images/s"}
-    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for i, run in enumerate(runs):
-            plot(axes, *series(run.train, key), color=f"C{i}", linewidth=1.3)
-        axes.set(title=title, xlabel="step")
-        axes.set(xlim=(0, None), ylim=(0, None))
-        axes.yaxis.set_major_formatter("{x:g}")
-    return name_runs(figure, runs)
+def draw_metric(runs: Sequence[RunRecord]) -> Figure:
+    """The main metric on held-out images; of a single run with its last value."""
+    metric = one_metric(runs)
+    assert metric is not None
+    figure, axes = _chart(runs, NARROW, 3.0)
+    lowest: list[float] = []
+    for i, run in enumerate(runs):
+        steps, values = series(run.evals, metric.key)
+        plot(axes, steps, values, **_held_out(runs, i))
+        lowest += values
+        if len(runs) == 1 and steps:  # of several, the values may lie on each other; the table has them
+            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), color="C1", **place)
+    axes.set(title=f"{metric.name} on held-out images", ylabel="%")
+    axes.margins(y=0.12)
+    # curves that lie high up would be flat on an axis from 0; the label then says where it starts
+    start = 10 * (min(lowest, default=0) // 10)
+    if start >= 50 and max(lowest) <= 100:
+        axes.set(ylim=(start - 10, None), ylabel=f"% (axis starts at {start - 10:g})")
+    else:
+        axes.set(ylim=(0, max(1, axes.get_ylim()[1])))
+    return figure
+
+
+def draw_key(runs: Sequence[RunRecord], key: str) -> Figure:
+    """A quantity of the "train" lines, on an axis from 0."""
+    figure, axes = _chart(runs, THIRD, 2.3)
+    for i, run in enumerate(runs):
+        plot(axes, *series(run.train, key), color=f"C{i}", linewidth=1.3)
+    axes.set(title=TITLES[key], ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+def _chart(runs: Sequence[RunRecord], width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty chart over the steps; a legend above it names the runs if there are several."""
+    rows = -(-len(runs) // LEGEND_COLUMNS) if len(runs) > 1 else 0
+    figure = Figure(figsize=(width, height + 0.2 * rows), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", xlim=(0, 1.04 * max((run.last_step for run in runs), default=0) or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=f"C{i}", label=shorten(run.name, 20)) for i, run in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=LEGEND_COLUMNS)
+    return figure, axes
+
+
+def _held_out(runs: Sequence[RunRecord], number: int) -> dict[str, Any]:
+    """Style of a curve on held-out images."""
+    return {"color": f"C{number + (len(runs) == 1)}", "marker": "o", "markersize": 3.2}
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -80,13 +114,5 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 def plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
     """A line, with markers if it has few points."""
     if len(steps) <= FEW_POINTS:
-        style |= {"marker": ".", "markersize": 5}
+        style = {"marker": "o", "markersize": 3.2 if len(steps) > 1 else 6} | style
     axes.plot(steps, values, **style)
-
-
-def name_runs(figure: Figure, runs: Sequence[RunRecord]) -> Figure:
-    """Add a legend of the runs' colors above the panels if there are several runs; return the figure."""
-    if len(runs) > 1:
-        handles = [Line2D([], [], color=f"C{i}", label=run.name) for i, run in enumerate(runs)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=4)
-    return figure

@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.registry import TASKS, task_spec
-from .page import WIDTH, Section, picture
+from .page import NARROW, Section, card, charts, gallery, picture, shorten
 from .runs import RunRecord
 
 MAX_CLASSES = 60  # drawn in the chart; of more, the best and the worst 30 are
-COLUMNS, MAX_PICTURES = 2, 8  # pictures per row and in all
+MAX_PICTURES = 8
 
 
 def headline(run: RunRecord, result: Mapping[str, Any]) -> tuple[str, str]:
@@ -27,7 +26,7 @@ def headline(run: RunRecord, result: Mapping[str, Any]) -> tuple[str, str]:
 def sections(run: RunRecord, folder: Path) -> dict[str, Section]:
     return {
         "Classes": lambda: classes(run, folder),
-        "Predictions": lambda: predictions(run, folder),
+        "Predictions": lambda: predictions(run),
     }
 
 
@@ -43,10 +42,10 @@ def classes(run: RunRecord, folder: Path) -> tuple[str, str]:
     text = f"{_title(first)} by class{run.at_step}: best for {ranked[0]}, worst for {ranked[-1]}."
     if len(shown) < len(ranked):
         text += f" Shown are the best {MAX_CLASSES // 2} and the worst {MAX_CLASSES // 2} of {len(ranked)}."
-    return text, picture(folder, "classes", "metrics by class", lambda: draw_classes(by_class, shown))
+    return text, charts([picture(folder, "classes", "metrics by class", lambda: draw_classes(by_class, shown))])
 
 
-def predictions(run: RunRecord, folder: Path) -> tuple[str, str]:
+def predictions(run: RunRecord) -> tuple[str, str]:
     """The first held-out images, drawn by the task."""
     run.require_evaluation()
     task = task_spec(run.recipe).build(run.recipe, World())
@@ -57,43 +56,22 @@ def predictions(run: RunRecord, folder: Path) -> tuple[str, str]:
             f"the evaluation's predictions.npz lacks {error}; {run.evaluate_command} writes it again"
         ) from error
     text = "The first held-out images: ground truth on the left, prediction on the right."
-    html = picture(folder, "predictions", "truth and predictions", lambda: draw_pictures(pictures), text=False)
-    return text, html
+    return text, gallery((card(image, "", alt="ground truth and prediction") for image in pictures), least=400)
 
 
 def draw_classes(by_class: Mapping[str, Mapping[str, float]], shown: Sequence[str]) -> Figure:
     """A row per class of `shown`, best on top, with a marker per metric. by_class: metric -> class -> percent."""
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.2 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(NARROW, 1.0 + 0.2 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for number, (key, values) in enumerate(by_class.items()):
         row_values = [values.get(name) for name in shown]
         percent = [np.nan if value is None else value for value in row_values]
         axes.plot(percent, range(len(shown)), "o" if not number else "d", color=f"C{number}", label=_title(key))
     axes.set(xlabel="%", xlim=(-2, 102))
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown)), [shorten(name, 24) for name in shown])
     axes.invert_yaxis()
     if len(by_class) > 1:
         figure.legend(loc="outside upper left", ncols=len(by_class))
-    return figure
-
-
-def draw_pictures(pictures: Sequence[Image.Image]) -> Figure:
-    """The pictures in a grid of `COLUMNS` columns, scaled to one width."""
-    rows = [pictures[at : at + COLUMNS] for at in range(0, len(pictures), COLUMNS)]
-    gap = 0.04  # in widths of a column
-    heights = [max(image.height / image.width for image in row) for row in rows]
-    total = sum(heights) + gap * len(rows)
-    figure = Figure(figsize=(WIDTH, WIDTH / (COLUMNS - gap) * total))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    top = 0.0
-    for row, height in zip(rows, heights, strict=True):
-        for column, image in enumerate(row):
-            below = top + (1 - gap) * image.height / image.width
-            # nearest: the pixels of a very small image stay visible
-            axes.imshow(image, extent=(column, column + 1 - gap, below, top), interpolation="nearest")
-        top += height + gap
-    axes.set(xlim=(0, COLUMNS - gap), ylim=(total, 0))
     return figure
 
 

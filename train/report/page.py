@@ -1,6 +1,10 @@
-"""HTML of the report: page, sections, and pictures for light and dark screens."""
+"""HTML of a report: page, sections, charts for light and dark screens, and images with captions.
+
+A page is read on telephones too: charts are narrow, and a grid places as many beside each other as there is room for.
+"""
 
 import base64
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
@@ -10,10 +14,13 @@ from typing import Any
 from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..errors import UserError
 
-WIDTH = 9.2  # of a picture as wide as the page, inches
+WIDTH = 9.2  # of a picture as wide as the page, inches; a telephone scrolls it sideways
+NARROW = 4.4  # of a chart, inches: as wide as a telephone, and two or three beside each other on a large screen
+MAX_PNG = 160  # longer side of an image that is embedded as PNG, in pixels; larger ones are JPEG
 Section = Callable[[], tuple[str, str]]  # returns the text of a section and the HTML below it; UserError: left out
 
 STYLE: dict[str, Any] = {
@@ -44,9 +51,11 @@ SCHEMES = {
 }
 
 CSS = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --quiet: #667079; --line: #e4e7eb; --accent: #2b6cb0 }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --quiet: #667079; --line: #e4e7eb; --accent: #2b6cb0;
+  --alarm: #b3400d }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #0d1117; --ink: #e6edf3; --quiet: #8d96a0; --line: #272d36; --accent: #63a4e8 }
+  :root { --paper: #0d1117; --ink: #e6edf3; --quiet: #8d96a0; --line: #272d36; --accent: #63a4e8;
+    --alarm: #f08c4b }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 980px; padding: 56px 30px 72px; background: var(--paper); color: var(--ink);
@@ -54,8 +63,25 @@ body { margin: 0 auto; max-width: 980px; padding: 56px 30px 72px; background: va
 h1 { margin: 0; font-size: 34px; line-height: 1.15; letter-spacing: -.02em; overflow-wrap: anywhere }
 h2 { margin: 60px 0 4px; font-size: 20px; letter-spacing: -.01em }
 p { margin: 0 0 16px; max-width: 72ch; color: var(--quiet); overflow-wrap: anywhere }
-picture { display: block; overflow-x: auto }
-img { display: block; width: 100%; min-width: 720px; height: auto }
+picture { display: block }
+img { display: block; width: 100%; height: auto }
+.wide { overflow-x: auto }
+.wide img { min-width: 720px }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 14px 26px;
+  align-items: start; margin-bottom: 14px }
+.charts picture { max-width: 560px }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); gap: 18px;
+  align-items: start }
+figure { margin: 0; min-width: 0 }
+figure img { max-height: 480px; object-fit: contain; object-position: left }
+figure .png { image-rendering: pixelated }
+figcaption { margin-top: 5px; color: var(--quiet); font-size: 13px; line-height: 1.4; overflow-wrap: anywhere }
+figcaption b { color: var(--ink); font-weight: 600; margin-right: 6px }
+figcaption i { display: inline-block; width: 10px; height: 10px; margin-right: 4px; border: 1px solid var(--line) }
+.error { color: var(--alarm); font-style: normal }
+.text td:first-child, .text td:nth-child(2) { white-space: nowrap }
+.text td:last-child { overflow-wrap: anywhere }
+.text td { vertical-align: top }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px 52px; margin: 28px 0; padding: 22px 0;
   border: solid var(--line); border-width: 1px 0 }
 .tiles b { display: block; font-size: 30px; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums }
@@ -66,31 +92,66 @@ dd { margin: 0; overflow-wrap: anywhere }
 pre { overflow-x: auto; color: var(--ink); padding: 14px 16px; border: 1px solid var(--line); border-radius: 6px;
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 summary { margin-top: 20px; cursor: pointer }
+@media (max-width: 640px) {
+  body { padding: 28px 16px 48px }
+  h1 { font-size: 27px }
+  h2 { margin-top: 44px }
+  .tiles { gap: 14px 30px }
+  dl { grid-template-columns: 1fr; gap: 0 }
+  dd { margin-bottom: 9px }
+}
 table { width: 100%; margin: 28px 0; border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); text-align: left }
 """
 
 
-def picture(folder: Path, name: str, alt: str, draw: Callable[[], Figure], *, text: bool = True) -> str:
+def picture(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> str:
     """Draw `name.png` and `name-dark.png` in the folder; return HTML that holds both, as data URLs.
 
-    alt: what the picture shows, for screen readers; text: False for a figure without text and lines, of which one
-    picture serves light and dark screens.
+    alt: what the picture shows, for screen readers.
     """
-    schemes = SCHEMES if text else {"": SCHEMES[""]}
     inline = {}
-    for suffix, colors in schemes.items():
+    for suffix, colors in SCHEMES.items():
         file, part = folder / f"{name}{suffix}.png", folder / f".{name}{suffix}.png.part"
-        settings: Any = STYLE | colors | ({} if text else {"savefig.transparent": True})
         try:
-            with rc_context(settings):
+            with rc_context(STYLE | colors):
                 draw().savefig(part, format="png", metadata={"Software": None})
             os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
-        inline[suffix] = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{inline["-dark"]}">' if text else ""
+        inline[suffix] = _data_url("png", file.read_bytes())
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{inline["-dark"]}">'
     return f'<picture>{dark}<img alt="{escape(alt)}" src="{inline[""]}"></picture>'
+
+
+def charts(pictures: Iterable[str]) -> str:
+    """HTML of pictures that are `NARROW` inches wide: beside each other where there is room, else below each other."""
+    return f'<div class="charts">{"".join(pictures)}</div>'
+
+
+def wide(html: str) -> str:
+    """HTML of a table, or of a picture that is `WIDTH` inches wide, which a telephone scrolls sideways."""
+    return f'<div class="wide">{html}</div>'
+
+
+def card(image: Image.Image, caption: str, *, alt: str, title: str = "") -> str:
+    """HTML of an image with a caption, which is HTML too. title: shown when the mouse is over the image."""
+    content = io.BytesIO()
+    # JPEG would blur the few pixels of a small image
+    kind = "png" if max(image.size) <= MAX_PNG else "jpeg"
+    image.save(content, kind, **({"quality": 88} if kind == "jpeg" else {}))
+    hint = f' title="{escape(title)}"' if title else ""
+    shown = f'<img class="{kind}" alt="{escape(alt)}"{hint} src="{_data_url(kind, content.getvalue())}">'
+    return f"<figure>{shown}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+
+
+def gallery(cards: Iterable[str], least: int = 200) -> str:
+    """HTML of a grid of cards, each at least `least` pixels wide."""
+    return f'<div class="gallery" style="--least: {least}px">{"".join(cards)}</div>'
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def code(text: str) -> str:
@@ -123,6 +184,11 @@ def page(title: str, tiles: Iterable[tuple[str, str]], head: str, sections: Mapp
 </body>
 </html>
 """
+
+
+def shorten(name: str, length: int) -> str:
+    """A name of at most `length` characters; a longer one ends in an ellipsis."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def duration(seconds: float) -> str:

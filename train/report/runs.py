@@ -93,10 +93,21 @@ class RunRecord:
         return evaluate_command(self.path)
 
     @property
+    def last_step(self) -> int:
+        """The last step in metrics.jsonl; 0 if there is none."""
+        return max((line["step"] for line in [*self.train[-1:], *self.evals[-1:]]), default=0)
+
+    @property
     def training_seconds(self) -> float:
         """Time spent in training steps: without evaluations, and without the time between two starts."""
         steps = np.diff([0, *(line["step"] for line in self.train)])
         return float(sum(steps * [line["step_seconds"] for line in self.train]))
+
+    @property
+    def unreadable(self) -> int:
+        """Number of training samples that were unreadable and replaced, as corrupt.jsonl lists them."""
+        file = self.path / "corrupt.jsonl"
+        return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
 
     @cached_property
     def model(self) -> nn.Module:

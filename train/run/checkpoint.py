@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ... import __version__
 from ..distributed.world import World
-from ..errors import UserError, one_line
+from ..errors import NewerFormatError, UserError, one_line
 from ..files import check_format, sync_directory, write_atomically
 from ..recipe.load import differences, load_recipe, make_recipe
 from ..recipe.schema import Parallel, Recipe
@@ -152,19 +152,22 @@ class Checkpoints:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`. Raises UserError if it cannot be read, was altered, or is too new."""
+    """The manifest of the checkpoint at `path`.
+
+    Raises UserError if it cannot be read or was altered, NewerFormatError if a later version of tessel wrote it.
+    """
     try:
         content = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise UserError(f"{MANIFEST} does not match the sha256 it has of itself")
-    check_format(content, FORMAT)
+    check_format(content, FORMAT, f"checkpoint {path}")
     return content
 
 
 def find_damage(path: Path) -> str | None:
-    """Why the checkpoint at `path` cannot be used, or None."""
+    """Why the checkpoint at `path` cannot be used, or None. Raises NewerFormatError; see `read_manifest`."""
     try:
         facts = read_manifest(path)
         for name, file in facts["files"].items():
@@ -174,6 +177,8 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['size']}"
             if _sha256(path / name) != file["sha256"]:
                 return f"{name} does not match its sha256"
+    except NewerFormatError:
+        raise
     except (UserError, OSError) as error:
         return str(error)
     if path.name.startswith("step-") and path.name != f"step-{facts['step']:08d}":

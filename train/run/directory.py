@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import write_atomically, writing
 from ..recipe.load import differences, dump, load_recipe
 from ..recipe.schema import Recipe
+from ..recipe.sizing import recorded
 
 LOCK = ".lock"
 # what a start leaves behind that was killed before it wrote its recipe
@@ -73,8 +74,10 @@ class RunDirectory:
     def check(self) -> bool:
         """Whether an earlier start of this run can be continued. Raises UserError if it had another recipe.
 
-        A run without a checkpoint has nothing to continue, so its recipe may change.
+        A run without a checkpoint has nothing to continue, so its recipe may change. Keys with the value `auto` take
+        the numbers that they had at the start of the run.
         """
+        self.check_place()
         entries = {entry.name for entry in self.path.iterdir()} - FILES_OF_A_NEW_RUN if self.path.is_dir() else ()
         if self.fresh or not entries:
             return False
@@ -87,12 +90,26 @@ class RunDirectory:
             begun = load_recipe(self.path / "recipe.yaml")
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
+        self.recipe = recorded(self.recipe, begun)
         if changed := differences(begun, self.recipe):
             raise UserError(
                 f"{self.path} was started with another recipe: {', '.join(changed)}. Give these keys their former "
                 f"values to continue; {remedy}"
             )
         return True
+
+    def check_place(self) -> None:
+        """Raises UserError if the directory cannot be created or written."""
+        place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        problem = None
+        if not place.is_dir():
+            problem = f"{place} is a file"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            problem = f"{place} is not writable for this user"
+        if problem:
+            raise UserError(
+                f"the run directory {self.path} cannot be written: {problem}; set run.out to another folder"
+            )
 
     def open(self) -> Path | None:
         """Create the directory, or open the one that `check` accepted. Returns where an older run was moved, if any."""

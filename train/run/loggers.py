@@ -85,8 +85,10 @@ class ConsoleLogger:
                 f"memory {record['memory_gb']:.1f} GB"
             )
             line += f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
-        if not self.bar:
+        # an evaluation stays in the scrollback above a progress bar
+        if not self.bar or record["kind"] == "eval":
             self.console.print(f"step {record['step']}/{self.total}  {line}", markup=False)
+        if not self.bar:
             return
         self.latest[record["kind"]] = line if record["kind"] == "train" else _format_metrics(record, 1)
         self.bar.metrics = "  ".join(self.latest.values())

@@ -3,5 +3,5 @@
 from ..recipe.registry import register_task
 from . import classify, detect, segment
 
-for spec in (classify.SPEC, segment.SPEC, detect.SPEC):
+for spec in (classify.SPEC, classify.MULTI_LABEL, segment.SPEC, detect.SPEC):
     register_task(spec)

@@ -43,7 +43,7 @@ class MetricAccumulator(Protocol):
 
 
 class Task(ABC, Generic[TaskT, DataT]):
-    """What the engine needs of a task. A task without an evaluation leaves the defaults of the last four methods."""
+    """What the engine needs of a task. A task without an evaluation leaves the defaults of the last five methods."""
 
     micro_batch_multiple: int = 1
     """micro-batches must have a multiple of this many samples"""
@@ -89,6 +89,9 @@ class Task(ABC, Generic[TaskT, DataT]):
     def metrics(self, *, keep: bool = False) -> MetricAccumulator:
         """An empty accumulator; with `keep` it holds every prediction, for `MetricAccumulator.predictions`."""
         raise NotImplementedError
+
+    def note_evaluation(self, metrics: MetricAccumulator) -> None:
+        """Called on every process with the metrics of an evaluation, so that an export can say something of them."""
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture of truth and prediction) of the first `count` kept predictions; empty if it draws none."""
@@ -140,7 +143,7 @@ class DatasetTask(Task[TaskT, DataT]):
         return len(self.train)
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
-        order, retries = self._sampler(plan, step), self.recipe.guard.max_corrupt
+        order, retries = self._sampler(plan, step), self.recipe.guard.corrupt_limit(self.samples)
         dataset = SeededDataset(
             self.train, self.train_transform, self.recipe.run.seed, order=order, max_retries=retries
         )

@@ -11,7 +11,7 @@ from ...zoo.dense import DenseBackbone
 from ..errors import UserError, one_line
 from ..recipe.schema import Dense, Model
 from .export import read_backbone
-from .models import CREATE_ERRORS, create_model, weights_mismatch
+from .models import CREATE_ERRORS, create_source, weights_hint, weights_mismatch
 
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
@@ -20,18 +20,21 @@ def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBa
     if model.drop_path_rate is not None:
         options["drop_path_rate"] = model.drop_path_rate
     try:
-        return DenseBackbone(
+        backbone = DenseBackbone(
             model.name,
-            pretrained=model.pretrained,
+            pretrained=bool(model.pretrained),
             out_indices=levels,
             norms=dense.norms,
             batch_norm=dense.batch_norm,
             **options,
         )
     except CREATE_ERRORS as error:
+        hint = weights_hint("model.name", error) if model.pretrained else ""
         raise UserError(
-            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error)}"
+            f"model.name={model.name} with {options} and pretrained={model.pretrained}: {one_line(error, 600)}{hint}"
         ) from error
+    backbone.local_batch_norm = not dense.sync_batch_norm  # type: ignore[assignment]
+    return backbone
 
 
 def check_backbone(backbone: DenseBackbone, model: Model, size: tuple[int, int], remedy: str) -> list[Tensor]:
@@ -59,8 +62,7 @@ def load_initial_backbone(backbone: DenseBackbone, model: Model, size: int) -> N
     folder = model.init_from.removeprefix("local-dir:")
     state = read_backbone(Path(folder)) if folder != model.init_from else None
     if state is None:
-        source = create_model(model.init_from, size, key="model.init_from", pretrained=True, num_classes=None)
-        state = source.state_dict()
+        state = create_source(model, size, None).state_dict()
     try:
         backbone.load_classifier(state)
     except ValueError as error:

@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from ... import __version__
-from ..errors import UserError, one_line
+from ..errors import NewerFormatError, UserError, one_line
 from ..files import check_format, replacing
 from ..recipe.migrate import rename_keys
 from ..recipe.registry import TASKS
@@ -39,17 +39,19 @@ def export_classifier(
     classes: list[str],
     data_config: dict[str, Any],
     state: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a classifier so that `timm.create_model("local-dir:PATH", pretrained=True)` reads it.
 
-    data_config: of the input (timm's resolve_data_config); state: the weights, if the model has only shards of them.
+    data_config: of the input (timm's resolve_data_config); state: the weights, if the model has only shards of them;
+    facts: further JSON data of the config.
     """
     saved: Any = _WithState(model, _to_plain(model.state_dict() if state is None else state))
     with _writing(path) as part:
         save_for_hf(
             saved,
             str(part),
-            model_config={"label_names": classes, "format": FORMAT, "tessel": __version__},
+            model_config={"label_names": classes, "format": FORMAT, "tessel": __version__, **(facts or {})},
             safe_serialization=True,
             data_config=data_config,
         )
@@ -62,7 +64,7 @@ def export_model(
 
     task: its kind; model, sections: sections of the recipe that build it, by name; facts: further JSON data.
     """
-    model = dataclasses.replace(model, pretrained=False, init_from=None)
+    model = dataclasses.replace(model, pretrained=False, init_from=None, freeze=None)
     plain = {name: dataclasses.asdict(section) for name, section in {"model": model, **sections}.items()}
     header = {
         "format": FORMAT,
@@ -84,12 +86,14 @@ def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str,
         config = json.loads((path / CONFIG).read_text())
         if not isinstance(config, dict) or config.get("task") != task:
             raise ValueError(f"its {CONFIG} is not of task.kind={task}; timm.create_model reads a classifier")
-        check_format(config, FORMAT)
+        check_format(config, FORMAT, f"export {path}")
         _migrate(config, task)
         classes = {"model": Model, **sections}
         return config | {
             name: TypeAdapter(section).validate_json(json.dumps(config[name])) for name, section in classes.items()
         }
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, ValidationError) as error:
         raise UserError(f"{path} has no readable export ({one_line(error)}); give the export/ of a run") from error
 
@@ -124,9 +128,11 @@ def read_classes(path: Path) -> list[str] | None:
     """Names of the outputs of an exported model, in their order; None if they are not classes."""
     try:
         config = json.loads((path / CONFIG).read_text())
-        check_format(config, FORMAT)
+        check_format(config, FORMAT, f"export {path}")
         names = config["classes"] if "classes" in config else config["label_names"]
         return None if names is None else list(names)
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 

@@ -1,6 +1,6 @@
 """Creating models through timm, and loading their initial weights."""
 
-import difflib
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ... import zoo as zoo  # registers the models with timm
+from ...checkpoints import load_manifest
 from ..errors import UserError, one_line
-from ..recipe.schema import Model
+from ..recipe.schema import Model, Recipe
+from ..recipe.sizing import replaced, starts_from_weights
+from .names import is_weights_file, unknown_model
 
 # what models raise for arguments or inputs that do not fit
 MODEL_ERRORS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -41,13 +44,81 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
         return timm.create_model(name, pretrained=pretrained, **options)
     except CREATE_ERRORS as error:
         hint = "; local-dir: takes the export/ of a classifier" if name.startswith("local-dir:") else ""
-        reason = one_line(error) + hint
+        hint = hint or (weights_hint(key, error) if pretrained else "")
+        reason = one_line(error, 600) + hint
         raise UserError(f"{key}={name} with {options} and pretrained={pretrained}: {reason}") from error
+
+
+def weights_hint(key: str, error: Exception) -> str:
+    """What else to begin with, if the weights of the model that `key` names are missing or cannot be downloaded."""
+    if not isinstance(error, OSError | RuntimeError):
+        return ""
+    hints = {
+        "model.name": ". model.init_from=FILE starts from a file of weights, model.pretrained=false from random ones",
+        "model.init_from": ". It can also be a file of weights",
+    }
+    return hints.get(key, "")
+
+
+def resolve_pretrained(recipe: Recipe) -> Recipe:
+    """The recipe with true or false for `model.pretrained=auto`: whether the model has weights for download.
+
+    It is false if the recipe names other initial weights.
+    """
+    model = recipe.model
+    if model.pretrained != "auto":
+        return recipe
+    recipe = replaced(recipe, {"model.pretrained": False})
+    if starts_from_weights(recipe) or ":" in model.name:
+        return recipe
+    return replaced(recipe, {"model.pretrained": zoo.has_weights(model.name)})
+
+
+def no_weights(name: str) -> str:
+    """Why a model has no weights that can be downloaded, and what to do."""
+    architecture = name.partition(".")[0]
+    row = next((row for row in load_manifest().values() if architecture in (row.model, row.name)), None)
+    text = f"{name} starts from random weights: "
+    if row is None or row.url:
+        return (
+            text + "its authors published none; model.init_from takes those of a run (local-dir:RUN/export) or a file"
+        )
+    return text + (
+        f"its file {row.name} cannot be downloaded by a program ({row.why_no_url}). Download it by hand "
+        f"from {row.source}, and keep it with `tessel weights import {row.name} FILE` or set model.init_from=FILE"
+    )
+
+
+def create_source(options: Model, size: int, num_classes: int | None) -> Any:
+    """The model with the weights that `model.init_from` names. Raises UserError if they cannot be read."""
+    source = str(options.init_from)
+    if not is_weights_file(source):
+        channels = {"in_chans": options.in_chans} if options.in_chans else {}
+        return create_model(source, size, key="model.init_from", pretrained=True, num_classes=num_classes, **channels)
+    file = os.path.expanduser(source)
+    if not os.path.isfile(file):
+        raise UserError(f"model.init_from={source}: there is no such file")
+    kwargs = {**({"in_chans": options.in_chans} if options.in_chans else {}), **options.kwargs}
+    given = kwargs.pop("pretrained_cfg_overlay", {})
+    # published weights have the classes of the model's own, weights from elsewhere may have those of the data
+    mismatch: UserError | None = None
+    for overlay in ({}, {"num_classes": num_classes}):
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **given, "file": file}
+        try:
+            return create_model(
+                options.name, size, key="model.name", pretrained=True, num_classes=num_classes, **kwargs
+            )
+        except UserError as error:
+            mismatch = error
+            if num_classes is None or "num_classes" in given:
+                break
+    assert mismatch is not None
+    raise weights_mismatch(options, one_line(mismatch.__cause__ or mismatch)) from mismatch
 
 
 @contextmanager
 def input_errors(model: str, image: Tensor) -> Iterator[None]:
-    """Turn what `model` raises for an `image: [3, H, W]` that it does not accept into one UserError."""
+    """Turn what `model` raises for an `image: [C, H, W]` that it does not accept into one UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -55,7 +126,8 @@ def input_errors(model: str, image: Tensor) -> Iterator[None]:
     except MODEL_ERRORS as error:
         size = " x ".join(map(str, image.shape))
         raise UserError(
-            f"{model} does not accept {size} images ({one_line(error)}); change data.size, the model or its kwargs"
+            f"{model} does not accept {size} images ({one_line(error)}); change data.size, model.in_chans, the model "
+            "or its kwargs"
         ) from error
 
 
@@ -77,9 +149,7 @@ def load_initial_weights(model: Any, options: Model, size: int) -> None:
 
     Raises UserError if they do not fit.
     """
-    source = create_model(
-        str(options.init_from), size, key="model.init_from", pretrained=True, num_classes=model.num_classes
-    )
+    source = create_source(options, size, model.num_classes)
     try:
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:
@@ -97,7 +167,7 @@ def weights_mismatch(options: Model, reason: object) -> UserError:
 
 def check_name(name: str | None, key: str = "model.name") -> None:
     """Raises UserError with the nearest names if neither timm nor tessel has a model of this name, or its weights."""
-    if name is None or ":" in name:
+    if name is None or ":" in name or (key == "model.init_from" and is_weights_file(name)):
         return
     architecture, _, tag = name.partition(".")
     if timm.is_model(name):
@@ -105,6 +175,4 @@ def check_name(name: str | None, key: str = "model.name") -> None:
         if tag and name not in known.split(", "):
             raise UserError(f"{key}={name}: {architecture} has no weights {tag!r}; use one of {known}")
         return
-    near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names{hint}")
+    raise unknown_model(name, key, timm.list_models())

@@ -1,7 +1,22 @@
 """The data sources, one file each. Importing this package registers them; it imports no torch."""
 
 from ...recipe.registry import register_source
-from . import ade20k, archives, cityscapes, coco, digit_scenes, digits, folder, hfds, tfds, voc
+from . import (
+    ade20k,
+    archives,
+    cityscapes,
+    coco,
+    csv,
+    digit_scenes,
+    digits,
+    folder,
+    hfds,
+    masks,
+    tfds,
+    voc,
+    voc_xml,
+    yolo,
+)
 
 for spec in (
     digits.SPEC,
@@ -11,10 +26,14 @@ for spec in (
     archives.WEBDATASET,
     hfds.SPEC,
     tfds.SPEC,
+    csv.SPEC,
     ade20k.SPEC,
     cityscapes.SPEC,
     voc.SPEC,
     voc.AUGMENTED,
     coco.SPEC,
+    masks.SPEC,
+    yolo.SPEC,
+    voc_xml.SPEC,
 ):
     register_source(spec)

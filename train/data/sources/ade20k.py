@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
 from ..files import check_exist, list_files, unpacked_root
-from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
+from ..segmentation import IGNORE_INDEX, IndexMasks, SegmentationDataset, published_classes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -23,7 +23,7 @@ def open_ade20k(data: ADE20K, split: str) -> SegmentationDataset:
     images = list_files(root / "images" / part, "*.jpg", root)
     masks = check_exist([root / "annotations" / part / f"{image.stem}.png" for image in images], "masks")
     table = {0: IGNORE_INDEX, 255: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)}
-    return SegmentationDataset(images, masks, **published_classes("ade20k"), table=table)
+    return SegmentationDataset(images, masks, **published_classes("ade20k"), reader=IndexMasks(table))
 
 
 SPEC = SourceSpec(

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
 from ..class_map import class_index, class_names
-from ..image_io import EXTENSIONS, read_image
+from ..image_io import EXTENSIONS, RGB, read_image
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -59,6 +59,9 @@ class Member(NamedTuple):
 class ArchiveDataset:
     """(RGB image, class index) at known offsets of archives, kept in arrays whose memory workers share."""
 
+    pixel_format = RGB
+    decode: Any = staticmethod(read_image)
+
     def __init__(
         self,
         archives: Sequence[Path],
@@ -84,6 +87,9 @@ class ArchiveDataset:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def image_path(self, index: int) -> str:
+        return f"{self.archives[self.archive[index]]}:{self.names[index].decode()}"
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         archive = self.archives[self.archive[index]]
 
@@ -92,7 +98,7 @@ class ArchiveDataset:
                 file.seek(int(self.offsets[index]))
                 return io.BytesIO(file.read(int(self.sizes[index])))
 
-        return read_image(open_file, f"{archive}:{self.names[index].decode()}"), int(self.targets[index])
+        return self.decode(open_file, self.image_path(index), pixel_format=self.pixel_format), int(self.targets[index])
 
 
 def open_tar(data: Tar, split: str) -> ArchiveDataset:

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
 from ..files import check_exist, list_files
-from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
+from ..segmentation import IGNORE_INDEX, IndexMasks, SegmentationDataset, published_classes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,7 +30,8 @@ def open_cityscapes(data: Cityscapes, split: str) -> SegmentationDataset:
     # the license plate has the id -1, stored as 255
     table = {255: IGNORE_INDEX}
     table |= {label.id: IGNORE_INDEX if label.ignore_in_eval else label.train_id for label in labels}
-    return SegmentationDataset(images, check_exist(masks, "masks"), **published_classes("cityscapes"), table=table)
+    masks = check_exist(masks, "masks")
+    return SegmentationDataset(images, masks, **published_classes("cityscapes"), reader=IndexMasks(table))
 
 
 SPEC = SourceSpec(

@@ -1,6 +1,7 @@
 """`data.source=coco`: annotations in the format of COCO's instances files."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,21 +9,25 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from ...errors import UserError
+from ...errors import FaultsError, UserError
 from ...recipe.registry import SourceSpec
-from ...recipe.schema import STRICT, FilePath, Source
-from ..annotations import MAX_COORDINATE, AnnotatedImage, AnnotatedObject, Annotations, are_numbers
+from ...recipe.schema import STRICT, FilePath
+from ..annotations import MAX_COORDINATE, NO_SEGMENTATION, AnnotatedImage, AnnotatedObject, Annotations, are_numbers
 from ..detection import DetectionDataset
+from ..semantic_masks import ObjectMasks, SemanticMasks
+from ..split import SplitOptions
+
+Part = tuple[FilePath, FilePath]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class COCO(Source):
+class COCO(ObjectMasks, SplitOptions):
     root: FilePath
     """folder of the annotation files and images"""
-    train: tuple[str, str] = ("annotations/instances_train2017.json", "train2017")
-    """annotation file and image folder of the training split, below root"""
-    val: tuple[str, str] = ("annotations/instances_val2017.json", "val2017")
-    """annotation file and image folder of the validation split, below root"""
+    train: Part = ("annotations/instances_train2017.json", "train2017")
+    """annotation file and image folder of the training split, absolute or below root"""
+    val: Part | None = ("annotations/instances_val2017.json", "val2017")
+    """annotation file and image folder of the validation split; null: the part data.split of the training split"""
 
 
 def open_boxes(data: COCO, split: str) -> DetectionDataset:
@@ -35,10 +40,19 @@ def open_instance_masks(data: COCO, split: str) -> DetectionDataset:
     return _open(data, split, masks=True)
 
 
+def open_semantic_masks(data: COCO, split: str) -> SemanticMasks:
+    """The class of each pixel, drawn from the instance masks. Raises UserError if the annotation file is invalid."""
+    return SemanticMasks(open_instance_masks(data, split), data.background_class)
+
+
 def _open(data: COCO, split: str, *, masks: bool) -> DetectionDataset:
-    annotations, images = data.train if split == "train" else data.val
+    annotations, images = data.val if split == "val" and data.val is not None else data.train
     root = Path(data.root)
-    return DetectionDataset(read_instances(root / annotations, root / images, masks), masks=masks)
+    found = read_instances(root / annotations, root / images, masks)
+    if data.val is None:
+        names = [os.path.relpath(image.path, root / images) for image in found.images]
+        found = found.part(split, data.split, names)
+    return DetectionDataset(found, masks=masks)
 
 
 def read_instances(file: Path, folder: Path, masks: bool) -> Annotations:
@@ -60,17 +74,26 @@ def read_instances(file: Path, folder: Path, masks: bool) -> Annotations:
             else:
                 entries[one["image_id"]].objects.append(_object(name, one, labels))
     except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); put it below data.root, or name other files in data.train "
-            "and data.val"
-        ) from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); {_other_files(file)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not an instances file of COCO ({type(error).__name__}: {error})") from error
     if faults:
-        raise UserError(f"{file}: {faults[0]}" + (f" (and {len(faults) - 1} more faults)" if faults[1:] else ""))
+        more = f" (and {len(faults) - 1} more faults)" if faults[1:] else ""
+        raise FaultsError(f"{file}: {faults[0]}{more}", [f"{file}: {fault}" for fault in faults])
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; it must hold the images of {file.name}")
     return Annotations(str(file), classes, list(entries.values()))
+
+
+def _other_files(file: Path) -> str:
+    """What to write for an annotation file that is not there."""
+    root = next((folder for folder in file.parents if folder.is_dir()), file.parent)
+    near = sorted(path for pattern in ("*.json", "*/*.json") for path in root.glob(pattern))[:5]
+    found = f" (there is {', '.join(map(str, near))})" if near else ""
+    return (
+        f"data.train=[FILE.json, FOLDER] and data.val=[FILE.json, FOLDER] name other files{found}; data.val=null holds "
+        "out a part of the training images"
+    )
 
 
 def _repeated_ids(content: dict[str, Any]) -> Iterator[str]:
@@ -105,7 +128,7 @@ def _annotation_fault(one: dict[str, Any], images: dict[Any, AnnotatedImage], ma
     if not are_numbers([one.get("area", 0)], 1, MAX_COORDINATE**2):
         return f"has the area {one['area']!r:.80}, which must be a number"
     if masks and not one.get("segmentation"):
-        return "has no segmentation, which task.detect.detector=mask_rcnn learns from"
+        return NO_SEGMENTATION
     return None
 
 
@@ -123,5 +146,9 @@ SPEC = SourceSpec(
     name="coco",
     summary="COCO, or own images annotated in its format",
     options=COCO,
-    datasets={"boxes": open_boxes, "instance masks": open_instance_masks},
+    datasets={
+        "boxes": open_boxes,
+        "instance masks": open_instance_masks,
+        "semantic masks": open_semantic_masks,
+    },
 )

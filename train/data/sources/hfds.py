@@ -35,7 +35,7 @@ class ExternalData(Source):
 
 def open_hfds(data: ExternalData, split: str) -> ExternalDataset:
     """A split of a Hugging Face dataset. Raises UserError if it cannot be read."""
-    require_package("hfds", "datasets", "datasets")
+    require_package("data.source=hfds", "datasets", "datasets")
     from timm.data import create_reader
 
     columns = {"input_key": data.input_key, "target_key": data.target_key}

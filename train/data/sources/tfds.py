@@ -15,7 +15,7 @@ def open_tfds(data: ExternalData, split: str) -> ExternalDataset:
 
     Raises UserError if it cannot be read at random.
     """
-    require_package("tfds", "tensorflow_datasets", "tensorflow-datasets")
+    require_package("data.source=tfds", "tensorflow_datasets", "tensorflow-datasets")
     image, label = data.input_key or "image", data.target_key or "label"
     name = f"split {data.split(split)} of {data.name}"
     try:

@@ -1,17 +1,17 @@
 """`data.source=voc2012` and `voc2012_aug`: Pascal VOC 2012, with semantic masks or boxes."""
 
 from pathlib import Path
-from xml.etree import ElementTree
 
 from pydantic.dataclasses import dataclass
 
 from ...errors import UserError
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
-from ..annotations import MAX_COORDINATE, AnnotatedImage, AnnotatedObject, Annotations
+from ..annotations import AnnotatedImage, Annotations, read_all
 from ..detection import DetectionDataset
 from ..files import UNPACK_HINT, check_exist, unpacked_root
-from ..segmentation import IGNORE_INDEX, SegmentationDataset, published_classes
+from ..segmentation import IGNORE_INDEX, IndexMasks, SegmentationDataset, published_classes
+from ..voc_xml import read_voc_image
 
 CLASSES: str = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -62,62 +62,24 @@ def _masks(data: VOC, name: str, folder: str) -> SegmentationDataset:
     images = check_exist([root / "JPEGImages" / f"{name}.jpg" for name in names], f"images of {listing}")
     masks = check_exist([root / folder / f"{image.stem}.png" for image in images], f"masks of {listing}")
     table = {255: IGNORE_INDEX} | {value: value for value in range(21)}
-    return SegmentationDataset(images, masks, **published_classes("voc"), table=table)
+    return SegmentationDataset(images, masks, **published_classes("voc"), reader=IndexMasks(table))
 
 
 def read_annotations(root: Path, split: str) -> Annotations:
-    """The XML files of a split; objects marked difficult count as crowds, as in the evaluation of VOC.
-
-    Raises UserError naming a file that is missing or is not in the format of VOC.
-    """
+    """The XML files of a split. Raises UserError naming the files that are missing or are not in the format of VOC."""
     classes = [str(name) for name in CLASSES.split()]
+    listing = root / "ImageSets/Main" / f"{split}.txt"
     try:
-        names = (root / "ImageSets/Main" / f"{split}.txt").read_text(errors="replace").split()
-        images = [_read_image(root, name, classes) for name in names]
+        names = listing.read_text(errors="replace").split()
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); data.source=voc2012 needs it") from error
+        raise UserError(f"{listing} cannot be read ({error.strerror}); data.source=voc2012 needs it") from error
+
+    def read(name: str) -> AnnotatedImage:
+        file, image = root / "Annotations" / f"{name}.xml", root / "JPEGImages" / f"{name}.jpg"
+        return read_voc_image(file, image, classes, offset=1)
+
+    images = read_all(names, read)
     return Annotations(str(root), classes, images)
-
-
-def _read_image(root: Path, name: str, classes: list[str]) -> AnnotatedImage:
-    from torchvision.datasets import VOCDetection
-
-    file = root / "Annotations" / f"{name}.xml"
-    try:
-        content = VOCDetection.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
-        size = content.get("size", {})
-        height, width = (_number(size, key, "0") for key in ("height", "width"))
-        if height % 1 or width % 1:
-            raise ValueError(f"the size is {width:g} x {height:g}, but must be whole numbers")
-        objects = [_read_object(one, classes) for one in content.get("object", [])]
-    except (ValueError, KeyError, TypeError, AttributeError, ElementTree.ParseError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file} is not a valid Pascal VOC annotation ({reason}); repair it") from error
-    return AnnotatedImage(str(root / "JPEGImages" / f"{name}.jpg"), int(height), int(width), objects)
-
-
-def _read_object(one: dict, classes: list[str]) -> AnnotatedObject:
-    kind, difficult = one["name"], _number(one, "difficult", "0")
-    if kind not in classes:
-        raise ValueError(f"the object name {kind!r} is not a class of Pascal VOC")
-    if difficult not in (0, 1):
-        raise ValueError(f"difficult is {one['difficult']!r}, but must be 0 or 1")
-    # VOC counts pixels from 1 and includes the last one
-    x1, y1 = (_number(one["bndbox"], side) - 1 for side in ("xmin", "ymin"))
-    x2, y2 = (_number(one["bndbox"], side) for side in ("xmax", "ymax"))
-    area = (x2 - x1) * (y2 - y1)
-    return AnnotatedObject(f"a {kind}", (x1, y1, x2, y2), classes.index(kind), int(difficult), area, None)
-
-
-def _number(part: dict[str, str], key: str, default: str | None = None) -> float:
-    text = part[key] if default is None else part.get(key, default)
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < MAX_COORDINATE:
-        raise ValueError(f"{key} is {text!r}, but must be a number")
-    return value
 
 
 SPEC = SourceSpec(

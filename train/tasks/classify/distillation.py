@@ -26,13 +26,13 @@ class Teacher:
                 "a teacher needs the same classes in the same order"
             )
         self.model = DistillationTeacher(model.requires_grad_(False)).to(device).eval()
-        image = torch.zeros(3, size, size, device=device)
+        image = torch.zeros(config["input_size"][0], size, size, device=device)
         with input_errors(f"task.distill.teacher={name}", image), torch.no_grad():
             self.model(image[None])
         self.mean, self.std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
 
     def loss(self, images: Tensor, logits: Tensor) -> Tensor:
-        """images: [B, 3, H, W] as the student saw them; logits: [B, classes].
+        """images: [B, C, H, W] as the student saw them; logits: [B, classes].
 
         soft: T^2 KL(teacher || student) at temperature T (Hinton et al., arXiv 1503.02531); hard: cross entropy with
         the teacher's class (DeiT, arXiv 2012.12877, section 4).

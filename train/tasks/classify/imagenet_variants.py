@@ -1,8 +1,8 @@
 """Evaluation of a classifier on variants of ImageNet.
 
 `val`, `v2`, `a`, `r` and `sketch` are FOLDER/CLASS/*; `c` is FOLDER/[GROUP/]CORRUPTION/SEVERITY/CLASS/*; `real` is the
-validation folder with the reassessed labels of its file names. If a set has fewer classes than the model, the logits of
-the other classes are masked.
+validation folder with the reassessed labels of its file names; `fgsm` and `pgd` are the validation images, attacked
+with the gradient of the model. If a set has fewer classes than the model, the logits of the other classes are masked.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +23,26 @@ from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
-from .augment import eval_transform, image_only
+from .augment import Normalizer, eval_transform, image_only, input_config
 
-NAMES = ("val", "real", "v2", "a", "r", "sketch", "c")
+NAMES = ("val", "real", "v2", "a", "r", "sketch", "c", "fgsm", "pgd")
+# as in RVT (Mao et al., arXiv 2105.07926): no pixel changes by more than EPSILON of 0..1; number and size of the steps
+EPSILON = 1 / 255
+ATTACKS = {"fgsm": (1, EPSILON), "pgd": (5, EPSILON / 2)}
+
+
+# names of the folders in which these sets are unpacked
+USUAL_FOLDERS = {
+    "val": ("val",),
+    "real": ("val",),
+    "v2": ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "imagenet-v2", "imagenetv2"),
+    "a": ("imagenet-a",),
+    "r": ("imagenet-r",),
+    "sketch": ("sketch", "imagenet-sketch"),
+    "c": ("imagenet-c",),
+    "fgsm": ("val",),
+    "pgd": ("val",),
+}
 
 
 VALIDATION_IMAGES = 50_000
@@ -62,6 +79,7 @@ class VariantEvaluator:
     def __init__(self, recipe: Recipe, model: nn.Module, classes: list[str], world: World):
         self.recipe, self.model, self.classes, self.world = recipe, model, classes, world
         self.transform = partial(image_only, eval_transform(recipe.data, model.pretrained_cfg))
+        self.normalize = Normalizer(input_config(recipe.data, model.pretrained_cfg), world.device)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """The metrics on the set `name` in `folder`: top1 and top5 in percent, count, and others of the set."""
@@ -71,7 +89,8 @@ class VariantEvaluator:
         if name == "real":
             return self.accuracy(images, list(range(len(self.classes))), reassessed(images, self.classes))
         columns = class_columns(images.classes, self.classes, folder)
-        return self.accuracy(images, columns, lambda _, labels: torch.eye(len(columns), dtype=torch.bool)[labels])
+        right = torch.eye(len(columns), dtype=torch.bool)
+        return self.accuracy(images, columns, lambda _, labels: right[labels], attack=ATTACKS.get(name))
 
     def corruptions(self, folder: Path) -> dict[str, Any]:
         """Top-1 over all corruptions and severities, the error of each corruption, and mCE if all 15 are there."""
@@ -93,8 +112,17 @@ class VariantEvaluator:
             "folders": len(folders),
         }
 
-    def accuracy(self, images: ImageFolder, columns: list[int], correct_classes: CorrectClasses) -> dict[str, Any]:
-        """Top-1 and top-5 over one folder; an image without a correct class does not count."""
+    def accuracy(
+        self,
+        images: ImageFolder,
+        columns: list[int],
+        correct_classes: CorrectClasses,
+        attack: tuple[int, float] | None = None,
+    ) -> dict[str, Any]:
+        """Top-1 and top-5 over one folder; an image without a correct class does not count.
+
+        attack: number and size of the steps by which the images are attacked before.
+        """
         data, world = self.recipe.data, self.world
         keys = eval_batches(len(images), data.eval_batch, world.rank, world.size)
         dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
@@ -105,7 +133,10 @@ class VariantEvaluator:
             with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:
                     correct = correct_classes(positions, labels).to(world.device)
-                    pixels = pixels.to(world.device, memory_format=memory_format(self.recipe.parallel))
+                    pixels = self.normalize(pixels.to(world.device))
+                    pixels = pixels.contiguous(memory_format=memory_format(self.recipe.parallel))
+                    if attack is not None:
+                        pixels = self.attacked(pixels, labels.to(world.device), columns, *attack)
                     best = self.model(pixels)[:, columns].float().topk(min(5, len(columns))).indices
                     hits = correct.gather(1, best)
                     sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), correct.any(1).sum()])
@@ -114,6 +145,24 @@ class VariantEvaluator:
         top1, top5, count = world.sum(sums).tolist()
         percent = 100 / max(count, 1)
         return {"top1": percent * top1, "top5": percent * top5, "count": int(count), "classes": len(columns)}
+
+    def attacked(self, images: Tensor, labels: Tensor, columns: list[int], steps: int, size: float) -> Tensor:
+        """Normalized images [B, C, H, W] changed by at most EPSILON, so that the loss of their labels [B] grows.
+
+        FGSM (Goodfellow et al., arXiv 1412.6572) is one step in the direction of the gradient's sign; PGD (Madry et
+        al., arXiv 1706.06083) several, each followed by a projection. It starts at the image itself.
+        """
+        mean, std = self.normalize.mean, self.normalize.std
+        low = torch.maximum(images - EPSILON / std, -mean / std)
+        high = torch.minimum(images + EPSILON / std, (1 - mean) / std)
+        found = images
+        for _ in range(steps):
+            found = found.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = nn.functional.cross_entropy(self.model(found)[:, columns].float(), labels)
+            (gradient,) = torch.autograd.grad(loss, found)
+            found = torch.clamp(found.detach() + size / std * gradient.sign(), low, high)
+        return found
 
 
 def class_columns(folders: list[str], classes: list[str], where: Path) -> list[int]:
@@ -153,15 +202,47 @@ def corrupted(folder: Path) -> list[tuple[str, Path]]:
     return [(path.parent.name, path) for path in found]
 
 
-def parse_sets(texts: list[str]) -> dict[str, Path]:
-    """Parse NAME=FOLDER arguments. Raises UserError for an unknown name."""
+def parse_sets(texts: list[str], root: Path | None = None) -> dict[str, Path]:
+    """Parse NAME=FOLDER arguments; a NAME alone is a folder of the usual name in `root`, several with commas.
+
+    Raises UserError for an unknown name, and if no folder of the usual names exists.
+    """
     sets = {}
-    for text in texts:
+    for text in (part for argument in texts for part in argument.split(",")):
         name, equals, folder = text.partition("=")
-        if name not in NAMES or not equals or not folder:
-            raise UserError(f"--sets {text!r} must be NAME=FOLDER with NAME one of {', '.join(NAMES)}")
-        sets[name] = Path(folder)
+        if name not in NAMES or bool(equals) != bool(folder) or not (folder or root):
+            raise UserError(
+                f"--sets {text!r} must be NAME=FOLDER with NAME one of {', '.join(NAMES)}, or NAME alone with --data "
+                "root=FOLDER that holds it"
+            )
+        sets[name] = Path(folder) if folder or root is None else usual_folder(name, root)
     return sets
+
+
+def usual_folder(name: str, root: Path) -> Path:
+    """The folder of the set `name` in or beside `root`, the folder of ImageNet. Raises UserError if there is none."""
+    for folder in (base / usual for base in (root, root.parent) for usual in USUAL_FOLDERS[name]):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"--sets {name}: neither in {root} nor beside it is a folder {' or '.join(USUAL_FOLDERS[name])}; give "
+        f"{name}=FOLDER"
+    )
+
+
+def timm_rows(model: Any, name: str, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The columns of timm's tables of results as lines of CSV, with the name of the set in a column of its own."""
+    cfg = model.pretrained_cfg
+    yield "model,set,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    for title, found in metrics.items():
+        numbers = [found["top1"], 100 - found["top1"]]
+        numbers += [found["top5"], 100 - found["top5"]] if "top5" in found else [None, None]
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        size = found["size"]
+        yield ",".join(
+            [name, title, *cells, f"{millions:.2f}", str(size), f"{cfg['crop_pct']:.3f}", cfg["interpolation"]]
+        )
 
 
 def format_lines(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -10,17 +10,23 @@ from torch.nn import functional as F
 
 from ...distributed.world import World
 
+LEAST_FOR_TOP5 = 6  # classes; of five or fewer, the five most probable always contain the true one
+
 
 class ClassificationMetrics:
     """Top-1 and top-5 accuracy in percent, and cross entropy; with `keep`, every prediction too.
+
+    Below six classes there is no top-5.
 
     The sums are in float64 on the device, so that no batch waits for them and any number of processes gives the same.
     torchmetrics' accuracy would need three metrics and a process group of its own.
     """
 
-    def __init__(self, world: World, to_device: Callable[[Any], tuple[Tensor, Tensor]], *, keep: bool = False):
+    def __init__(
+        self, world: World, to_device: Callable[[Any], tuple[Tensor, Tensor]], *, classes: int, keep: bool = False
+    ):
         """to_device: batch -> images and targets on the device."""
-        self.world, self.to_device, self.keep = world, to_device, keep
+        self.world, self.to_device, self.classes, self.keep = world, to_device, classes, keep
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         self.rows: list[list[np.ndarray]] = []
 
@@ -37,7 +43,8 @@ class ClassificationMetrics:
 
     def compute(self) -> dict[str, float]:
         top1, top5, loss, count = self.world.sum(self.sums).tolist()
-        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "count": int(count)}
+        ranked = {"top5": 100 * top5 / count} if self.classes >= LEAST_FOR_TOP5 else {}
+        return {"top1": 100 * top1 / count, **ranked, "loss": loss / count, "count": int(count)}
 
     def predictions(self) -> dict[str, np.ndarray]:
         rows = [row for part in self.world.gather(self.rows) for row in part]

@@ -1,7 +1,7 @@
 """The keys of a classification recipe, and the rules between them."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
@@ -23,18 +23,30 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Classify(Task):
-    kind: str = "classify"
-    """the task"""
+class Classifier(Task):
+    """The keys that classification with one class and with several labels per image share."""
+
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """checked against the data; null: the number of classes in the data"""
-    loss: Literal["ce", "bce"] = "ce"
-    """softmax cross entropy, or binary cross entropy per class"""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """label smoothing"""
     probe: Literal["linear", "attentive"] | None = None
     """freeze the model and train a linear classifier, or one with attention pooling over the last feature map"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Classify(Classifier):
+    kind: str = "classify"
+    """the task"""
+    loss: Literal["ce", "bce"] = "ce"
+    """softmax cross entropy, or binary cross entropy per class"""
     distill: Distill = Distill()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MultiLabel(Classifier):
+    kind: str = "multilabel"
+    """the task"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,6 +69,8 @@ class ClassifyAug(Aug):
     """timm policy, for example rand-m9-mstd0.5-inc1"""
     erasing: Probability = 0.0
     """probability of random erasing, done on the device"""
+    erase_after_mixing: bool = False
+    """erase after mixup and cutmix instead of before, so that an erased region holds noise only"""
     mixup: NonNegativeFloat = 0.0
     """alpha of mixup, done on the device; 0: off"""
     cutmix: NonNegativeFloat = 0.0
@@ -69,25 +83,57 @@ class ClassifyAug(Aug):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClassifyData(Data):
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """what decodes and crops training images; torchcodec (to be installed) is faster, its crops differ by a level"""
     interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     """null: that of the model"""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     """center crop in evaluation, as a fraction of the resized image; null: that of the model"""
+    mean: tuple[float, ...] | None = None
+    """mean of each channel, where the highest value of the files' type counts as 1; null: that of the model"""
+    std: tuple[PositiveFloat, ...] | None = None
+    """standard deviation of each channel, in the same unit; null: that of the model"""
     aug: ClassifyAug = ClassifyAug()
+
+
+def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
+    """One sentence for each conflict between keys, with one class or several labels per image."""
+    data, aug, task, channels = recipe.data, recipe.data.aug, recipe.task, recipe.model.in_chans or 3
+    if aug.auto_augment and aug.color_jitter:
+        yield "data.aug.color_jitter has no effect together with data.aug.auto_augment; remove one of them"
+    if recipe.data.decoder == "torchcodec" and recipe.model.in_chans not in (None, 3):
+        yield f"data.decoder=torchcodec decodes RGB images; use pil with model.in_chans={recipe.model.in_chans}"
+    yield from check_range("data.aug.scale", aug.scale)
+    yield from check_range("data.aug.ratio", aug.ratio)
+    if channels != 3 and data.decoder == "torchcodec":
+        yield f"data.decoder=torchcodec reads 3 channels, not model.in_chans={channels}; use data.decoder=pil"
+    if channels not in (1, 3):
+        for key, off in (("auto_augment", "null"), ("color_jitter", "0")):
+            if getattr(aug, key):
+                yield (
+                    f"data.aug.{key} changes colors, which images of model.in_chans={channels} have not; set "
+                    f"data.aug.{key}={off}"
+                )
+    if (data.mean is None) != (data.std is None):
+        yield "give both data.mean and data.std, or none of them"
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) not in (1, channels):
+            yield f"data.{key} has {len(values)} values, but the images have {channels} channels; give one for each"
+    if task.probe:
+        frozen = {
+            "model.drop_path_rate": recipe.model.drop_path_rate,
+            "model.freeze": recipe.model.freeze,
+            "sched.freeze": recipe.sched.freeze or None,
+        }
+        for key, value in frozen.items():
+            if value is not None:
+                yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"
 
 
 def conflicts(recipe: Recipe[Classify, ClassifyData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
-    task, aug, distill = recipe.task, recipe.data.aug, recipe.task.distill
-    if aug.auto_augment and aug.color_jitter:
-        yield "data.aug.color_jitter has no effect together with data.aug.auto_augment; remove one of them"
-    yield from check_range("data.aug.scale", aug.scale)
-    yield from check_range("data.aug.ratio", aug.ratio)
-    if task.probe:
-        frozen = {"optim.layer_decay": recipe.optim.layer_decay, "model.drop_path_rate": recipe.model.drop_path_rate}
-        for key, value in frozen.items():
-            if value is not None:
-                yield f"{key} has no effect with task.probe={task.probe}, which freezes the model; remove it"
+    yield from classifier_conflicts(recipe)
+    distill = recipe.task.distill
     if not distill.teacher and distill != Distill():
         yield "task.distill has no effect without task.distill.teacher"
     if distill.kind == "hard" and distill.temperature != 1:

@@ -18,7 +18,12 @@ def freeze_for_probe(model: Any, kind: str) -> nn.Module:
         known = {key: value for key, value in options.items() if key not in ("num_classes", "in_chans")}
         architecture = body.pretrained_cfg["architecture"]
         model = timm.create_model(
-            "attentive_probe", backbone=architecture, backbone_args=known, num_classes=classes, cfg=body.pretrained_cfg
+            "attentive_probe",
+            backbone=architecture,
+            backbone_args=known,
+            num_classes=classes,
+            cfg=body.pretrained_cfg,
+            **({"in_chans": options["in_chans"]} if "in_chans" in options else {}),
         )
         model._model_args.pop("cfg")  # an export brings its own configuration
         model.backbone.load_state_dict(body.state_dict())

@@ -6,7 +6,7 @@
 import typing
 from pathlib import Path
 
-from ...recipe.registry import Metric, TaskSpec
+from ...recipe.registry import Auto, Metric, TaskSpec
 from .options import Detect, DetectData, conflicts, sample
 
 if typing.TYPE_CHECKING:
@@ -26,17 +26,18 @@ def load(path: str | Path) -> "nn.Module":
 
 USAGE = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import tessel.train.detect
 
 model = tessel.train.detect.load("{path}")
-image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255  # not normalized
+image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255  # not normalized
 with torch.inference_mode():
     (found,) = model([image])
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
-    print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
+    if score > 0.3:
+        print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
 """
 
 SPEC = TaskSpec(
@@ -55,4 +56,6 @@ SPEC = TaskSpec(
     report="tessel.train.report.dense",
     eval_keys=("task.detect.max_size", "task.detect.kwargs"),
     backbone_prefix="backbone.body.body.",
+    auto=Auto(batch=(4, 16), epochs=(12, 100)),
+    models_of_timm=True,
 )

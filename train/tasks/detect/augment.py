@@ -17,7 +17,7 @@ SIDES_BEFORE_CROP = [400, 500, 600]
 
 
 class TrainTransform:
-    """(PIL image, target) -> (float32 [3, H, W] in 0..1, boxes [N, 4], labels [N] and masks [N, H, W] in a dict).
+    """(PIL image, target) -> (uint8 [3, H, W], boxes [N, 4], labels [N] and masks [N, H, W] in a dict).
 
     Flips, color jitter, random crop and random resize. Crowds and boxes without an area are removed.
     """
@@ -47,18 +47,18 @@ class TrainTransform:
         if "masks" in target:
             objects["masks"] = tv_tensors.Mask(torch.from_numpy(target["masks"][chosen]))
         pixels, objects = self.steps(F.to_image(image), objects)
-        return to_float(pixels), {name: tensor.as_subclass(Tensor) for name, tensor in objects.items()}
+        return pixels.as_subclass(Tensor), {name: tensor.as_subclass(Tensor) for name, tensor in objects.items()}
 
 
 class EvalTransform:
-    """(PIL image, target) -> (float32 [3, H, W] in 0..1, the whole target as tensors), without augmentation.
+    """(PIL image, target) -> (uint8 [3, H, W], the whole target as tensors), without augmentation.
 
     The detector itself resizes images in evaluation.
     """
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = {name: torch.from_numpy(value.copy()) for name, value in target.items()}
-        return to_float(F.to_image(image)), tensors
+        return F.to_image(image).as_subclass(Tensor), tensors
 
 
 class RandomSizeCrop(v2.Transform):
@@ -79,8 +79,8 @@ class RandomSizeCrop(v2.Transform):
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] to float32 in 0..1; the detector normalizes it."""
-    return F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
+    """uint8 [3, H, W] to float32 in 0..1, on the device of the batch; the detector normalizes it."""
+    return F.to_dtype(image, torch.float32, scale=True)
 
 
 def _random_resize(sides: list[int], max_size: int) -> v2.Transform:

@@ -24,8 +24,10 @@ from ...errors import UserError
 from ...recipe.schema import Dense, Model, Probability
 from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_export
+from .mmdetection import AlignedRoIAlign, BatchAveragedHead
 from .options import DetectOptions
 
+RATIOS = ((0.5, 1.0, 2.0),) * 5  # height / width of the anchors of each level
 BACKBONE_PREFIX = "backbone.body."  # of the parameters of the DenseBackbone
 
 
@@ -122,6 +124,13 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     options |= {"min_size": size, "max_size": detect.max_size, "_skip_resize": True}
     options |= {**anchor_generator(detect), **detect.kwargs}
     backbone = BackboneWithFPN(body, detect.channels, extra)
+    if detect.roi_align == "mmdetection":
+        options["box_roi_pool"] = AlignedRoIAlign(body.strides, output_size=7)
+        if detect.detector == "mask_rcnn":
+            options["mask_roi_pool"] = AlignedRoIAlign(body.strides, output_size=14)
+    if detect.loss_average == "batch":
+        generator = options.setdefault("anchor_generator", _retinanet_anchors(32))
+        options["head"] = BatchAveragedHead(detect.channels, generator.num_anchors_per_location()[0], classes)
     try:
         detector = detector_type(backbone, num_classes=classes + detector_type.first_label, **options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -178,12 +187,15 @@ def anchor_generator(detect: DetectOptions) -> dict[str, Any]:
     """The detector's argument for anchors whose smallest side is `detect.anchor`; empty for torchvision's default."""
     if detect.anchor is None:
         return {}
-    ratios, sides = ((0.5, 1.0, 2.0),) * 5, [detect.anchor * 2**level for level in range(5)]
     if detect.detector == "retinanet":
-        # three sizes per level, at thirds of an octave
-        sizes = tuple(tuple(int(side * 2 ** (third / 3)) for third in range(3)) for side in sides)
-        return {"anchor_generator": AnchorGenerator(sizes, ratios)}
-    return {"rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in sides), ratios)}
+        return {"anchor_generator": _retinanet_anchors(detect.anchor)}
+    return {"rpn_anchor_generator": AnchorGenerator(tuple((detect.anchor * 2**level,) for level in range(5)), RATIOS)}
+
+
+def _retinanet_anchors(smallest: int) -> AnchorGenerator:
+    """Three sizes per level, at thirds of an octave; with 32, torchvision's default."""
+    sizes = tuple(tuple(int(smallest * 2**level * 2 ** (third / 3)) for third in range(3)) for level in range(5))
+    return AnchorGenerator(sizes, RATIOS)
 
 
 def load(path: str | Path) -> nn.Module:

@@ -26,6 +26,10 @@ class DetectOptions:
     """minimum and maximum side of a random crop before resizing, applied with probability 0.5"""
     empty: bool = False
     """also train on images without objects; crowds do not count as objects"""
+    roi_align: Literal["torchvision", "mmdetection"] = "torchvision"
+    """how an R-CNN pools boxes: torchvision's default, or aligned and with a sample per pixel as in mmdetection"""
+    loss_average: Literal["image", "batch"] = "image"
+    """average RetinaNet's losses over the anchors of each image, or of the micro-batch as in mmdetection"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of torchvision's detector, for example {score_thresh: 0.1}"""
 
@@ -59,6 +63,10 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     detect = recipe.task.detect
     if detect.detector == "fcos" and detect.anchor:
         yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.roi_align != "torchvision" and "rcnn" not in detect.detector:
+        yield f"task.detect.roi_align has no effect with task.detect.detector={detect.detector}; remove it"
+    if detect.loss_average != "image" and detect.detector != "retinanet":
+        yield f"task.detect.loss_average has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
         # its group norms have 32 groups; groups of one value would be normalized to zero on a map of one pixel
         yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos needs a multiple of 32, at least 64"

@@ -15,7 +15,7 @@ from ...recipe.schema import Recipe
 from ..base import DatasetTask
 from ..export import export_model
 from ..models import batch_norm_errors, check_name
-from .augment import EvalTransform, TrainTransform
+from .augment import EvalTransform, TrainTransform, to_float
 from .detectors import build_detector
 from .metrics import DetectionMetrics, image_predictions
 from .options import Detect, DetectData
@@ -98,5 +98,6 @@ class DetectTask(DatasetTask[Detect, DetectData]):
 
     def to_device(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device = self.world.device
-        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        # uint8 is a quarter of the bytes to pass between processes and to copy
+        images = [to_float(image.to(device, non_blocking=True)) for image in batch[0]]
         return images, [{k: tensor.to(device, non_blocking=True) for k, tensor in t.items()} for t in batch[1]]

@@ -6,8 +6,8 @@
 import typing
 from pathlib import Path
 
-from ...recipe.registry import Metric, TaskSpec
-from .options import Segment, SegmentData, conflicts
+from ...recipe.registry import Auto, Metric, TaskSpec
+from .options import Segment, SegmentData, conflicts, img_scale
 
 if typing.TYPE_CHECKING:
     from .model import Segmenter
@@ -27,13 +27,13 @@ def load(path: str | Path) -> "Segmenter":
 
 USAGE = """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 import tessel.train.segment
 
 model = tessel.train.segment.load("{path}")
-image = pil_to_tensor(Image.open("image.jpg").convert("RGB")) / 255
+image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255
 with torch.inference_mode():
     logits = model(normalize(image, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])[None])
 mask = logits[0].argmax(0)  # [H, W], indices into model.classes
@@ -57,4 +57,6 @@ SPEC = TaskSpec(
     eval_keys=("task.segment.test.",),
     init_keys=("task.segment.load_from",),
     backbone_prefix="backbone.body.",
+    auto=Auto(batch=(4, 16), epochs=(12, 100), keys={"data.img_scale": img_scale}),
+    models_of_timm=True,
 )

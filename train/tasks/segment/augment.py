@@ -19,32 +19,34 @@ from .options import SegmentData, SegmentTest
 MAX_CROP_RETRIES = 10  # as in mmsegmentation's RandomCrop
 
 
-def train_transform(data: SegmentData, pretrained_cfg: Any) -> Transform:
-    """The training transform: (PIL image, uint8 mask [H, W]) -> (float32 [3, size, size], int64 [size, size]).
+def train_transform(data: SegmentData) -> Transform:
+    """The training transform: (PIL image, uint8 mask [H, W]) -> ((image, its size), int64 mask [size, size]).
 
-    Resizes, crops, flips, distorts the colors, normalizes, and pads to data.size with the mean color and IGNORE_INDEX.
+    Resizes, crops, flips, distorts the colors, and pads to data.size with 0 and IGNORE_INDEX. The image is uint8
+    [3, size, size]; its size is an int64 tensor of height and width without the padding, for `Normalizer`.
     """
-    aug, (mean, std) = data.aug, input_mean_std(pretrained_cfg)
+    aug = data.aug
     distort = photometric if aug.photometric else v2.Identity()
     flip = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
 
-    def transform(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+    def transform(image: Image.Image, mask: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
         pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
         labels: Tensor = tv_tensors.Mask(torch.from_numpy(mask))
         pixels, labels = random_resize(pixels, labels, data)
         pixels, labels = flip(*random_crop(pixels, labels, data.size, aug.cat_max_ratio))
-        pixels = F.normalize(F.to_dtype(distort(pixels), torch.float32, scale=True), mean, std)
-        return pad_to_size(pixels, labels, data.size)
+        pixels = distort(pixels)
+        size = torch.tensor(pixels.shape[-2:])
+        pixels, labels = pad_to_size(pixels, labels, data.size)
+        return (pixels, size), labels
 
     return transform
 
 
-def eval_transform(data: SegmentData, test: SegmentTest, pretrained_cfg: Any) -> Transform:
-    """The evaluation transform: (PIL image, mask [H, W]) -> (list of float32 [3, h, w], int64 mask [H, W]).
+def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
+    """The evaluation transform: (PIL image, mask [H, W]) -> (list of uint8 [3, h, w], int64 mask [H, W]).
 
-    The list has the normalized image at each of `test.scales`. The mask keeps its size.
+    The list has the image at each of `test.scales`. The mask keeps its size.
     """
-    mean, std = input_mean_std(pretrained_cfg)
 
     def transform(image: Image.Image, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
         pixels, views = F.pil_to_tensor(image), []
@@ -52,11 +54,29 @@ def eval_transform(data: SegmentData, test: SegmentTest, pretrained_cfg: Any) ->
             size = rescaled_size(mask.shape, data.img_scale, scale)
             if test.divisor:
                 size = round_up(size, test.divisor)
-            view = F.to_dtype(resize_image(pixels, size), torch.float32, scale=True)
-            views.append(F.normalize(view, mean, std))
+            views.append(resize_image(pixels, size))
         return views, torch.from_numpy(mask).long()
 
     return transform
+
+
+class Normalizer:
+    """uint8 images [B, 3, H, W] to (image / 255 - mean) / std in float32, on the device of the batch.
+
+    Workers hand out uint8, a quarter of the bytes to pass between processes and to copy to the device.
+    """
+
+    def __init__(self, pretrained_cfg: Any, device: torch.device):
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in input_mean_std(pretrained_cfg))
+
+    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """sizes: height and width [B, 2] of each image without its padding, which becomes 0, the mean color."""
+        pixels = F.to_dtype(images.contiguous(), torch.float32, scale=True).sub_(self.mean).div_(self.std)
+        if sizes is not None:
+            for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+                image[:, height:] = 0
+                image[:, :, width:] = 0
+        return pixels
 
 
 def input_mean_std(pretrained_cfg: Any) -> tuple[list[float], list[float]]:
@@ -155,7 +175,7 @@ def _uniform(low: float, high: float) -> float:
 
 
 def pad_to_size(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pad a normalized image [3, h, w] with 0, the mean color, and its mask [h, w] with IGNORE_INDEX.
+    """Pad an image [3, h, w] with 0, and its mask [h, w] with IGNORE_INDEX.
 
     Padding is on the right and at the bottom. Returns plain tensors, [3, size, size] and int64 [size, size].
     """

@@ -126,14 +126,16 @@ def build_head(
     num_classes: int,
     class_weight: list[float] | None,
     size: int | None = None,
+    avg_non_ignore: bool = True,
 ) -> nn.Module:
     """A head that was run once on dummy feature maps. Raises UserError if it cannot be built, run or trained.
 
-    class_weight: weights of the classes in the loss; size: see `check_head`.
+    class_weight: weights of the classes in the loss; size: see `check_head`; avg_non_ignore: average the cross entropy
+    over the labelled pixels only.
     """
     kwargs = _resolve_kwargs(config, features, num_classes)
     _check_head_type(config.key, config.type)
-    kwargs["loss_decode"] = _resolve_losses(config, class_weight)
+    kwargs["loss_decode"] = _resolve_losses(config, class_weight, avg_non_ignore)
     head = _build_module(config.key, kwargs)
     _patch_cross_entropy(head)
     losses = f"{config.key}.loss_decode={config.kwargs.get('loss_decode', 'CrossEntropyLoss')}"
@@ -173,8 +175,8 @@ def _resolve_kwargs(config: HeadConfig, features: FeatureSpecs, num_classes: int
     return kwargs
 
 
-def _resolve_losses(config: HeadConfig, class_weight: list[float] | None) -> Any:
-    """loss_decode with the class weights; cross entropy is averaged over the labelled pixels.
+def _resolve_losses(config: HeadConfig, class_weight: list[float] | None, avg_non_ignore: bool) -> Any:
+    """loss_decode with the class weights and avg_non_ignore in each cross entropy that does not set them.
 
     Raises UserError for what is not a loss, and for class weights without a cross entropy.
     """
@@ -185,7 +187,7 @@ def _resolve_losses(config: HeadConfig, class_weight: list[float] | None) -> Any
         raise UserError(f"{key}={given} must be a loss, as in {{type: CrossEntropyLoss}}, or a list of losses")
     cross_entropies = [loss for loss in losses if loss["type"] == "CrossEntropyLoss"]
     for loss in cross_entropies:
-        loss.setdefault("avg_non_ignore", True)
+        loss.setdefault("avg_non_ignore", avg_non_ignore)
         if class_weight is not None:
             loss.setdefault("class_weight", class_weight)
     if class_weight is not None and not cross_entropies:

@@ -27,6 +27,7 @@ class EvaluatedTask(Protocol):
     classes: list[str]
     window: int
     kept: int
+    normalize: Callable[[Tensor], Tensor]
 
 
 class SegmentationMetrics:
@@ -48,7 +49,7 @@ class SegmentationMetrics:
         device, layout = task.world.device, memory_format(task.recipe.parallel)
         for samples in group_by_shape(batch):
             views = [
-                torch.stack(images).to(device, memory_format=layout)
+                task.normalize(torch.stack(images).to(device)).contiguous(memory_format=layout)
                 for images in zip(*(sample[0] for sample in samples), strict=True)
             ]
             size = samples[0][1].shape[-2:]

@@ -124,7 +124,10 @@ def build_segmenter(
     neck = None
     if segment.neck:
         neck, features = build_neck(segment.neck, features, heads.values())
-    modules = {name: build_head(head, features, len(classes), class_weight, size) for name, head in heads.items()}
+    average = segment.avg_non_ignore
+    modules = {
+        name: build_head(head, features, len(classes), class_weight, size, average) for name, head in heads.items()
+    }
     return Segmenter(backbone, modules.pop("decode_head"), neck=neck, **modules)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...recipe.schema import STRICT, Aug, Data, Dense, FilePath, Recipe, Task
+from ...recipe.schema import STRICT, Aug, AutoPair, Data, Dense, FilePath, Recipe, Task
 from ...recipe.validation import check_range
 
 
@@ -37,6 +37,8 @@ class SegmentOptions:
     """config of a neck between backbone and heads, for example {type: FPN, out_channels: 256}; empty: none"""
     class_weight: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     """class name -> weight in the loss, for example {background: 0.2}; 1 for classes that are not listed"""
+    avg_non_ignore: bool = True
+    """average the cross entropy over labelled pixels; false: over all, mmsegmentation's default"""
     load_from: FilePath | None = None
     """start from the file of a published segmenter, with mmsegmentation's parameter names"""
     test: SegmentTest = SegmentTest()
@@ -62,9 +64,15 @@ class SegmentAug(Aug):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SegmentData(Data):
-    img_scale: tuple[PositiveInt, PositiveInt] | None = None
-    """long and short side that an image is resized to fit into, keeping its ratio; null: the size of the image"""
+    img_scale: AutoPair | None = None
+    """long and short side that an image is resized to fit into, keeping its ratio; null: the size of the image; auto:
+    [4 * data.size, data.size]"""
     aug: SegmentAug = SegmentAug()
+
+
+def img_scale(recipe: Recipe[Segment, SegmentData]) -> tuple[int, int]:
+    """What `data.img_scale=auto` stands for: the short side becomes `data.size`."""
+    return 4 * recipe.data.size, recipe.data.size
 
 
 def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
@@ -81,7 +89,7 @@ def conflicts(recipe: Recipe[Segment, SegmentData]) -> Iterator[str]:
                 yield f"task.segment.test.{key} has no effect with task.segment.test.mode=whole; remove it"
     elif (test.stride or 0) > (test.crop or recipe.data.size):
         yield f"task.segment.test.stride={test.stride} leaves gaps between windows; use at most the side of a window"
-    if segment.load_from and (model.init_from or model.pretrained):
+    if segment.load_from and (model.init_from or model.pretrained is True):
         yield (
             "task.segment.load_from includes the weights of the backbone; remove it, or model.init_from and "
             "model.pretrained"

@@ -18,7 +18,7 @@ from ..base import DatasetTask
 from ..dense_backbone import check_backbone
 from ..export import export_model
 from ..models import batch_norm_errors, check_name
-from .augment import eval_transform, input_mean_std, round_up, train_transform
+from .augment import Normalizer, eval_transform, input_mean_std, round_up, train_transform
 from .metrics import SegmentationMetrics
 from .model import Segmenter, build_segmenter, load_initial_weights
 from .options import Segment, SegmentData
@@ -60,8 +60,9 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         self.check_eval_size(model)
         load_initial_weights(model, recipe)
         self.pretrained_cfg = model.pretrained_cfg
-        self.train_transform = train_transform(recipe.data, self.pretrained_cfg)
-        self.eval_transform = eval_transform(recipe.data, recipe.task.segment.test, self.pretrained_cfg)
+        self.train_transform = train_transform(recipe.data)
+        self.eval_transform = eval_transform(recipe.data, recipe.task.segment.test)
+        self.normalize = Normalizer(self.pretrained_cfg, self.world.device)
         return model
 
     def check_eval_size(self, model: Segmenter) -> None:
@@ -83,7 +84,9 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         device = self.world.device
-        images = batch[0].to(device, non_blocking=True, memory_format=memory_format(self.recipe.parallel))
+        pixels, sizes = batch[0]
+        images = self.normalize(pixels.to(device, non_blocking=True), sizes)
+        images = images.contiguous(memory_format=memory_format(self.recipe.parallel))
         with batch_norm_errors(len(images), BATCH_NORM_REMEDY):
             return model(images, batch[1].to(device, non_blocking=True))
 
@@ -99,7 +102,9 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         task = self.recipe.task
         segment = dataclasses.replace(task.segment, load_from=None)
         sections = {"dense": task.dense, "segment": segment}
-        facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std}
+        # how images are resized and cut into windows, for predictions
+        data = {"img_scale": self.recipe.data.img_scale, "size": self.recipe.data.size}
+        facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std, "data": data}
         export_model(path, state, task="segment", model=self.recipe.model, sections=sections, **facts)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:

@@ -1,0 +1,80 @@
+"""Where a network computes: a PyTorch module on a device, or an exported file in its runtime."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..train.errors import UserError, one_line
+from ..train.tasks.models import MODEL_ERRORS
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto": the accelerator that torch finds, else the CPU. Raises UserError if unusable."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used ({one_line(error)}); use auto or cpu") from error
+    return device
+
+
+class TorchNetwork:
+    """Runs `module` on `device`, in evaluation mode and without gradients."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.module, self.device = module.to(device).eval(), device
+
+    def __call__(self, inputs: Any) -> Any:
+        """inputs: a tensor, or a list of them, moved to the device; outputs: on the device.
+
+        Raises UserError for inputs that do not fit.
+        """
+        with torch.inference_mode():
+            try:
+                return self.module(tree_map_only(Tensor, lambda tensor: tensor.to(self.device), inputs))
+            except torch.OutOfMemoryError as error:
+                raise UserError("the device is out of memory; use smaller batches or the device cpu") from error
+            except MODEL_ERRORS as error:
+                shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"{len(inputs)} images"
+                raise UserError(f"the model does not accept this input, {shape}: {one_line(error)}") from error
+
+
+class ExportedNetwork:
+    """A file that `tessel.export` reads: images [B, C, H, W] to one output, on the CPU.
+
+    `metadata` is what the file says of itself; `size` is the (height, width) of its images, None if it is open.
+    """
+
+    def __init__(self, path: Path):
+        from ..export import ExportError
+        from ..export import load as load_export
+
+        try:
+            self.exported = load_export(path)
+        except ExportError as error:
+            raise UserError(str(error)) from error
+        self.path, self.metadata, self.device = path, self.exported.metadata, torch.device("cpu")
+        dynamic, example = self.metadata.get("dynamic", ()), self.metadata.get("example")
+        self.batch = example[0] if example and "batch" not in dynamic else None
+        self.size = (example[2], example[3]) if example and "size" not in dynamic else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The output; where the file has a fixed batch size, of one such batch after the other."""
+        return torch.cat([self._run(part) for part in (images.split(self.batch) if self.batch else [images])])
+
+    def _run(self, images: Tensor) -> Tensor:
+        count = len(images)
+        if self.batch and count < self.batch:
+            images = torch.cat([images, images[-1:].expand(self.batch - count, *images.shape[1:])])
+        try:
+            output = self.exported(images)
+        except Exception as error:  # each runtime has errors of its own
+            raise UserError(f"{self.path} does not accept images {list(images.shape)}: {one_line(error)}") from error
+        if not isinstance(output, Tensor):
+            raise UserError(f"{self.path} has several outputs; predictions are made from one")
+        return output[:count]
