@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
     if kind == "detect":
-        return Detector(network, model.classes)
+        return Detector(network, cast(list[str], model.classes))
     if kind == "segment":
         return _segmenter(network, recipe, path)
     raise UserError(f"{path}: predictions of task.kind={kind} are not known here; use {TASKS[kind].load_hint}")
@@ -168,7 +168,7 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
             return Classifier(network, classes, config)
         if task == "segment":
             keys = ("palette", "mean", "std", "test", "img_scale", "size")
-            options = {key: facts.get(key) for key in keys}
+            options: dict[str, Any] = {key: facts.get(key) for key in keys}
             return Segmenter(network, facts["class_names"], **options, fixed_size=fixed)
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """`Predictor`: reads images, hands them to a model of one task in batches, and gives a result for each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -25,8 +25,9 @@ class TaskModel(Protocol):
         """Task, classes and preprocessing, as an exported file carries them."""
         ...
 
-    def predict(self, named: list[tuple[str, Image.Image]], **options: Any) -> list[Any]:
-        """The results of named RGB images, in their order."""
+    @property
+    def predict(self) -> Callable[..., list[Any]]:
+        """Called with [(name, RGB image)] and the options of the task; returns the results in the same order."""
         ...
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Classifier:
 
     def logits(self, named: Named) -> Tensor:
         """float32 [N, classes], on the CPU."""
-        images = self.normalize(torch.stack([self.transform(image) for _, image in named]))
+        images = self.normalize(torch.stack([cast(Tensor, self.transform(image)) for _, image in named]))
         return self.network(images).float().cpu()
 
     def result(self, source: str, image: Image.Image, indices: list[int], probabilities: list[float]) -> Classification:
@@ -153,7 +153,7 @@ class Segmenter:
         for source, image in named:
             resized = image
             if self.fixed_size is not None:
-                resized = image.resize(self.fixed_size[::-1], Image.Resampling.BILINEAR)
+                resized = image.resize((self.fixed_size[1], self.fixed_size[0]), Image.Resampling.BILINEAR)
             views, _ = self.transform(resized, np.zeros(resized.size[::-1], np.uint8))
             samples.append((source, image, views))
         results = []

@@ -54,7 +54,7 @@ def has_weights(name: str) -> bool:
     if cfg is None:
         return False
     row = load_manifest().get(f"{name.partition('.')[0]}.{cfg.tag}")
-    return is_available(row) if row is not None else cfg.has_weights
+    return is_available(row) if row is not None else bool(cfg.has_weights)
 
 
 def download_path(name: str, pretrained_cfg: Any, cache_dir: str | Path | None) -> Path | None:

@@ -92,7 +92,7 @@ def as_rgb(image: Image.Image, background: tuple[int, int, int] = RGB.background
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3] != (255, 255):
+        if image.getchannel("A").getextrema() != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("RGB")
 

@@ -176,7 +176,7 @@ def read_table(file: Path, delimiter: str | None = None) -> list[Row]:
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             separator = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
-            rows = list(csv.DictReader(lines, delimiter=separator, strict=True))
+            rows: list[Row] = list(csv.DictReader(lines, delimiter=separator, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
         raise UserError(f"data.root={file} cannot be read ({one_line(error)})") from error
     for number, row in enumerate(rows, 2):
@@ -189,7 +189,7 @@ def read_table(file: Path, delimiter: str | None = None) -> list[Row]:
 
 def _read_parquet(file: Path) -> list[Row]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(f"data.root={file}: parquet files need the package pyarrow: pip install pyarrow") from error
     try:

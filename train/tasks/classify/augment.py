@@ -145,9 +145,9 @@ def mixing(aug: ClassifyAug, smoothing: float, num_classes: int, *, multi_label:
     )
 
 
-def _three(values: Sequence[float]) -> Sequence[float]:
+def _three(values: Sequence[float]) -> tuple[float, ...]:
     """The values of three channels: gray images are augmented as RGB images."""
-    return tuple(values) * 3 if len(values) == 1 else values
+    return tuple(values) * (3 if len(values) == 1 else 1)
 
 
 def _affine(aug: ClassifyAug) -> list[RandomAffine]:

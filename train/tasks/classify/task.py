@@ -66,10 +66,11 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
 
     def build_model(self) -> nn.Module:
         model, data = build_classifier(self.recipe, len(self.classes)), self.recipe.data
-        size, mean = model.pretrained_cfg["input_size"], model.pretrained_cfg["mean"]
+        published: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        size, mean = published["input_size"], published["mean"]
         if self.channels not in (1, 3, len(mean)) and data.mean is None:
             raise missing_statistics(self.train, self.channels)
-        self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (self.channels, *size[1:])}
+        self.pretrained_cfg = {**published, "input_size": (self.channels, *size[1:])}
         self.train_transform = partial(image_only, train_transform(data, self.pretrained_cfg))
         self.eval_transform = partial(image_only, eval_transform(data, self.pretrained_cfg))
         self.normalize = Normalizer(input_config(data, self.pretrained_cfg), self.world.device)
