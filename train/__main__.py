@@ -12,6 +12,7 @@ from .errors import report_errors
 from .recipe.explain import describe_type
 from .recipe.load import describe_packaged, load_recipe
 from .recipe.registry import SOURCES, TASKS, key_groups, task_spec
+from .system import allow_cpu_operators
 from .tasks.names import check_spelling
 from .threads import limit_spinning
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             check_spelling(recipe.model.name, "model.name")
             check_spelling(recipe.model.init_from, "model.init_from")
         limit_spinning()
+        allow_cpu_operators()
         # imports torch and timm, after help and errors in the recipe
         from . import trainer
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from .data.batch_stream import BatchStream
 from .data.sampler import seed_all
+from .distributed.device import autocast_dtype, sum_dtype
 from .distributed.parallel import (
     autocast,
     broadcast_tensors,
@@ -97,7 +98,8 @@ class Engine:
             self.optimizer = build_optimizer(self.model, recipe.optim, plan.lr, split)
         self.schedule = build_schedule(self.optimizer, recipe, plan)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema.decay else None
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.parallel.precision == "fp16")
+        half = autocast_dtype(recipe.parallel.precision, world.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=half)
         self.guard = NonFiniteGuard(recipe.guard.max_skips, self.scaler)
         self.meter = ThroughputMeter(recipe.data.batch, self.gflops, peak_tflops(recipe.parallel, world), world.device)
         self.progress = Progress()
@@ -167,7 +169,7 @@ class Engine:
                 loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum()
                 self.scaler.scale(loss / len(batches)).backward()
             for name, value in (parts | {"loss": loss}).items():
-                means[name] = means.get(name, 0.0) + (value.detach() / len(batches)).double()
+                means[name] = means.get(name, 0.0) + (value.detach() / len(batches)).to(sum_dtype(value.device))
         return means
 
     def finalize_step(self) -> None:

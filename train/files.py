@@ -66,12 +66,3 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def sync_directory(path: Path) -> None:
-    """Write the entries of a directory to disk, after files were created or renamed in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

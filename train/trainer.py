@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .distributed.device import describe_replacements, has_bf16
 from .distributed.parallel import full_state_dict
 from .distributed.world import World, init_distributed
 from .engine import Engine
@@ -77,9 +78,8 @@ def build(recipe: Recipe, world: World) -> tuple[Task, Plan, Engine]:
         recipe = resolve_pretrained(recipe)
         task: Task = task_spec(recipe).build(recipe, world)
         multiple = task.micro_batch_multiple
-        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         # the number of images is known only to the task
-        task.recipe = recipe = sized(recipe, samples=task.samples, processes=world.size, multiple=multiple, bf16=bf16)
+        task.recipe = recipe = sized(recipe, samples=task.samples, processes=world.size, multiple=multiple, bf16=has_bf16(world.device))
         schedule = plan(recipe, samples=task.samples, world_size=world.size, micro_batch_multiple=multiple)
     return task, schedule, Engine(recipe, task, world, schedule)
 
@@ -167,12 +167,13 @@ def dry_run(recipe: Recipe) -> None:
         if world.main:
             print("\n".join([*describe(engine), *describe_choices(recipe, engine.recipe)]))
             print(f"forward: {engine.gflops:.3f} GFLOP per image")
-            print(f"one micro-batch: loss {loss:.4f}, peak memory {peak_memory(world.device):.2f} GB")
+            memory = peak_memory(world.device)
+            print(f"one micro-batch: loss {loss:.4f}" + ("" if memory is None else f", peak memory {memory:.2f} GB"))
             print("dry run: nothing was written")
 
 
 def describe(engine: Engine) -> Iterator[str]:
-    """What will be trained, in three lines; on the CPU a fourth one about threads."""
+    """What will be trained, in three lines; on the CPU a fourth one about threads, elsewhere about what it lacks."""
     recipe, schedule, world = engine.recipe, engine.plan, engine.world
     size, precision = recipe.data.size, recipe.parallel.precision
     yield f"{recipe.model.name}: {count_parameters(engine.model) / 1e6:.2f} M parameters, {size} px, {precision}"
@@ -183,6 +184,8 @@ def describe(engine: Engine) -> Iterator[str]:
     yield f"{recipe.optim.name}, lr {schedule.lr_text}; {recipe.sched.name}, {schedule.warmup} steps of warm-up"
     if world.device.type == "cpu":
         yield f"CPU threads: {torch.get_num_threads()}, {describe_waiting()}"
+    if text := describe_replacements(recipe.run.device, recipe.parallel, world.device):
+        yield text
 
 
 def describe_choices(asked: Recipe, recipe: Recipe) -> Iterator[str]:

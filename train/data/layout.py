@@ -129,7 +129,7 @@ def read_list(file: Path, folder: str) -> list[str]:
     Raises UserError if the list cannot be read, is empty, or has a name twice.
     """
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list {file} cannot be read ({error})") from error
     names = []

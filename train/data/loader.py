@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import WORKER_DIED, UserError
+from ..system import STOP_SIGNALS
 from .sampler import GlobalBatchSampler, Key, seed_all
 from .transform_errors import transform_errors
 
@@ -149,5 +150,5 @@ def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[A
 
 def _ignore_signals(worker: int) -> None:
     # the trainer handles signals to the process group, and needs its workers to finish the step
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

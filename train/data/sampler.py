@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ..distributed.device import seed_accelerator
+
 Key = tuple[int, int]  # epoch, index
 
 
@@ -101,11 +103,10 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def seed_all(*key: int, devices: bool = False) -> None:
-    """Seed random, numpy and torch (with `devices` also its GPUs) with a function of `key`."""
+    """Seed random, numpy and torch (with `devices` also its accelerator) with a function of `key`."""
     words = np.random.SeedSequence(key).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
     torch.default_generator.manual_seed(int(words[3]))
-    if devices and torch.cuda.is_available():
-        # torch.manual_seed would also store a stack trace for each backend that is not there
-        torch.cuda.manual_seed_all(int(words[3]))
+    if devices:
+        seed_accelerator(int(words[3]))

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..recipe.schema import Parallel
+from .device import autocast_dtype
 from .world import World
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SYNC_BATCH_NORM_DEVICES = ("cuda", "xpu")
 
 
 def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Module:
@@ -29,8 +30,8 @@ def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Modu
 
     Raises UserError for fp16 on the CPU and for a model without gradient checkpointing.
     """
-    if parallel.precision == "fp16" and world.device.type != "cuda":
-        raise UserError("parallel.precision=fp16 needs run.device=cuda; use bf16 or fp32 on the CPU")
+    if parallel.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("parallel.precision=fp16 needs a GPU (run.device=cuda); use bf16 or fp32 on the CPU")
     if parallel.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -38,7 +39,7 @@ def prepare_model(model: nn.Module, parallel: Parallel, world: World) -> nn.Modu
             raise UserError(
                 f"parallel.grad_checkpointing: this model does not support it ({error}); remove it"
             ) from error
-    if parallel.sync_batch_norm and world.size > 1 and world.device.type == "cuda":
+    if parallel.sync_batch_norm and world.size > 1 and world.device.type in SYNC_BATCH_NORM_DEVICES:
         model = synchronize_batch_norms(model)
     # fully_shard needs contiguous weights; convolutions then follow the memory format of the images
     sharded = world.size > 1 and parallel.strategy != "ddp"
@@ -79,7 +80,7 @@ def wrap_distributed(model: nn.Module, parallel: Parallel, world: World) -> nn.M
         # gradients of depthwise convolutions [C, 1, k, k] have another stride in their dimension of size 1, which
         # changes no address; DDP compares the numbers and warns
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        return DistributedDataParallel(model, device_ids=None if world.device.type == "cpu" else [world.device])
     shape, names = (world.size,), ("shard",)
     if parallel.strategy == "hsdp":
         group = parallel.shard or world.local_size
@@ -154,8 +155,10 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any
 
 
 def autocast(parallel: Parallel, world: World) -> AbstractContextManager[Any]:
-    """torch.autocast in the precision of the recipe; disabled for fp32."""
-    dtype = DTYPES.get(parallel.precision)
+    """torch.autocast in the precision of the recipe; disabled for fp32, and where the device lacks that precision."""
+    dtype = autocast_dtype(parallel.precision, world.device)
+    if dtype is None and not torch.amp.is_autocast_available(world.device.type):
+        return nullcontext()
     return torch.autocast(world.device.type, dtype, enabled=dtype is not None)
 
 

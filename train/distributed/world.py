@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ..errors import WORKER_DIED, LocalRankError, UserError
 from ..recipe.schema import Guard, Run
+from .device import choose_device, collectives
 from .rendezvous import restart_safe_store
 
 
@@ -85,16 +86,11 @@ def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # no
     """Yield the World described by torchrun's environment variables, or a single process; destroy the group at the end.
 
     Also selects the device and sets deterministic algorithms for the block. The timeout of collectives is twice
-    `guard.timeout`. Raises UserError for `run.device=cuda` without a GPU, and for the RuntimeErrors that
+    `guard.timeout`. Raises UserError for a `run.device` that is not there, and for the RuntimeErrors that
     `translate_error` knows.
     """
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda, but torch finds no GPU; use run.device=cpu or auto")
-    cuda = run.device != "cpu" and torch.cuda.is_available()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = choose_device(run.device, processes=size, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -104,8 +100,7 @@ def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # no
     try:
         if size > 1:
             store, rank, size = restart_safe_store(timeout)
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            dist.init_process_group(collectives(device), store=store, rank=rank, world_size=size, timeout=timeout)
         yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)), timeout)
     except RuntimeError as error:
         if known := translate_error(error, timeout):
@@ -137,7 +132,7 @@ def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None
         return LocalRankError(
             f"another process of this run is gone ({text[:160]}); the same command continues from the last checkpoint"
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
         return LocalRankError(
             f"the GPU is out of memory ({text}): lower data.micro_batch or set parallel.grad_checkpointing=true"
         )

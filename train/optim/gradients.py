@@ -74,7 +74,7 @@ class NonFiniteGuard:
         """Whether to apply the update of `step`; False skips it. Raises NonFiniteError."""
         if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             return True  # fp16 overflow: GradScaler skips the update itself and lowers its scale
-        if norm.is_cuda and not self.max_skips:
+        if norm.device.type != "cpu" and not self.max_skips:
             self.check_deferred()
             self.unchecked = step, norm, loss
             return True

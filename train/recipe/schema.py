@@ -43,8 +43,8 @@ class Run:
     """directory that holds the runs"""
     seed: NonNegativeInt = 0
     """seed of the weights, the data order, the augmentation and drop path"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is a GPU"""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """auto: the accelerator that torch finds, else cpu"""
     deterministic: bool = False
     """use deterministic torch kernels only (slower)"""
     fresh: bool = False
@@ -199,7 +199,7 @@ class Parallel:
     shard: PositiveInt | None = None
     """processes per group (hsdp); null: those of a node"""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """autocast dtype; fp16 needs cuda; auto: bf16 on a GPU that has it, else fp32"""
+    """autocast dtype; fp16 needs a GPU; auto: bf16 on a GPU that has it, else fp32"""
     compile: bool = False
     """torch.compile the model"""
     channels_last: bool = False

@@ -31,11 +31,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ... import __version__
+from ..distributed.parallel import SYNC_BATCH_NORM_DEVICES
 from ..distributed.world import World
 from ..errors import NewerFormatError, UserError, one_line
-from ..files import check_format, sync_directory, write_atomically
+from ..files import check_format, write_atomically
 from ..recipe.load import differences, load_recipe, make_recipe
 from ..recipe.schema import Parallel, Recipe
+from ..system import sync_directory
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -210,7 +212,7 @@ def exactness(then: dict[str, Any], now: dict[str, Any], model: nn.Module, paral
     text = f"not bitwise: {', '.join(changed)}"
 
     def batch_norm_images(facts: dict[str, Any]) -> int:
-        synced = parallel.sync_batch_norm and facts["device"] == "cuda"
+        synced = parallel.sync_batch_norm and facts["device"] in SYNC_BATCH_NORM_DEVICES
         return facts["micro_batch"] * (facts["processes"] if synced else 1)
 
     norms = any(isinstance(module, _BatchNorm) for module in model.modules())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,11 +16,12 @@ from ..files import write_atomically, writing
 from ..recipe.load import differences, dump, load_recipe
 from ..recipe.schema import Recipe
 from ..recipe.sizing import recorded
+from ..system import lock_file
 
 LOCK = ".lock"
 # what a start leaves behind that was killed before it wrote its recipe
 FILES_OF_A_NEW_RUN = {LOCK, ".recipe.yaml.part"}
-NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems without locks
+NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems and systems without locks
 
 
 class RunDirectory:
@@ -48,17 +48,13 @@ class RunDirectory:
             self._locks, self._locked = [], False
 
     def lock(self) -> None:
-        """Lock the directory, if it exists, against other trainers. Raises UserError naming the process that holds it.
-
-        It is a POSIX record lock, which belongs to this process alone. The flock of the package filelock would be
-        shared by forked data loader workers, and survive with them.
-        """
+        """Lock the directory, if it exists, against other trainers. Raises UserError naming the process that holds it."""
         if self._locked or not self.path.is_dir():
             return
         with writing(self.path / LOCK):
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor)
         except OSError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)

@@ -81,9 +81,9 @@ class ConsoleLogger:
         else:
             line = (
                 f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
-                f"{record['step_seconds']:.3g} s a step  data wait {record['data_wait']:.0%}  "
-                f"memory {record['memory_gb']:.1f} GB"
+                f"{record['step_seconds']:.3g} s a step  data wait {record['data_wait']:.0%}"
             )
+            line += f"  memory {record['memory_gb']:.1f} GB" if "memory_gb" in record else ""
             line += f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
         # an evaluation stays in the scrollback above a progress bar
         if not self.bar or record["kind"] == "eval":

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..distributed.device import sum_dtype
 from ..distributed.world import World
 
 
@@ -15,7 +16,7 @@ class LossMeter:
         self.updates = 0
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Add the losses of one update, by name: float64 scalars."""
+        """Add the losses of one update, by name: scalars of `sum_dtype`."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.updates += 1
@@ -34,6 +35,6 @@ class LossMeter:
 
     def restore(self, totals: dict[str, float], updates: int) -> None:
         """Continue from `totals`, the sums over `updates` updates that a checkpoint holds."""
-        device = self.world.device
-        self.sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, total in totals.items()}
+        device, dtype = self.world.device, sum_dtype(self.world.device)
+        self.sums = {name: torch.tensor(total, dtype=dtype, device=device) for name, total in totals.items()}
         self.updates = updates

@@ -1,7 +1,6 @@
 """Throughput, FLOPs, memory, and traces of torch.profiler."""
 
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..distributed.device import accelerator, peak_allocated
 from ..distributed.world import World
 from ..files import writing
 from ..recipe.schema import Parallel
+from ..system import peak_resident
 
 # dense bf16 tensor-core TFLOP/s from the manufacturers' data sheets; the first key found in the device's name applies
 PEAK_TFLOPS = {
@@ -30,6 +31,9 @@ PEAK_TFLOPS = {
     "A10G": 70.0,
     "RTX 4090": 165.2,
 }
+
+
+TRACED_ACCELERATORS = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
 
 
 class ThroughputMeter:
@@ -67,7 +71,7 @@ class ThroughputMeter:
 
         images_per_second, tflops: over all processes. tflops counts a backward as two forwards and no recomputation.
         step_seconds; data_wait: fraction of the time; memory_gb: `peak_memory` of this process. mfu: model FLOPs
-        utilization, tflops as a fraction of `peak`; left out if that is unknown.
+        utilization, tflops as a fraction of `peak`. memory_gb and mfu are left out if they are unknown.
         """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         steps, waited = self.steps, self.waited
@@ -79,8 +83,9 @@ class ThroughputMeter:
             "data_wait": round(waited / elapsed, 4),
             "step_seconds": round(elapsed / max(steps, 1), 5),
             "tflops": float(f"{tflops:.4g}"),
-            "memory_gb": round(peak_memory(self.device), 3),
         }
+        if (memory := peak_memory(self.device)) is not None:
+            metrics["memory_gb"] = round(memory, 3)
         return metrics | ({"mfu": round(tflops / self.peak, 4)} if self.peak else {})
 
 
@@ -95,7 +100,9 @@ class StepProfiler:
     def __init__(self, path: Path, rank: int, *, enabled: bool):
         self.file, self.profiler = path / "profile" / f"rank{rank}.json", None
         if enabled:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            device = accelerator()
+            traced = TRACED_ACCELERATORS.get(device.type) if device else None
+            activities = [ProfilerActivity.CPU, *([traced] if traced else [])]
             window = schedule(wait=self.SKIPPED - 1, warmup=1, active=self.TRACED, repeat=1)
             self.profiler = profile(activities=activities, schedule=window, on_trace_ready=self._write)
             self.profiler.start()
@@ -148,8 +155,11 @@ def forward_gflops(model: nn.Module, example: tuple[Any, ...]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB (1e9 bytes): allocated on the GPU, or on the CPU the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def peak_memory(device: torch.device) -> float | None:
+    """Peak memory in GB (1e9 bytes): allocated on the accelerator, or else the resident set of this process.
+
+    None if neither is known.
+    """
+    allocated = peak_allocated(device)
+    peak = peak_resident() if allocated is None else allocated
+    return None if peak is None else peak / 1e9

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ..system import STOP_SIGNALS
+
 # set to the number of restarts by torchrun, and by SLURM for a requeued job
 RESTART_COUNT_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -18,8 +20,6 @@ class Signals:
     every process ended cleanly, so look for the file DONE in the run directory instead.
     """
 
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
     def __init__(self) -> None:
         self.raised = False
 
@@ -31,7 +31,7 @@ class Signals:
     @contextmanager
     def caught(self) -> Iterator["Signals"]:
         """Install the handlers for the block, and restore the previous ones after it."""
-        before = {number: signal.signal(number, self._handle) for number in self.CAUGHT}
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from ..data.loader import Loader, SeededDataset, Transform
 from ..data.sampler import GlobalBatchSampler, Key, RepeatedAugSampler, eval_batches
+from ..distributed.device import pins_memory
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.plan import Plan
@@ -179,6 +180,6 @@ class DatasetTask(Task[TaskT, DataT]):
             collate=self.collate,
             workers=self.recipe.data.workers,
             prefetch=prefetch,
-            pin=self.world.device.type == "cuda",
+            pin=pins_memory(self.world.device),
             timeout=self.recipe.guard.timeout,
         )

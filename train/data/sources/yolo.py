@@ -209,7 +209,7 @@ def _check_labels(images: Sequence[Path], labels: Sequence[Path]) -> None:
 
 def _rows(file: Path, listing: Listing, masks: bool) -> Iterator[tuple[str, Row]]:
     """("line N of FILE", row) of a label file. Raises ValueError for a line that is not in the format."""
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...data.loader import Loader, SeededDataset
 from ...data.sampler import eval_batches
 from ...data.sources.folder import ImageFolder
+from ...distributed.device import pins_memory, sum_dtype
 from ...distributed.parallel import autocast, memory_format
 from ...distributed.world import World
 from ...errors import UserError
@@ -126,9 +127,9 @@ class VariantEvaluator:
         data, world = self.recipe.data, self.world
         keys = eval_batches(len(images), data.eval_batch, world.rank, world.size)
         dataset = SeededDataset(images, self.transform, self.recipe.run.seed)
-        pin, timeout = world.device.type == "cuda", self.recipe.guard.timeout
+        pin, timeout = pins_memory(world.device), self.recipe.guard.timeout
         batches = Loader(dataset, keys, workers=data.workers, prefetch=2, pin=pin, timeout=timeout)
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        sums = torch.zeros(3, dtype=sum_dtype(world.device), device=world.device)
         try:
             with world.raise_on_all_ranks(), torch.no_grad(), autocast(self.recipe.parallel, world):
                 for pixels, labels, positions in batches:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...distributed.device import sum_dtype
 from ...distributed.world import World
 
 LEAST_FOR_TOP5 = 6  # classes; of five or fewer, the five most probable always contain the true one
@@ -18,7 +19,7 @@ class ClassificationMetrics:
 
     Below six classes there is no top-5.
 
-    The sums are in float64 on the device, so that no batch waits for them and any number of processes gives the same.
+    The sums are in float64 (`sum_dtype`) on the device, so that no batch waits for them and any number of processes gives the same.
     torchmetrics' accuracy would need three metrics and a process group of its own.
     """
 
@@ -27,14 +28,14 @@ class ClassificationMetrics:
     ):
         """to_device: batch -> images and targets on the device."""
         self.world, self.to_device, self.classes, self.keep = world, to_device, classes, keep
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+        self.sums = torch.zeros(4, dtype=sum_dtype(world.device), device=world.device)
         self.rows: list[list[np.ndarray]] = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
         images, targets = self.to_device(batch)
         logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="none").double()
+        loss = F.cross_entropy(logits, targets, reduction="none").to(self.sums.dtype)
         count = torch.tensor(len(targets), device=loss.device)
         self.sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss.sum(), count])
         if self.keep:

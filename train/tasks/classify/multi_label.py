@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...distributed.device import sum_dtype
 from ...distributed.world import World
 from ...errors import UserError
 from ...recipe.schema import Recipe
@@ -62,13 +63,13 @@ class MultiLabelMetrics:
     def __init__(self, world: World, to_device: Callable[[Any], tuple[Tensor, Tensor]], classes: list[str]):
         """to_device: batch -> images and targets [B, classes] on the device."""
         self.world, self.to_device, self.classes = world, to_device, classes
-        self.loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.loss = torch.zeros(2, dtype=sum_dtype(world.device), device=world.device)
         self.rows: list[list[np.ndarray]] = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
         images, targets = self.to_device(batch)
         logits = model(images).float()
-        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").double().mean(1).sum()
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").to(self.loss.dtype).mean(1).sum()
         self.loss += torch.stack([loss, torch.tensor(len(targets), device=loss.device)])
         self.rows.append([column.cpu().numpy() for column in (batch[2], targets, logits.sigmoid())])
 
