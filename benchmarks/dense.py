@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from measurement import check, facts, in_own_process, ratio, side_by_side
+from measurement import DEVICES, allocated, check, facts, in_own_process, precision, ratio, side_by_side
 from models import default_models
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,11 +32,13 @@ from tqdm import tqdm
 
 from tessel import zoo
 from tessel.train.recipe.schema import Dense, Model
+from tessel.train.system import peak_resident
 from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
 from tessel.train.tasks.segment.model import Segmenter, build_segmenter
 from tessel.train.tasks.segment.options import SegmentOptions
 
+STATUS = Path("/proc/self/status")  # of Linux
 RESULTS = Path(__file__).resolve().parent / "results"
 PASSES = ("inference", "training")
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny")
@@ -143,7 +145,7 @@ def prepare(case: Case, name: str, *, train: bool, batch: int, device: str) -> C
     images = images if segments else list(images)
 
     def run() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with precision(device):
             if not train:
                 with torch.inference_mode():
                     found = model(images)
@@ -159,8 +161,10 @@ def prepare(case: Case, name: str, *, train: bool, batch: int, device: str) -> C
 
 
 def peak_memory() -> float:
-    """Peak memory of this process in MiB. The value of `getrusage` would include that of its parent before exec."""
-    status = Path("/proc/self/status").read_text()
+    """Peak memory of this process in MiB. Linux' `getrusage` would include that of its parent before exec."""
+    if not STATUS.exists():
+        return (peak_resident() or 0) / 2**20
+    status = STATUS.read_text("utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
 
@@ -170,9 +174,7 @@ def peak_mib(case: Case, name: str, *, train: bool, batch: int, device: str, dry
         return float(in_own_process(__file__, *what, *(["--dry-run"] if dry else [])))
     run = prepare(case, name, train=train, batch=batch, device=device)
     run()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return allocated(run)[1] / 2**20
 
 
 def compare(case: Case, names: list[str], peers: list[str], *, train: bool, args: argparse.Namespace) -> list[dict]:
@@ -213,7 +215,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each model and pass (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="minimum number of rounds after the warm-up (default 3)")

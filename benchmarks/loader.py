@@ -27,12 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measurement import facts
+from measurement import DEVICES, facts, synchronize
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from tqdm import tqdm
 
 from tessel.train.data.sampler import seed_all
+from tessel.train.distributed.device import pins_memory
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import make_recipe
 from tessel.train.recipe.plan import plan
@@ -120,7 +121,7 @@ def timm_batches(root: Path, args: argparse.Namespace, device: torch.device, see
         auto_augment=POLICY,
         interpolation="bicubic",
         num_workers=args.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=pins_memory(device),
         persistent_workers=False,
         device=device,
     )
@@ -135,8 +136,7 @@ def rate(batches: Iterator[object], args: argparse.Namespace, device: torch.devi
     start = time.perf_counter()
     for _ in range(args.batches):
         next(batches)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device.type)
     seconds = time.perf_counter() - start
     batches.close()  # type: ignore[attr-defined]
     gc.collect()  # timm's loader ends its workers when it is deleted; they count once they have ended
@@ -188,7 +188,7 @@ def summary(rounds: dict[str, list[tuple[float, float]]]) -> dict[str, dict]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
     parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
     parser.add_argument("--batches", type=int, default=30, help="counted in each round (default 30)")

@@ -14,14 +14,18 @@ from pathlib import Path
 import timm
 import torch
 
+from tessel.train.distributed.device import accelerator, has_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+STATM = Path("/proc/self/statm")  # of Linux
 # return freed memory to the system at once, so that the resident set equals the memory in use
 RETURNING = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def facts(device: str = "cpu") -> dict[str, str | int]:
     """Return device, versions and commit, to be saved with a measurement."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    name = getattr(torch.get_device_module(device), "get_device_name", cpu_name)()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": name,
@@ -38,12 +42,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in [*args.models, *(args.peers or [])]:
         if not timm.is_model(name):
             parser.error(f"{name} is not a registered model; see timm.list_models() and tessel.zoo.list_models()")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no GPU")
+    found = accelerator()
+    if args.device != "cpu" and (found is None or found.type != args.device):
+        parser.error(f"--device {args.device}: this torch sees {'no GPU' if found is None else f'only {found.type}'}")
 
 
 def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -64,13 +69,22 @@ def side_by_side(
     return times
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has computed everything."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def precision(device: str) -> torch.autocast:
+    """bfloat16 on an accelerator that has it, else float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or has_bf16(torch.device(device)))
+
+
 def _timed(run: Callable, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -81,7 +95,29 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
 
 def resident() -> int:
     """Return the resident set of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if STATM.exists():
+        return int(STATM.read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def allocated(run: Callable) -> tuple[int, int]:
+    """Return the memory of tensors on the accelerator before `run()`, and at its highest, in bytes.
+
+    Where torch does not count it, as with mps, it is the resident set of this process.
+    """
+    try:
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        counted = bool(torch.accelerator.memory_stats())
+    except RuntimeError:
+        counted = False
+    if not counted:
+        before = resident()
+        return before, before + peak_of(run)
+    run()
+    return before, torch.accelerator.max_memory_allocated()
 
 
 def peak_of(run: Callable) -> int:

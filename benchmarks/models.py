@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import timm
 import torch
-from measurement import check, facts, in_own_process, peak_of, ratio, side_by_side
+from measurement import DEVICES, allocated, check, facts, in_own_process, peak_of, precision, ratio, side_by_side
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -120,11 +120,11 @@ class Setting:
         return run
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        return precision(self.device)
 
 
 def settings(device: str, train: bool) -> list[Setting]:
-    if device == "cpu":
+    if device != "cuda":
         return [Setting(device, train=t) for t in ((False, True) if train else (False,))]
     return [
         Setting(device, train=t, compiled=compiled, kernels=kernels)
@@ -139,10 +139,8 @@ def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
         arguments = ("--one", name, "--size", str(size), "--batch", str(batch), *(["--train"] if setting.train else []))
         return float(in_own_process(__file__, *arguments))
     run = setting.prepare(name, size, batch)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before, peak = allocated(run)
+    return (peak - before) / 2**20
 
 
 def compare(name: str, others: list[str], size: int, batch: int, setting: Setting, seconds: float) -> list[dict]:
@@ -219,7 +217,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batch", default="1,8", help="batch sizes, with commas (default 1,8)")
     parser.add_argument("--size", type=int, help="image side in pixels (default: the size each model is published for)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--train", action="store_true", help="also forward and backward")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
     parser.add_argument("--out", type=Path, help="path of the results without suffix")

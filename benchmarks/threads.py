@@ -115,13 +115,18 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def usable_cores() -> int:
+    """The cores that this process may use; macOS has no such limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
     args = parse()
     if args.child:
         return child(args)
     from measurement import facts
 
-    cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 2)
+    cores, load = usable_cores(), round(os.getloadavg()[0], 2)
     cases = {"idle": 0, "busy": cores}
     rates = {case: {name: [] for name in args.settings} for case in cases}
     runs = [(case, name, number) for number in range(args.rounds) for case in cases for name in args.settings]

@@ -251,7 +251,7 @@ def in_new_process(part: str, args: argparse.Namespace) -> dict:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps", "xpu"], default="cpu")
     parser.add_argument("--model", default="biformer_atto")
     parser.add_argument("--size", type=int, default=32, help="pixels (default 32)")
     parser.add_argument("--batch", type=int, default=32, help="images (default 32)")

@@ -1,6 +1,8 @@
 """Adaptive frequency filter (AFFNet): multiplies the spectrum of a map by a mask computed from that spectrum."""
 
 import math
+import warnings
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,8 @@ class AdaptiveFrequencyFilter(nn.Module):
 
     The transforms are computed in float32 or wider. In the spectrum of a real signal some columns are conjugate
     symmetric; those of M * Z are made symmetric before the inverse transform, whose result is otherwise undefined on a
-    GPU. The CPU's transform does the same. While exporting the transforms are products with matrices of cosines and
-    sines, because many runtimes have no complex numbers.
+    GPU. The CPU's transform does the same. While exporting, and on a device without such transforms, they are products
+    with matrices of cosines and sines, because many runtimes have no complex numbers.
 
     Raises ValueError if num_groups does not divide dim or shrinkage is negative.
     """
@@ -54,7 +56,7 @@ class AdaptiveFrequencyFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         exact = acc_dtype(x)
         with without_autocast(x):
-            if exporting():
+            if exporting() or not has_fft(x.device.type):
                 return self._by_products(x.to(exact)).to(x.dtype)
             spectrum = torch.view_as_real(torch.fft.rfft2(x.to(exact), norm="ortho"))
             filtered = symmetric(torch.complex(*self._filter(spectrum)), x.shape[-1])
@@ -94,6 +96,27 @@ class AdaptiveFrequencyFilter(nn.Module):
             part.unflatten(2, (batch, rows, columns)).permute(2, 0, 1, 3, 4).flatten(1, 2) for part in (real, imag)
         )
         return real, imag
+
+
+@torch.compiler.assume_constant_result
+def has_fft(device: str) -> bool:
+    """Whether devices of this type have complex numbers, transforms of them and their gradients."""
+    return device in ("cpu", "cuda", "meta") or _transforms(device)
+
+
+@cache
+def _transforms(device: str) -> bool:
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
+            torch.fft.irfft2(symmetric(torch.fft.rfft2(x, norm="ortho"), 4), s=(4, 4), norm="ortho").sum().backward()
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"{device} has no Fourier transforms ({reason}); products of matrices take their place", stacklevel=2
+        )
+        return False
+    return True
 
 
 def waves(size: int, frequencies: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors that a user can mend are printed as one line on stderr.
     """
+    if sys.platform == "darwin":
+        from ..train.system import allow_cpu_operators
+
+        allow_cpu_operators()
     try:
         code = tessel.main(None if argv is None else list(argv), prog_name="tessel", standalone_mode=False)
     except click.ClickException as error:

@@ -12,6 +12,8 @@ evaluation can be overridden, for example task.segment.test.flip=true or run.dev
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import timm
 from timm.data import ImageNetInfo
 
 from ..zoo import has_weights
+from .distributed.device import describe_replacements
 from .distributed.parallel import prepare_model
-from .distributed.world import init_distributed
+from .distributed.world import World, init_distributed
 from .errors import UserError, report_errors
 from .evaluation import (
     check_classes,
@@ -35,6 +38,7 @@ from .evaluation import (
 from .files import write_atomically, writing
 from .recipe.load import make_recipe
 from .recipe.registry import TASKS, task_spec
+from .recipe.schema import Recipe
 from .run import checkpoint
 from .tasks.base import Task
 from .tasks.classify.imagenet_variants import VariantEvaluator, format_lines, parse_sets, timm_rows
@@ -102,6 +106,16 @@ def check_eval_keys(overrides: list[str]) -> list[str]:
     return overrides
 
 
+@contextmanager
+def start(recipe: Recipe) -> Iterator[World]:
+    """`init_distributed`, and a line on stderr on what the device lacks."""
+    with init_distributed(recipe.run, recipe.guard) as world:
+        text = describe_replacements(recipe.run.device, recipe.parallel, world.device)
+        if text and world.main:
+            print(text, file=sys.stderr)
+        yield world
+
+
 def evaluate_model(
     name: str, overrides: list[str], sets: dict[str, Path], weights: Path | None
 ) -> dict[str, dict[str, Any]]:
@@ -123,7 +137,7 @@ def evaluate_model(
         raise UserError(f"data.source={recipe.data.source}: a model without a run is evaluated on folders of classes")
     folders = sets or {"val": Path(str(recipe.data.root)) / (recipe.data.val_split or "val")}
     own = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    with init_distributed(recipe.run, recipe.guard) as world:
+    with start(recipe) as world:
         with world.raise_on_all_ranks():
             model = create_model(name, recipe.data.size, key="the model", pretrained=True, num_classes=None, **own)
         classes = ImageNetInfo().label_names()
@@ -142,7 +156,7 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
     run, recipe = open_run(target, overrides)
     if recipe.task.kind != "classify":
         raise UserError(f"--sets has no effect with task.kind={recipe.task.kind}: these sets have ImageNet's classes")
-    with init_distributed(recipe.run, recipe.guard) as world:
+    with start(recipe) as world:
         if run == target:
             model: Any = load_run(run)[1]
             side = model.pretrained_cfg["input_size"][-1]
@@ -171,7 +185,7 @@ def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:
     if task_spec(recipe).metric is None:
         raise UserError(f"task.kind={recipe.task.kind} has no evaluation")
     is_checkpoint = run != target
-    with init_distributed(recipe.run, recipe.guard) as world:
+    with start(recipe) as world:
         task: Task = task_spec(recipe).build(recipe, world)
         if overlays and type(task).pictures is Task.pictures:
             raise UserError(f"--overlays has no effect with task.kind={recipe.task.kind}; remove it")

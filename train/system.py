@@ -16,9 +16,7 @@ except ImportError:  # Windows
     resource = None
 
 # the signals that ask a run to stop; Windows has no SIGUSR1
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)  # fmt: skip
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 def lock_file(descriptor: int) -> None:
@@ -55,5 +53,9 @@ def sync_directory(path: Path) -> None:
 
 
 def allow_cpu_operators() -> None:
-    """Let torch compute on the CPU what Apple's GPUs have no operator for; torch warns of each. Acts before its import."""
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    """Let torch compute on the CPU what Apple's GPUs have no operator for; torch warns of each such operator.
+
+    Must act before torch is imported.
+    """
+    if sys.platform == "darwin":
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

@@ -79,7 +79,9 @@ def build(recipe: Recipe, world: World) -> tuple[Task, Plan, Engine]:
         task: Task = task_spec(recipe).build(recipe, world)
         multiple = task.micro_batch_multiple
         # the number of images is known only to the task
-        task.recipe = recipe = sized(recipe, samples=task.samples, processes=world.size, multiple=multiple, bf16=has_bf16(world.device))
+        task.recipe = recipe = sized(
+            recipe, samples=task.samples, processes=world.size, multiple=multiple, bf16=has_bf16(world.device)
+        )
         schedule = plan(recipe, samples=task.samples, world_size=world.size, micro_batch_multiple=multiple)
     return task, schedule, Engine(recipe, task, world, schedule)
 

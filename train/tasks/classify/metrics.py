@@ -19,7 +19,8 @@ class ClassificationMetrics:
 
     Below six classes there is no top-5.
 
-    The sums are in float64 (`sum_dtype`) on the device, so that no batch waits for them and any number of processes gives the same.
+    The sums are in float64 (`sum_dtype`) on the device, so that no batch waits for them and any number of processes
+    gives the same.
     torchmetrics' accuracy would need three metrics and a process group of its own.
     """
 
