@@ -48,7 +48,7 @@ class RunDirectory:
             self._locks, self._locked = [], False
 
     def lock(self) -> None:
-        """Lock the directory, if it exists, against other trainers. Raises UserError naming the process with the lock."""
+        """Lock the directory, if it exists, against other trainers. Raises UserError naming who holds the lock."""
         if self._locked or not self.path.is_dir():
             return
         with writing(self.path / LOCK):
