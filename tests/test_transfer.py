@@ -186,7 +186,7 @@ def test_distillation_losses_equal_their_formulas(base):
 
 
 def test_distill_weight_splits_the_loss_between_labels_and_teacher(recipe, base):
-    mixed = ["task.distill.weight=0.25", "data.aug.mixup=0", "data.aug.cutmix=0"]
+    mixed = ["task.distill.weight=0.25", "data.aug.mixup=0", "data.aug.cutmix=0", "data.aug.erasing=0"]
     task, schedule, made = built(recipe, f"task.distill.teacher=local-dir:{base}/export", *mixed)
     batch = next(task.train_batches(schedule, 0))
     made.model.eval()
