@@ -101,7 +101,7 @@ def test_unreadable_data_stops_with_a_message(tmp_path, capsys):
     root = detection.draw_coco(tmp_path / "coco")
     recipe = detection.write_recipe(tmp_path / "tiny.yaml", root, **SHORT)
     (root / "train2017/000000000004.jpg").write_bytes(b"")
-    assert trainer.train(recipe, "data.workers=1") == 1
+    assert trainer.train(recipe, "data.workers=1", "guard.max_corrupt=0") == 1
     assert "000000000004.jpg cannot be decoded" in capsys.readouterr().err
     assert trainer.train(recipe, "data.root=/nowhere", "run.name=other") == 1
     assert "instances_val2017.json cannot be read" in capsys.readouterr().err

@@ -228,7 +228,7 @@ def test_a_damaged_image_is_named(recipe, tmp_path, capsys):
     root = scenery.ade20k(tmp_path)
     path = root / "images/training/ADE_train_00000002.jpg"
     path.write_bytes(b"\xff\xd8 no picture")
-    assert trainer.train(recipe, f"data.root={root}", "data.workers=1") == 1
+    assert trainer.train(recipe, f"data.root={root}", "data.workers=1", "guard.max_corrupt=0") == 1
     error = capsys.readouterr().err
     assert f"image {path} cannot be decoded" in error and "Traceback" not in error
 

@@ -116,7 +116,7 @@ def test_batch_norm_over_a_single_value_is_an_error(recipe, capsys):
 def test_error_names_the_corrupt_image(recipe, capsys, split, workers):
     corrupt = recipe.parent / f"images/{split}/class_1/2.png"
     corrupt.write_bytes(corrupt.read_bytes()[:60])
-    message = error_message(capsys, trainer.train(recipe, f"data.workers={workers}"))
+    message = error_message(capsys, trainer.train(recipe, f"data.workers={workers}", "guard.max_corrupt=0"))
     assert str(corrupt) in message and "cannot be decoded" in message and "repair or remove" in message
 
 

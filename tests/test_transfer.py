@@ -150,7 +150,7 @@ def test_init_from_copies_the_weights_of_an_export(recipe, base):
 
 
 def teacher(base, student=(0.5, 0.25), **keys):
-    config = {"mean": (student[0],) * 3, "std": (student[1],) * 3}
+    config = {"mean": (student[0],) * 3, "std": (student[1],) * 3, "input_size": (3, 32, 32)}
     distill = Distill(teacher=f"local-dir:{base}/export", **keys)
     classes = ["class_0", "class_1", "class_2"]
     return Teacher(distill, classes=classes, size=32, config=config, device=torch.device("cpu"))
@@ -186,14 +186,15 @@ def test_distillation_losses_equal_their_formulas(base):
 
 
 def test_distill_weight_splits_the_loss_between_labels_and_teacher(recipe, base):
-    mixed = ["task.distill.weight=0.25", "data.aug.mixup=0", "data.aug.cutmix=0"]
+    mixed = ["task.distill.weight=0.25", "data.aug.mixup=0", "data.aug.cutmix=0", "data.aug.erasing=0"]
     task, schedule, made = built(recipe, f"task.distill.teacher=local-dir:{base}/export", *mixed)
     batch = next(task.train_batches(schedule, 0))
     made.model.eval()
     parts = task.loss(made.model, batch)
-    logits = made.model(batch[0])
+    images = task.normalize(batch[0])
+    logits = made.model(images)
     torch.testing.assert_close(parts["label_loss"], 0.75 * F.cross_entropy(logits, batch[1]))
-    torch.testing.assert_close(parts["distill_loss"], 0.25 * task.teacher.loss(batch[0], logits))
+    torch.testing.assert_close(parts["distill_loss"], 0.25 * task.teacher.loss(images, logits))
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,12 @@ def open_folder(data: Folder, split: str) -> ImageFolder:
     Raises UserError naming what is missing.
     """
     train, val = _find(data, "train"), _find(data, "val")
+    if val is not None and split == "val":
+        return ImageFolder(val)  # an evaluation needs no training images
     if val is not None and train is None:
         raise UserError(f"data.root={data.root} has the folder {val.name}, but no folder train; {LAYOUT}")
     if val is not None and train is not None:
-        return ImageFolder(val if split == "val" else train)
+        return ImageFolder(train)
 
     def chosen(names: list[str], targets: np.ndarray) -> np.ndarray:
         return held_out(names, data.split, targets.tolist()) == (split == "val")

@@ -30,13 +30,13 @@ import json
 
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tessel.zoo  # registers the models with timm
 
 model = timm.create_model("local-dir:{path}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("image.jpg").convert("RGB"))
+image = transform(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))
 with torch.inference_mode():
     probabilities = model(image[None]).sigmoid()[0]
 with open("{path}/config.json") as file:
@@ -46,6 +46,7 @@ for probability, (label, threshold) in zip(probabilities.tolist(), thresholds.it
         print(f"{probability:.1%} {label}")
 """
 
+READ_IMAGE = 'ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")'
 READ_ARRAY = """\
 from tessel.train.data.image_io import read_file
 from tessel.train.recipe.schema import PixelFormat
@@ -59,7 +60,7 @@ def usage(code: str, recipe: Recipe) -> str:
     if channels in (1, 3):
         return code.replace('convert("RGB")', 'convert("L")') if channels == 1 else code
     read = f'array_to_tensor(read_file("image.npy", pixel_format=PixelFormat({channels})))'
-    code = code.replace('Image.open("image.jpg").convert("RGB")', read).replace("from PIL import Image\n", "")
+    code = code.replace(READ_IMAGE, read).replace("from PIL import Image, ImageOps\n", "")
     return code.replace(ZOO, ZOO + READ_ARRAY)
 
 
