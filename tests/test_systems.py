@@ -188,7 +188,7 @@ def test_fp16_on_the_cpu_is_refused():
 
 def test_training_and_evaluation_log_the_line(mps, monkeypatch, recipe, capsys):
     """The sums are float32 from the first update to the log line."""
-    tiny = load_recipe(str(recipe), ["data.workers=0"])
+    tiny = load_recipe(str(recipe), ["data.workers=0", "run.device=auto"])
     _, _, engine = build(tiny, World())
     engine.world = World(device=MPS)
     assert any(line.startswith("on mps ") for line in describe(engine))
