@@ -1,6 +1,7 @@
 """Joint augmentation of an image and its mask, with torchvision's transforms v2 and tv_tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,20 @@ def train_transform(data: SegmentData) -> Transform:
     distort = photometric if aug.photometric else v2.Identity()
     flip = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
 
-    def transform(image: Image.Image, mask: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
-        labels: Tensor = tv_tensors.Mask(torch.from_numpy(mask))
-        pixels, labels = random_resize(pixels, labels, data)
-        pixels, labels = flip(*random_crop(pixels, labels, data.size, aug.cat_max_ratio))
-        pixels = distort(pixels)
-        size = torch.tensor(pixels.shape[-2:])
-        pixels, labels = pad_to_size(pixels, labels, data.size)
-        return (pixels, size), labels
+    return partial(_augmented, data=data, flip=flip, distort=distort)
 
-    return transform
+
+def _augmented(
+    image: Image.Image, mask: np.ndarray, *, data: SegmentData, flip: v2.Compose, distort: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
+    labels: Tensor = tv_tensors.Mask(torch.from_numpy(mask))
+    pixels, labels = random_resize(pixels, labels, data)
+    pixels, labels = flip(*random_crop(pixels, labels, data.size, data.aug.cat_max_ratio))
+    pixels = distort(pixels)
+    size = torch.tensor(pixels.shape[-2:])
+    pixels, labels = pad_to_size(pixels, labels, data.size)
+    return (pixels, size), labels
 
 
 def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
@@ -47,17 +51,19 @@ def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
 
     The list has the image at each of `test.scales`. The mask keeps its size.
     """
+    return partial(_at_each_scale, data=data, test=test)
 
-    def transform(image: Image.Image, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
-        pixels, views = F.pil_to_tensor(image), []
-        for scale in test.scales:
-            size = rescaled_size(mask.shape, data.img_scale, scale)
-            if test.divisor:
-                size = round_up(size, test.divisor)
-            views.append(resize_image(pixels, size))
-        return views, torch.from_numpy(mask).long()
 
-    return transform
+def _at_each_scale(
+    image: Image.Image, mask: np.ndarray, *, data: SegmentData, test: SegmentTest
+) -> tuple[list[Tensor], Tensor]:
+    pixels, views = F.pil_to_tensor(image), []
+    for scale in test.scales:
+        size = rescaled_size(mask.shape, data.img_scale, scale)
+        if test.divisor:
+            size = round_up(size, test.divisor)
+        views.append(resize_image(pixels, size))
+    return views, torch.from_numpy(mask).long()
 
 
 class Normalizer:
