@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ...data.loader import Transform
 from ...data.segmentation import IGNORE_INDEX
-from .options import SegmentData, SegmentTest
+from .options import SegmentAug, SegmentData, SegmentTest
 
 MAX_CROP_RETRIES = 10  # as in mmsegmentation's RandomCrop
 
@@ -30,20 +30,27 @@ def train_transform(data: SegmentData) -> Transform:
     distort = photometric if aug.photometric else v2.Identity()
     flip = v2.Compose([v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip)])
 
-    return partial(_augmented, data=data, flip=flip, distort=distort)
+    return partial(_augmented, size=data.size, img_scale=data.img_scale, aug=aug, flip=flip, distort=distort)
 
 
 def _augmented(
-    image: Image.Image, mask: np.ndarray, *, data: SegmentData, flip: v2.Compose, distort: Callable[[Tensor], Tensor]
+    image: Image.Image,
+    mask: np.ndarray,
+    *,
+    size: int,
+    img_scale: Any,
+    aug: SegmentAug,
+    flip: v2.Compose,
+    distort: Callable[[Tensor], Tensor],
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     pixels: Tensor = tv_tensors.Image(F.pil_to_tensor(image))
     labels: Tensor = tv_tensors.Mask(torch.from_numpy(mask))
-    pixels, labels = random_resize(pixels, labels, data)
-    pixels, labels = flip(*random_crop(pixels, labels, data.size, data.aug.cat_max_ratio))
+    pixels, labels = random_resize(pixels, labels, img_scale, aug.resize)
+    pixels, labels = flip(*random_crop(pixels, labels, size, aug.cat_max_ratio))
     pixels = distort(pixels)
-    size = torch.tensor(pixels.shape[-2:])
-    pixels, labels = pad_to_size(pixels, labels, data.size)
-    return (pixels, size), labels
+    filled = torch.tensor(pixels.shape[-2:])
+    pixels, labels = pad_to_size(pixels, labels, size)
+    return (pixels, filled), labels
 
 
 def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
@@ -51,15 +58,15 @@ def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
 
     The list has the image at each of `test.scales`. The mask keeps its size.
     """
-    return partial(_at_each_scale, data=data, test=test)
+    return partial(_at_each_scale, img_scale=data.img_scale, test=test)
 
 
 def _at_each_scale(
-    image: Image.Image, mask: np.ndarray, *, data: SegmentData, test: SegmentTest
+    image: Image.Image, mask: np.ndarray, *, img_scale: Any, test: SegmentTest
 ) -> tuple[list[Tensor], Tensor]:
     pixels, views = F.pil_to_tensor(image), []
     for scale in test.scales:
-        size = rescaled_size(mask.shape, data.img_scale, scale)
+        size = rescaled_size(mask.shape, img_scale, scale)
         if test.divisor:
             size = round_up(size, test.divisor)
         views.append(resize_image(pixels, size))
@@ -114,11 +121,13 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image if tuple(image.shape[-2:]) == size else F.resize(image, list(size), antialias=True)
 
 
-def random_resize(image: Tensor, mask: Tensor, data: SegmentData) -> tuple[Tensor, Tensor]:
-    """Image [3, H, W] and mask [H, W] resized to data.img_scale times a random factor from data.aug.resize."""
-    low, high = data.aug.resize
+def random_resize(
+    image: Tensor, mask: Tensor, img_scale: tuple[int, int] | None, factors: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Image [3, H, W] and mask [H, W] resized to `img_scale` times a random factor from the range `factors`."""
+    low, high = factors
     factor = low if low == high else _uniform(low, high)
-    size = rescaled_size(tuple(image.shape), data.img_scale, factor)
+    size = rescaled_size(tuple(image.shape), img_scale, factor)
     if tuple(image.shape[-2:]) == size:
         return image, mask
     return resize_image(image, size), F.resize(mask, list(size))
