@@ -76,8 +76,9 @@ figure { margin: 0; min-width: 0 }
 figure img { max-height: 480px; object-fit: contain; object-position: left }
 figure .png { image-rendering: pixelated }
 figcaption { margin-top: 5px; color: var(--quiet); font-size: 13px; line-height: 1.4; overflow-wrap: anywhere }
-figcaption b { color: var(--ink); font-weight: 600; margin-right: 6px }
-figcaption i, .legend i { display: inline-block; width: 10px; height: 10px; margin-right: 4px; border: 1px solid var(--line) }
+figcaption b { display: inline-block; color: var(--ink); font-weight: 600; margin-right: 6px }
+figcaption i, .legend i { display: inline-block; width: 10px; height: 10px; margin-right: 4px;
+  border: 1px solid var(--line) }
 .legend { font-size: 14.5px }
 .legend span { display: inline-block; margin-right: 18px }
 .error { color: var(--alarm); font-style: normal }
