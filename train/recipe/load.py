@@ -126,7 +126,7 @@ def find_recipe(path: str | Path) -> Path:
     wanted = str(path).removesuffix(".yaml")
     near = [name for name in known if Path(name).name == Path(wanted).name]
     near = near or difflib.get_close_matches(wanted, known, cutoff=0.8)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the packaged recipes are {', '.join(known)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else "`tessel train --list` lists the packaged recipes"
     raise UserError(f"there is no recipe {str(path)!r}, neither as a file nor among the packaged ones; {hint}")
 
 
