@@ -291,7 +291,7 @@ def test_a_folder_named_like_a_model_does_not_hide_it(tmp_path, monkeypatch):
     [
         ("cswin_tny", {}, "did you mean cswin_tiny"),
         ("runs/none", {}, "no such run, export or file"),
-        ("biformer_atto", {}, "No pretrained weights exist"),
+        ("biformer_atto", {}, "No pretrained weights exist.*--weights FILE"),
         ("biformer_atto", {"weights": "none.pth"}, "weights=none.pth: no such file"),
         (RUNS / "classify", {"weights": "x.pth"}, "has its own weights"),
         (RUNS, {}, "neither a run nor an export"),
