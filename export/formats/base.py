@@ -28,8 +28,9 @@ class Recording:
         """The model as recorded by torch.export."""
         # as torch's ONNX exporter does: a size that is 1 in the example is no reason for a condition on it
         oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(self.open_axes))
-        # a minimum of 2, which programs do not check, spares conditions that tell 1 from other sizes
-        shapes = (dict.fromkeys(self.open_axes, torch.export.Dim.DYNAMIC(min=2)),) if self.open_axes else None
+        # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
+        dims = {axis: torch.export.Dim.DYNAMIC if axis else torch.export.Dim("batch", min=2) for axis in self.open_axes}
+        shapes = (dims,) if dims else None
         with torch.no_grad(), oblivious:
             return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
 
