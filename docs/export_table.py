@@ -88,7 +88,7 @@ def measure_published(name: str, folder: Path) -> dict[str, Any]:
 # parts of errors that say little, and what they mean
 EXPLANATIONS = {
     "Guard failed": (
-        "torch.export decides by the size of the example whether a stage has more than one window, and the file is "
+        "torch.export decides by the size of the example whether a map has more than one window, and the file is "
         "refused. Leave only the batch open, or use ONNX, whose graph has no such condition."
     ),
 }
