@@ -63,7 +63,7 @@ class AdaptiveFrequencyFilter(nn.Module):
             return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
 
     def by_products(self, x: Tensor) -> Tensor:
-        """The filtered map by matrix products in real numbers, one axis after the other; `[B, C, H, W]`, as `forward`."""
+        """The filtered map `[B, C, H, W]` by matrix products in real numbers, one axis after the other."""
         height, width = x.shape[-2:]
         cos_h, sin_h = waves(height, height, x)
         cos_w, sin_w = waves(width, width // 2 + 1, x)
