@@ -40,10 +40,10 @@ class BiLevelRouting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        qkv = self._project(x)
+        qkv = self.project(x)
         grid = (self.n_win, self.n_win)
         heads = qkv.unflatten(-1, (3, self.num_heads, -1))
-        y = routed_attention(heads, self._choose(qkv), grid=grid, scale=self.scale).flatten(3)
+        y = routed_attention(heads, self.choose(qkv), grid=grid, scale=self.scale).flatten(3)
         v = qkv.chunk(3, -1)[2]
         y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(crop(y, height, width)).permute(0, 3, 1, 2)
@@ -53,12 +53,14 @@ class BiLevelRouting(nn.Module):
 
         Regions are numbered row by row; the one with the highest affinity comes first.
         """
-        return self._choose(self._project(x))
+        return self.choose(self.project(x))
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """q, k and v side by side, padded to whole regions: `[B, C, H, W] -> [B, H', W', 3*C]`."""
         return self.qkv(pad_to_multiple(x.permute(0, 2, 3, 1), self.n_win, self.n_win))
 
-    def _choose(self, qkv: Tensor) -> Tensor:
+    def choose(self, qkv: Tensor) -> Tensor:
+        """The topk regions of each region by their mean q and k: `[B, H', W', 3*C] -> [B, n_win**2, topk]`."""
         n = self.n_win
         # in half precision, rounding would change the choice among regions of nearly equal affinity
         dtype = acc_dtype(qkv)

@@ -41,26 +41,28 @@ class Channel(nn.Module):
         height, width = x.shape[-2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]
         merge = not exporting() and height * width >= 2 * self.dim and is_plain(self.qkv, self.proj)
-        y = self._merged(tokens) if merge else self._direct(tokens)
+        y = self.merged(tokens) if merge else self.direct(tokens)
         return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
-    def _direct(self, x: Tensor) -> Tensor:
+    def direct(self, x: Tensor) -> Tensor:
+        """The definition: q, k and v of each token, `[B, N, C] -> [B, N, C]`."""
         q, kv = self.qkv(x).split((self.dim, 2 * self.dim), -1)
         q = q.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)  # [B, heads, d, N]
-        y = self._attention(kv).to(q.dtype) @ q
+        y = self.attention(kv).to(q.dtype) @ q
         return self.proj(y.permute(0, 3, 1, 2).flatten(2))
 
-    def _merged(self, x: Tensor) -> Tensor:
+    def merged(self, x: Tensor) -> Tensor:
+        """The same with one matrix for q, attention and output of each image, `[B, N, C] -> [B, N, C]`."""
         w_q, w_kv = self.qkv.weight.split((self.dim, 2 * self.dim))
         b_q, b_kv = self.qkv.bias.split((self.dim, 2 * self.dim))
-        attention = self._attention(F.linear(x, w_kv, b_kv)).to(w_q.dtype)
+        attention = self.attention(F.linear(x, w_kv, b_kv)).to(w_q.dtype)
         with without_autocast(x):
             per_head = self.proj.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [heads, C, d]
             mix = (per_head @ attention).transpose(1, 2).flatten(2)  # [B, C, C]
             weight, bias = mix @ w_q, mix @ b_q + self.proj.bias
         return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
-    def _attention(self, kv: Tensor) -> Tensor:
+    def attention(self, kv: Tensor) -> Tensor:
         """A of each head, `[B, N, 2*C] -> [B, heads, d, d]`, in float32 or wider: the logits are sums over the map."""
         kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         exact = acc_dtype(kv)

@@ -57,13 +57,13 @@ class AdaptiveFrequencyFilter(nn.Module):
         exact = acc_dtype(x)
         with without_autocast(x):
             if exporting() or not has_fft(x.device.type):
-                return self._by_products(x.to(exact)).to(x.dtype)
+                return self.by_products(x.to(exact)).to(x.dtype)
             spectrum = torch.view_as_real(torch.fft.rfft2(x.to(exact), norm="ortho"))
             filtered = symmetric(torch.complex(*self._filter(spectrum)), x.shape[-1])
             return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
 
-    def _by_products(self, x: Tensor) -> Tensor:
-        """The filtered map in real numbers; one axis after the other, real and imaginary parts apart."""
+    def by_products(self, x: Tensor) -> Tensor:
+        """The filtered map `[B, C, H, W]` by matrix products in real numbers, one axis after the other."""
         height, width = x.shape[-2:]
         cos_h, sin_h = waves(height, height, x)
         cos_w, sin_w = waves(width, width // 2 + 1, x)

@@ -4,7 +4,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
-from ..kernels.recording import crop
+from ..kernels.recording import compact, crop
 from .padding import pad_to_multiple
 
 
@@ -39,9 +39,9 @@ class Window(nn.Module):
         rows, cols = (height + win_h - 1) // win_h, (width + win_w - 1) // win_w
         x = pad_to_multiple(x.permute(0, 2, 3, 1), win_h, win_w)
         # x is divided into windows before the linear layer, since q, k and v are three times as wide
-        cells = x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3)
+        cells = compact(x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3))
         qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim)).unflatten(-1, (3, self.num_heads, -1))
         y = self.proj(window_attention(qkv, windows=(self.window,)).flatten(3))
-        y = y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
+        y = compact(y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3))
         y = y.reshape(batch, rows * win_h, cols * win_w, dim)
         return crop(y, height, width).permute(0, 3, 1, 2)

@@ -2,9 +2,11 @@
 
     python docs/export_table.py                    write the table from docs/export.json
     python docs/export_table.py --measure [NAME...] [--only TITLE...]   measure first: all models, or those named
+    python docs/export_table.py --published NAME...                     measure these models at their published size
 
 A cell is the largest difference from PyTorch relative to the largest logit, over all inputs tried, or the reason why
 there is none. Every cell is measured with random weights in which no branch is zero, on the smallest model of a family.
+A second table has models of the papers, in ONNX with open batch and size.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,10 +78,17 @@ def measure(name: str, title: str, folder: Path) -> float:
     return export(perturbed(name), folder / "model", format, example=example, dynamic=dynamic).error
 
 
+def measure_published(name: str, folder: Path) -> dict[str, Any]:
+    """ONNX with open batch and size of a model at the size of its configuration, and what is known of the file."""
+    report = export(perturbed(name), folder / "model", "onnx")
+    errors = {"x".join(map(str, shape)): float(f"{error:.1e}") for shape, error in report.errors.items()}
+    return {"errors": errors, "megabytes": round(report.size / 1e6)}
+
+
 # parts of errors that say little, and what they mean
 EXPLANATIONS = {
     "Guard failed": (
-        "torch.export decides by the size of the example whether a stage has more than one window, and the file is "
+        "torch.export decides by the size of the example whether a map has more than one window, and the file is "
         "refused. Leave only the batch open, or use ONNX, whose graph has no such condition."
     ),
 }
@@ -107,6 +118,15 @@ def table() -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
+def published_table() -> str:
+    record = json.loads(RECORD.read_text())["published"]
+    lines = ["| model | file, MB | difference at each size |", "|---|---|---|"]
+    for name, row in sorted(record.items()):
+        errors = ", ".join(f"{shape}: {error:.0e}" for shape, error in row["errors"].items())
+        lines.append(f"| `{name}` | {row['megabytes']} | {errors} |")
+    return "\n".join(lines)
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -119,20 +139,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def enter(name: str, title: str, cell: dict[str, Any], names: list[str]) -> None:
-    """Write one cell into the record, which several processes may fill."""
+@contextmanager
+def record() -> Iterator[dict[str, Any]]:
+    """The record, to be changed in place; several processes may do so."""
     with FileLock(Path(tempfile.gettempdir()) / "tessel-export-table.lock"):
-        cells = json.loads(RECORD.read_text())["cells"] if RECORD.exists() else {}
+        content = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        content = {"cells": {}, "published": {}} | content | {"versions": versions()}
+        yield content
+        RECORD.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def enter(name: str, title: str, cell: dict[str, Any], names: list[str]) -> None:
+    """Write one cell into the record."""
+    with record() as content:
+        cells = content["cells"]
         cells.setdefault(name, {})[title] = cell
         rows = {name: cells.get(name, {}) for name in names}
-        rows = {name: {title: row[title] for title in CELLS if title in row} for name, row in rows.items()}
-        RECORD.write_text(json.dumps({"versions": versions(), "cells": rows}, indent=1) + "\n")
+        content["cells"] = {name: {title: row[title] for title in CELLS if title in row} for name, row in rows.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", metavar="NAME", help="measure these models, by default all")
     parser.add_argument("--only", nargs="+", metavar="TITLE", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--published", nargs="+", metavar="NAME", default=[], help="measure these at published size")
     options = parser.parse_args()
     names = [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
     if options.measure is not None:
@@ -147,7 +177,15 @@ def main() -> None:
                         cell = {"reason": first_line(error)}
                 print(f"{name}, {title}: {cell} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
                 enter(name, title, cell, names)
-    PAGE.write_text(rewritten(PAGE.read_text(), {"exports": table}))
+    for name in options.published:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = measure_published(name, Path(folder))
+        print(f"{name}: {row} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        with record() as content:
+            content["published"][name] = row
+    PAGE.write_text(rewritten(PAGE.read_text(), {"exports": table, "published_exports": published_table}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from .rewriting import open_sizes
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 
 AXES = {"batch": (0,), "size": (2, 3)}
+
+# side of the example where sizes are open: in a smaller one maps have sides of 1 pixel, which recorders fix
+OPEN_SIDE = 96
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def export(
         except Exception as error:
             raise ExportError(_cannot(kind, dynamic, error)) from error
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
-        errors = _compare(reference, part, kind, images.to(dtype).float(), dynamic, limit)
+        inputs = _inputs(images.to(dtype).float(), input_size, dynamic)
+        errors = _compare(reference, part, kind, inputs, dynamic, limit)
         size_bytes = sum(file.stat().st_size for file in part.parent.iterdir())
         for file in part.parent.iterdir():
             os.replace(file, path.parent / file.name)
@@ -172,7 +176,7 @@ def _example(
 ) -> tuple[Tensor, list[int]]:
     """Images to record with, and the [C, H, W] they stand for.
 
-    Open axes have different lengths of at least 2, so that the recorder takes none for another.
+    Open axes have different lengths, so that the recorder takes none for another, and are not short (`OPEN_SIDE`).
     """
     if example is not None:
         if example.dim() != 4:
@@ -184,10 +188,13 @@ def _example(
     if min(height, width) < 1:
         raise ValueError(f"size={size} must be at least 1")
     chans = getattr(model, "in_chans", chans)
-    wider = 32 if "size" in dynamic and height == width else 0
+    input_size = [chans, height, width]
+    if "size" in dynamic:
+        height, width = max(height, OPEN_SIDE), max(width, OPEN_SIDE)
+        width += 32 if height == width else 0
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2 if "batch" in dynamic else 1, chans, height, width + wider, generator=generator)
-    return images, [chans, height, width]
+    images = torch.randn(2 if "batch" in dynamic else 1, chans, height, width, generator=generator)
+    return images, input_size
 
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[list[str], list[Tensor]]:
@@ -206,18 +213,19 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[list[str], list[Tensor]]
 
 
 def _compare(
-    model: nn.Module, path: Path, kind: Format, images: Tensor, dynamic: Sequence[str], limit: float
+    model: nn.Module, path: Path, kind: Format, inputs: Iterable[Tensor], dynamic: Sequence[str], limit: float
 ) -> dict[tuple[int, ...], float]:
-    """The error at each shape tried. Raises ExportError for the first above `limit`."""
-    run, errors = load(path), {}
-    for x in _inputs(images, dynamic):
+    """The error at each shape of `inputs`, the example first. Raises ExportError for the first above `limit`."""
+    run, errors, example = load(path), {}, None
+    for x in inputs:
         shape = tuple(x.shape)
+        example = example or shape
         text = "x".join(map(str, shape))
         try:
             with torch.no_grad():
                 expected = tree_leaves(model(x))
         except Exception:
-            if shape == tuple(images.shape):
+            if shape == example:
                 raise
             continue  # a size that the model itself refuses
         try:
@@ -237,17 +245,18 @@ def _compare(
     return errors
 
 
-def _inputs(images: Tensor, dynamic: Collection[str]) -> Iterator[Tensor]:
+def _inputs(images: Tensor, input_size: Sequence[int], dynamic: Collection[str]) -> Iterator[Tensor]:
     """The example, other images of its shape, then other batches and sizes where they are open.
 
-    The sizes are such that blocks and windows do not divide them.
+    The sizes are the model's own and others that blocks and windows do not divide.
     """
     yield images
     yield images.flip(-1) * 0.5
     (batch, chans, height, width), generator = images.shape, torch.Generator().manual_seed(1)
     sizes = [(height, width)]
     if "size" in dynamic:
-        sizes = [(height, height), (height + 33, width + 19), (height - height // 4 + 1, width + 7)]
+        own = (input_size[1], input_size[2])
+        sizes = [own, (height + 33, width + 19), (height - height // 4 + 1, width + 7), (height, height)]
     batches = (1, 3) if "batch" in dynamic else (batch,)
     shapes = {(batches[i % len(batches)], *sizes[i % len(sizes)]) for i in range(max(len(sizes), len(batches)))}
     for batch, height, width in sorted(shapes - {(images.shape[0], *images.shape[2:])}):

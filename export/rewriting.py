@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.pooling import adaptive_pool
@@ -19,11 +20,32 @@ class AdaptivePool(nn.Module):
         return adaptive_pool(x, (height, width))
 
 
+class Enlarge(nn.Module):
+    """Interpolation to a multiple of the size, as mmsegmentation's `Upsample`, which rounds a product of floats."""
+
+    def __init__(self, factor: int, mode: str, align_corners: bool | None):
+        super().__init__()
+        self.factor, self.mode, self.align_corners = factor, mode, align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [side * self.factor for side in x.shape[-2:]]
+        return F.interpolate(x, size, mode=self.mode, align_corners=self.align_corners)
+
+
 def open_sizes(model: nn.Module) -> nn.Module:
     """Replace such layers in `model`, which is changed, and return it."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.AdaptiveAvgPool2d and name and module.output_size not in (1, (1, 1)):
-            parent, _, child = name.rpartition(".")
-            size: Any = module.output_size
-            setattr(model.get_submodule(parent), child, AdaptivePool(size))
+        parent, _, child = name.rpartition(".")
+        if name and (layer := _open_layer(module)):
+            setattr(model.get_submodule(parent), child, layer)
     return model
+
+
+def _open_layer(module: Any) -> nn.Module | None:
+    """The layer that replaces `module`; None to leave it."""
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1)):
+        return AdaptivePool(module.output_size)
+    is_upsample = type(module).__name__ == "Upsample" and type(module).__module__.startswith("mmseg.")
+    if is_upsample and isinstance(module.scale_factor, float) and module.scale_factor.is_integer():
+        return Enlarge(int(module.scale_factor), module.mode, module.align_corners)
+    return None

@@ -24,6 +24,15 @@ def is_open(size: int) -> bool:
     return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
 
 
+def compact(x: Tensor) -> Tensor:
+    """`x`; while a graph is recorded a contiguous copy, which is reshaped without a look at the example's strides.
+
+    Whether a transposed tensor can be reshaped without a copy depends on which sizes are 1, and a graph would keep the
+    answer. ExecuTorch computes with other strides than the example's.
+    """
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else x
+
+
 def crop(x: Tensor, height: int, width: int, *, top: int = 0, left: int = 0) -> Tensor:
     """A part of a map `x: [B, H, W, ...]`, as `[B, height, width, ...]`."""
     if is_open(height) or is_open(width):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tessel.blocks import Aggregated
 from tessel.blocks.length_scaled_cosine import LogPositionBias
-from tessel.blocks.pooling import _bins
+from tessel.blocks.pooling import bin_weights
 
 
 def pooled_tokens(mixer: Aggregated, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -128,7 +128,7 @@ def test_bias_tables_work_in_every_mode_and_dtype():
 @given(side=st.integers(1, 40), bins=st.integers(1, 12))
 def test_bins_equal_adaptive_pooling(side, bins):
     x = torch.randn(1, 2, side, dtype=torch.float64)
-    pooled = x @ _bins(side, bins, x).transpose(0, 1)
+    pooled = x @ bin_weights(side, bins, x).transpose(0, 1)
     torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool1d(x, bins), rtol=1e-12, atol=1e-12)
 
 

@@ -79,8 +79,8 @@ def test_routing_does_not_depend_on_autocast():
     mixer = BiLevelRouting(16, num_heads=2, n_win=3, topk=2)
     x = torch.randn(1, 16, 9, 9).bfloat16().float()
     with torch.autocast("cpu", torch.bfloat16):
-        qkv = mixer._project(x)
-        assert torch.equal(mixer._choose(qkv), mixer._choose(qkv.float()))
+        qkv = mixer.project(x)
+        assert torch.equal(mixer.choose(qkv), mixer.choose(qkv.float()))
 
 
 @pytest.mark.parametrize(

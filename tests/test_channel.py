@@ -44,7 +44,7 @@ def test_direct_and_merged_computation_agree(size):
     mixer = make(8, num_heads=2)
     tokens = torch.randn(3, size[0] * size[1], 8, dtype=torch.float64)
     found = []
-    for way in (mixer._direct, mixer._merged):
+    for way in (mixer.direct, mixer.merged):
         mixer.zero_grad()
         x = tokens.clone().requires_grad_()
         y = way(x)
@@ -66,9 +66,9 @@ def test_logits_of_large_maps_are_not_rounded(dtype):
     """Logits are sums over all pixels: in bfloat16 they would be off by whole units, in float16 they would overflow."""
     mixer = make(32, num_heads=2)
     kv = 5 * torch.randn(1, 20_000, 64, dtype=torch.float64).to(dtype)
-    torch.testing.assert_close(mixer._attention(kv).double(), mixer._attention(kv.double()), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(mixer.attention(kv).double(), mixer.attention(kv.double()), rtol=1e-2, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(mixer._attention(kv).double(), mixer._attention(kv.double()), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(mixer.attention(kv).double(), mixer.attention(kv.double()), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (12, 12)], ids=["direct", "merged"])

@@ -107,7 +107,7 @@ def test_real_products_equal_the_transforms(height, width, batch):
     torch.manual_seed(0)
     mixer = make(6, num_groups=2)
     x = torch.randn(batch, 6, height, width, dtype=torch.float64)
-    torch.testing.assert_close(mixer._by_products(x), mixer(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mixer.by_products(x), mixer(x), rtol=1e-12, atol=1e-12)
 
 
 def test_constant_mask_scales_the_input():

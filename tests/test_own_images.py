@@ -190,7 +190,7 @@ def test_parquet_without_pyarrow_is_an_error(tmp_path, monkeypatch):
     ("rows", "keys", "fragment"),
     [
         ([{"file": "0.png", "label": 1}], {}, "has no column path, its columns are file, label; set data.input_key"),
-        ([{"path": "0.png", "label": ""}], {}, "line 2 has no class in the column label"),
+        ([{"path": "0.png", "label": ""}], {}, "line 2 has no class in the column label; .*task.kind=multilabel"),
         ([{"path": "", "label": "1"}], {}, "line 2 has no path in the column path"),
         ([{"path": "0.png", "label": "a"}, {"path": "0.png", "label": "b"}], {}, "line 3 has the class b for 0.png"),
         ([{"path": "0.png", "label": "a"}], {"split_key": "set"}, "has no column set"),

@@ -78,7 +78,7 @@ def test_a_list_for_each_split(tmp_path, folder):
     write(tmp_path / "few.txt", "photo_007\n")
     assert stems(opened(tmp_path, train_split="few.txt")) == ["photo_007"]
     write(tmp_path / "few.txt", "photo_007\nphoto_070\nphoto_071\n")
-    with pytest.raises(UserError, match="2 names of the list are not in .*images: photo_070, photo_071"):
+    with pytest.raises(UserError, match="2 names of the list are not in .*images: photo_070, photo_071; remove them"):
         opened(tmp_path, train_split="few.txt")
     write(tmp_path / "few.txt", "photo_007\nphoto_007.jpg\n")
     with pytest.raises(UserError, match="few.txt names photo_007 twice"):
@@ -111,11 +111,13 @@ def test_missing_and_double_files_are_named(tmp_path):
     root = write_masks(tmp_path)
     (root / "masks/photo_001.png").unlink()
     (root / "masks/photo_004.png").unlink()
-    with pytest.raises(UserError, match="2 images of .*images have no mask in .*masks: photo_001, photo_004"):
+    with pytest.raises(
+        UserError, match="2 images of .*images have no mask in .*masks: photo_001, photo_004; add each mask"
+    ):
         opened(root)
     write_masks(root)
     (root / "images/photo_003.jpg").unlink()
-    with pytest.raises(UserError, match="1 masks of .*masks have no image in .*images: photo_003"):
+    with pytest.raises(UserError, match="1 masks of .*masks have no image in .*images: photo_003; add the images"):
         opened(root)
     write_masks(root)
     save(Image.new("RGB", (9, 9)), root / "images/photo_003.png")

@@ -433,6 +433,20 @@ def test_the_code_of_dense_tasks_runs(kind, tmp_path, monkeypatch):
     run_code(report.usage(record)[1], tmp_path, monkeypatch)
 
 
+def test_masks_have_a_legend_of_the_classes_in_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(dense, "MAX_PICTURES", 2)
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", **trainer.SCENES["segment"]))
+    target, prediction = np.zeros((2, 3, 16, 16), np.uint8)
+    target[0, :4], target[2], prediction[1, :4], prediction[1, 4:] = 3, 5, 7, 255
+    kept = {"index": np.arange(3), "size": np.full((3, 2), 16), "target": target, "prediction": prediction}
+    html = dense.predictions(RunRecord(tmp_path, recipe, [], [], None, {"miou": 1.0}, kept))[1]
+    palette = task_spec(recipe).build(recipe, World()).palette
+    shown = re.findall(r"rgb\(([\d,]+)\)[^>]*></i>([^<]+)</span>", html)
+    # the third picture is not drawn, and 255 is no class
+    assert [name for _, name in shown] == ["background", "2", "6"]
+    assert [list(map(int, color.split(","))) for color, _ in shown] == [palette[label] for label in (0, 3, 7)]
+
+
 def test_the_command_in_a_new_process(run):
     """Everything the report needs is imported by itself, such as the models of the zoo."""
     command = [sys.executable, "-m", "tessel.train.report", str(run)]

@@ -237,6 +237,7 @@ def test_non_finite_updates_are_skipped_up_to_a_limit(recipe, monkeypatch, capsy
 
 def test_evaluate_rejects_folders_without_a_finished_run(recipe, capsys):
     assert "neither a run directory" in error_message(capsys, evaluate.main([str(recipe.parent)]))
+    assert "`tessel predict RUN " in error_message(capsys, evaluate.main([str(recipe)]))
     (run := recipe.parent / "runs/begun").mkdir(parents=True)
     shutil.copy(recipe, run / "recipe.yaml")
     assert "not finished" in error_message(capsys, evaluate.main([str(run)]))

@@ -143,6 +143,8 @@ def recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         near = [] if run.exists() else difflib.get_close_matches(str(run), timm.list_models(), n=3)
         hint = f"; did you mean the model {' or '.join(near)}?" if near else ""
+        if run.is_file():
+            hint = f"; `tessel predict RUN {run}` predicts an image with a run"
         raise UserError(f"{run} is neither a run directory nor a checkpoint: it has no recipe.yaml{hint}")
     return run / "recipe.yaml"
 

@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,13 @@ class Recording:
 
     def program(self) -> torch.export.ExportedProgram:
         """The model as recorded by torch.export."""
-        with torch.no_grad():
-            return torch.export.export(self.model, (self.example,), dynamic_shapes=self.dynamic_shapes, strict=False)
-
-    @property
-    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
-        """The open axes as torch.export expects them."""
-        return (dict.fromkeys(self.open_axes, torch.export.Dim.DYNAMIC),) if self.open_axes else None
+        # as torch's ONNX exporter does: a size that is 1 in the example is no reason for a condition on it
+        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(self.open_axes))
+        # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
+        dims = {axis: torch.export.Dim.DYNAMIC if axis else torch.export.Dim("batch", min=2) for axis in self.open_axes}
+        shapes = (dims,) if dims else None
+        with torch.no_grad(), oblivious:
+            return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ def write(recording: Recording, path: Path) -> None:
     if isinstance(recording.model, OneImageDetector):
         _write_traced(recording, path)
         return
+    open_axes = dict.fromkeys(recording.open_axes, torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.onnx.export(
             recording.model,
             (recording.example,),
             dynamo=True,
-            dynamic_shapes=recording.dynamic_shapes,
+            dynamic_shapes=(open_axes,) if open_axes else None,
             input_names=["images"],
             verbose=False,
         )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recording import crop, exporting, is_open
+from ..recording import compact, crop, exporting, is_open
 from ..sdpa import fused_attention
 
 # Without gradients, windows are computed in chunks whose relative logits take about this many bytes: they stay in cache
@@ -59,7 +59,7 @@ def halo_attention_reference(
         )
     # batch and rows of blocks as one axis: XNNPACK (ExecuTorch) has at most 6 axes
     y = y_WqNE.unflatten(1, (side, side)).unflatten(0, (batch * rows, cols)).transpose(1, 2)
-    y = y.flatten(2, 3).unflatten(0, (batch, rows)).flatten(1, 2)
+    y = compact(y).flatten(2, 3).unflatten(0, (batch, rows)).flatten(1, 2)
     return crop(y, q.shape[1], q.shape[2])
 
 
@@ -100,7 +100,7 @@ def split_blocks(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
     if is_open(below) or is_open(right) or below or right:
         x = F.pad(x, (0, 0, 0, 0, 0, right, 0, below))
     x = x.unflatten(1, (rows, side)).flatten(0, 1).unflatten(2, (cols, side))  # [B*rows, s, cols, s, N, D]
-    return x.transpose(1, 2).flatten(0, 1)
+    return compact(x.transpose(1, 2)).flatten(0, 1)
 
 
 def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) -> Tensor:
@@ -111,7 +111,7 @@ def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) 
     heads = kv.shape[3:]
     kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below)).flatten(3)
     windows = kv.unfold(1, window, block_size).unfold(2, window, block_size)  # [B, rows, cols, N*F, K, K]
-    return windows.permute(0, 1, 2, 4, 5, 3).flatten(0, 2).unflatten(-1, heads)
+    return compact(windows.permute(0, 1, 2, 4, 5, 3)).flatten(0, 2).unflatten(-1, heads)
 
 
 def _outside(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) -> Tensor:

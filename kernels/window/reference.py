@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recording import crop, is_open
+from ..recording import compact, crop, is_open
 from ..sdpa import fused_attention
 
 # weight `[C', 1, 3, 3]` and bias `[C']` of the LePE convolution of each group of heads
@@ -92,7 +92,7 @@ def _attend(
     y_UhwC = fused_attention(q, k, v, scale=scale).transpose(1, 2).reshape(v_UhwC.shape)
     if lepe is not None:
         y_UhwC = y_UhwC + _depthwise_conv(v_UhwC, *lepe, windows_per_image=rows * cols)
-    y = y_UhwC.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3)
+    y = compact(y_UhwC.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3))
     y = y.reshape(batch, rows * win_h, cols * win_w, dim)
     return crop(y, height, width, top=top, left=left) if pads else y
 

@@ -106,14 +106,17 @@ class Folders:
             raise UserError(f"{images} has no images ({', '.join(sorted(EXTENSIONS))})")
         every = wanted is None
         wanted = sorted(by_name) if wanted is None else wanted
-        _raise_missing([name for name in wanted if name not in by_name], f"names of the list are not in {images}")
+        unknown = [name for name in wanted if name not in by_name]
+        _raise_missing(unknown, f"names of the list are not in {images}", "remove them from the list")
         pairs = [Pair(name, by_name[name], label_of.get(name + self.suffix)) for name in wanted]
         if not self.optional and (missing := [pair.name for pair in pairs if pair.label is None]):
             hint = _suffix_hint(missing[0], label_of) if not self.suffix else ""
+            hint = hint or f"add each {self.kind}, under the name of its image, or move these images to another folder"
             _raise_missing(missing, f"images of {images} have no {self.kind} in {labels}", hint)
         if every and (images != labels or not self.suffix):
             extra = sorted(label_of.keys() - {name + self.suffix for name in by_name})
-            _raise_missing(extra, f"{self.kind}s of {labels} have no image in {images}")
+            hint = "add the images, or move these files to another folder"
+            _raise_missing(extra, f"{self.kind}s of {labels} have no image in {images}", hint)
         return pairs
 
 
@@ -168,13 +171,13 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return [name for name in names if name in seen or seen.add(name)]
 
 
-def _raise_missing(names: Sequence[str], what: str, hint: str = "") -> None:
+def _raise_missing(names: Sequence[str], what: str, hint: str) -> None:
     if names:
         listed = ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
-        raise UserError(f"{len(names)} {what}: {listed}{hint}")
+        raise UserError(f"{len(names)} {what}: {listed}; {hint}")
 
 
 def _suffix_hint(name: str, labels: Iterable[str]) -> str:
     """A remedy, if the label file of the image only has a longer name."""
     endings = sorted(label.removeprefix(name) for label in labels if label.startswith(name))
-    return f"; data.mask_suffix={endings[0]} would fit" if endings else ""
+    return f"data.mask_suffix={endings[0]} would fit" if endings else ""

@@ -114,7 +114,8 @@ def _wrong_value(key: str, error: Any, same: list[Any], known: Mapping[str, Key]
         return f"{key} is a section: it takes key: value lines, not {error['input']!r}"
     if key in known and (wanted := describe_list(known[key].hint)):
         found = "" if nested else f"={error['input']!r}"
-        return f"{key}{found} must be {wanted[0]}, for example {key}={wanted[1]}"
+        meaning = f" ({known[key].description})" if known[key].description else ""
+        return f"{key}{found} must be {wanted[0]}, for example {key}={wanted[1]}{meaning}"
     message = next((one["msg"] for one in same if one["type"] != "literal_error"), error["msg"])
     words = [one["ctx"]["expected"].replace("'", "") for one in same if nested and one["type"] == "literal_error"]
     also = f", or {words[0]}" if words and message != error["msg"] or len(same) > 1 and words else ""

@@ -122,10 +122,11 @@ def find_recipe(path: str | Path) -> Path:
         with suppress(OSError):  # a name that is too long
             if candidate.is_file():
                 return candidate
-    known = sorted(str(file.relative_to(PACKAGED)) for file in PACKAGED.rglob("*.yaml"))
-    wanted = f"{str(path).removesuffix('.yaml')}.yaml"
-    near = [name for name in known if Path(name).name == Path(wanted).name] or difflib.get_close_matches(wanted, known)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the packaged recipes are {', '.join(known)}"
+    known = sorted(str(file.relative_to(PACKAGED).with_suffix("")) for file in PACKAGED.rglob("*.yaml"))
+    wanted = str(path).removesuffix(".yaml")
+    near = [name for name in known if Path(name).name == Path(wanted).name]
+    near = near or difflib.get_close_matches(wanted, known, cutoff=0.8)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`tessel train --list` lists the packaged recipes"
     raise UserError(f"there is no recipe {str(path)!r}, neither as a file nor among the packaged ones; {hint}")
 
 

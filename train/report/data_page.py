@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..recipe.schema import Recipe
 from ..tasks.detect.overlay import COLORS, draw_objects
 from ..tasks.segment.overlay import overlay
-from .page import NARROW, Section, card, charts, gallery, page, picture, shorten
+from .page import NARROW, Section, card, charts, gallery, page, picture, shorten, swatch
 
 SAMPLES, MAX_SAMPLES = 24, 60  # drawn per split: at least and, if there are more classes, at most
 MAX_FAULTY = 12  # samples with an error that are drawn
@@ -152,8 +152,8 @@ def legend(facts: SplitFacts, index: int) -> str:
     labels, parts = facts.samples[index].labels, []
     for label, count in sorted(labels.counts, key=lambda pair: -pair[1])[:MAX_NAMES]:
         name = escape(facts.classes[label])
-        swatch = '<i style="background:rgb({},{},{})"></i>'.format(*color(facts, label)) if labels.unit else ""
-        parts.append(f"<b>{swatch}{name}{f' × {count}' if labels.unit == 'objects' and count > 1 else ''}</b>")
+        mark = swatch(color(facts, label)) if labels.unit else ""
+        parts.append(f"<b>{mark}{name}{f' × {count}' if labels.unit == 'objects' and count > 1 else ''}</b>")
     if len(labels.counts) > MAX_NAMES:
         parts.append(f"and {len(labels.counts) - MAX_NAMES} more")
     return " ".join(parts) or ("no objects" if labels.unit == "objects" else "no label")

@@ -1,6 +1,7 @@
 """Report sections of a segmentation or detection run: metrics by class, ground truth beside predictions."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from ..distributed.world import World
 from ..errors import UserError
 from ..recipe.registry import TASKS, task_spec
-from .page import NARROW, Section, card, charts, gallery, picture, shorten
+from .page import NARROW, Section, card, charts, gallery, picture, shorten, swatch
 from .runs import RunRecord
 
 MAX_CLASSES = 60  # drawn in the chart; of more, the best and the worst 30 are
@@ -51,12 +52,20 @@ def predictions(run: RunRecord) -> tuple[str, str]:
     task = task_spec(run.recipe).build(run.recipe, World())
     try:
         pictures = [image for _, image in task.pictures(run.predictions, MAX_PICTURES)]
+        colors = task.legend(run.predictions, MAX_PICTURES)
     except KeyError as error:
         raise UserError(
             f"the evaluation's predictions.npz lacks {error}; {run.evaluate_command} writes it again"
         ) from error
     text = "The first held-out images: ground truth on the left, prediction on the right."
-    return text, gallery((card(image, "", alt="ground truth and prediction") for image in pictures), least=400)
+    cards = gallery((card(image, "", alt="ground truth and prediction") for image in pictures), least=400)
+    return text, legend(colors) + cards
+
+
+def legend(colors: Mapping[str, Sequence[int]]) -> str:
+    """HTML of the names and colors of classes; nothing if there are none."""
+    names = "".join(f"<span>{swatch(color)}{escape(name)}</span> " for name, color in colors.items())
+    return f'<p class="legend">{names}</p>' if names else ""
 
 
 def draw_classes(by_class: Mapping[str, Mapping[str, float]], shown: Sequence[str]) -> Figure:

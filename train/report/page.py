@@ -76,8 +76,11 @@ figure { margin: 0; min-width: 0 }
 figure img { max-height: 480px; object-fit: contain; object-position: left }
 figure .png { image-rendering: pixelated }
 figcaption { margin-top: 5px; color: var(--quiet); font-size: 13px; line-height: 1.4; overflow-wrap: anywhere }
-figcaption b { color: var(--ink); font-weight: 600; margin-right: 6px }
-figcaption i { display: inline-block; width: 10px; height: 10px; margin-right: 4px; border: 1px solid var(--line) }
+figcaption b { display: inline-block; color: var(--ink); font-weight: 600; margin-right: 6px }
+figcaption i, .legend i { display: inline-block; width: 10px; height: 10px; margin-right: 4px;
+  border: 1px solid var(--line) }
+.legend { font-size: 14.5px }
+.legend span { display: inline-block; margin-right: 18px }
 .error { color: var(--alarm); font-style: normal }
 .text td:first-child, .text td:nth-child(2) { white-space: nowrap }
 .text td:last-child { overflow-wrap: anywhere }
@@ -144,6 +147,11 @@ def card(image: Image.Image, caption: str, *, alt: str, title: str = "") -> str:
     hint = f' title="{escape(title)}"' if title else ""
     shown = f'<img class="{kind}" alt="{escape(alt)}"{hint} src="{_data_url(kind, content.getvalue())}">'
     return f"<figure>{shown}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+
+
+def swatch(color: Iterable[int]) -> str:
+    """HTML of a small square of a color (red, green, blue; 0 to 255), for a legend."""
+    return '<i style="background:rgb({},{},{})"></i>'.format(*color)
 
 
 def gallery(cards: Iterable[str], least: int = 200) -> str:

@@ -98,6 +98,10 @@ class Task(ABC, Generic[TaskT, DataT]):
         """(index, picture of truth and prediction) of the first `count` kept predictions; empty if it draws none."""
         return iter(())
 
+    def legend(self, predictions: Mapping[str, np.ndarray], count: int) -> dict[str, list[int]]:
+        """Class name -> color of what `pictures` draws; empty if the pictures name their classes themselves."""
+        return {}
+
     def keep_pictures(self, count: int) -> None:
         """Make the next accumulators keep at least what `pictures` needs for `count` samples."""
 

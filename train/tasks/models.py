@@ -56,6 +56,7 @@ def weights_hint(key: str, error: Exception) -> str:
     hints = {
         "model.name": ". model.init_from=FILE starts from a file of weights, model.pretrained=false from random ones",
         "model.init_from": ". It can also be a file of weights",
+        "the model": ". weights=FILE (--weights FILE) takes them from a file",
     }
     return hints.get(key, "")
 

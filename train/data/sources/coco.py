@@ -92,7 +92,7 @@ def _other_files(file: Path) -> str:
     found = f" (there is {', '.join(map(str, near))})" if near else ""
     return (
         f"data.train=[FILE.json, FOLDER] and data.val=[FILE.json, FOLDER] name other files{found}; data.val=null holds "
-        "out a part of the training images"
+        "out a part of the training images; data.source=yolo and data.source=voc read other formats"
     )
 
 

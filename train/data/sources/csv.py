@@ -65,7 +65,10 @@ def open_labels(data: CSV, split: str) -> LabeledFiles:
     for place, path, row in table.rows():
         label = _text(row, data.target_key)
         if not label:
-            raise UserError(f"{place} has no class in the column {data.target_key}; fill it or remove the line")
+            raise UserError(
+                f"{place} has no class in the column {data.target_key}; fill it, remove the line, or set "
+                "task.kind=multilabel, which trains on images of any number of labels"
+            )
         if labels.setdefault(path, label) != label:
             raise UserError(
                 f"{place} has the class {label} for {path}, and another line has {labels[path]}; task.kind=multilabel "

@@ -25,19 +25,13 @@ def load(path: str | Path) -> "nn.Module":
 
 
 USAGE = """\
-import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import pil_to_tensor
+import tessel
 
-import tessel.train.detect
-
-model = tessel.train.detect.load("{path}")
-image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255  # not normalized
-with torch.inference_mode():
-    (found,) = model([image])
-for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
-    if score > 0.3:
-        print(f"{model.classes[label]} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
+model = tessel.load("{path}")
+(result,) = model.predict("image.jpg", min_score=0.3)
+for label, score, box in zip(result.labels, result.scores, result.boxes):
+    print(f"{label} {score:.2f} at {box.tolist()}")  # left, top, right, bottom in pixels
+result.save("objects.png")  # the image with its boxes
 """
 
 SPEC = TaskSpec(

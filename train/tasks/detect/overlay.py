@@ -45,7 +45,7 @@ def draw_objects(
     if "scores" in objects:
         names = [f"{name} {objects['scores'][number]:.2f}" for name, number in zip(names, chosen, strict=True)]
     side = min(canvas.shape[-2:])
-    drawn = draw_bounding_boxes(canvas, boxes[chosen], colors=list(colors), width=max(2, side // 200))
+    drawn = draw_bounding_boxes(canvas, boxes[chosen], colors=list(colors), width=max(2, side // 120))
     return write_names(drawn, boxes[chosen].tolist(), names, colors)
 
 

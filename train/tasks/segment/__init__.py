@@ -26,18 +26,13 @@ def load(path: str | Path) -> "Segmenter":
 
 
 USAGE = """\
-import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import normalize, pil_to_tensor
+import tessel
 
-import tessel.train.segment
-
-model = tessel.train.segment.load("{path}")
-image = pil_to_tensor(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")) / 255
-with torch.inference_mode():
-    logits = model(normalize(image, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])[None])
-mask = logits[0].argmax(0)  # [H, W], indices into model.classes
-print([model.classes[index] for index in mask.unique()])
+model = tessel.load("{path}")  # resizes images as the evaluation did
+(result,) = model.predict("image.jpg")
+print(result.summary())  # share of the pixels of each class
+print(result.mask.shape)  # [H, W], indices into result.classes
+result.save("overlay.png")  # the image under the colors of its classes
 """
 
 SPEC = TaskSpec(

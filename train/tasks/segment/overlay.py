@@ -23,6 +23,12 @@ def pictures(dataset: Any, predictions: Mapping[str, np.ndarray], count: int) ->
         yield index, overlay(dataset[index][0], masks, dataset.palette)
 
 
+def classes_in(predictions: Mapping[str, np.ndarray], count: int) -> list[int]:
+    """The classes in the first `count` pairs of masks in `SegmentationMetrics.predictions`, in ascending order."""
+    masks = [predictions[kind][:count] for kind in ("target", "prediction")]
+    return [label for label in np.unique(masks).tolist() if label != IGNORE_INDEX]
+
+
 def overlay(image: Image.Image, masks: list[np.ndarray], palette: list[list[int]]) -> Image.Image:
     """A panel for each mask [H, W], side by side: the image, resized to H x W, under the colors of the classes.
 

@@ -22,7 +22,7 @@ from .augment import Normalizer, eval_transform, input_mean_std, round_up, train
 from .metrics import SegmentationMetrics
 from .model import Segmenter, build_segmenter, load_initial_weights
 from .options import Segment, SegmentData
-from .overlay import pictures
+from .overlay import classes_in, pictures
 
 BATCH_NORM_REMEDY = (
     "use micro-batches of at least two images (data.batch, data.micro_batch), or no batch statistics: "
@@ -110,6 +110,10 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of the first `count` predictions: ground truth beside prediction."""
         return pictures(self.val, predictions, count)
+
+    def legend(self, predictions: Mapping[str, np.ndarray], count: int) -> dict[str, list[int]]:
+        """Name and color of each class in the first `count` pictures, in the order of the classes."""
+        return {self.classes[label]: self.palette[label] for label in classes_in(predictions, count)}
 
     def keep_pictures(self, count: int) -> None:
         self.kept = max(self.kept, count)
