@@ -410,6 +410,15 @@ def test_texts_of_charts_are_whole_and_do_not_overlap(finished, classes):
             assert texts_outside(figure) == ([], [])
 
 
+def test_the_value_beside_the_curve_is_that_of_the_export(finished):
+    record = read_run(finished)
+    early = dataclasses.replace(record, done={"step": EVERY, "top1": 82.5, "count": 360})
+    for run, text in ((record, "90.0"), (early, "82.5"), (dataclasses.replace(record, done=None), "90.0")):
+        with rc_context(STYLE):
+            (axes,) = curves.draw_metric([run]).axes
+        assert [one.get_text() for one in axes.texts] == [text]
+
+
 def run_code(html, folder, monkeypatch):
     """Execute the code block with an image in the working directory."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "image.jpg")

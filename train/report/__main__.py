@@ -83,7 +83,8 @@ def report_one(run: RunRecord, folder: Path) -> str:
         "Command": train_command(run, f"{run.name}-again"),
     }
     if unreadable := run.unreadable:
-        facts["Unreadable"] = f"{unreadable:,} training samples, replaced by others; corrupt.jsonl lists them"
+        samples = "1 training sample" if unreadable == 1 else f"{unreadable:,} training samples"
+        facts["Unreadable"] = f"{samples}, replaced by others; corrupt.jsonl lists them"
     listed = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     text = escape((run.path / "recipe.yaml").read_text(encoding="utf-8"))
     head = f"<dl>{listed}</dl>\n<details><summary>The whole recipe</summary><pre>{text}</pre></details>"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -54,7 +55,7 @@ def draw_loss(runs: Sequence[RunRecord]) -> Figure:
 
 
 def draw_metric(runs: Sequence[RunRecord]) -> Figure:
-    """The main metric on held-out images; of a single run with its last value."""
+    """The main metric on held-out images; of a single run with the value of its export, or else its last one."""
     metric = one_metric(runs)
     assert metric is not None
     figure, axes = _chart(runs, NARROW, 3.0)
@@ -64,8 +65,12 @@ def draw_metric(runs: Sequence[RunRecord]) -> Figure:
         plot(axes, steps, values, **_held_out(runs, i))
         lowest += values
         if len(runs) == 1 and steps:  # of several, the values may lie on each other; the table has them
-            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
-            axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), color="C1", **place)
+            # with early stopping, the export has the weights of an earlier evaluation
+            kept = (run.done or {}).get("step")
+            number = steps.index(kept) if kept in steps else len(steps) - 1
+            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right" if number else "left"}
+            ground = {"facecolor": rcParams["axes.facecolor"], "edgecolor": "none", "pad": 1}
+            axes.annotate(f"{values[number]:.1f}", (steps[number], values[number]), color="C1", bbox=ground, **place)
     axes.set(title=f"{metric.name} on held-out images", ylabel="%")
     axes.margins(y=0.12)
     # curves that lie high up would be flat on an axis from 0; the label then says where it starts
