@@ -1,6 +1,6 @@
 """Layers that no exporter leaves open in size, replaced by others that compute the same."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,8 +44,9 @@ def open_sizes(model: nn.Module) -> nn.Module:
 def _open_layer(module: Any) -> nn.Module | None:
     """The layer that replaces `module`; None to leave it."""
     if type(module) is nn.AdaptiveAvgPool2d and module.output_size not in (1, (1, 1)):
-        return AdaptivePool(module.output_size)
-    is_upsample = type(module).__name__ == "Upsample" and type(module).__module__.startswith("mmseg.")
-    if is_upsample and isinstance(module.scale_factor, float) and module.scale_factor.is_integer():
-        return Enlarge(int(module.scale_factor), module.mode, module.align_corners)
+        return AdaptivePool(cast(Any, module.output_size))
+    if type(module).__name__ == "Upsample" and type(module).__module__.startswith("mmseg."):
+        upsample: Any = module
+        if isinstance(upsample.scale_factor, float) and upsample.scale_factor.is_integer():
+            return Enlarge(int(upsample.scale_factor), upsample.mode, upsample.align_corners)
     return None

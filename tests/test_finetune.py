@@ -93,6 +93,14 @@ def test_layers_learn_at_different_rates_only_from_weights():
     assert layer_decay("model.pretrained=false") is layer_decay("model.name=biformer_small") is None
 
 
+def test_training_from_random_weights_does_not_stop_early():
+    def patience(*keys):
+        return sized(resolve_pretrained(finetune("classify", *keys)), samples=60).sched.patience
+
+    assert patience("model.name=cswin_tiny") == 10 and patience("model.pretrained=false") is None
+    assert patience("model.pretrained=false", "sched.patience=4") == 4
+
+
 def test_continued_run_keeps_its_numbers():
     begun = sized(resolve_pretrained(finetune("classify")), samples=60)
     again = recorded(finetune("classify", "ema.decay=0.5"), begun)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 
 METADATA_KEY = "tessel"  # of the JSON text in files with named metadata
 METADATA_FILE = "tessel.json"  # of the same text in files that are archives
@@ -27,7 +28,7 @@ class Recording:
     def program(self) -> torch.export.ExportedProgram:
         """The model as recorded by torch.export."""
         # as torch's ONNX exporter does: a size that is 1 in the example is no reason for a condition on it
-        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=bool(self.open_axes))
+        oblivious = fx_config.patch(backed_size_oblivious=bool(self.open_axes))  # type: ignore[attr-defined]
         # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
         dims = {axis: torch.export.Dim.DYNAMIC if axis else torch.export.Dim("batch", min=2) for axis in self.open_axes}
         shapes = (dims,) if dims else None

@@ -113,8 +113,9 @@ def describe_replacements(asked: str, parallel: Parallel, device: torch.device) 
     """
     if device.type in ("cpu", "cuda"):
         found = accelerator()
-        unused = asked == "auto" and device.type == "cpu" and found is not None
-        return f"several processes cannot train on {found.type}, so they train on the CPU" if unused else ""
+        if asked == "auto" and device.type == "cpu" and found is not None:
+            return f"several processes cannot train on {found.type}, so they train on the CPU"
+        return ""
     lacking = []
     if sum_dtype(device) == torch.float32:
         lacking.append("losses and metrics are summed in float32, it has no float64")

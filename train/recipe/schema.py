@@ -180,8 +180,9 @@ class Sched:
     """when multistep decays, in epochs or steps like the length of the training"""
     freeze: NonNegativeFloat = 0.0
     """first part of the training, in which the backbone does not change; in epochs or steps like its length"""
-    patience: PositiveInt | None = None
-    """stop after this many evaluations without a better one, and export the best weights; null: train to the end"""
+    patience: AutoInt | None = None
+    """stop after this many evaluations without a better one, and export the best weights; null: train to the end;
+    auto: 10 if training starts from weights, else null"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

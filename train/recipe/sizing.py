@@ -17,6 +17,7 @@ SHARED_KEYS = (
     "data.batch",
     "sched.epochs",
     "sched.warmup",
+    "sched.patience",
     "optim.layer_decay",
     "ema.decay",
     "eval.every",
@@ -29,6 +30,7 @@ IMAGES = 200_000  # training images that a run sees, as far as `Auto.epochs` all
 UPDATES_PER_EPOCH = 8  # at least, as far as `Auto.batch` allows it
 WARMUP = 0.05  # of the training
 LAYER_DECAY = 0.9
+PATIENCE = 10
 EVALUATIONS, EVALUATIONS_PER_EPOCH = 30, 2
 LOG_LINES, LOG_EVERY = 100, 50
 AVERAGED = 0.05  # part of the training over which the moving average extends
@@ -65,7 +67,10 @@ def sized(recipe: Recipe, *, samples: int, processes: int = 1, multiple: int = 1
     steps = recipe.sched.steps or math.ceil(epochs * epoch)
     length = epochs or steps
     value("sched.warmup", round(length * WARMUP, 2) if epochs else round(steps * WARMUP))
-    value("optim.layer_decay", LAYER_DECAY if starts_from_weights(recipe) else None)
+    from_weights = starts_from_weights(recipe)
+    value("optim.layer_decay", LAYER_DECAY if from_weights else None)
+    # from random weights, the first evaluations say little about the later ones
+    value("sched.patience", PATIENCE if from_weights else None)
     value("ema.decay", round(min(max(1 - 1 / max(AVERAGED * steps, 1), DECAY[0]), DECAY[1]), 5))
     often = max(1, round(max(steps / EVALUATIONS, epoch / EVALUATIONS_PER_EPOCH)))
     evaluate = value("eval.every", often)
