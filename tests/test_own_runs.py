@@ -147,7 +147,7 @@ def test_own_images_with_a_class_each(tmp_path, capsys, write):
     assert loaded(run).pretrained_cfg["label_names"] == (sorted(LABELS) if write is plain_folder else sorted(LABELS))
     data = val(run)
     assert_export_repeats_the_evaluation(run, [data[i][0] for i in range(4)], lambda x: x.softmax(1))
-    assert "Left out: the evaluation" not in page(run) and "confusion" in page(run)
+    assert "Left out: the evaluation" not in page(run) and "confusion" in page(run).lower()
 
 
 @pytest.mark.slow
@@ -220,14 +220,15 @@ def test_gray_images(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multilabel", "four channels"])
 def test_two_processes_evaluate_and_train_like_one(tmp_path, kind):
+    plain = MODEL | {"name": "test_convnext"}  # without batch norms, whose running statistics are those of one process
     if kind == "multilabel":
         sections: dict[str, Any] = {
             "data": label_sets(tmp_path / "data"),
             "task": {"kind": "multilabel"},
-            "model": MODEL,
+            "model": plain,
         }
     else:
-        sections = {"data": arrays(tmp_path / "data") | STATISTICS, "model": MODEL | {"in_chans": 4}}
+        sections = {"data": arrays(tmp_path / "data") | STATISTICS, "model": plain | {"in_chans": 4}}
     sections["data"]["aug"] = MIXED
     recipe = trainer.write_recipe(tmp_path / "own.yaml", optim={"layer_decay": None}, **sections)
     assert trainer.train(recipe, "data.micro_batch=4") == 0
@@ -235,9 +236,11 @@ def test_two_processes_evaluate_and_train_like_one(tmp_path, kind):
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr
     runs = tmp_path / "runs"
     one, two = (json.loads((runs / name / "DONE").read_text()) for name in ("tiny", "two"))
-    assert one["count"] == two["count"] and {**one, "checkpoint": 0} == pytest.approx(
-        {**two, "checkpoint": 0}, abs=1e-3
-    )
+    assert one.keys() == two.keys() and one["count"] == two["count"]
+    metric = "map" if kind == "multilabel" else "top1"
+    assert [one[key] for key in ("loss", metric)] == pytest.approx([two[key] for key in ("loss", metric)], abs=1e-3)
+    for key, values in one.get("classes", {}).items():
+        assert values == pytest.approx(two["classes"][key], abs=1e-3)
 
 
 @pytest.mark.parametrize(

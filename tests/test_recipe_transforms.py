@@ -38,7 +38,10 @@ def test_images_and_objects_of_detection(name, tmp_path):
     root, sides = miniatures.coco(tmp_path, train=8), recipe.task.detect.min_size or (recipe.data.size,)
     for image, target, _ in samples(name, root, TrainTransform(recipe), 150):
         height, width = image.shape[1:]
-        assert min(height, width) in sides or max(height, width) == recipe.task.detect.max_size
+        # torchvision rounds a side down, so one that is computed as 479.99 pixels becomes 479
+        assert any(0 <= side - min(height, width) <= 1 for side in sides) or (
+            0 <= recipe.task.detect.max_size - max(height, width) <= 1
+        )
         assert image.dtype == torch.uint8
         boxes = target["boxes"]
         assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes[:, 2].le(width).all() and boxes[:, 3].le(height).all()

@@ -251,7 +251,7 @@ def test_torchrun_prints_one_message(recipe):
     corrupt = recipe.parent / "images/train/class_1/2.png"
     corrupt.write_bytes(b"")
     for override, fragment in (("model.name=nonsense", "'nonsense'"), ("data.batch=4", str(corrupt))):
-        arguments = ["-m", "tessel.train", str(recipe), "data.micro_batch=2", override]
+        arguments = ["-m", "tessel.train", str(recipe), "data.micro_batch=2", "guard.max_corrupt=0", override]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
         messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode != 0 and len(messages) == 1 and fragment in messages[0], done.stderr
