@@ -66,7 +66,7 @@ def test_dry_run_of_the_loader(tmp_path):
     assert found["goals"].keys() == {"pil", "torchcodec"}
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_dry_run_of_the_threads(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "threads.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
     run = subprocess.run(command, capture_output=True, text=True)
