@@ -34,7 +34,7 @@ for command in (listing, info, predict, export, weights, train, evaluate, report
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code: 0, 1 after an error, 2 for wrong arguments, 130 after Ctrl-C.
 
-    Errors that a user can mend are printed as one line on stderr.
+    Errors that a user can fix are printed as one line on stderr.
     """
     if sys.platform == "darwin":
         from ..train.system import allow_cpu_operators

@@ -17,7 +17,7 @@ from torch import nn
 import tessel
 import tessel.export.formats.torch_export
 import tessel.zoo
-from tessel.blocks import Window
+from tessel.blocks import Halo, Window
 from tessel.export import ExportError, OneImageDetector, export, formats, load
 from tessel.export.exporting import difference
 from tessel.train.recipe.schema import Dense, Model
@@ -126,6 +126,13 @@ def test_programs_of_one_window_run_with_several(tmp_path):
     report = export(block, tmp_path / "model", "torch-export", example=torch.randn(2, 16, 3, 4))
     sizes = {shape[2:] for shape in report.errors}
     assert (3, 4) in sizes and max(sizes) > (35, 22) and {shape[0] for shape in report.errors} == {1, 2, 3}
+
+
+def test_programs_of_halos_take_other_sizes(tmp_path):
+    """A halo map alone cannot be recorded for one block at batch 1, so the example has several blocks."""
+    block = Halo(16, num_heads=2, block_size=4, halo_size=1).eval()
+    report = export(block, tmp_path / "model", "torch-export", example=torch.randn(2, 16, 5, 9))
+    assert len({shape[2:] for shape in report.errors}) > 2 and {shape[0] for shape in report.errors} == {1, 2, 3}
 
 
 @pytest.mark.slow

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from .base import METADATA_KEY, Format, Recording, Run
+from .base import METADATA_KEY, Format, Recording, Run, runner
 
 
 def write(recording: Recording, path: Path) -> None:
@@ -21,11 +19,7 @@ def write(recording: Recording, path: Path) -> None:
 def read(path: Path) -> tuple[Run, str | None]:
     model = torch._inductor.aoti_load_package(str(path))
 
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return tree_leaves(model(images))
-
-    return run, model.get_metadata().get(METADATA_KEY)
+    return runner(model), model.get_metadata().get(METADATA_KEY)
 
 
 FORMAT = Format(

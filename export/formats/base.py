@@ -1,19 +1,37 @@
 """What a format is, and the recording of a model by torch.export that most formats start from."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
+from torch.utils._pytree import tree_leaves
 
 METADATA_KEY = "tessel"  # of the JSON text in files with named metadata
 METADATA_FILE = "tessel.json"  # of the same text in files that are archives
 
 # runs an exported model: images `[B, C, H, W]` to its outputs
 Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def runner(module: Callable[[Tensor], Any]) -> Run:
+    """Runs a module of torch without gradients; its outputs become a flat list."""
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tree_leaves(module(images))
+
+    return run
+
+
+def metadata_text(extra_files: Mapping[str, str | bytes]) -> str | None:
+    """The metadata among the extra files that torch read from an archive; None if it has none."""
+    text = extra_files[METADATA_FILE]
+    return (text.decode() if isinstance(text, bytes) else text) or None
 
 
 @dataclass(frozen=True)

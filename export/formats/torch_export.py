@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from .base import METADATA_FILE, Format, Recording, Run
+from .base import METADATA_FILE, Format, Recording, Run, metadata_text, runner
 
 
 def write(recording: Recording, path: Path) -> None:
@@ -17,12 +15,7 @@ def read(path: Path) -> tuple[Run, str | None]:
     extra_files = {METADATA_FILE: ""}
     module = torch.export.load(path, extra_files=extra_files).module()
 
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return tree_leaves(module(images))
-
-    text = extra_files[METADATA_FILE]
-    return run, (text.decode() if isinstance(text, bytes) else text) or None
+    return runner(module), metadata_text(extra_files)
 
 
 FORMAT = Format(

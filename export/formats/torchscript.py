@@ -4,10 +4,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from .base import METADATA_FILE, Format, Recording, Run
+from .base import METADATA_FILE, Format, Recording, Run, metadata_text, runner
 
 
 def write(recording: Recording, path: Path) -> None:
@@ -24,12 +22,7 @@ def read(path: Path) -> tuple[Run, str | None]:
         warnings.simplefilter("ignore")
         model = torch.jit.load(path, _extra_files=extra_files)
 
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return tree_leaves(model(images))
-
-    text = extra_files[METADATA_FILE]
-    return run, (text.decode() if isinstance(text, bytes) else text) or None
+    return runner(model), metadata_text(extra_files)
 
 
 FORMAT = Format(

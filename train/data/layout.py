@@ -127,7 +127,7 @@ def in_split(rows: Sequence[Any], names: Sequence[str], split: str, fraction: fl
 
 
 def read_list(file: Path, folder: str) -> list[str]:
-    """The names in a list, one a line: with or without the extension, and with or without the `folder` before it.
+    """The names in a list file, one per line. A line may omit the file extension, and may begin with `folder`.
 
     Raises UserError if the list cannot be read, is empty, or has a name twice.
     """

@@ -23,7 +23,10 @@ class SemanticMasks:
     """(RGB image, uint8 mask [H, W]). Smaller objects are drawn over larger ones; crowds count like any object."""
 
     def __init__(self, objects: DetectionDataset, background: str | None):
-        """objects: with masks. Raises UserError for more classes than a mask can have."""
+        """objects: a data set whose samples have instance masks.
+
+        Raises UserError if it has more classes than a mask can hold.
+        """
         self.objects, classes = objects, objects.classes
         # the annotations may have a category for the background, like class 0 of some tools
         self.classes = classes if background is None or background in classes else [background, *classes]

@@ -77,7 +77,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
     ending = key.rpartition(".")[2].replace("-", "_").lower()
     near = [name for name in last if last[name] == ending]
     near = near or [name for name in last if name == MEANT.get(ending)]
-    # layer_decay_rate and the like: initials stand for the name
+    # a key may be the initials of the name, as lr of learning_rate
     near = near or [name for name in last if last[name] == "".join(word[:1] for word in ending.split("_"))]
     near = near or difflib.get_close_matches(key, last, n=1, cutoff=0.5)
     return near[0] if near else None

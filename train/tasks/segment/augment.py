@@ -56,7 +56,7 @@ def _augmented(
 def eval_transform(data: SegmentData, test: SegmentTest) -> Transform:
     """The evaluation transform: (PIL image, mask [H, W]) -> (list of uint8 [3, h, w], int64 mask [H, W]).
 
-    The list has the image at each of `test.scales`. The mask keeps its size.
+    The list holds the image resized to each of `test.scales`. The mask is not resized.
     """
     return partial(_at_each_scale, img_scale=data.img_scale, test=test)
 

@@ -71,7 +71,7 @@ class SegmentData(Data):
 
 
 def img_scale(recipe: Recipe[Segment, SegmentData]) -> tuple[int, int]:
-    """What `data.img_scale=auto` stands for: the short side becomes `data.size`."""
+    """The value that replaces `data.img_scale=auto`: the short side becomes `data.size`."""
     return 4 * recipe.data.size, recipe.data.size
 
 
