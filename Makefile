@@ -81,8 +81,9 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
 
+# as a module: the script's own folder, $(BIN), holds a file `tessel`, which the reference would take for the package
 docs: $(INSTALLED)
-	$(BIN)/zensical build --strict --clean
+	$(BIN)/python -m zensical build --strict --clean
 	rm -f site/*.py
 
 examples: $(INSTALLED)
