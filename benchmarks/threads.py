@@ -5,7 +5,7 @@
 Trains the model of the recipe demo/digits in new processes, one for each setting: alone, and beside as many processes
 that compute without pause as the machine has cores. The settings take turns in an order that is shuffled.
 
-trainer      what `python -m tessel.train` sets, see train/threads.py
+trainer      what `tessel train` sets, see train/threads.py
 default      none: threads spin at a barrier for some milliseconds
 one thread   OMP_NUM_THREADS=1
 passive      OMP_WAIT_POLICY=passive: threads never spin

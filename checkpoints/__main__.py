@@ -1,4 +1,4 @@
-"""`python -m tessel.checkpoints`: list, download, check and convert published weights; also as `tessel weights`."""
+"""`tessel weights`, also `python -m tessel.checkpoints`: list, download, check and convert published weights."""
 
 import argparse
 import dataclasses
@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tessel.checkpoints", description="Published weights of tessel's models."
-    )
+    parser = argparse.ArgumentParser(prog="tessel weights", description="Published weights of tessel's models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     text = "list the published weights: size, license, ImageNet-1K top-1, and whether they can be downloaded"

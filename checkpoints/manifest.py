@@ -70,7 +70,7 @@ def find_weight(name: str) -> Weight:
         if name in (row.name, row.model):
             return row
     close = difflib.get_close_matches(name, rows, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "`python -m tessel.checkpoints list` lists them"
+    hint = f"did you mean {', '.join(close)}?" if close else "`tessel weights list` lists them"
     raise ValueError(f"no published weights are named {name!r}; {hint}")
 
 

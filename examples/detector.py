@@ -5,7 +5,7 @@ noise, and prints the loss as it falls and the best box of one image beside the 
 
     python examples/detector.py
 
-`python -m tessel.train` does the same with COCO or Pascal VOC, augmentation, resuming and evaluation.
+`tessel train` does the same with COCO or Pascal VOC, augmentation, resuming and evaluation.
 """
 
 from collections import OrderedDict

@@ -2,7 +2,7 @@
 
 Prints the stride, the number of channels and the size of each of the four maps. Any model of
 `tessel.zoo.list_models()` works, at any image size. `pretrained=True` loads published weights
-where they can be fetched (`python -m tessel.checkpoints list`).
+where they can be fetched (`tessel weights list`).
 
     python examples/features.py [MODEL]
 """

@@ -2,10 +2,14 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 import tessel
 from tessel.checkpoints import load_manifest
@@ -54,6 +58,18 @@ def test_the_commands_of_the_trainer_get_all_their_arguments(name, monkeypatch):
     arguments = ["demo/digits", "optim.lr=1e-3", "--dry-run", "--help", "-x"]
     assert main([name, *arguments]) == 0
     assert given == [arguments]
+
+
+@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+def test_the_lines_at_the_end_of_a_training_are_commands(task, tmp_path, capsys):
+    kept = Path(__file__).with_name("artefacts") / "5fab7a6" / task
+    name = yaml.safe_load((kept / "recipe.yaml").read_text())["run"]["name"]
+    run = shutil.copytree(kept, tmp_path / "my runs" / name)
+    assert main(["train", str(run / "recipe.yaml"), f"run.out={run.parent}"]) == 0
+    lines = capsys.readouterr().out.partition(f"{run} is finished")[2].splitlines()
+    typed = [shlex.split(line) for line in lines if line.startswith("  tessel ")]
+    assert [words[1] for words in typed] == ["report", "evaluate", "predict"]
+    assert all(words[2] == str(run) for words in typed)
 
 
 def test_exit_code_and_error_of_a_trainer_command_are_its_own(capsys):

@@ -184,7 +184,7 @@ def test_the_header_describes_the_run(page):
     assert facts["Data"] == "digits, 32 × 32 pixels"
     assert re.fullmatch(r"\d\d January 2027, \d\d:\d\d", facts["Last step"])
     assert f"torch {torch.__version__}" in facts["Reported with"]
-    assert facts["Command"].startswith("python -m tessel.train ") and facts["Command"].endswith("run.name=demo-again")
+    assert facts["Command"].startswith("tessel train ") and facts["Command"].endswith("run.name=demo-again")
 
 
 def test_the_sections_have_their_texts(page):
@@ -197,8 +197,8 @@ def test_the_command_prints_the_page_and_the_next_steps(run, undrawn, capsys):
     assert report.main([str(run)]) == 0
     printed = capsys.readouterr().out
     assert f"report: {run}/report/index.html" in printed
-    for command in ("tessel.train.evaluate", "tessel.train ", "tessel.train.report"):
-        assert f"python -m {command}" in printed
+    for command in ("tessel evaluate", "tessel train ", "tessel report"):
+        assert command in printed
     assert "run.seed=4" in printed
 
 
@@ -206,7 +206,7 @@ def test_the_command_prints_the_page_and_the_next_steps(run, undrawn, capsys):
     ("missing", "silent", "why"),
     [
         ("metrics.jsonl", {"Training"}, "no training step is logged yet"),
-        ("evaluation", {"Confusion", "Hardest images"}, "python -m tessel.train.evaluate"),
+        ("evaluation", {"Confusion", "Hardest images"}, "tessel evaluate"),
         ("DONE", {"What the mixers attended to", "Use this model"}, "not finished"),
         ("export", {"What the mixers attended to"}, "export"),
         ("export/model.safetensors", {"What the mixers attended to"}, "export"),
@@ -236,7 +236,7 @@ def test_an_evaluation_with_overrides_is_not_reported(run, undrawn):
     assert page.texts["b"][0] == "88.0 %" and page.texts["span"][0].startswith("top-1 on 360 held-out images, ± 1.7")
     assert "step 10" not in page.texts["span"][0]
     for title in ("Confusion", "Hardest images"):
-        assert page.sections[title].startswith("Left out: the evaluation was made with data.size=96; python -m")
+        assert page.sections[title].startswith("Left out: the evaluation was made with data.size=96; tessel evaluate")
     (run / "DONE").unlink()
     assert read_run(run).result == read_run(run).evals[-1]
 
@@ -267,7 +267,7 @@ def test_predictions_without_an_array_are_left_out(run, undrawn, name):
     assert report.main([str(run)]) == 0
     page = Page(run / "report/index.html")
     for title in ("Confusion", "Hardest images"):
-        assert f"{file} lacks {name}; python -m tessel.train.evaluate" in page.sections[title]
+        assert f"{file} lacks {name}; tessel evaluate" in page.sections[title]
 
 
 def test_a_run_that_has_just_started(run):

@@ -181,7 +181,7 @@ def test_new_start_forgets_repaired_files(recipe, images, tmp_path, capsys):
     train = partial(trainer.train, recipe, f"data.root={tmp_path}/images", "sched.steps=5", "eval.every=5")
     assert train("guard.max_corrupt=0") == 1
     error, run = capsys.readouterr().err, recipe.parent / "runs/tiny"
-    assert "cannot be decoded" in error and f"python -m tessel.train.check {run}/recipe.yaml" in error
+    assert "cannot be decoded" in error and f"tessel check {run}/recipe.yaml" in error
     assert "guard.max_corrupt=N" in error and len(corrupt_log(run)) == 1
     for corrupt in CORRUPT_FILES:
         shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / corrupt)
@@ -195,7 +195,7 @@ def test_corrupt_validation_image_is_an_error(recipe, images, tmp_path, capsys):
     assert trainer.train(recipe, f"data.root={tmp_path}/images", "guard.max_corrupt=9") == 1
     error = capsys.readouterr().err
     assert str(corrupt) in error and "cannot be decoded" in error
-    assert "an evaluation replaces no sample. python -m tessel.train.check" in error and error.count("\n") == 1
+    assert "an evaluation replaces no sample. tessel check" in error and error.count("\n") == 1
 
 
 def test_by_default_a_few_corrupt_samples_are_replaced_and_listed_at_the_end(recipe, straight, capsys):

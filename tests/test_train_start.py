@@ -1,4 +1,4 @@
-"""The first seconds of `python -m tessel.train`: the list of recipes, a line at once, and misspelt models."""
+"""The first seconds of `tessel train`: the list of recipes, a line at once, and misspelt models."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_recipes_are_listed(capsys):
 def test_command_without_a_recipe_lists_them_and_fails(capsys):
     assert main([]) == 2
     text = capsys.readouterr().out
-    assert "demo/digits" in text and "usage: python -m tessel.train RECIPE" in text
+    assert "demo/digits" in text and "usage: tessel train RECIPE" in text
 
 
 def test_first_line_comes_before_the_heavy_imports():

@@ -1,4 +1,4 @@
-"""The trainer: one engine for every task, run as `python -m tessel.train RECIPE key=value ...`.
+"""The trainer: one engine for every task, run as `tessel train RECIPE key=value ...`.
 
 Layers, from bottom to top: `recipe` (what to train), `distributed` (processes), `openmmlab` (adapters), `data`
 (sources, order, loading), `optim` (optimizer, schedule, gradients, moving average), `run` (run directory, checkpoints,

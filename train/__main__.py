@@ -1,4 +1,4 @@
-"""The command line: `python -m tessel.train RECIPE [key=value ...] [--dry-run]`, also as `tessel-train`."""
+"""The command line: `tessel train RECIPE [key=value ...] [--dry-run]`, also as `python -m tessel.train`."""
 
 import argparse
 import dataclasses
@@ -18,22 +18,22 @@ from .threads import limit_spinning
 
 EXAMPLES = """\
 examples:
-  python -m tessel.train --list                                 the packaged recipes
-  python -m tessel.train finetune/classify data.root=PATH       fine-tunes a model on your own pictures
-  python -m tessel.train demo/digits                            a packaged recipe: on the CPU, without a download
-  python -m tessel.train my.yaml optim.lr=1e-3 run.name=fast    any key can be overridden
-  torchrun --nproc-per-node 8 -m tessel.train my.yaml           on eight GPUs; data.batch is the global batch size
-  python -m tessel.train my.yaml                                again: continues from the last checkpoint
-  python -m tessel.train my.yaml run.fresh=true                 starts from scratch; renames the old run
-  python -m tessel.train.evaluate runs/my                       evaluates the result
+  tessel train --list                                     the packaged recipes
+  tessel train finetune/classify data.root=PATH           fine-tunes a model on your own pictures
+  tessel train demo/digits                                a packaged recipe: on the CPU, without a download
+  tessel train my.yaml optim.lr=1e-3 run.name=fast        any key can be overridden
+  torchrun --nproc-per-node 8 -m tessel train my.yaml     on eight GPUs; data.batch is the global batch size
+  tessel train my.yaml                                    again: continues from the last checkpoint
+  tessel train my.yaml run.fresh=true                     starts from scratch; renames the old run
+  tessel evaluate runs/my                                 evaluates the result
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     parser = argparse.ArgumentParser(
-        prog="tessel-train",
-        usage="python -m tessel.train RECIPE [key=value ...] [--dry-run]\n       python -m tessel.train --list",
+        prog="tessel train",
+        usage="tessel train RECIPE [key=value ...] [--dry-run]\n       tessel train --list",
         description="Train a model as a recipe says. Started again, it continues from the last checkpoint.",
         epilog=EXAMPLES + "\n".join(describe_keys()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

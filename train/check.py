@@ -1,4 +1,4 @@
-"""Check the data of a recipe before training: `python -m tessel.train.check RECIPE [key=value ...]`.
+"""Check the data of a recipe before training: `tessel check RECIPE [key=value ...]`.
 
 Reads both splits of any task and any data source and lists errors: files that are missing or unreadable, masks or
 annotations whose size differs from the image, class indices out of range, boxes outside the image or without an area,
@@ -146,7 +146,7 @@ def class_table(splits: Sequence[SplitFacts]) -> tuple[list[str], list[list[str]
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m tessel.train.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tessel check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override a key, like data.root=FOLDER")

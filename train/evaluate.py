@@ -1,4 +1,4 @@
-"""Evaluation: `python -m tessel.train.evaluate RUN|CHECKPOINT|MODEL [key=value ...] [--sets NAME=FOLDER ...]`.
+"""Evaluation: `tessel evaluate RUN|CHECKPOINT|MODEL [key=value ...] [--sets NAME=FOLDER ...]`.
 
 Evaluates a finished run, or one of its checkpoints, on the validation split, and writes RUN/evaluation/; with
 --overlays N also pictures of N predictions of a segmenter or detector. With --sets it evaluates a classifier on
@@ -54,7 +54,7 @@ RUNTIME_ONLY_EVAL_KEYS = ("data.eval_batch", "data.workers", "parallel.channels_
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tessel.train.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tessel evaluate", description=__doc__)
     parser.add_argument("target", type=Path, help="a run directory, one of its checkpoints/step-*, or a model")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="data section, for example size=96")

@@ -65,7 +65,7 @@ def _without_gaps(batches: Loader) -> Iterator[Any]:
         if not batches.failures:
             raise
         raise UserError(
-            f"{error}; an evaluation replaces no sample. python -m tessel.train.check RECIPE lists all broken files"
+            f"{error}; an evaluation replaces no sample. tessel check RECIPE lists all broken files"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """A whole run: from the recipe to a finished run directory, or its continuation, or a dry run."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,15 @@ def _format(metrics: dict[str, Any]) -> str:
 
 
 def _next_steps(run: RunDirectory) -> str:
-    path, hint = run.path, task_spec(run.recipe).load_hint
-    return (
-        f"  python -m tessel.train.report {path}       learning curves, metrics per class, errors\n"
-        f"  python -m tessel.train.evaluate {path}     evaluate again, also on other data (--data)\n"
-        f"  {hint.format(path=f'{path}/export')}\n"
-        "  run.fresh=true trains it again and keeps this run under another name"
-    )
+    path, spec = shlex.quote(str(run.path)), task_spec(run.recipe)
+    commands = {
+        f"tessel report {path}": "learning curves, metrics per class, errors",
+        f"tessel evaluate {path}": "evaluate again, also on other data (--data)",
+    }
+    if spec.predicts:
+        commands[f"tessel predict {path} IMAGE..."] = "predict your own pictures; a folder or a url is an IMAGE too"
+    width = max(map(len, commands))
+    lines = [f"{command:{width}}    {text}" for command, text in commands.items()]
+    lines.append(spec.load_hint.format(path=f"{run.path}/export"))
+    lines.append("run.fresh=true trains it again and keeps this run under another name")
+    return "\n".join(f"  {line}" for line in lines)

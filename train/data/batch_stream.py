@@ -59,7 +59,7 @@ class BatchStream:
         reasons = list(self.corrupt.values())
         recipe = self.file.with_name("recipe.yaml")
         remedy = (
-            f"python -m tessel.train.check {recipe} lists all broken files, and guard.max_corrupt=N replaces up to N "
+            f"tessel check {recipe} lists all broken files, and guard.max_corrupt=N replaces up to N "
             "of them by other samples"
         )
         if len(reasons) == 1:

@@ -101,7 +101,7 @@ class DetectionDataset:
         return json.loads(self.segmentations[self.cuts[number] : self.cuts[number + 1]].tobytes())
 
     def problems(self, index: int) -> list[str]:
-        """One sentence for each fault of an image and its annotations, for `tessel.train.check`."""
+        """One sentence for each fault of an image and its annotations, for `tessel check`."""
         path, (height, width), part = self.location(index)
         try:
             image = read_file(path, pixel_format=self.pixel_format, size=(width, height) if height else None)

@@ -1,4 +1,4 @@
-"""What `tessel.train.check` finds in a split: faults of samples, sizes of images, classes, and repeated images."""
+"""What `tessel check` finds in a split: faults of samples, sizes of images, classes, and repeated images."""
 
 import hashlib
 import sys

@@ -68,5 +68,5 @@ class SemanticMasks:
         return self.objects.image_path(index)
 
     def problems(self, index: int) -> list[str]:
-        """One sentence for each fault of an image and its annotations, for `tessel.train.check`."""
+        """One sentence for each fault of an image and its annotations, for `tessel check`."""
         return self.objects.problems(index)

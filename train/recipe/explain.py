@@ -67,7 +67,7 @@ def unknown_key(key: str, known: Mapping[str, Key]) -> str:
     if found := owners(key):
         return f"{key} has no effect here: it is a key of {' and of '.join(found)}; remove it"
     near = nearest_key(key, known)
-    hint = f"did you mean {near}?" if near else "python -m tessel.train --help lists the keys"
+    hint = f"did you mean {near}?" if near else "tessel train --help lists the keys"
     return f"unknown key {key}; {hint}"
 
 

@@ -75,6 +75,8 @@ class TaskSpec:
     """dotted name of a function: path of an export -> model in evaluation mode on the CPU"""
     load_hint: str
     """Python code that loads an export at {path}, shown to the user"""
+    predicts: bool = False
+    """whether `tessel predict` knows the task"""
     any_channels: bool = False
     """whether it reads images of `model.in_chans` channels; the others read 3"""
     usage: str | Callable[[Any], str] | None = None
@@ -125,7 +127,7 @@ class SourceSpec:
     packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
     has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
     One of "labels" or "label sets" reads them by its attribute `decode`, by default `read_image`, which `data.decoder`
-    replaces. For messages, `tessel.train.check` and reports it may also have
+    replaces. For messages, `tessel check` and reports it may also have
 
     - `image_path(index) -> str`: the file of a sample
     - `targets`: the classes of all its objects, so that classes without a sample are found without reading images

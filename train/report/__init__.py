@@ -1,1 +1,1 @@
-"""`python -m tessel.train.report`: reports on runs as self-contained HTML pages."""
+"""`tessel report`: reports on runs as self-contained HTML pages."""

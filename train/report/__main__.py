@@ -1,7 +1,7 @@
 """Report on a run: one self-contained HTML page, index.html, with its pictures as PNG files beside it.
 
-    python -m tessel.train.report RUN                    writes RUN/report/index.html
-    python -m tessel.train.report RUN RUN... --out DIR   compares several runs: their curves in the same charts
+    tessel report RUN                    writes RUN/report/index.html
+    tessel report RUN RUN... --out DIR   compares several runs: their curves in the same charts
 
 Sections for which the run has no data yet are left out, and the page says why.
 """
@@ -111,7 +111,7 @@ def report_many(runs: Sequence[RunRecord], folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tessel.train.report",
+        prog="tessel report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""The page of `tessel.train.check --report`: samples drawn with their labels, histograms, and what is wrong."""
+"""The page of `tessel check --report`: samples drawn with their labels, histograms, and what is wrong."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial

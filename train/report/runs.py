@@ -128,9 +128,7 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Read a run directory. Raises UserError if `path` is not one, or naming the file in it that is damaged."""
     if not (path / "recipe.yaml").is_file():
-        raise UserError(
-            f"{path} is not a run directory: it has no recipe.yaml; name a directory written by tessel.train"
-        )
+        raise UserError(f"{path} is not a run directory: it has no recipe.yaml; name one that `tessel train` wrote")
     recipe, done = load_recipe(path / "recipe.yaml"), path / "DONE"
     metric = task_spec(recipe).metric
     required = {"step", *((metric.key, "count") if metric else ())}
@@ -144,7 +142,7 @@ def read_run(path: Path) -> RunRecord:
 
 def evaluate_command(path: Path) -> str:
     """The command that evaluates the run at `path` with its own recipe."""
-    return shlex.join(["python", "-m", "tessel.train.evaluate", str(path)])
+    return shlex.join(["tessel", "evaluate", str(path)])
 
 
 def one_metric(runs: Sequence[RunRecord]) -> Metric | None:
@@ -197,7 +195,7 @@ def _reading(path: Path, remedy: str) -> Iterator[None]:
 
 def train_command(run: RunRecord, name: str, *overrides: str) -> str:
     """The command that trains with the recipe of `run` again, under another run name."""
-    return shlex.join(["python", "-m", "tessel.train", str(run.path / "recipe.yaml"), f"run.name={name}", *overrides])
+    return shlex.join(["tessel", "train", str(run.path / "recipe.yaml"), f"run.name={name}", *overrides])
 
 
 def next_steps(run: RunRecord) -> str:
@@ -207,6 +205,6 @@ def next_steps(run: RunRecord) -> str:
     return (
         f"  {run.evaluate_command}    evaluate it again\n"
         f"  {train_command(run, other.name, f'run.seed={seed}')}    train with another seed\n"
-        f"  {shlex.join(['python', '-m', 'tessel.train.report', str(run.path), str(other), '--out', str(both)])}"
+        f"  {shlex.join(['tessel', 'report', str(run.path), str(other), '--out', str(both)])}"
         "    compare the two runs"
     )

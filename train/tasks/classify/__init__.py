@@ -76,6 +76,7 @@ SPEC = TaskSpec(
     any_channels=True,
     load="tessel.train.tasks.classify.task:load",
     load_hint="import tessel.zoo, timm; timm.create_model('local-dir:{path}', pretrained=True)",
+    predicts=True,
     usage=partial(usage, USAGE),
     report="tessel.train.report.classify",
     models_of_timm=True,

@@ -46,6 +46,7 @@ SPEC = TaskSpec(
     conflicts=conflicts,
     load="tessel.train.detect:load",
     load_hint="import tessel.train.detect; tessel.train.detect.load('{path}')",
+    predicts=True,
     usage=USAGE,
     report="tessel.train.report.dense",
     eval_keys=("task.detect.max_size", "task.detect.kwargs"),

@@ -47,6 +47,7 @@ SPEC = TaskSpec(
     conflicts=conflicts,
     load="tessel.train.segment:load",
     load_hint="import tessel.train.segment; tessel.train.segment.load('{path}')",
+    predicts=True,
     usage=USAGE,
     report="tessel.train.report.dense",
     eval_keys=("task.segment.test.",),
