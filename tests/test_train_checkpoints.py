@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -47,13 +45,6 @@ def choose_newest(path: Path, recipe: Recipe) -> tuple[Path | None, str]:
     """The checkpoint that a resume uses, and what is logged about the others."""
     logged: list[str] = []
     return Checkpoints(path, World(), logged.append).newest(recipe), "\n".join(logged)
-
-
-def rewrite_manifest(path: Path, **facts: object) -> None:
-    """Write the checkpoint's manifest again with other facts and a valid sha256."""
-    content = checkpoint.read_manifest(path) | facts
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(content | {"sha256": digest}))
 
 
 def damage(file: Path, other: Path, rng: random.Random) -> str:
@@ -122,7 +113,7 @@ def test_checkpoints_of_another_step_or_recipe_are_skipped(copied):
         choose_newest(path, other)
     found, logged = choose_newest(path, recipe)
     assert (found, logged) == (latest, "")
-    rewrite_manifest(latest, recipe=as_dict(other))
+    trainer.rewrite_manifest(latest, recipe=as_dict(other))
     found, logged = choose_newest(path, recipe)
     assert found == path / "step-00000002" and f"{latest} is of another recipe (optim.lr" in logged
     assert find_damage(latest) is None  # the user may still start another run from it

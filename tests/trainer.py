@@ -1,5 +1,6 @@
 """Helpers of the trainer's tests: a few dozen images, recipes for tiny models, short runs, readers of their files."""
 
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from tessel.train.recipe.load import make_recipe
 from tessel.train.recipe.plan import Plan
 from tessel.train.recipe.registry import open_dataset
 from tessel.train.recipe.schema import Optim, Recipe
-from tessel.train.run.checkpoint import load
+from tessel.train.run import checkpoint
 from tessel.train.run.signals import Signals
 from tessel.train.trainer import build
 
@@ -149,15 +150,15 @@ def stable_metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name."""
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(checkpoint, state, World())
+    checkpoint.load(path, state, World())
     return state
 
 
@@ -167,6 +168,13 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
+
+
+def rewrite_manifest(path: Path, **facts: object) -> None:
+    """Write the checkpoint's manifest again with other facts and a valid sha256."""
+    content = checkpoint.read_manifest(path) | facts
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(content | {"sha256": digest}))
 
 
 def run_processes(size: int, *runs: list[Any]) -> subprocess.CompletedProcess[str]:

@@ -35,9 +35,9 @@ def read_class_map(data: ClassMapOptions) -> list[str]:
 
     try:
         mapping = load_class_map(str(data.class_map), data.root or "")
-    except (OSError, AssertionError, ValueError) as error:
+        return [name for name in sorted(mapping, key=mapping.__getitem__) if name]
+    except Exception as error:  # timm reads pickles of names too, which can fail in any way
         raise UserError(f"data.class_map={data.class_map} cannot be read: {one_line(error)}") from error
-    return [name for name in sorted(mapping, key=mapping.__getitem__) if name]
 
 
 def class_index(label: str, index: dict[str, int], data: ClassMapOptions, *, numbered: bool = False) -> int:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .explain import unknown_key, wrong_values
 from .migrate import FORMAT, changed_keys, drop_unused_keys, migrate, present_name
 from .registry import SOURCES, TASKS, owners, recipe_keys, recipe_type
@@ -79,7 +79,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
-        raise UserError(f"recipe {file} cannot be read: {error}") from error
+        raise UserError(f"recipe {file} cannot be read: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {file} has no sections; it needs at least model.name, data.source and sched.epochs")
     recipe = make_recipe(data, overrides, source=f"recipe {file}")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -38,6 +39,7 @@ from ..files import check_format, write_atomically
 from ..recipe.load import differences, load_recipe, make_recipe
 from ..recipe.schema import Parallel, Recipe
 from ..system import sync_directory
+from .plain_reader import PlainPlanner, PlainReader
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -126,8 +128,8 @@ class Checkpoints:
             if self.world.main:
                 shutil.rmtree(self.temporary(step), ignore_errors=True)
             return UserError(
-                f"checkpoint of step {step} cannot be written to {self.path}: {_cause(error)}; earlier ones are "
-                "untouched. Free space there, then start the same command again"
+                f"checkpoint of step {step} cannot be written to {self.path}: {one_line(_cause(error))}; earlier ones "
+                "are untouched. Free space there, then start the same command again"
             )
         return None
 
@@ -232,12 +234,17 @@ def suggest_sibling(path: Path) -> str:
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
-    """Fill the tensors of `state` from the checkpoint at `path`. Raises UserError if one is missing."""
+    """Fill the tensors of `state` from the checkpoint at `path`, running no code of it.
+
+    Raises UserError if one is missing, or if the checkpoint is not readable without running code.
+    """
     try:
         with _no_dist_warning():
-            dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
-    except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"checkpoint {path} does not fit this recipe: {_cause(error)}") from error
+            dcp.load(state, storage_reader=PlainReader(path), planner=PlainPlanner(), no_dist=world.size == 1)
+    except (CheckpointException, UnpicklingError, RuntimeError, ValueError, LookupError, OSError) as error:
+        cause = _cause(error)
+        problem = "is refused" if isinstance(cause, UnpicklingError) else "does not fit this recipe"
+        raise UserError(f"checkpoint {path} {problem}: {one_line(cause)}") from error
 
 
 @contextmanager
@@ -248,11 +255,11 @@ def _no_dist_warning() -> Iterator[None]:
         yield
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     """The innermost of DCP's nested errors."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return one_line(error)
+    return error
 
 
 def _digest(content: dict[str, Any]) -> str:
