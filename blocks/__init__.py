@@ -9,12 +9,14 @@ from .bi_level_routing import BiLevelRouting
 from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
 from .deform_merge import DeformableConv, deformable_merge
-from .embed import conv_norm
+from .depthwise import depthwise, depthwise_pair
+from .embed import NormMerge, conv_norm
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
 from .hilo import HiLo
 from .length_scaled_cosine import LengthScaledCosine
+from .linear_global import LinearGlobal
 from .mlp import DepthwiseMlp, Mlp
 from .residual import Residual, block, drop_path_rates
 from .strip import Strip
@@ -32,12 +34,16 @@ __all__ = [
     "Halo",
     "HiLo",
     "LengthScaledCosine",
+    "LinearGlobal",
     "Mlp",
+    "NormMerge",
     "Residual",
     "Strip",
     "Window",
     "block",
     "conv_norm",
     "deformable_merge",
+    "depthwise",
+    "depthwise_pair",
     "drop_path_rates",
 ]

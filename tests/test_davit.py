@@ -8,9 +8,9 @@ from timm.models.davit import DaVit
 from torch import nn
 
 import tessel.zoo
-from tessel.blocks import Channel, conv_norm
+from tessel.blocks import Channel, NormMerge, conv_norm
 from tessel.zoo._backbone import Backbone
-from tessel.zoo.davit import VARIANTS, DaViTConfig, Head, Merge, norm, pair
+from tessel.zoo.davit import VARIANTS, DaViTConfig, Head, norm, pair
 
 # parts of our keys -> parts of the released code's keys, within a module
 PUBLISHED = {
@@ -37,7 +37,7 @@ CASES = {
         lambda: conv_norm(3, 16, kernel=7, stride=4, norm=norm),
         (36.521794077139, 7.025674399952, -1.569731546232, -0.282672284157),
     ),
-    "pd": (lambda: Merge(32, 48), (32.660840519358, -45.268456569831, 0.657649796495, -0.873852126961)),
+    "pd": (lambda: NormMerge(32, 48, norm=norm), (32.660840519358, -45.268456569831, 0.657649796495, -0.873852126961)),
 }
 
 

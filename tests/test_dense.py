@@ -22,6 +22,7 @@ NORMS = {n: family.dense_norm for family in zoo.list_families() for n in family.
     [
         ("biformer_atto", 1e-6, "extra_norms.2.weight"),
         ("cswin_atto", 1e-5, "norm3.weight"),
+        ("l2vit_atto", 1e-5, "norm2.weight"),
         ("litv2_atto", 1e-5, "norm2.weight"),
         ("s2aformer_atto", 1e-6, "norms.2.weight"),
         ("tessel_davit_atto", 1e-5, "norm2.weight"),

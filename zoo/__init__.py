@@ -3,7 +3,7 @@
 Importing this package registers every family; `timm.create_model("biformer_small")` then makes a model.
 """
 
-from . import affnet, biformer, cswin, davit, halonet, litv2, s2aformer, transnext
+from . import affnet, biformer, cswin, davit, halonet, l2vit, litv2, s2aformer, transnext
 from ._conversion import from_published, to_published
 from ._cost import Cost, model_cost
 from ._family import list_families, list_models
@@ -18,6 +18,7 @@ __all__ = [
     "from_published",
     "halonet",
     "has_weights",
+    "l2vit",
     "list_families",
     "list_models",
     "litv2",

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers import (
-    LayerNorm2d,
-    SelectAdaptivePool2d,
-    register_notrace_module,
-    trunc_normal_,
-)
+from timm.layers import LayerNorm2d, SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
 
-from ..blocks import Channel, Mlp, Residual, Window, block, conv_norm, drop_path_rates
-from ..blocks.padding import pad_to_multiple
+from ..blocks import Channel, Mlp, NormMerge, Residual, Window, block, conv_norm, depthwise, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import DenseNorm, Family
 from ._keymap import KeyRule
@@ -54,23 +48,6 @@ VARIANTS = {
 }
 
 norm = partial(LayerNorm2d, eps=1e-5)
-
-
-@register_notrace_module
-class Merge(nn.Module):
-    """LayerNorm, then a 2x2 convolution of stride 2: `[B, in_chs, H, W] -> [B, out_chs, ceil(H / 2), ceil(W / 2)]`.
-
-    Odd sides are padded with a row or column of zeros between the two.
-    """
-
-    def __init__(self, in_chs: int, out_chs: int):
-        super().__init__()
-        self.norm = norm(in_chs)
-        self.conv = nn.Conv2d(in_chs, out_chs, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(self.norm(x).permute(0, 2, 3, 1), 2, 2)
-        return self.conv(x.permute(0, 3, 1, 2))
 
 
 class Head(nn.Module):
@@ -125,9 +102,9 @@ def pair(cfg: DaViTConfig, stage: int, rates: Sequence[float]) -> nn.Sequential:
     return block(
         **{
             name: block(
-                cpe1=Residual(nn.Conv2d(dim, dim, 3, padding=1, groups=dim)),
+                cpe1=Residual(depthwise(dim, kernel=3)),
                 mixer=Residual(mixer, norm=norm(dim), drop_path=rate),
-                cpe2=Residual(nn.Conv2d(dim, dim, 3, padding=1, groups=dim)),
+                cpe2=Residual(depthwise(dim, kernel=3)),
                 mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for (name, mixer), rate in zip(mixers.items(), rates, strict=True)
@@ -142,7 +119,7 @@ def build(
     stages = []
     for i, dim in enumerate(cfg.dims):
         pairs = [pair(cfg, i, rates[i][2 * p : 2 * p + 2]) for p in range(cfg.depths[i])]
-        down = Merge(cfg.dims[i - 1], dim) if i else None
+        down = NormMerge(cfg.dims[i - 1], dim, norm=norm) if i else None
         stages.append(Stage(pairs, dim=dim, stride=2 if i else 1, down=down))
     return BackboneParts(
         # the released code pads sides to multiples of 4; the padding of the convolution has the same effect

@@ -17,7 +17,7 @@ from functools import partial
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from torch import nn
 
-from ..blocks import Mlp, Residual, Strip, block, conv_norm, drop_path_rates
+from ..blocks import Mlp, Residual, Strip, block, conv_norm, depthwise, depthwise_pair, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import DenseNorm, Family
 from ._keymap import Edit, KeyRule
@@ -55,14 +55,6 @@ VARIANTS = {
 norm = partial(LayerNorm2d, eps=1e-6)
 
 
-def depthwise(dim: int) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-
-def local_interaction(dim: int) -> nn.Sequential:
-    return block(conv1=depthwise(dim), act=nn.GELU(), norm=nn.BatchNorm2d(dim), conv2=depthwise(dim))
-
-
 def stem(in_chans: int, width: int) -> nn.Sequential:
     """`[B, in_chans, H, W] -> [B, width, ~H/2, ~W/2]`: three 3x3 convolutions, the first of stride 2."""
     layers = [
@@ -85,11 +77,11 @@ def build(
         heads, reduction = cfg.num_heads[i], cfg.reductions[i]
         blocks = [
             block(
-                conv=Residual(depthwise(dim)),
+                conv=Residual(depthwise(dim, kernel=3)),
                 mixer=Residual(
                     Strip(dim, num_heads=heads, reduction=reduction, qk_dim=cfg.qk_dim), norm=norm(dim), drop_path=rate
                 ),
-                local=Residual(local_interaction(dim), norm=norm(dim), drop_path=rate),
+                local=Residual(depthwise_pair(dim, kernel=3), norm=norm(dim), drop_path=rate),
                 mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
