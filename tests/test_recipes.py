@@ -38,6 +38,10 @@ FACTS = {
     "cswin_base_384": (384, 256, 30, 0, 5e-6, 5e-7, 1e-8, 0.7, None, 0.9998, 1, 85.5),
     "cswin_large": (224, 512, 40, 0, 2.5e-4, 5e-7, 1e-8, 0.2, None, 0.9996, 1, 86.5),
     "cswin_large_384": (384, 512, 40, 0, 2.5e-4, 5e-7, 1e-8, 0.2, None, 0.9996, 1, 87.5),
+    "l2vit_tiny": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.1, None, 0.9999, 1, 83.1),
+    "l2vit_small": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.2, None, 0.9999, 1, 84.1),
+    "l2vit_base": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.3, None, 0.9999, 1, 84.4),
+    "l2vit_base_384": (384, 1024, 30, 5, 4e-5, 4e-7, 1e-8, 0.2, None, 0.9999, 1, 87.0),
     "litv2_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.0),
     "litv2_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.3),
     "litv2_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 83.6),
@@ -73,6 +77,7 @@ FINE_TUNES = {
     "cswin_base_384": "cswin_base.in1k",
     "cswin_large": "cswin_large.in22k",
     "cswin_large_384": "cswin_large.in22k",
+    "l2vit_base_384": "l2vit_base.in22k",
     "litv2_base_384": "litv2_base.in1k",
     "transnext_base_384": "transnext_base.in1k",
     "transnext_small_384": "transnext_small.in1k",
@@ -122,7 +127,7 @@ def test_recipe_holds_the_published_figures(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_follows_the_authors_code_in_erasing_and_batch_norm(name):
     assert loaded(name).data.aug.erase_after_mixing == name.startswith(("cswin", "tessel_davit"))
-    assert loaded(name).parallel.sync_batch_norm != name.startswith(("biformer", "litv2"))
+    assert loaded(name).parallel.sync_batch_norm != name.startswith(("biformer", "l2vit", "litv2"))
 
 
 @pytest.mark.parametrize("name", RECIPES)

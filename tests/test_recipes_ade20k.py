@@ -34,6 +34,9 @@ FACTS = {
     "cswin_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.4, 50.4),
     "cswin_tiny_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.3, 48.2),
     "cswin_tiny_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 49.3),
+    "l2vit_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 49.2),
+    "l2vit_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 48.7),
+    "l2vit_tiny_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 46.2),
     "litv2_base_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.3, 47.2),
     "litv2_medium_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 45.7),
     "litv2_small_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 44.3),
@@ -105,9 +108,9 @@ def test_recipe_has_the_published_settings(name):
 def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
     recipe = loaded(name)
     assert recipe.task.segment.avg_non_ignore == name.startswith("affnet")
-    decays_all = ("tessel_davit",) if "upernet" in name else ("biformer", "cswin", "litv2")
+    decays_all = ("l2vit", "tessel_davit") if "upernet" in name else ("biformer", "cswin", "litv2")
     assert recipe.optim.decay_norms == name.startswith(decays_all)
-    assert recipe.parallel.sync_batch_norm != name.startswith("tessel_davit")
+    assert recipe.parallel.sync_batch_norm != name.startswith(("l2vit", "tessel_davit"))
     assert recipe.task.dense.sync_batch_norm != name.startswith("litv2")
 
 

@@ -22,6 +22,9 @@ MASK = {
     "cswin_tiny": (1e-4, 0.05, {"3x": (0.2, 49.0, 43.6)}),
     "cswin_small": (1e-4, 0.05, {"3x": (0.4, 50.0, 44.5)}),
     "cswin_base": (1e-4, 0.05, {"3x": (0.5, 50.8, 44.9)}),
+    "l2vit_tiny": (1e-4, 0.05, {"1x": (0.1, 45.5)}),
+    "l2vit_small": (1e-4, 0.05, {"1x": (0.1, 47.2)}),
+    "l2vit_base": (1e-4, 0.05, {"1x": (0.2, 47.5)}),
     "litv2_small": (2e-4, 1e-4, {"1x": (0.2, 44.9, 40.8)}),
     "litv2_medium": (2e-4, 1e-4, {"1x": (0.2, 46.8, 42.3)}),
     "litv2_base": (2e-4, 1e-4, {"1x": (0.3, 47.3, 42.6)}),
@@ -40,6 +43,9 @@ MASK = {
 RETINA = {
     "biformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.9)}),
     "biformer_base": (1e-4, 1e-4, {"1x": (0.3, 47.1)}),
+    "l2vit_tiny": (1e-4, 0.05, {"1x": (0.1, 44.1)}),
+    "l2vit_small": (1e-4, 0.05, {"1x": (0.1, 46.2)}),
+    "l2vit_base": (1e-4, 0.05, {"1x": (0.2, 46.5)}),
     "litv2_small": (1e-4, 1e-4, {"1x": (0.2, 44.0)}),
     "litv2_medium": (1e-4, 1e-4, {"1x": (0.2, 46.0)}),
     "litv2_base": (1e-4, 1e-4, {"1x": (0.3, 46.7)}),
@@ -109,7 +115,7 @@ def test_recipe_has_the_published_settings(name):
 def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name):
     recipe, model = load_recipe(f"coco/{name}"), architecture(name)
     retina = recipe.task.detect.detector == "retinanet"
-    decays_all = model.startswith(("tessel_davit", "biformer", "litv2") if retina else "tessel_davit")
+    decays_all = model.startswith(("l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
     assert recipe.optim.decay_norms == decays_all
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
     half = model.startswith(("biformer", "litv2", "s2aformer", "cswin")) or model == "transnext_base"
