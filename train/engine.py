@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .data.batch_stream import BatchStream
+from .data.fingerprint import changes
 from .data.sampler import seed_all
 from .distributed.device import autocast_dtype, sum_dtype
 from .distributed.parallel import (
@@ -110,6 +112,8 @@ class Engine:
     def train(self, checkpoints: Checkpoints, loggers: Loggers, signals: Signals) -> bool:
         """Train to the last step (True) or until a signal (False). The state is saved in both cases."""
         self.checkpoints, self.loggers, self.signals = checkpoints, loggers, signals
+        with self.world.raise_on_all_ranks():
+            _ = self.fingerprints  # of the data as they are now, not when the first checkpoint is written
         self.batches = self.task.train_batches(self.plan, self.progress.step)
         run, max_corrupt = checkpoints.path.parent, self.recipe.guard.corrupt_limit(self.task.samples)
         profiler = StepProfiler(run, self.world.rank, enabled=self.recipe.log.profile)
@@ -280,6 +284,7 @@ class Engine:
                 "arithmetic": numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch),
                 "averaged": self.average is not None,
                 "classes": self.task.classes,
+                "data": self.fingerprints,
                 "progress": dataclasses.asdict(progress),
             }
             self.checkpoints.save(self.state(), facts, best=progress.best_step, last=self.recipe.ckpt.keep_last)
@@ -289,8 +294,7 @@ class Engine:
         """Continue from the checkpoint at `path`. Returns how exactly that repeats the uninterrupted run."""
         facts, state = checkpoint.read_manifest(path), self.state()
         same_recipe = not checkpoint.other_recipe(path, self.recipe)
-        if same_recipe:  # the files that name the classes may have changed
-            check_classes(self.task.classes, facts.get("classes"), path)
+        other_data = self.check_data(facts, path) if same_recipe else []
         checkpoint.load(path, state, self.world)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -302,8 +306,32 @@ class Engine:
             self.progress.stalled = 0
             self.losses.restore({}, 0)
             return "with another recipe than that of the checkpoint"
+        if other_data:
+            self.progress.corrupt = {}
         now = numerics_config(self.recipe.parallel, self.world, self.plan.micro_batch)
-        return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel)
+        return checkpoint.exactness(facts["arithmetic"], now, self.model, self.recipe.parallel, other_data)
+
+    def check_data(self, facts: Mapping[str, Any], path: Path) -> list[str]:
+        """What changed in the data since the checkpoint at `path` with the manifest `facts`.
+
+        Raises UserError for other classes, and for other samples without `ckpt.other_data`.
+        """
+        found: list[str] = []
+        with self.world.raise_on_all_ranks():
+            check_classes(self.task.classes, facts.get("classes"), path)
+            if self.world.main:
+                found = changes(facts.get("data", {}), self.fingerprints)
+            if found and not self.recipe.ckpt.other_data:
+                raise UserError(
+                    f"the data are not those that {path} has learned from: {', '.join(found)}. Restore them, or set "
+                    "ckpt.other_data=true to continue with these; run.fresh=true starts from scratch"
+                )
+        return self.world.broadcast_object(found)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """What is recorded of the data; only on rank 0."""
+        return self.task.fingerprints() if self.world.main else {}
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint, to be saved or to be filled in place."""

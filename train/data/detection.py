@@ -64,6 +64,10 @@ class DetectionDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def contents(self) -> list[np.ndarray]:
+        """What a run records of the samples beside their images; see `fingerprint`."""
+        return [self.rows, self.boxes, self.labels, self.crowd, self.segmentations]
+
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         path, (height, width), part = self.location(index)
         if (self.labels[part] < 0).any():

@@ -57,5 +57,9 @@ class LabelSetFiles(ImageFiles):
         """The class of every label of every picture."""
         return np.nonzero(self.label_sets)[1]
 
+    def contents(self) -> list[np.ndarray]:
+        """What a run records of the samples beside their files; see `fingerprint`."""
+        return [self.label_sets]
+
     def __getitem__(self, index: int) -> tuple[Any, np.ndarray]:
         return self.picture(index), self.label_sets[index].astype(np.float32)

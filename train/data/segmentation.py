@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from .fingerprint import file_sizes
 from .image_io import RGB, decoding_errors, read_file
 
 IGNORE_INDEX = 255
@@ -39,6 +40,10 @@ class SegmentationDataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def contents(self) -> list[np.ndarray]:
+        """What a run records of the samples beside their images; see `fingerprint`."""
+        return [file_sizes(path.decode() for path in self.masks)]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         mask = self.reader(self.masks[index].decode())

@@ -57,6 +57,10 @@ class SemanticMasks:
     def __len__(self) -> int:
         return len(self.objects)
 
+    def contents(self) -> list[np.ndarray]:
+        """What a run records of the samples beside their images; see `fingerprint`."""
+        return self.objects.contents()
+
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image, target = self.objects[index]
         drawn = np.full(target["masks"].shape[1:], self.empty, np.uint8)

@@ -131,6 +131,8 @@ class SourceSpec:
 
     - `image_path(index) -> str`: the file of a sample
     - `targets`: the classes of all its objects, so that classes without a sample are found without reading images
+    - `contents() -> list[np.ndarray]`: what distinguishes its samples from others besides the names and sizes of files,
+      by default `targets`. A run that learned from other samples is not resumed
     - `problems(index) -> list[str]`: a sentence for each fault of a sample, where taking the sample would raise for the
       first one or for none
     - `palette`: a color (red, green, blue in 0..255) for each class

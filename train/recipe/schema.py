@@ -219,6 +219,8 @@ class Ckpt:
     """number of newest checkpoints to keep; the best one is kept too"""
     background: bool = False
     """write from a copy while the training continues, one checkpoint at a time"""
+    other_data: bool = False
+    """continue although the samples are not those that the run has learned from so far"""
     resume: FilePath = "auto"
     """auto: continue this run; PATH: start a new run from that checkpoint; never: refuse to continue"""
 

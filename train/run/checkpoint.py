@@ -206,9 +206,15 @@ def other_recipe(path: Path, recipe: Recipe) -> list[str]:
     return differences(own, recipe)
 
 
-def exactness(then: dict[str, Any], now: dict[str, Any], model: nn.Module, parallel: Parallel) -> str:
-    """How a run saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`."""
-    changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+def exactness(
+    then: dict[str, Any], now: dict[str, Any], model: nn.Module, parallel: Parallel, other_data: list[str]
+) -> str:
+    """How a run saved with the arithmetic `then` repeats the uninterrupted one with the arithmetic `now`.
+
+    other_data: what changed in the data.
+    """
+    changed = [*other_data]
+    changed += [f"{key} was {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
     if not changed:
         return "exact"
     text = f"not bitwise: {', '.join(changed)}"

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
+from ..data.fingerprint import fingerprint
 from ..data.loader import Loader, SeededDataset, Transform
 from ..data.sampler import GlobalBatchSampler, Key, RepeatedAugSampler, eval_batches
 from ..distributed.device import pins_memory
@@ -58,6 +59,10 @@ class Task(ABC, Generic[TaskT, DataT]):
     @abstractmethod
     def samples(self) -> int:
         """Number of samples in the training split."""
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What a run records of the data it learns from, by split; see `data.fingerprint`. Empty: nothing."""
+        return {}
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -146,6 +151,10 @@ class DatasetTask(Task[TaskT, DataT]):
     @property
     def samples(self) -> int:
         return len(self.train)
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        splits = {"train": self.train} | ({} if task_spec(self.recipe).metric is None else {"val": self.val})
+        return {split: fingerprint(dataset) for split, dataset in splits.items()}
 
     def train_batches(self, plan: Plan, step: int) -> Loader:
         order, retries = self._sampler(plan, step), self.recipe.guard.corrupt_limit(self.samples)

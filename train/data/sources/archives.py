@@ -90,6 +90,10 @@ class ArchiveDataset:
     def image_path(self, index: int) -> str:
         return f"{self.archives[self.archive[index]]}:{self.names[index].decode()}"
 
+    def contents(self) -> list[np.ndarray]:
+        """What a run records of the samples; see `data.fingerprint`."""
+        return [self.sizes, self.targets]
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         archive = self.archives[self.archive[index]]
 
