@@ -185,7 +185,8 @@ def test_new_start_forgets_repaired_files(recipe, images, tmp_path, capsys):
     assert "guard.max_corrupt=N" in error and len(corrupt_log(run)) == 1
     for corrupt in CORRUPT_FILES:
         shutil.copy(tmp_path / "images/train/class_1/1.png", tmp_path / "images/train" / corrupt)
-    assert train() == 0 and corrupt_log(recipe.parent / "runs/tiny") == []
+    assert train() == 1 and "have other sizes or labels" in capsys.readouterr().err
+    assert train("ckpt.other_data=true") == 0 and corrupt_log(recipe.parent / "runs/tiny") == []
 
 
 def test_corrupt_validation_image_is_an_error(recipe, images, tmp_path, capsys):
