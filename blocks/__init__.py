@@ -18,6 +18,7 @@ from .hilo import HiLo
 from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
 from .mlp import DepthwiseMlp, Mlp
+from .neighborhood import NeighborhoodAttention
 from .residual import Residual, block, drop_path_rates
 from .strip import Strip
 from .window import Window
@@ -36,6 +37,7 @@ __all__ = [
     "LengthScaledCosine",
     "LinearGlobal",
     "Mlp",
+    "NeighborhoodAttention",
     "NormMerge",
     "Residual",
     "Strip",

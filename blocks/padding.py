@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels.recording import is_open
+
 
 def pad_to_multiple(x: Tensor, rows: int, cols: int) -> Tensor:
     """Zero-pad `x: [B, H, W, C]` at the bottom and right to multiples of (rows, cols); `x` itself if it fits.
@@ -17,6 +19,19 @@ def pad_to_multiple(x: Tensor, rows: int, cols: int) -> Tensor:
     if torch.compiler.is_compiling() or bottom or right:
         return F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
+
+
+def pad_to_size(x: Tensor, rows: int, cols: int) -> Tensor:
+    """Zero-pad `x: [B, H, W, C]` at the bottom and right to at least rows x cols; `x` itself if it is large enough."""
+    bottom, right = _missing(x.shape[1], rows), _missing(x.shape[2], cols)
+    if is_open(bottom) or is_open(right) or bottom or right:
+        return F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x
+
+
+def _missing(size: int, least: int) -> int:
+    # `max` would compare an open size, which narrows the graph
+    return torch.sym_max(least - size, 0) if is_open(size) else max(least - size, 0)
 
 
 @register_notrace_module

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """`x + drop_path(fn(norm(x)))` on a feature map `[B, C, H, W]`."""
+    """`x + drop_path(scale(fn(norm(x))))` on a feature map `[B, C, H, W]`; `scale` is an optional layer scale."""
 
-    def __init__(self, fn: nn.Module, *, norm: nn.Module | None = None, drop_path: float = 0.0):
+    def __init__(
+        self, fn: nn.Module, *, norm: nn.Module | None = None, scale: nn.Module | None = None, drop_path: float = 0.0
+    ):
         super().__init__()
         self.norm = nn.Identity() if norm is None else norm
         self.fn = fn
+        self.scale = nn.Identity() if scale is None else scale
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.fn(self.norm(x)))
+        return x + self.drop_path(self.scale(self.fn(self.norm(x))))
 
 
 def block(**branches: nn.Module) -> nn.Sequential:

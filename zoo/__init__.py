@@ -3,7 +3,7 @@
 Importing this package registers every family; `timm.create_model("biformer_small")` then makes a model.
 """
 
-from . import affnet, biformer, cswin, davit, halonet, l2vit, litv2, s2aformer, transnext
+from . import affnet, biformer, cswin, davit, dinat, dinat_s, halonet, l2vit, litv2, nat, s2aformer, transnext
 from ._conversion import from_published, to_published
 from ._cost import Cost, model_cost
 from ._family import list_families, list_models
@@ -15,6 +15,8 @@ __all__ = [
     "biformer",
     "cswin",
     "davit",
+    "dinat",
+    "dinat_s",
     "from_published",
     "halonet",
     "has_weights",
@@ -23,6 +25,7 @@ __all__ = [
     "list_models",
     "litv2",
     "model_cost",
+    "nat",
     "s2aformer",
     "to_published",
     "transnext",

@@ -100,9 +100,13 @@ def configuration(name: str, options: Mapping[str, Any]) -> tuple[str, Any]:
 def split_options(cfg: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`cfg` changed by those of `options` that are its fields, and the other options."""
     fields = {field.name for field in dataclasses.fields(cfg)}
-    # configuration files have lists where configurations have tuples
-    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in fields}
+    changed = {k: tuples(v) for k, v in options.items() if k in fields}
     return dataclasses.replace(cfg, **changed), {k: v for k, v in options.items() if k not in fields}
+
+
+def tuples(value: Any) -> Any:
+    """`value` with tuples in place of lists: configuration files have lists where configurations have tuples."""
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def reject_arguments(family: Family, cfg: Any, unknown: Sequence[str]) -> None:

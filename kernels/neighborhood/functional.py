@@ -1,0 +1,52 @@
+"""The public function of neighborhood attention and its shape checks.
+
+Shapes as in reference.py, which defines the operator.
+"""
+
+from torch import Tensor
+
+from ..precision import cast_to_autocast
+from ..recording import is_open
+from .reference import neighborhood_attention_reference
+
+
+def neighborhood_attention(qkv: Tensor, bias: Tensor, *, dilation: int = 1, backend: str | None = None) -> Tensor:
+    """Attention of each pixel to the K x K pixels nearest to it, of those at distances that are multiples of `dilation`.
+
+    Args:
+        qkv: `[B, H, W, 3, N, D]`, the projection's output; H and W are at least K * dilation.
+        bias: `[N, 2K - 1, 2K - 1]` with K odd, the bias by row and by column of the key minus those of the query, in
+            steps of `dilation` and counted from -(K - 1).
+        dilation: distance between neighboring keys in pixels.
+        backend: `auto`, `triton` or `reference`; None means the environment variable `TESSEL_KERNELS`.
+
+    Returns:
+        `[B, H, W, N, D]`.
+
+    Raises:
+        ValueError: shapes that do not fit together. RuntimeError: `backend="triton"` where it cannot run.
+    """
+    _check(qkv, bias, dilation)
+    return neighborhood_attention_reference(cast_to_autocast(qkv), bias, dilation=dilation)
+
+
+def _check(qkv: Tensor, bias: Tensor, dilation: int) -> None:
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(
+            f"neighborhood_attention: qkv must be [B, H, W, 3, heads, head_dim], got shape={tuple(qkv.shape)}"
+        )
+    height, width, _, heads, _ = qkv.shape[1:]
+    side = bias.shape[-1]
+    if bias.shape != (heads, side, side) or side % 4 != 1:
+        raise ValueError(
+            f"neighborhood_attention: bias must be [heads={heads}, 2K - 1, 2K - 1] with K odd, got "
+            f"shape={tuple(bias.shape)}"
+        )
+    if dilation < 1:
+        raise ValueError(f"neighborhood_attention: dilation={dilation} must be at least 1")
+    span = (side + 1) // 2 * dilation
+    if not any(is_open(size) for size in (height, width)) and min(height, width) < span:
+        raise ValueError(
+            f"neighborhood_attention: a map of {height} x {width} pixels is smaller than the window, "
+            f"K * dilation = {span}; pad it"
+        )
