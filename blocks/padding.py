@@ -1,5 +1,7 @@
 """Zero padding of feature maps."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
@@ -31,7 +33,7 @@ def pad_to_size(x: Tensor, rows: int, cols: int) -> Tensor:
 
 def _missing(size: int, least: int) -> int:
     # `max` would compare an open size, which narrows the graph
-    return torch.sym_max(least - size, 0) if is_open(size) else max(least - size, 0)
+    return cast(int, torch.sym_max(least - size, 0)) if is_open(size) else max(least - size, 0)
 
 
 @register_notrace_module

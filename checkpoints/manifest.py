@@ -43,7 +43,7 @@ class Weight:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int
     state_key: str
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, float | int] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -108,7 +108,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, list) and [type(item) for item in value] == list(get_args(hint))
     if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(type(item) is get_args(hint)[1] for item in value.values())
+        return isinstance(value, dict) and all(_fits(item, get_args(hint)[1]) for item in value.values())
     if isinstance(hint, UnionType):
         return type(value) in get_args(hint)
     return type(value) is hint

@@ -13,7 +13,11 @@ environment variable `TESSEL_KERNELS` sets the default. docs/kernels.md explains
 
 from .aggregated import aggregated_attention, aggregated_attention_reference, aggregated_attention_unsupported
 from .halo import halo_attention, halo_attention_reference, halo_attention_unsupported
-from .neighborhood import neighborhood_attention, neighborhood_attention_reference
+from .neighborhood import (
+    neighborhood_attention,
+    neighborhood_attention_reference,
+    neighborhood_attention_unsupported,
+)
 from .routed import routed_attention, routed_attention_reference, routed_attention_unsupported
 from .window import window_attention, window_attention_reference, window_attention_unsupported
 
@@ -26,6 +30,7 @@ __all__ = [
     "halo_attention_unsupported",
     "neighborhood_attention",
     "neighborhood_attention_reference",
+    "neighborhood_attention_unsupported",
     "routed_attention",
     "routed_attention_reference",
     "routed_attention_unsupported",
