@@ -5,6 +5,7 @@ Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a c
 """
 
 from .aggregated import Aggregated
+from .attentive_convolution import AttentiveConvolution
 from .bi_level_routing import BiLevelRouting
 from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
@@ -17,7 +18,7 @@ from .halo import Halo
 from .hilo import HiLo
 from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
-from .mlp import DepthwiseMlp, Mlp
+from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
 from .residual import Residual, block, drop_path_rates
 from .strip import Strip
@@ -26,8 +27,10 @@ from .window import Window
 __all__ = [
     "AdaptiveFrequencyFilter",
     "Aggregated",
+    "AttentiveConvolution",
     "BiLevelRouting",
     "Channel",
+    "ConvGlu",
     "CrossShapedWindow",
     "DeformableConv",
     "DepthwiseMlp",

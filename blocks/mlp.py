@@ -1,5 +1,8 @@
 """Channel mixers."""
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -36,3 +39,27 @@ class DepthwiseMlp(nn.Module):
         y = self.fc1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.act(self.dwconv(y)).permute(0, 2, 3, 1)
         return self.fc2(y).permute(0, 3, 1, 2)
+
+
+class ConvGlu(nn.Module):
+    """`fc2(norm(gelu(dwconv(gate(x))) * value(x)))`: `[B, C, H, W] -> [B, C, H, W]`, with a 3x3 depthwise convolution.
+
+    The hidden width is int(2/3 * ratio * C) (Shi, arXiv 2311.17132, sec. 3, "convolutional GLU"). `norm(width)` makes a
+    norm of maps of that width, as AttNet has it; by default there is none.
+    """
+
+    def __init__(self, dim: int, *, ratio: float, norm: Callable[[int], nn.Module] | None = None):
+        super().__init__()
+        hidden = int(2 * int(dim * ratio) / 3)
+        # two layers instead of one that is split: the convolution would copy the strided half
+        self.gate = nn.Linear(dim, hidden)
+        self.value = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.norm = nn.Identity() if norm is None else norm(hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        gate = F.gelu(self.dwconv(self.gate(x).permute(0, 3, 1, 2)))
+        y = self.norm(gate * self.value(x).permute(0, 3, 1, 2))
+        return self.fc2(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 Importing this package registers every family; `timm.create_model("biformer_small")` then makes a model.
 """
 
-from . import affnet, biformer, cswin, davit, dinat, dinat_s, halonet, l2vit, litv2, nat, s2aformer, transnext
+from . import affnet, attnet, biformer, cswin, davit, dinat, dinat_s, halonet, l2vit, litv2, nat, s2aformer, transnext
 from ._conversion import from_published, to_published
 from ._cost import Cost, model_cost
 from ._family import list_families, list_models
@@ -12,6 +12,7 @@ from ._pretrained import has_weights
 __all__ = [
     "Cost",
     "affnet",
+    "attnet",
     "biformer",
     "cswin",
     "davit",

@@ -1,10 +1,18 @@
-"""Layers of the convolutional families: convolution, batch norm and activation, and a head that begins with them."""
+"""Layers of the convolutional families: convolution, batch norm and activation, heads, and their published weights."""
+
+from collections.abc import Callable
 
 import torch
-from timm.layers import ClassifierHead, create_act_layer
+from timm.layers import ClassifierHead, NormMlpClassifierHead, create_act_layer
 from torch import Tensor, nn
 
 from ..blocks import block
+from ._keymap import Edit
+
+# weights of 1x1 convolutions <-> our linear layers
+AS_LINEAR = Edit(
+    lambda t: (t.flatten(1) if t.dim() == 4 else t,), lambda t: (t[:, :, None, None] if t.dim() == 2 else t,)
+)
 
 
 def initialize_conv(conv: nn.Conv2d) -> None:
@@ -65,3 +73,25 @@ class FinalConvHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward(self.final_conv(x), pre_logits=pre_logits)
+
+
+def pooled_norm_head(
+    dim: int,
+    num_classes: int,
+    hidden_size: int | None = None,
+    *,
+    pool_type: str,
+    drop_rate: float,
+    norm: str | Callable[[int], nn.Module] = "layernorm2d",
+    act: str = "gelu",
+) -> NormMlpClassifierHead:
+    """timm's head with a norm after the pooling and, with `hidden_size`, a layer of that width.
+
+    Without classifier and pooling the head returns the last stage's map as it is.
+    """
+    head = NormMlpClassifierHead(
+        dim, num_classes, hidden_size, pool_type=pool_type, drop_rate=drop_rate, norm_layer=norm, act_layer=act
+    )
+    if not num_classes and not pool_type:
+        head.reset(0, "", reset_other=True)
+    return head

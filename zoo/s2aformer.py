@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
+from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
 from ..blocks import Mlp, Residual, Strip, block, conv_norm, depthwise, depthwise_pair, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._convolution import AS_LINEAR, pooled_norm_head
 from ._family import DenseNorm, Family
-from ._keymap import Edit, KeyRule
+from ._keymap import KeyRule
 from ._registry import register
 
 __all__ = ["S2AFormer", "S2AFormerConfig"]
@@ -89,12 +90,7 @@ def build(
         down = conv_norm(previous, dim, kernel=3, stride=2, norm=norm)
         stages.append(Stage(blocks, dim=dim, stride=2, down=down))
         previous = dim
-    head = NormMlpClassifierHead(
-        cfg.dims[-1], num_classes, cfg.head_width, pool_type=global_pool, drop_rate=drop_rate, act_layer="gelu"
-    )
-    if not num_classes and not global_pool:
-        # without classifier and pooling the head returns the feature map as it is: remove its norm and its MLP
-        head.reset(0, "", reset_other=True)
+    head = pooled_norm_head(cfg.dims[-1], num_classes, cfg.head_width, pool_type=global_pool, drop_rate=drop_rate)
     return BackboneParts(
         stem=stem(in_chans, cfg.dims[0] // 2), stem_stride=2, stages=stages, head=head, init=initialize
     )
@@ -113,12 +109,6 @@ def initialize(module: nn.Module) -> None:
         # with few channels per head, small weights would give logits near zero and uniform attention
         for weight in (module.get_parameter("q.weight"), module.get_parameter("k.weight")):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-
-
-# weights of 1x1 convolutions <-> our linear layers
-AS_LINEAR = Edit(
-    lambda t: (t.flatten(1) if t.dim() == 4 else t,), lambda t: (t[:, :, None, None] if t.dim() == 2 else t,)
-)
 
 
 def key_mapping(cfg: S2AFormerConfig) -> Sequence[KeyRule]:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
-from torch import Tensor, nn
+from torch import nn
 
-from ..blocks import Aggregated, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
+from ..blocks import Aggregated, ConvGlu, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import Family
 from ._keymap import Edit, KeyRule
@@ -74,27 +73,6 @@ VARIANTS = {
 
 norm = partial(LayerNorm2d, eps=1e-6)
 embed_norm = partial(LayerNorm2d, eps=1e-5)
-
-
-class ConvGlu(nn.Module):
-    """`fc2(gelu(dwconv(gate(x))) * value(x))`: `[B, C, H, W] -> [B, C, H, W]`, with a 3x3 depthwise convolution.
-
-    The hidden width is int(2/3 * ratio * C) (sec. 3, "convolutional GLU").
-    """
-
-    def __init__(self, dim: int, *, ratio: float):
-        super().__init__()
-        hidden = int(2 * (dim * ratio) / 3)
-        # two layers instead of one that is split: the convolution would copy the strided half
-        self.gate = nn.Linear(dim, hidden)
-        self.value = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        gate = F.gelu(self.dwconv(self.gate(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        return self.fc2(gate * self.value(x)).permute(0, 3, 1, 2)
 
 
 def mixer(cfg: TransNeXtConfig, stage: int) -> nn.Module:
