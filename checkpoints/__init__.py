@@ -15,6 +15,7 @@ from .store import (
     read_state,
     remove_cached,
     sha256_of,
+    unknown_of,
     verify,
     write_state,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "read_state",
     "remove_cached",
     "sha256_of",
+    "unknown_of",
     "verify",
     "write_state",
 ]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .manifest import Weight, find_weight, load_manifest
-from .store import fetch_weight, imported_path, read_state, sha256_of, verify, write_state
+from .store import fetch_weight, imported_path, read_state, sha256_of, unknown_of, verify, write_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +111,8 @@ def _report(path: Path, weight: Weight | None) -> None:
     if weight is None:
         same = [row.name for row in load_manifest().values() if row.sha256 == sha256]
         print(f"weights {', '.join(same) or 'no weights in the manifest have this sha256'}")
+        if not same:
+            _report_unknown(path)
     elif path.name == imported_path(weight).name:
         print(f"weights {weight.name}, imported, with tessel's keys")
     elif weight.sha256:
@@ -118,6 +120,17 @@ def _report(path: Path, weight: Weight | None) -> None:
         print(f"weights {weight.name}")
     else:
         print(f"weights {weight.name}, whose sha256 is not in the manifest yet")
+        _report_unknown(path)
+
+
+def _report_unknown(path: Path) -> None:
+    """Say what was not verified of a file that no sha256 vouches for."""
+    print("unknown whether this is the file that its authors published: there is no sha256 to compare it with")
+    try:
+        for sentence in unknown_of(path):
+            print(f"unknown {sentence}")
+    except ValueError as error:
+        print(f"unusable {error}")
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from filelock import FileLock
@@ -173,6 +175,8 @@ def read_state(path: str | Path, *, state_key: str = "") -> dict[str, Tensor]:
     `state_dict`, `model_state` and `model_state_dict`; if there is none, the whole file. Safetensors files have no
     entries, and `state_key` is ignored. PyTorch files are read with `weights_only`: no pickled code runs. Besides
     tensors and containers they may hold settings of argparse or yacs.
+
+    The checksums in a zip archive, which torch does not compare, are compared here.
 
     Raises ValueError naming the file if it is damaged, needs code to be loaded, or has values that are not tensors.
     """
@@ -351,6 +355,8 @@ def _chunks(reply: HTTPResponse) -> Iterator[bytes]:
 
 def _read(path: Path, state_key: str) -> Mapping[str, Any]:
     flat = _is_safetensors(path)
+    if bad := _damaged_entry(path):
+        raise ValueError(f"{path}: damaged, its entry {bad} does not match its checksum")
     try:
         with torch.serialization.safe_globals(_SETTINGS):
             content = load_file(path) if flat else torch.load(path, map_location="cpu", weights_only=True)
@@ -360,6 +366,42 @@ def _read(path: Path, state_key: str) -> Mapping[str, Any]:
             raise ValueError(f"{path}: refused, loading it would call `{asked[1]}`; no code was run") from None
         raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
     return content if flat else _unwrap(content, state_key, path)
+
+
+def unknown_of(path: str | Path) -> list[str]:
+    """What the content of a file of weights does not tell about it, a sentence each: damage that nothing would show.
+
+    Raises ValueError like `read_state`.
+    """
+    path = Path(path)
+    state = read_state(path)
+    found = [] if is_zipfile(path) else ["its format has no checksums, so changed values would not be noticed"]
+    if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+        found.append(f"not all values are finite, in {_some(bad)}: it is damaged, or meant to be so")
+    return found
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first entry of a zip archive that does not match its checksum.
+
+    torch.save can leave the checksums out; then no entry matches, and None is returned.
+    """
+    if not is_zipfile(path):
+        return None
+    bad, good = [], False
+    try:
+        with ZipFile(path) as archive:
+            for entry in archive.infolist():
+                try:
+                    with archive.open(entry) as file:
+                        while file.read(_CHUNK):
+                            pass
+                    good = True
+                except (BadZipFile, zlib.error, EOFError):
+                    bad.append(entry.filename)
+    except Exception as error:  # a damaged archive can fail in any way
+        return type(error).__name__
+    return bad[0] if bad and good else None
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -324,6 +325,38 @@ def test_verify(tmp_path):
 
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.count": torch.tensor(3)}
+
+
+def test_every_changed_byte_of_a_tensor_in_an_archive_is_noticed(tmp_path):
+    """torch.load compares no checksums."""
+    torch.save({"weight": torch.zeros(64)}, path := tmp_path / "weights.pth")
+    content, at = path.read_bytes(), path.read_bytes().index(bytes(256))
+    for offset in (0, 100, 255):
+        changed = bytearray(content)
+        changed[at + offset] = 1
+        path.write_bytes(changed)
+        assert torch.load(path)["weight"].any()
+        with pytest.raises(ValueError, match=r"weights.pth: damaged, its entry .*/data/0 does not match its checksum"):
+            read_state(path)
+    path.write_bytes(content)
+    assert store.unknown_of(path) == []
+
+
+def test_archive_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.zeros(64)}, path := tmp_path / "weights.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_state(path)["weight"].shape == (64,)
+
+
+def test_what_a_file_does_not_tell_is_said(tmp_path):
+    torch.save({"weight": torch.tensor([1.0, math.nan])}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    checksums, finite = store.unknown_of(tmp_path / "old.pth")
+    assert "has no checksums" in checksums and "not all values are finite, in 'weight'" in finite
+
+
 OTHER = {key: tensor + 1 for key, tensor in STATE.items()}
 
 

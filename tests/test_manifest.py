@@ -214,7 +214,8 @@ def test_verify_command(own_manifest, tmp_path, capsys):
 def test_verify_command_of_a_row_without_hash(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(PAYLOAD)
-    assert "not in the manifest yet" in run(capsys, "verify", str(path), "--name", "biformer_small")
+    printed = run(capsys, "verify", str(path), "--name", "biformer_small")
+    assert "not in the manifest yet" in printed and "no sha256 to compare it with" in printed and "unusable" in printed
 
 
 @pytest.fixture

@@ -285,6 +285,7 @@ class Engine:
                 "averaged": self.average is not None,
                 "classes": self.task.classes,
                 "data": self.fingerprints,
+                "metrics": self.loggers.record(),
                 "progress": dataclasses.asdict(progress),
             }
             self.checkpoints.save(self.state(), facts, best=progress.best_step, last=self.recipe.ckpt.keep_last)

@@ -35,7 +35,7 @@ from .evaluation import (
     save_evaluation,
     save_pictures,
 )
-from .files import write_atomically, writing
+from .files import damaged_file, write_atomically, writing
 from .recipe.load import make_recipe
 from .recipe.registry import TASKS, task_spec
 from .recipe.schema import Recipe
@@ -172,11 +172,19 @@ def evaluate_sets(target: Path, overrides: list[str], sets: dict[str, Path]) -> 
         found = {name: evaluator.evaluate(name, folder) | {"folder": str(folder)} for name, folder in sets.items()}
         with world.raise_on_all_ranks():
             if world.main:
-                known = json.loads(file.read_text()) if file.is_file() else {}
+                known = known_sets(file)
                 known |= {name: metrics | {"step": step} for name, metrics in found.items()}
                 with writing(file):
                     write_atomically(file, json.dumps(known, indent=1) + "\n")
                 print("\n".join([*format_lines(found), f"written to {file}"]))
+
+
+def known_sets(file: Path) -> dict[str, Any]:
+    """The metrics in a run's sets.json, if it has one. Raises UserError if it is damaged."""
+    if not file.is_file():
+        return {}
+    with damaged_file(file, "delete it, and evaluate again"):
+        return {**json.loads(file.read_text(encoding="utf-8"))}
 
 
 def evaluate(target: Path, overrides: list[str], overlays: int = 0) -> None:

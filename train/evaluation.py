@@ -18,7 +18,7 @@ from .data.loader import Loader
 from .distributed.parallel import autocast
 from .distributed.world import World
 from .errors import UserError
-from .files import replacing, write_atomically, writing
+from .files import damaged_file, replacing, write_atomically, writing
 from .recipe.load import load_recipe
 from .recipe.registry import TASKS
 from .recipe.schema import Parallel, Recipe
@@ -156,4 +156,6 @@ def read_done(run: Path) -> dict[str, Any]:
             f"{run} is not finished and has no export; continue its training, or evaluate one of "
             f"{run}/checkpoints/step-*"
         )
-    return json.loads((run / "DONE").read_text())
+    with damaged_file(run / "DONE", "delete it, then the command that trained the run writes it again"):
+        done = json.loads((run / "DONE").read_text(encoding="utf-8"))
+        return {**done, "step": int(done["step"])}

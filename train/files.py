@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import NewerFormatError, UserError
+from .errors import NewerFormatError, UserError, one_line
 
 
 def check_format(content: Mapping[str, Any], newest: int, name: Path | str) -> int:
@@ -20,6 +20,15 @@ def check_format(content: Mapping[str, Any], newest: int, name: Path | str) -> i
             f"formats up to {newest}: upgrade tessel"
         )
     return written
+
+
+@contextmanager
+def damaged_file(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the block, which reads the file at `path`, raises for damaged content into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error, 120)}); {remedy}") from error
 
 
 @contextmanager

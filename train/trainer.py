@@ -20,7 +20,7 @@ from .recipe.sizing import describe_auto, sized, starts_from_weights
 from .run import checkpoint
 from .run.checkpoint import Checkpoints
 from .run.directory import RunDirectory
-from .run.loggers import Loggers
+from .run.loggers import Loggers, LogRecord
 from .run.profiling import count_parameters, peak_memory
 from .run.signals import Signals, is_elastic_restart
 from .tasks.base import Task
@@ -113,8 +113,20 @@ def resume_or_start(
     elif begun:
         say(f"{run.path} was started before but has no checkpoint yet; starting at step 0")
     if world.main:
-        run.rewind(engine.progress.step, engine.progress.evaluated)
+        lines = run.rewind(engine.progress.step, engine.progress.evaluated)
+        if start and start.parent == run.checkpoints:
+            tell_lost_lines(lines, start, run.metrics, say)
     return checkpoints
+
+
+def tell_lost_lines(lines: list[str], start: Path, file: Path, say: Callable[[str], None]) -> None:
+    """Say what metrics.jsonl has lost of the `lines` that it had when the checkpoint `start` was written."""
+    before = checkpoint.read_manifest(start).get("metrics")
+    if not before or LogRecord(lines).facts() == before:
+        return
+    count = before["lines"]
+    lost = f"has {len(lines)} of its {count} lines" if len(lines) != count else f"has other text in its {count} lines"
+    say(f"warning: {file} {lost} up to this step: it was damaged or changed since, which the report will show")
 
 
 def checkpoint_to_start_from(resume: str, steps: int) -> Path:

@@ -140,12 +140,16 @@ class RunDirectory:
         with writing(self.path / marker):
             write_atomically(self.path / marker, json.dumps(content) + "\n")
 
-    def rewind(self, step: int, evaluated: int) -> None:
-        """Remove lines of metrics.jsonl after `step`, of evaluations after `evaluated`, and incomplete lines."""
+    def rewind(self, step: int, evaluated: int) -> list[str]:
+        """Remove lines of metrics.jsonl after `step`, of evaluations after `evaluated`, and incomplete lines.
+
+        Returns the lines that remain.
+        """
         with writing(self.metrics):
             text = self.metrics.read_text("utf-8", errors="replace") if self.metrics.exists() else ""
-            lines = (line for line in text.splitlines() if _keep_line(line, step, evaluated))
+            lines = [line for line in text.splitlines() if _keep_line(line, step, evaluated)]
             write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
+        return lines
 
 
 def _keep_line(line: str, step: int, evaluated: int) -> bool:

@@ -1,11 +1,12 @@
 """Loggers of metrics: metrics.jsonl and the console always, TensorBoard and Weights & Biases if the recipe asks."""
 
+import hashlib
 import json
 import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +30,28 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
+class LogRecord:
+    """What a checkpoint knows of metrics.jsonl: the number of its lines, and a digest of them."""
+
+    def __init__(self, lines: Iterable[str] = ()):
+        self.lines, self.digest = 0, hashlib.blake2b(digest_size=16)
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: str) -> None:
+        self.lines += 1
+        self.digest.update(f"{line}\n".encode())
+
+    def facts(self) -> dict[str, Any]:
+        return {"lines": self.lines, "digest": self.digest.hexdigest()}
+
+
 class JsonlLogger:
     """One JSON object per line, unbuffered. NaN and infinity become null, which JSON can hold."""
 
     def __init__(self, path: Path):
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.record = LogRecord(path.read_text(encoding="utf-8").splitlines())
 
     def log(self, record: dict[str, Any]) -> None:
         finite = {
@@ -41,7 +59,8 @@ class JsonlLogger:
             for key, value in record.items()
         }
         with writing(self.file.name):
-            self.file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+            self.file.write((line := json.dumps(finite, allow_nan=False)).encode() + b"\n")
+        self.record.add(line)
 
     def close(self) -> None:
         self.file.close()
@@ -153,10 +172,12 @@ class Loggers:
         """path: the run directory; total: steps of the run; step: the one it starts from."""
         self.active: list[Logger] = []
         self.console: ConsoleLogger | None = None
+        self.file: JsonlLogger | None = None
         if not world.main:
             return
         self.console = ConsoleLogger(recipe.log, total, step)
-        self.active += [self.console, JsonlLogger(path / "metrics.jsonl")]
+        self.file = JsonlLogger(path / "metrics.jsonl")
+        self.active += [self.console, self.file]
         optional = {
             "tensorboard": (recipe.log.tensorboard, lambda: TensorBoardLogger(path / "tensorboard")),
             "wandb": (recipe.log.wandb != "off", lambda: WandbLogger(recipe, path)),
@@ -174,6 +195,10 @@ class Loggers:
         record |= {"time": round(time.time(), 3)}
         for logger in self.active:
             logger.log(record)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint knows of metrics.jsonl; empty on other ranks."""
+        return self.file.record.facts() if self.file else {}
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

@@ -4,6 +4,9 @@ A classifier is written in the format of timm. A model that timm cannot create i
 `config.json` with the sections of its recipe. Both configs carry the format number of the export and the version of
 tessel. A reader knows every older format; a test loads exports of earlier versions (tests/artefacts).
 
+`SHA256SUMS` beside them has the sha256 of both files, in the format of `sha256sum -c`. Readers compare; exports of 0.1
+have none.
+
 Format 2 (0.2): the sections of a dense export have the key names of recipe format 2.
 Format 1 (0.1): no format number.
 """
@@ -22,14 +25,15 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from ... import __version__
-from ..errors import NewerFormatError, UserError, one_line
-from ..files import check_format, replacing
+from ...checkpoints import sha256_of
+from ..errors import UserError, one_line
+from ..files import check_format, damaged_file, replacing
 from ..recipe.migrate import rename_keys
 from ..recipe.registry import TASKS
 from ..recipe.schema import Model
 
 FORMAT = 2
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
 
 
 def export_classifier(
@@ -83,7 +87,7 @@ def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str,
     Raises UserError if the folder has no export of this task, or one of a later version of tessel.
     """
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = _read_config(path)
         if not isinstance(config, dict) or config.get("task") != task:
             raise ValueError(f"its {CONFIG} is not of task.kind={task}; timm.create_model reads a classifier")
         check_format(config, FORMAT, f"export {path}")
@@ -92,9 +96,9 @@ def read_export(path: Path, task: str, sections: Mapping[str, Any]) -> dict[str,
         return config | {
             name: TypeAdapter(section).validate_json(json.dumps(config[name])) for name, section in classes.items()
         }
-    except NewerFormatError:
+    except UserError:
         raise
-    except (OSError, ValueError, KeyError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, ValidationError) as error:
         raise UserError(f"{path} has no readable export ({one_line(error)}); give the export/ of a run") from error
 
 
@@ -118,6 +122,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights of an export, by the parameter names of the model."""
+    verify(path, WEIGHTS)
     try:
         return load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -127,25 +132,51 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_classes(path: Path) -> list[str] | None:
     """Names of the outputs of an exported model, in their order; None if they are not classes."""
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = _read_config(path)
         check_format(config, FORMAT, f"export {path}")
         names = config["classes"] if "classes" in config else config["label_names"]
         return None if names is None else list(names)
-    except NewerFormatError:
+    except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"export {path} cannot be read ({error}); evaluate one of the run's checkpoints") from error
 
 
 def read_backbone(path: Path) -> dict[str, Tensor] | None:
     """The backbone's weights of an exported dense model, by the names of a classifier; None for other exports."""
     try:
-        prefix = TASKS[json.loads((path / CONFIG).read_text())["task"]].backbone_prefix
-    except (OSError, ValueError, KeyError, TypeError):
+        prefix = TASKS[_read_config(path)["task"]].backbone_prefix
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if prefix is None:
         return None
     return {key.removeprefix(prefix): tensor for key, tensor in read_weights(path).items() if key.startswith(prefix)}
+
+
+def verify(path: Path, *names: str) -> None:
+    """Compare files of an export with their sha256. Raises UserError naming one that differs.
+
+    An export of 0.1 has none to compare with.
+    """
+    file = path / SUMS
+    if not file.is_file():
+        return
+    with damaged_file(file, "copy the export again, or evaluate one of the run's checkpoints"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in names:
+        if not (path / name).is_file() or sha256_of(path / name) != sums.get(name):
+            raise UserError(
+                f"{path / name} does not match its sha256 in {SUMS}: it is damaged, or was changed. Copy the export "
+                f"again, or evaluate one of the run's checkpoints; if the change is meant, delete {SUMS}"
+            )
+
+
+def _read_config(path: Path) -> Any:
+    verify(path, CONFIG)
+    return json.loads((path / CONFIG).read_text())
 
 
 @contextmanager
@@ -154,6 +185,8 @@ def _writing(path: Path) -> Iterator[Path]:
     try:
         with replacing(path) as part:
             yield part
+            sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(part.iterdir()))
+            (part / SUMS).write_text(sums, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"export {path} cannot be written ({error}); free space there, then start again") from error
 

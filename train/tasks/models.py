@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +19,7 @@ from ...checkpoints import load_manifest
 from ..errors import UserError, one_line
 from ..recipe.schema import Model, Recipe
 from ..recipe.sizing import replaced, starts_from_weights
+from .export import CONFIG, WEIGHTS, verify
 from .names import is_weights_file, unknown_model
 
 # what models raise for arguments or inputs that do not fit
@@ -37,6 +39,8 @@ def create_model(name: str, size: int, *, key: str, pretrained: bool, num_classe
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
+    if name.startswith("local-dir:"):
+        verify(Path(name.removeprefix("local-dir:")), CONFIG, WEIGHTS)
     try:
         known = timm.models.get_pretrained_cfg(name) if ":" not in name else None
         if known is not None and known.fixed_input_size:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
@@ -174,4 +173,4 @@ def build_classifier(recipe: Recipe[Any, Any], num_classes: int) -> nn.Module:
 
 def load(path: Path) -> nn.Module:
     """The classifier in the folder `RUN/export`, in evaluation mode on the CPU."""
-    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    return create_model(f"local-dir:{path}", 0, key="the export", pretrained=True, num_classes=None).eval()
