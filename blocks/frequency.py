@@ -123,7 +123,7 @@ def waves(size: int, frequencies: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal cosines and sines `[size, frequencies]` in the dtype of `like`, float32 or wider."""
     options = {"device": like.device, "dtype": like.dtype}
     turns = torch.arange(size, **options)[:, None] * torch.arange(frequencies, **options)
-    # whole turns are subtracted, so that angles are small; exactly, as all are whole numbers below 2 ** 24. With integers
+    # whole turns are subtracted, so that angles are small; exactly, as all are whole numbers below 2 ** 24. In integers
     # torch's compiler gets it wrong (docs/upstream.md), and torch's ONNX exporter has no `%` by an open size
     turns = turns - (turns / size).floor() * size
     sides = like.new_full((1,), size)

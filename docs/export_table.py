@@ -2,11 +2,11 @@
 
     python docs/export_table.py                    write the table from docs/export.json
     python docs/export_table.py --measure [NAME...] [--only TITLE...]   measure first: all models, or those named
-    python docs/export_table.py --published NAME...                     measure these models at their published size
+    python docs/export_table.py --published NAME... [--sizes fixed|open]   measure these models at their published size
 
 A cell is the largest difference from PyTorch relative to the largest logit, over all inputs tried, or the reason why
 there is none. Every cell is measured with random weights in which no branch is zero, on the smallest model of a family.
-A cell that was not measured has a dash. A second table has models of the papers, in ONNX with open batch and size.
+A cell that was not measured has a dash. A second table has models of the papers in ONNX, with fixed and open sizes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ CELLS = {
     "ExecuTorch": Cell("executorch", ()),
 }
 
+PUBLISHED = {"fixed": (), "open": ("batch", "size")}
+
 # columns that CI tests; of a column with a model here, the default tests run that one
 IN_CI = {"ONNX, batch and size": "s2aformer_atto", "torch.export, batch and size": None, "TorchScript, batch": None}
 
@@ -71,16 +73,17 @@ def perturbed(name: str) -> nn.Module:
     return model
 
 
-def measure(name: str, title: str, folder: Path) -> float:
+def measure(name: str, title: str, folder: Path) -> dict[str, Any]:
     """The error of one cell. Raises ExportError if it does not work."""
     format, dynamic = CELLS[title]
     example = torch.randn(2, 3, 96, 128)
-    return export(perturbed(name), folder / "model", format, example=example, dynamic=dynamic).error
+    report = export(perturbed(name), folder / "model", format, example=example, dynamic=dynamic)
+    return {"error": float(f"{report.error:.1e}")}
 
 
-def measure_published(name: str, folder: Path) -> dict[str, Any]:
-    """ONNX with open batch and size of a model at the size of its configuration, and what is known of the file."""
-    report = export(perturbed(name), folder / "model", "onnx")
+def measure_published(name: str, title: str, folder: Path) -> dict[str, Any]:
+    """ONNX of a model at the size of its configuration: the error of each size, and the size of the file."""
+    report = export(perturbed(name), folder / "model", "onnx", dynamic=PUBLISHED[title])
     errors = {"x".join(map(str, shape)): float(f"{error:.1e}") for shape, error in report.errors.items()}
     return {"errors": errors, "megabytes": round(report.size / 1e6)}
 
@@ -122,11 +125,20 @@ def table() -> str:
 
 def published_table() -> str:
     record = json.loads(RECORD.read_text())["published"]
-    lines = ["| model | file, MB | difference at each size |", "|---|---|---|"]
+    lines = ["| model | file, MB | fixed batch and size | open batch and size, at each size |", "|---|---|---|---|"]
     for name, row in sorted(record.items()):
-        errors = ", ".join(f"{shape}: {error:.0e}" for shape, error in row["errors"].items())
-        lines.append(f"| `{name}` | {row['megabytes']} | {errors} |")
+        size = max((cell.get("megabytes", 0) for cell in row.values()), default=0)
+        fixed, opened = (published_cell(row.get(title)) for title in PUBLISHED)
+        lines.append(f"| `{name}` | {size or '-'} | {fixed} | {opened} |")
     return "\n".join(lines)
+
+
+def published_cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    if "reason" in cell:
+        return f"no: {explained(cell['reason'])}"
+    return ", ".join(f"{shape}: {error:.0e}" for shape, error in cell["errors"].items())
 
 
 def versions() -> dict[str, str]:
@@ -160,33 +172,36 @@ def enter(name: str, title: str, cell: dict[str, Any], names: list[str]) -> None
         content["cells"] = {name: {title: row[title] for title in CELLS if title in row} for name, row in rows.items()}
 
 
+def measured(measure: Callable[[str, str, Path], dict[str, Any]], name: str, title: str) -> dict[str, Any]:
+    """The cell, or the reason why there is none; also printed."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cell = measure(name, title, Path(folder))
+        except Exception as error:
+            cell = {"reason": first_line(error)}
+    print(f"{name}, {title}: {cell} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return cell
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", metavar="NAME", help="measure these models, by default all")
     parser.add_argument("--only", nargs="+", metavar="TITLE", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--published", nargs="+", metavar="NAME", default=[], help="measure these at published size")
+    parser.add_argument("--sizes", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED), help="of --published")
     options = parser.parse_args()
     names = [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
     if options.measure is not None:
         for title in options.only:
             for name in options.measure or names:
-                start = time.perf_counter()
-                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    try:
-                        cell = {"error": float(f"{measure(name, title, Path(folder)):.1e}")}
-                    except Exception as error:
-                        cell = {"reason": first_line(error)}
-                print(f"{name}, {title}: {cell} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-                enter(name, title, cell, names)
+                enter(name, title, measured(measure, name, title), names)
     for name in options.published:
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            row = measure_published(name, Path(folder))
-        print(f"{name}: {row} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        with record() as content:
-            content["published"][name] = row
+        for title in options.sizes:
+            cell = measured(measure_published, name, title)
+            with record() as content:
+                content["published"].setdefault(name, {})[title] = cell
     PAGE.write_text(rewritten(PAGE.read_text(), {"exports": table, "published_exports": published_table}))
 
 
