@@ -63,7 +63,7 @@ def export(
     from ..train.errors import UserError, report_errors
 
     with report_errors() as outcome:
-        from ..export import ExportError
+        from ..export import ExportError, OneImageDetector
         from ..export import export as export_module
         from ..predict import load
 
@@ -72,8 +72,9 @@ def export(
         if not hasattr(network, "module"):
             raise UserError(f"{model} is an exported file; give the run or the model that it was made of")
         try:
+            module = network.module
             report = export_module(
-                network.module,
+                OneImageDetector(module) if predictor.task == "detect" else module,
                 out or default_path(model),
                 format=format_,
                 size=size or getattr(predictor.model, "size", None),

@@ -1,6 +1,7 @@
 """`load`: from a name or a path to a `Predictor`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, cast
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ..train.errors import UserError
-from .networks import ExportedNetwork, TorchNetwork, pick_device
+from .networks import ExportedDetector, ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
 from .tasks import Classifier, Detector, MultiLabelClassifier, Segmenter
 
@@ -95,22 +96,32 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
         model = resolve_name(TASKS[kind].load)(path)
     else:
         raise UserError(f"{path} is neither a run nor an export: it has no {RECIPE} and no {CONFIG}")
+    config = _read_json(folder / CONFIG)
+    background = _background(config if recipe is None else {"background": recipe.data.background})
     if kind == "classify":
-        return _classifier(model, device, size)
+        return _classifier(model, device, size, **background)
     if kind == "multilabel":
-        plain, thresholds = _classifier(model, device, size), _read_json(folder / CONFIG)["thresholds"]
-        return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds)
+        plain = _classifier(model, device, size)
+        thresholds = config["thresholds"]
+        return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds=thresholds, **background)
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
     if kind == "detect":
-        return Detector(network, cast(list[str], model.classes))
+        resizing: Any = model.transform
+        options = {"size": resizing.min_size[-1], "padding": resizing.image_mean, **background}
+        return Detector(network, cast(list[str], model.classes), **options)
     if kind == "segment":
-        return _segmenter(network, recipe, path)
+        return _segmenter(network, recipe, path, **background)
     raise UserError(f"{path}: predictions of task.kind={kind} are not known here; use {TASKS[kind].load_hint}")
 
 
-def _segmenter(network: TorchNetwork, recipe: Any, path: Path) -> Segmenter:
+def _background(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument `background`, if it is known: exports of earlier versions do not say it."""
+    return {"background": tuple(facts["background"])} if "background" in facts else {}
+
+
+def _segmenter(network: TorchNetwork, recipe: Any, path: Path, **background: Any) -> Segmenter:
     """The segmenter of a run with this recipe, or of the export at `path` without one."""
     from ..train.recipe.schema import Dense
     from ..train.tasks.export import read_export
@@ -123,16 +134,17 @@ def _segmenter(network: TorchNetwork, recipe: Any, path: Path) -> Segmenter:
         test, data = config["segment"].test, config.get("data", {})  # exports of earlier versions have no data
     model: Any = network.module
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    return Segmenter(network, model.classes, palette=model.palette, mean=mean, std=std, test=test, **data)
+    options = {"palette": model.palette, "mean": mean, "std": std, "test": test, **data, **background}
+    return Segmenter(network, model.classes, **options)
 
 
-def _classifier(model: nn.Module, device: str, size: int | None) -> Classifier:
+def _classifier(model: nn.Module, device: str, size: int | None, **background: Any) -> Classifier:
     from timm.data import resolve_data_config
 
     cfg: Any = model.pretrained_cfg
     wanted = {"input_size": (cfg["input_size"][0], size, size)} if size else {}
     config = resolve_data_config(wanted, pretrained_cfg=cfg)
-    return Classifier(TorchNetwork(model, pick_device(device)), class_names(model), config)
+    return Classifier(TorchNetwork(model, pick_device(device)), class_names(model), config, **background)
 
 
 def class_names(model: Any) -> list[str]:
@@ -158,18 +170,23 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
     if size is not None and fixed not in (None, (size, size)):
         raise UserError(f"size={size}: {path} accepts images of {fixed[0]} x {fixed[1]} pixels only")
     task = facts.get("task")
+    background = _background(facts)
     try:
         if task in ("classify", "multilabel"):
             sides = fixed or ((size, size) if size else tuple(facts["input_size"][-2:]))
             config = {**facts, "input_size": (facts["input_size"][0], *sides)}
             classes = facts["class_names"] or _numbered(network, config["input_size"])
             if task == "multilabel":
-                return MultiLabelClassifier(network, classes, config, facts["thresholds"])
-            return Classifier(network, classes, config)
+                thresholds = facts["thresholds"]
+                return MultiLabelClassifier(network, classes, config, thresholds=thresholds, **background)
+            return Classifier(network, classes, config, **background)
         if task == "segment":
             keys = ("palette", "mean", "std", "test", "img_scale", "size")
             options: dict[str, Any] = {key: facts.get(key) for key in keys}
-            return Segmenter(network, facts["class_names"], **options, fixed_size=fixed)
+            return Segmenter(network, facts["class_names"], **options, fixed_size=fixed, **background)
+        if task == "detect":
+            place = {"size": facts["size"], "padding": facts["padding"]}
+            return Detector(ExportedDetector(network, facts["padding"]), facts["class_names"], **place, **background)
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(

@@ -1,11 +1,13 @@
 """Where a network computes: a PyTorch module on a device, or an exported file in its runtime."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torchvision.transforms.v2.functional import resize
 
 from ..train.errors import UserError, one_line
 from ..train.tasks.models import MODEL_ERRORS
@@ -65,16 +67,53 @@ class ExportedNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The output; where the file has a fixed batch size, of one such batch after the other."""
-        return torch.cat([self._run(part) for part in (images.split(self.batch) if self.batch else [images])])
+        return torch.cat([self._part(part) for part in (images.split(self.batch) if self.batch else [images])])
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _part(self, images: Tensor) -> Tensor:
         count = len(images)
         if self.batch and count < self.batch:
             images = torch.cat([images, images[-1:].expand(self.batch - count, *images.shape[1:])])
-        try:
-            output = self.exported(images)
-        except Exception as error:  # each runtime has errors of its own
-            raise UserError(f"{self.path} does not accept images {list(images.shape)}: {one_line(error)}") from error
+        output = self.run(images)
         if not isinstance(output, Tensor):
             raise UserError(f"{self.path} has several outputs; predictions are made from one")
         return output[:count]
+
+    def run(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """The outputs of the file. Raises UserError for images that it does not accept."""
+        try:
+            return self.exported(images)
+        except Exception as error:  # each runtime has errors of its own
+            raise UserError(f"{self.path} does not accept images {list(images.shape)}: {one_line(error)}") from error
+
+
+class ExportedDetector:
+    """A detector in a file, for one image of a fixed size: a list of images [3, H, W] in 0..1 to a list of dicts.
+
+    An image is resized so that it fits, its ratio kept, and lies in the upper left corner; the rest has the color
+    `padding`. Boxes and masks are those of the image as given.
+    """
+
+    def __init__(self, network: ExportedNetwork, padding: Sequence[float]):
+        if network.size is None:
+            raise UserError(f"{network.path} has an open size; a detector is exported with a fixed one")
+        self.network, self.size, self.device = network, network.size, network.device
+        self.padding = torch.tensor(padding)[:, None, None]
+
+    def __call__(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: Tensor) -> dict[str, Tensor]:
+        sides = image.shape[1:]
+        scale = min(whole / side for whole, side in zip(self.size, sides, strict=True))
+        height, width = (max(1, round(side * scale)) for side in sides)
+        canvas = self.padding.repeat(1, *self.size)
+        canvas[:, :height, :width] = resize(image, [height, width], antialias=True)
+        found = self.network.run(canvas[None])
+        if not isinstance(found, dict):
+            raise UserError(f"{self.network.path} has one output; those of a detector are boxes, labels and scores")
+        ratio = torch.tensor([sides[1] / width, sides[0] / height]).repeat(2)
+        limits = torch.tensor([sides[1], sides[0]]).repeat(2)
+        placed = {**found, "boxes": (found["boxes"] * ratio).clamp_min(0).minimum(limits)}
+        if "masks" in found:
+            placed["masks"] = resize(found["masks"][..., :height, :width], list(sides), antialias=True)
+        return placed

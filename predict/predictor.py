@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from PIL import Image
-
+from ..train.data.image_io import Picture
 from ..train.errors import UserError
+from ..train.recipe.schema import PixelFormat
 from .images import Unreadable, as_list, open_images
 from .results import Prediction
 
@@ -20,6 +20,8 @@ class TaskModel(Protocol):
     """names of the outputs"""
     network: Any
     """computes the outputs; the `module` of a `TorchNetwork`, or an ONNX file"""
+    pixel_format: PixelFormat
+    """channels of the images, and what lies below transparent pixels"""
 
     def metadata(self) -> dict[str, Any]:
         """Task, classes and preprocessing, as an exported file carries them."""
@@ -27,7 +29,7 @@ class TaskModel(Protocol):
 
     @property
     def predict(self) -> Callable[..., list[Any]]:
-        """Called with [(name, RGB image)] and the options of the task; returns the results in the same order."""
+        """Called with [(name, picture)] and the options of the task; returns the results in the same order."""
         ...
 
 
@@ -47,9 +49,10 @@ class Predictor:
     def predict(self, images: Any, *, batch_size: int = 16, **options: Any) -> list[Any]:
         """The result of each image, in a list also if there is one image only.
 
-        images: paths, urls, PIL images, arrays [H, W(, C)] or tensors [C, H, W] with integers of 8 or 16 bits or floats
-        in 0..1, one of them, a list, or a batch [N, ...]. options: `topk` (default 5) of a classifier, `min_score`
-        (default 0.3) of a detector.
+        images: paths, urls, PIL images, arrays [H, W(, C)] or tensors [C, H, W]: one of them, a list, or a batch
+        [N, ...]. Arrays and tensors hold integers of 8 or 16 bits or floats in 0..1; for a model of other than 1 or 3
+        channels the values that it was trained with. options: `topk` (default 5) of a classifier, `min_score` (default
+        0.3) of a detector.
 
         Returns `Classification`, `Segmentation` or `Detection` objects. Raises UserError naming an image that cannot be
         read; `stream` skips it instead.
@@ -68,19 +71,21 @@ class Predictor:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        for opened in _read_ahead(as_list(images), batch_size):
+        for opened in _read_ahead(as_list(images), batch_size, self.model.pixel_format):
             readable = [one for one in opened if not isinstance(one, Unreadable)]
             results = iter(self.model.predict(readable, **options) if readable else ())
             for one in opened:
                 yield one if isinstance(one, Unreadable) else next(results)
 
 
-def _read_ahead(images: list[Any], batch_size: int) -> Iterator[list[tuple[str, Image.Image] | Unreadable]]:
+def _read_ahead(
+    images: list[Any], batch_size: int, pixel_format: PixelFormat
+) -> Iterator[list[tuple[str, Picture] | Unreadable]]:
     """Batches of images, opened; another thread opens the next batch meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for start in range(0, len(images), batch_size):
-            opening = pool.submit(open_images, images[start : start + batch_size], start + 1)
+            opening = pool.submit(open_images, images[start : start + batch_size], start + 1, pixel_format)
             if waiting is not None:
                 yield waiting.result()
             waiting = opening

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..train.errors import UserError
+from .legend import with_legend
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -19,7 +20,7 @@ class Prediction:
     image: Image.Image
 
     def plot(self) -> Image.Image:
-        """The image with the result drawn on it, of the same size."""
+        """The image with the result drawn on it."""
         raise NotImplementedError
 
     def summary(self) -> str:
@@ -110,10 +111,13 @@ class Segmentation(Prediction):
         height, width = self.mask.shape
         return {"source": self.source, "width": width, "height": height, "classes": self.shares()}
 
-    def plot(self) -> Image.Image:
+    def plot(self, *, legend: bool = True) -> Image.Image:
+        """The image under the colors of its classes; `legend`: with their names below it, the largest class first."""
         from ..train.tasks.segment.overlay import overlay
 
-        return overlay(self.image, [self.mask], self.palette)
+        drawn = overlay(self.image, [self.mask], self.palette)
+        colors = {name: tuple(self.palette[self.classes.index(name)]) for name in self.shares()}
+        return with_legend(drawn, colors) if legend else drawn
 
     def mask_image(self) -> Image.Image:
         """The mask as an image whose pixels are class indices: with the colors of `palette` up to 256 classes."""
@@ -155,11 +159,12 @@ class Detection(Prediction):
             row["mask"] = {"size": list(mask.shape), "counts": run_lengths(mask)}
         return {"source": self.source, "width": self.image.width, "height": self.image.height, "objects": objects}
 
-    def plot(self) -> Image.Image:
+    def plot(self, *, legend: bool = True) -> Image.Image:
+        """The image with boxes, names, scores and masks; `legend`: with the names and their colors below it."""
         import torch
         from torchvision.transforms.v2.functional import to_pil_image
 
-        from ..train.tasks.detect.overlay import draw_objects
+        from ..train.tasks.detect.overlay import COLORS, draw_objects
         from .images import image_tensor
 
         objects = {
@@ -171,7 +176,9 @@ class Detection(Prediction):
             objects["masks"] = torch.from_numpy(self.masks)[:, None].float()
         names = dict(zip(self.indices, self.labels, strict=True))
         classes = [names.get(index, "") for index in range(max(self.indices, default=-1) + 1)]
-        return to_pil_image(draw_objects(image_tensor(self.image), objects, classes, min_score=0.0))
+        drawn = to_pil_image(draw_objects(image_tensor(self.image), objects, classes, min_score=0.0))
+        colors = {name: COLORS[index % len(COLORS)] for index, name in sorted(names.items())}
+        return with_legend(drawn, colors) if legend else drawn
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:

@@ -16,58 +16,75 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose
 
+from ..train.data.bands import viewable
+from ..train.data.image_io import RGB, Picture
 from ..train.errors import UserError
+from ..train.recipe.schema import PixelFormat
 from .images import image_tensor
 from .results import Classification, Detection, Segmentation
 
 Named = list[tuple[str, Image.Image]]
+NamedPictures = list[tuple[str, Picture]]
+Color = tuple[int, int, int]
 Network = Any  # a TorchNetwork or an ExportedNetwork
 # of timm's data config: how an image becomes a tensor
 CONFIG_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 class Classifier:
-    """`network`: images [B, 3, H, W] to logits [B, classes]; `config`: timm's, of resolve_data_config."""
+    """`network`: images [B, C, H, W] to logits [B, classes]; `config`: timm's, of resolve_data_config.
+
+    `background` lies below transparent pixels.
+    """
 
     task = "classify"
 
-    def __init__(self, network: Network, classes: Sequence[str], config: Mapping[str, Any]):
+    def __init__(
+        self,
+        network: Network,
+        classes: Sequence[str],
+        config: Mapping[str, Any],
+        *,
+        background: Color = RGB.background,
+    ):
         from timm.data import create_transform
 
         from ..train.tasks.classify.augment import Normalizer
         from ..train.tasks.classify.channels import channel_steps
 
-        if (channels := config["input_size"][0]) not in (1, 3):
-            raise UserError(
-                f"the model takes images of {channels} channels; predictions are made of gray or RGB images"
-            )
+        self.pixel_format = PixelFormat(config["input_size"][0], background)
         self.network, self.classes = network, list(classes)
         self.config = {key: config[key] for key in CONFIG_KEYS if key in config}
         self.config["interpolation"] = {"random": "bicubic"}.get(config["interpolation"], config["interpolation"])
-        before, after = channel_steps(channels)
+        before, after = channel_steps(self.pixel_format.channels)
         steps: list[Any] = [*before, create_transform(**self.config, normalize=False), *after]
         self.transform, self.normalize = Compose(steps), Normalizer(self.config, torch.device("cpu"))
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
         preprocessing = {key: value for key, value in self.config.items() if key != "input_size"}
-        return {"task": self.task, "class_names": self.classes, **preprocessing}
+        return {
+            "task": self.task,
+            "class_names": self.classes,
+            "background": list(self.pixel_format.background),
+            **preprocessing,
+        }
 
-    def predict(self, named: Named, *, topk: int = 5) -> list[Classification]:
+    def predict(self, named: NamedPictures, *, topk: int = 5) -> list[Classification]:
         if topk < 1:
             raise UserError(f"topk={topk} must be at least 1")
         best = self.logits(named).softmax(1).topk(min(topk, len(self.classes)))
         chosen = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [self.result(*pair, *best) for pair, best in zip(named, chosen, strict=True)]
 
-    def logits(self, named: Named) -> Tensor:
+    def logits(self, named: NamedPictures) -> Tensor:
         """float32 [N, classes], on the CPU."""
         images = self.normalize(torch.stack([cast(Tensor, self.transform(image)) for _, image in named]))
         return self.network(images).float().cpu()
 
-    def result(self, source: str, image: Image.Image, indices: list[int], probabilities: list[float]) -> Classification:
+    def result(self, source: str, picture: Picture, indices: list[int], probabilities: list[float]) -> Classification:
         """The result of an image, from the numbers of its classes and their probabilities."""
-        labels = [self.classes[index] for index in indices]
+        image, labels = viewable(picture), [self.classes[index] for index in indices]
         return Classification(source=source, image=image, labels=labels, indices=indices, probabilities=probabilities)
 
 
@@ -77,15 +94,21 @@ class MultiLabelClassifier(Classifier):
     task = "multilabel"
 
     def __init__(
-        self, network: Network, classes: Sequence[str], config: Mapping[str, Any], thresholds: Mapping[str, float]
+        self,
+        network: Network,
+        classes: Sequence[str],
+        config: Mapping[str, Any],
+        *,
+        thresholds: Mapping[str, float],
+        background: Color = RGB.background,
     ):
-        super().__init__(network, classes, config)
+        super().__init__(network, classes, config, background=background)
         self.thresholds = dict(thresholds)
 
     def metadata(self) -> dict[str, Any]:
         return {**super().metadata(), "thresholds": self.thresholds}
 
-    def predict(self, named: Named) -> list[Classification]:
+    def predict(self, named: NamedPictures) -> list[Classification]:
         limits = torch.tensor([self.thresholds[name] for name in self.classes])
         results = []
         for (source, image), row in zip(named, self.logits(named).sigmoid(), strict=True):
@@ -100,7 +123,7 @@ class Segmenter:
 
     test: a `SegmentTest`, or the same as a dict: whole images or windows, flips, scales, divisor; img_scale, size:
     `data.img_scale` and `data.size`. fixed_size: (height, width) of a network that takes no other: images are then
-    resized to it, whatever their ratio, and predicted as a whole.
+    resized to it, whatever their ratio, and predicted as a whole. background: see `Classifier`.
     """
 
     task = "segment"
@@ -117,6 +140,7 @@ class Segmenter:
         img_scale: Sequence[int] | None = None,
         size: int | None = None,
         fixed_size: tuple[int, int] | None = None,
+        background: Color = RGB.background,
     ):
         from pydantic import TypeAdapter
 
@@ -127,7 +151,7 @@ class Segmenter:
         plain = dataclasses.asdict(test) if isinstance(test, SegmentTest) else test or {}
         self.test = TypeAdapter(SegmentTest).validate_json(json.dumps(plain))
         self.mean, self.std, self.img_scale, self.size = tuple(mean), tuple(std), img_scale, size
-        self.fixed_size = fixed_size
+        self.fixed_size, self.pixel_format = fixed_size, PixelFormat(background=background)
         if fixed_size is not None:
             self.test, img_scale = SegmentTest(flip=self.test.flip), None
         # what the transform of a run's evaluation reads of the recipe
@@ -146,6 +170,7 @@ class Segmenter:
             "test": dataclasses.asdict(self.test),
             "img_scale": self.img_scale,
             "size": self.size,
+            "background": list(self.pixel_format.background),
         }
 
     def predict(self, named: Named) -> list[Segmentation]:
@@ -185,16 +210,35 @@ class Segmenter:
 
 
 class Detector:
-    """`network`: a list of images [3, H, W] in 0..1 to a list of dicts with boxes, labels, scores and maybe masks."""
+    """`network`: a list of images [3, H, W] in 0..1 to a list of dicts with boxes, labels, scores and maybe masks.
+
+    size: side to which it resizes the short side of an image. padding: color, in 0..1, of pixels that are added to an
+    image so that it has a fixed size. background: see `Classifier`.
+    """
 
     task = "detect"
 
-    def __init__(self, network: Network, classes: Sequence[str]):
-        self.network, self.classes = network, list(classes)
+    def __init__(
+        self,
+        network: Network,
+        classes: Sequence[str],
+        *,
+        size: int,
+        padding: Sequence[float],
+        background: Color = RGB.background,
+    ):
+        self.network, self.classes, self.size, self.padding = network, list(classes), size, list(padding)
+        self.pixel_format = PixelFormat(background=background)
 
     def metadata(self) -> dict[str, Any]:
         """What an exported file says of itself, by the keys of `tessel.export.metadata` and a few more."""
-        return {"task": self.task, "class_names": self.classes}
+        return {
+            "task": self.task,
+            "class_names": self.classes,
+            "size": self.size,
+            "padding": self.padding,
+            "background": list(self.pixel_format.background),
+        }
 
     def predict(self, named: Named, *, min_score: float = 0.3) -> list[Detection]:
         if not 0 <= min_score <= 1:

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib
 import json
 import shutil
 import sys
@@ -22,8 +23,11 @@ import tessel
 import tessel.train.segment
 from tessel.cli import main
 from tessel.cli.export import FORMATS
+from tessel.export import OneImageDetector
 from tessel.predict import Classification, Detection, Segmentation, Unreadable, find_images, load
+from tessel.predict.networks import ExportedDetector, ExportedNetwork
 from tessel.predict.results import run_lengths
+from tessel.predict.tasks import Detector
 from tessel.train.errors import UserError
 
 RUNS = Path(__file__).with_name("artefacts") / "5fab7a6"
@@ -121,6 +125,66 @@ def test_model_of_gray_images(tmp_path):
     assert found.probabilities == pytest.approx(wanted.sort(descending=True).values.tolist(), abs=1e-5)
 
 
+@pytest.fixture
+def four_channels(tmp_path):
+    """A classifier of four channels, an image, and the probabilities that the network itself gives it."""
+    network = timm.create_model("biformer_atto", in_chans=4, num_classes=2).eval()
+    config = {"input_size": (4, 32, 32), "mean": (0.4,) * 4, "std": (0.2,) * 4, "crop_pct": 1.0}
+    timm.models.save_for_hf(network, str(tmp_path / "model"), safe_serialization=True, data_config=config)
+    image = np.random.default_rng(0).integers(0, 65536, (32, 32, 4)).astype(np.uint16)
+    with torch.no_grad():
+        pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0) / 65535
+        return tessel.load(tmp_path / "model", device="cpu"), image, network(((pixels - 0.4) / 0.2)[None]).softmax(1)[0]
+
+
+def test_model_of_four_channels(four_channels, tmp_path):
+    model, image, wanted = four_channels
+    np.save(tmp_path / "x.npy", image)
+    np.savez(tmp_path / "x.npz", np.moveaxis(image, 2, 0))
+    tensor = torch.from_numpy(image.astype(np.float32) / 65535).movedim(-1, 0)
+    forms = [tmp_path / "x.npy", tmp_path / "x.npz", image, tensor]
+    if importlib.util.find_spec("tifffile"):
+        importlib.import_module("tifffile").imwrite(tmp_path / "x.tif", image)
+        forms.append(tmp_path / "x.tif")
+    for result in model.predict(forms):
+        assert result.probabilities == pytest.approx(wanted.sort(descending=True).values.tolist(), abs=1e-5)
+        assert result.image.mode == "RGB" and result.plot().size == (32, 32)
+    four_bands = Image.fromarray((image // 256).astype(np.uint8), "CMYK")
+    assert model.predict(four_bands)[0].probabilities == pytest.approx(wanted.sort(descending=True).values, abs=0.02)
+    for other in (image[..., :3], picture()):
+        with pytest.raises(UserError, match=r"image 1 cannot be decoded .*model.in_chans=4"):
+            model.predict(other)
+
+
+def test_a_folder_of_arrays(four_channels, tmp_path):
+    model, image, _ = four_channels
+    (tmp_path / "arrays").mkdir()
+    for name in "ba":
+        np.save(tmp_path / "arrays" / f"{name}.npy", image)
+    sources = find_images([tmp_path / "arrays"])
+    assert [Path(source).name for source in sources] == ["a.npy", "b.npy"] and len(model.predict(sources)) == 2
+    picture().save(tmp_path / "arrays" / "c.png")
+    assert [Path(source).name for source in find_images([tmp_path / "arrays"])] == ["c.png"]
+
+
+@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+def test_transparent_pixels_have_the_background_of_the_training(task, tmp_path, exported_file):
+    run = shutil.copytree(RUNS / task, tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text().replace("\ndata:\n", "\ndata:\n  background: [0, 128, 255]\n")
+    (run / "recipe.yaml").write_text(recipe)
+    config = json.loads((run / "export/config.json").read_text())
+    (run / "export/config.json").write_text(json.dumps(config | {"background": [0, 0, 0]}))
+    clear = np.zeros((32, 32, 4), np.uint8)
+    predictor = tessel.load(run, device="cpu")
+    file = exported_file(predictor, [], example=(1, 3, 32, 32))
+    models = {predictor: (0, 128, 255), tessel.load(run / "export", device="cpu"): (0, 0, 0)}
+    models[tessel.load(file)] = (0, 128, 255)
+    models[tessel.load(RUNS / task, device="cpu")] = (255, 255, 255)
+    for model, background in models.items():
+        (found,) = model.predict(clear)
+        assert np.unique(np.asarray(found.image).reshape(-1, 3), axis=0).tolist() == [list(background)]
+
+
 def test_rotated_and_transparent_images_are_read_as_they_are_seen(classifier, tmp_path):
     upright = picture(size=(60, 40))
     turned = upright.transpose(Image.Transpose.ROTATE_90)
@@ -177,13 +241,36 @@ def test_plot_and_save(classifier, segmenter, detector, tmp_path):
     ):
         (result,) = predictor.predict(picture(size=(120, 90)), **options)
         drawn = result.plot()
-        assert drawn.size == (120, 90) and not np.array_equal(np.asarray(drawn), np.asarray(result.image))
-        assert opened(result.save(tmp_path / "new" / f"{name}.png")).size == (120, 90)
+        assert drawn.width >= 120 and drawn.height >= 90
+        assert not np.array_equal(np.asarray(drawn)[:90, :120], np.asarray(result.image))
+        assert opened(result.save(tmp_path / "new" / f"{name}.png")).size == drawn.size
         assert json.loads(result.save(tmp_path / f"{name}.json").read_text()) == json.loads(
             json.dumps(result.to_dict())
         )
         with pytest.raises(UserError, match="cannot be written"):
             result.save(tmp_path / "picture.unknown")
+
+
+def test_pictures_have_a_legend_of_the_classes_in_them():
+    mask = np.zeros((60, 200), np.uint8)
+    mask[:20], mask[20:30] = 2, 1
+    palette = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]]
+    names = ["road", "a class with a long name, longer than the picture", "sky", "nowhere"]
+    image = picture(size=(200, 60))
+    segmented = Segmentation(source="x", image=image, mask=mask, classes=names, palette=palette)
+    boxes, scores = np.array([[2, 1, 30, 30], [40, 9, 90, 50]], np.float32), np.array([0.5, 0.4], np.float32)
+    found = {"labels": ["cat", "owl"], "indices": [0, 3], "boxes": boxes, "scores": scores}
+    for result, wanted in (
+        (segmented, [tuple(color) for color in palette[:3]]),
+        (Detection(source="x", image=image, **found), [(0xE6, 0x9F, 0), (0xF0, 0xE4, 0x42)]),
+    ):
+        bare, drawn = result.plot(legend=False), result.plot()
+        assert bare.size == (200, 60) and np.array_equal(np.asarray(drawn)[:60, :200], np.asarray(bare))
+        strip = np.asarray(drawn)[60:].reshape(-1, 3)
+        colors, counts = np.unique(strip, axis=0, return_counts=True)
+        shown = {tuple(color) for color in colors[counts >= 100].tolist()}
+        assert shown >= {(255, 255, 255), *wanted} and (9, 9, 9) not in shown
+    assert segmented.plot().width > 200, "the longest name is not cut off"
 
 
 def test_masks_are_those_of_the_evaluation(segmenter):
@@ -261,7 +348,7 @@ def test_masks_of_objects_are_written_as_run_lengths():
     )
     (row,) = result.to_dict()["objects"]
     assert row["mask"] == {"size": [4, 5], "counts": [9, 2, 9]} and row["label"] == "cat"
-    assert result.plot().size == (5, 4)
+    assert result.plot(legend=False).size == (5, 4)
 
 
 def test_names_of_imagenet_come_from_timm():
@@ -398,7 +485,8 @@ def exported_file(tmp_path, monkeypatch):
     def make(predictor, dynamic, example=(2, 3, 32, 32), **changes):
         facts = {"input_size": [3, 32, 32], "dynamic": dynamic, "example": list(example)}
         metadata = json.loads(json.dumps({**facts, **predictor.model.metadata(), **changes}))
-        exported = Exported(predictor.model.network.module, metadata)
+        module = predictor.model.network.module
+        exported = Exported(OneImageDetector(module) if predictor.task == "detect" else module, metadata)
         room = types.ModuleType("tessel.export")
         room.__dict__.update(load=lambda path: exported, ExportError=RuntimeError)
         monkeypatch.setitem(sys.modules, "tessel.export", room)
@@ -433,6 +521,44 @@ def test_exported_segmenter_predicts_as_the_run(segmenter, exported_file):
     assert tessel.load(exported_file(segmenter, ["batch"])).predict(image)[0].mask.shape == (50, 80)
 
 
+def test_exported_detector_predicts_as_the_run(detector, exported_file):
+    model = tessel.load(exported_file(detector, [], example=(1, 3, 48, 64)))
+    image = picture(size=(64, 48))
+    (found,), (wanted,) = (one.predict(image, min_score=0.0) for one in (model, detector))
+    assert len(found) == len(wanted) > 0 and found.labels == wanted.labels
+    np.testing.assert_allclose(found.boxes, wanted.boxes, atol=1e-3)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
+
+
+class Fixed(torch.nn.Module):
+    """A detector that finds the part of the image which is not gray."""
+
+    def forward(self, images):
+        rows, columns = (images[0] - 0.5).abs().amax(0).gt(0.2).nonzero().unbind(1)
+        box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+        mask = torch.zeros(1, 1, *images.shape[2:])
+        mask[:, :, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = 1
+        return {"boxes": box[None], "labels": torch.tensor([0]), "scores": torch.tensor([0.9]), "masks": mask}
+
+
+@pytest.mark.parametrize("size", [(160, 80), (40, 120), (20, 16)])
+def test_boxes_of_an_exported_detector_are_those_of_the_image(size):
+    network = ExportedNetwork.__new__(ExportedNetwork)
+    network.path, network.size, network.device, network.exported = "x.onnx", (48, 64), torch.device("cpu"), Fixed()
+    detector = Detector(ExportedDetector(network, [0.5] * 3), ["part"], size=48, padding=[0.5] * 3)
+    width, height = size
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    left, top, right, bottom = wanted = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
+    pixels[top:bottom, left:right] = 255
+    (found,) = detector.predict([("x", Image.fromarray(pixels))])
+    tolerance = max(width / 64, height / 48, 1)
+    np.testing.assert_allclose(found.boxes[0], wanted, atol=1.5 * tolerance)
+    assert found.masks.shape == (1, height, width)
+    area = np.zeros((height, width), bool)
+    area[top:bottom, left:right] = True
+    assert (found.masks[0] & area).sum() > 0.85 * (found.masks[0] | area).sum()
+
+
 def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exported_file, monkeypatch):
     with pytest.raises(UserError, match="accepts images of 32 x 32 pixels only"):
         tessel.load(exported_file(classifier, ["batch"]), size=64)
@@ -440,8 +566,10 @@ def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exporte
         tessel.load(exported_file(classifier, [], task=None))
     with pytest.raises(UserError, match="does not say how its images are prepared"):
         tessel.load(exported_file(classifier, [], task="segment", class_names=None))
-    with pytest.raises(UserError, match="of task 'detect' are not supported"):
-        tessel.load(exported_file(detector, []))
+    with pytest.raises(UserError, match="of task 'depth' are not supported"):
+        tessel.load(exported_file(classifier, [], task="depth"))
+    with pytest.raises(UserError, match="does not say how its images are prepared"):
+        tessel.load(exported_file(detector, [], class_names=None))
     model = tessel.load(exported_file(classifier, ["batch"]))
     model.model.network.exported.metadata["example"] = [1, 3, 16, 16]
     with pytest.raises(UserError, match=r"does not accept images \[1, 3, 32, 32\]: invalid dimension 2 of the input"):
@@ -456,6 +584,8 @@ def test_exported_files_that_do_not_fit_are_errors(classifier, detector, exporte
         ("segment", "torch-export", ["--size", "32", "--dynamic", "none"]),
         ("classify", "onnx", []),
         ("segment", "onnx", []),
+        ("detect", "onnx", ["--size", "32"]),
+        ("detect", "torchscript-trace", ["--size", "32"]),
     ],
 )
 def test_export_and_predict_on_the_command_line(run, format, options, tmp_path, capsys):
@@ -467,9 +597,10 @@ def test_export_and_predict_on_the_command_line(run, format, options, tmp_path, 
     assert main(["export", str(RUNS / run), "--format", format, "--out", str(file), *options]) == 0
     assert "differs from PyTorch by at most" in capsys.readouterr().out
     picture(size=(32, 32)).save(tmp_path / "x.png")
+    least = ["--min-score", "0"] if run == "detect" else []
     for model in (file, RUNS / run):
-        assert main(["predict", str(model), str(tmp_path / "x.png"), "--device", "cpu"]) == 0
+        assert main(["predict", str(model), str(tmp_path / "x.png"), "--device", "cpu", *least]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == lines[1] and "%" in lines[0]
+    assert lines[0] == lines[1] and (least or "%" in lines[0]) and "nothing" not in lines[0]
     assert main(["export", str(file)]) == 1
     assert "is an exported file" in capsys.readouterr().err

@@ -41,11 +41,7 @@ def read_image(
             picture = as_rgb(image_of_array(read_array(file, name)), pixel_format.background)
         else:
             with Image.open(file) as stored:
-                upright = orient(stored, size)
-                if pixel_format.channels in (1, 3):
-                    picture = as_rgb(upright, pixel_format.background)
-                else:
-                    picture = as_channels(np.asarray(upright), pixel_format.channels)
+                picture = as_picture(orient(stored, size), pixel_format)
     if size and (found := picture_size(picture)) != size:
         raise UserError(
             f"image {name} is {found[0]} x {found[1]} pixels, but its annotation is for {size[0]} x {size[1]}"
@@ -78,6 +74,16 @@ def orient(stored: Image.Image, size: tuple[int, int] | None) -> Image.Image:
         return stored
     upright = ImageOps.exif_transpose(stored)
     return stored if size and upright.size != size and stored.size == size else upright
+
+
+def as_picture(upright: Image.Image, pixel_format: PixelFormat) -> Picture:
+    """The image as a model reads it: 8-bit RGB, or an array `[H, W, channels]`.
+
+    Raises ValueError if the image has other channels.
+    """
+    if pixel_format.channels in (1, 3):
+        return as_rgb(upright, pixel_format.background)
+    return as_channels(np.asarray(upright), pixel_format.channels)
 
 
 def as_rgb(image: Image.Image, background: tuple[int, int, int] = RGB.background) -> Image.Image:

@@ -111,7 +111,8 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
 
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
         config = input_config(self.recipe.data, self.pretrained_cfg)
-        export_classifier(model, path, classes=self.classes, data_config=config, state=state, facts=self.export_facts())
+        facts = {"background": self.recipe.data.background, **self.export_facts()}
+        export_classifier(model, path, classes=self.classes, data_config=config, state=state, facts=facts)
 
     def export_facts(self) -> dict[str, Any]:
         """What the config of the export says beyond the model, its classes and its input, as JSON data."""

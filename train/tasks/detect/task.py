@@ -78,7 +78,7 @@ class DetectTask(DatasetTask[Detect, DetectData]):
     def export(self, model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
         recipe = self.recipe
         sections = {"dense": recipe.task.dense, "detect": recipe.task.detect}
-        facts = {"size": recipe.data.size, "classes": self.classes}
+        facts = {"size": recipe.data.size, "classes": self.classes, "background": recipe.data.background}
         export_model(path, state, task="detect", model=recipe.model, sections=sections, **facts)
 
     def open_train(self) -> Any:

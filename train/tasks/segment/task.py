@@ -105,6 +105,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
         # how images are resized and cut into windows, for predictions
         data = {"img_scale": self.recipe.data.img_scale, "size": self.recipe.data.size}
         facts = {"classes": self.classes, "palette": self.palette, "mean": mean, "std": std, "data": data}
+        facts["background"] = self.recipe.data.background
         export_model(path, state, task="segment", model=self.recipe.model, sections=sections, **facts)
 
     def pictures(self, predictions: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[int, Image.Image]]:
