@@ -9,7 +9,7 @@ import click
 from .. import __version__
 from .completion import completion
 from .export import export
-from .forwarded import check, evaluate, report, train
+from .forwarded import check, evaluate, kernels, report, train
 from .group import InOrder
 from .info import info
 from .listing import listing
@@ -27,7 +27,7 @@ def tessel() -> None:
     """Vision backbones: choose, predict, train, evaluate, export."""
 
 
-for command in (listing, info, predict, export, weights, train, evaluate, report, check, completion):
+for command in (listing, info, predict, export, weights, train, evaluate, report, check, kernels, completion):
     tessel.add_command(command)
 
 

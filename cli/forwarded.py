@@ -57,3 +57,9 @@ check = forwarded(
     "Check the data of a recipe before training.",
     complete=complete_recipes,
 )
+kernels = forwarded(
+    "kernels",
+    f"{PACKAGE}.kernels.__main__:main",
+    "verify [--quick|--all|--show|--forget]",
+    "Test and time the Triton kernels on this GPU.",
+)

@@ -1,7 +1,7 @@
 """Choice of the implementation ("backend") that computes an operator, the same for all operators.
 
-`choose_backend` is the only place that decides between Triton and plain PyTorch. Whether `auto` may take the Triton
-kernels of an operator is answered by `enabled_by_default`.
+`choose_backend` is the only place that decides between Triton and plain PyTorch. `auto` takes what was measured to be
+faster on this device (verdicts.py).
 """
 
 import importlib.util
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+from . import verdicts
+from .recording import exporting
+from .workload import Workload
 
-# Operators whose Triton kernels `auto` takes. A name is added once benchmarks/kernels.py has found the kernels correct
-# and faster than every baseline on a GPU.
-ENABLED_BY_DEFAULT: frozenset[str] = frozenset()
+BACKENDS = ("auto", "triton", "reference")
 
 # The backend of a call that names none. Read once, because a compiled graph would not notice a later change.
 default_backend = os.environ.get("TESSEL_KERNELS", "auto")
@@ -31,18 +31,22 @@ def interpreting() -> bool:
     return _interpreting
 
 
-def enabled_by_default(name: str) -> bool:
-    """Whether `auto` may use the Triton kernels of the operator `name`."""
-    return name in ENABLED_BY_DEFAULT
+def use_backend(backend: str) -> None:
+    """Set the backend of calls that name none, before anything is compiled. Raises ValueError for an unknown one."""
+    global default_backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    default_backend = backend
 
 
-def choose_backend(name: str, backend: str | None, reasons: Sequence[str]) -> str:
+def choose_backend(name: str, backend: str | None, reasons: Sequence[str], work: Workload) -> str:
     """Return the backend for one call of the operator `name`: `triton`, `reference` or `auto`.
 
     Args:
         name: the operator, for example `window_attention`.
         backend: what the caller asked for; None means `default_backend`.
         reasons: why the Triton kernels cannot run on these tensors (empty if they can).
+        work: the size of the call; `auto` takes the kernels where the verdict says so for its class.
 
     Returns:
         `auto` only if the operator should run in plain PyTorch and is free to choose the form with the least memory.
@@ -55,9 +59,16 @@ def choose_backend(name: str, backend: str | None, reasons: Sequence[str]) -> st
         raise ValueError(f"{name}: backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "triton" and reasons:
         raise RuntimeError(f"{name}: the Triton kernel cannot run here: {'; '.join(reasons)}")
-    if backend == "auto" and not reasons and enabled_by_default(name):
+    # an exported graph runs without this package
+    if backend == "auto" and not reasons and not exporting() and _fastest(name, work) == "triton":
         return "triton"
     return backend
+
+
+def _fastest(name: str, work: Workload) -> str:
+    operator, dtype = name.removesuffix("_attention"), str(work.dtype).removeprefix("torch.")
+    device = "cpu" if _interpreting else "cuda"
+    return verdicts.fastest(device, operator, work.shape_class, dtype, work.direction, torch.compiler.is_compiling())
 
 
 def common_unsupported_reasons(tensor: Tensor, *, head_dim: int) -> list[str]:

@@ -24,6 +24,12 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+def verification(name):
+    """A module of tessel.kernels.verification, which needs Triton."""
+    pytest.importorskip("triton")
+    return importlib.import_module(f"tessel.kernels.verification.{name}")
+
+
 def test_dry_run(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--dry-run", "--out", str(tmp_path)]
@@ -125,8 +131,8 @@ FAILING = {
 
 
 @pytest.mark.parametrize("change", [passing, *FAILING.values()], ids=["right", *FAILING])
-def test_correctness_check(benchmark, monkeypatch, change):
-    correctness, problems = benchmark("correctness"), benchmark("problems")
+def test_correctness_check(monkeypatch, change):
+    correctness, problems = verification("correctness"), verification("problems")
 
     class Kind(problems.Routed):
         def triton(self, *tensors):
@@ -139,19 +145,19 @@ def test_correctness_check(benchmark, monkeypatch, change):
     assert record["passed"] is (change is passing)
 
 
-def test_correctness_check_of_a_kernel_that_does_not_run(benchmark):
-    problems = benchmark("problems")
+def test_correctness_check_of_a_kernel_that_does_not_run():
+    problems = verification("problems")
 
     class Kind(problems.Routed):
         def triton(self, *tensors):
             raise RuntimeError("invalid argument\nwith a second line")
 
-    record = benchmark("correctness").check_correctness(Kind, (1, (4, 4), (2, 2), 1, 8, 2), torch.float64, "cpu")
+    record = verification("correctness").check_correctness(Kind, (1, (4, 4), (2, 2), 1, 8, 2), torch.float64, "cpu")
     assert not record["passed"] and record["reasons"] == ["RuntimeError: invalid argument"]
 
 
-def test_error_limits(benchmark):
-    limit = benchmark("correctness").error_limit
+def test_error_limits():
+    limit = verification("correctness").error_limit
     assert limit(4e-3, torch.bfloat16, "cuda") == pytest.approx(6e-3)
     assert limit(9e-3, torch.bfloat16, "cuda") == 1e-2, "the cap"
     assert limit(1e-5, torch.bfloat16, "cuda") == pytest.approx(1.5 * 2**-8), "one rounding of an operand"
@@ -159,9 +165,11 @@ def test_error_limits(benchmark):
 
 
 CHILD = """
-import sys, time
-sys.path.insert(0, {folder!r})
-from isolated_runner import emit
+import json, sys, time
+
+def emit(**record):
+    print("@" + json.dumps(record), flush=True)
+
 for job in sys.argv[1:]:
     emit(start=job.split("/"))
     if job == "op/dies":
@@ -173,10 +181,10 @@ for job in sys.argv[1:]:
 """
 
 
-def run_isolated(benchmark, names, *, seconds):
+def run_isolated(names, *, seconds):
     records = []
-    lost = benchmark("isolated_runner").run_isolated(
-        [sys.executable, "-c", CHILD.format(folder=str(BENCHMARKS))],
+    lost = verification("isolated_runner").run_isolated(
+        [sys.executable, "-c", CHILD],
         [("op", name) for name in names],
         environment=dict(os.environ),
         until=time.time() + seconds,
@@ -186,21 +194,21 @@ def run_isolated(benchmark, names, *, seconds):
     return records, lost
 
 
-def test_continues_after_a_job_that_crashes(benchmark):
-    records, lost = run_isolated(benchmark, ["first", "dies", "last"], seconds=60)
+def test_continues_after_a_job_that_crashes():
+    records, lost = run_isolated(["first", "dies", "last"], seconds=60)
     assert records == ["op/first", "op/last"]
     assert lost == {("op", "dies"): "its process died: illegal memory access"}
 
 
-def test_ends_on_time(benchmark):
-    records, lost = run_isolated(benchmark, ["first", "hangs", "last"], seconds=4)
+def test_ends_on_time():
+    records, lost = run_isolated(["first", "hangs", "last"], seconds=4)
     assert records == ["op/first"]
     assert lost == {("op", "hangs"): "no time was left", ("op", "last"): "no time was left"}
 
 
-def test_child_process_that_does_not_start_is_reported(benchmark):
+def test_child_process_that_does_not_start_is_reported():
     with pytest.raises(SystemExit, match="did not start.*No module named 'nothing'"):
-        benchmark("isolated_runner").run_isolated(
+        verification("isolated_runner").run_isolated(
             [sys.executable, "-c", "import nothing"],
             [("op", "a")],
             environment=dict(os.environ),

@@ -16,7 +16,9 @@ from tessel.checkpoints import load_manifest
 from tessel.cli import application, main
 from tessel.cli.output import print_rows
 
-COMMANDS = ["list", "info", "predict", "export", "weights", "train", "evaluate", "report", "check", "completion"]
+COMMANDS = [
+    *("list", "info", "predict", "export", "weights", "train", "evaluate", "report", "check", "kernels", "completion")
+]
 OWN = ["list", "info", "predict", "export", "weights", "completion"]
 
 

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tessel.kernels
-from tessel.kernels import dispatch
+from tessel.kernels import dispatch, verdicts
 from tessel.kernels.dispatch import choose_backend
+from tessel.kernels.verdicts import Judgment
+from tessel.kernels.workload import Workload
 
 HERE = Path(__file__).parent
 OPERATORS = sorted(p.parent.name for p in (HERE.parent / "kernels").glob("*/functional.py"))
@@ -25,27 +28,51 @@ def test_public_names_of_every_operator(name):
     assert module.CASES
 
 
+WORK = Workload(head_dim=32, keys=49, queries=1000, dtype=torch.bfloat16, training=True)
+
+
+@pytest.fixture(autouse=True)
+def no_verdict(monkeypatch):
+    monkeypatch.setattr(verdicts, "load", lambda device: {})
+
+
 def test_choose_backend():
-    assert choose_backend("op", "auto", []) == "auto", "auto takes only kernels that were measured on a GPU"
-    assert choose_backend("op", "triton", []) == "triton"
-    assert choose_backend("op", "reference", ["no GPU"]) == "reference"
+    assert choose_backend("op", "auto", [], WORK) == "auto", "auto takes only kernels that were measured"
+    assert choose_backend("op", "triton", [], WORK) == "triton"
+    assert choose_backend("op", "reference", ["no GPU"], WORK) == "reference"
     with pytest.raises(ValueError, match="op.*'cuda'.*auto, triton, reference"):
-        choose_backend("op", "cuda", [])
+        choose_backend("op", "cuda", [], WORK)
     with pytest.raises(RuntimeError, match="op.*no GPU; float64"):
-        choose_backend("op", "triton", ["no GPU", "float64"])
+        choose_backend("op", "triton", ["no GPU", "float64"], WORK)
 
 
-def test_auto_uses_enabled_kernels(monkeypatch):
-    monkeypatch.setattr(dispatch, "ENABLED_BY_DEFAULT", frozenset({"op"}))
-    assert choose_backend("op", "auto", []) == "triton"
-    assert choose_backend("op", "auto", ["no GPU"]) == "auto"
-    assert choose_backend("other", "auto", []) == "auto"
+def test_auto_follows_the_verdict(monkeypatch):
+    judgment = Judgment("op", "d32-k64-q32768", "bfloat16", "forward+backward", "triton", "plain", True, "", {})
+    monkeypatch.setattr(verdicts, "load", lambda device: {judgment.key: judgment})
+    assert choose_backend("op_attention", "auto", [], WORK) == "triton"
+    assert choose_backend("op_attention", "auto", ["no GPU"], WORK) == "auto"
+    assert choose_backend("other_attention", "auto", [], WORK) == "auto"
+    for other in (
+        WORK._replace(training=False),
+        WORK._replace(dtype=torch.float16),
+        WORK._replace(keys=65),
+        WORK._replace(queries=(1 << 15) + 1),
+    ):
+        assert choose_backend("op_attention", "auto", [], other) == "auto", other
+    monkeypatch.setattr(verdicts, "enabled", False)
+    assert choose_backend("op_attention", "auto", [], WORK) == "auto"
+
+
+def test_kernels_that_failed_a_check_are_never_taken(monkeypatch):
+    judgment = Judgment("op", "d32-k64-q32768", "bfloat16", "forward+backward", "triton", "triton", False, "", {})
+    monkeypatch.setattr(verdicts, "load", lambda device: {judgment.key: judgment})
+    assert choose_backend("op_attention", "auto", [], WORK) == "auto"
 
 
 def test_default_backend(monkeypatch):
     monkeypatch.setattr(dispatch, "default_backend", "reference")
-    assert choose_backend("op", None, []) == "reference"
-    assert choose_backend("op", "triton", []) == "triton"
+    assert choose_backend("op", None, [], WORK) == "reference"
+    assert choose_backend("op", "triton", [], WORK) == "triton"
 
 
 def in_a_new_process(*command: str, interpret: bool) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .distributed.attention_backend import use_kernels
 from .distributed.device import describe_replacements, has_bf16
 from .distributed.parallel import full_state_dict
 from .distributed.world import World, init_distributed
@@ -37,6 +38,7 @@ def train(recipe: Recipe) -> None:
         RunDirectory(recipe, restart=world.any_rank(is_elastic_restart())).held() as run,
     ):
         say = print if world.main else lambda text: None
+        use_kernels(recipe.parallel, world, say)
         with world.raise_on_all_ranks():
             begun = run.check()
         begun, done = world.broadcast_object((begun, begun and run.finished()))

@@ -3,6 +3,8 @@
 Shapes as in reference.py, which defines the operator.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import cast_to_autocast, without_autocast
 from ..tables import BiasTable
+from ..workload import workload
 from .geometry import window_side
 from .operands import OperandGradients, Operands, prepare_operands
 from .reference import aggregated_attention_reference
@@ -74,7 +77,9 @@ def aggregated_attention(
         "filter_bias": filter_bias,
     }
     reasons = aggregated_attention_unsupported(qkv, pooled, window=window)
-    if choose_backend("aggregated_attention", backend, reasons) == "triton":
+    batch, height, width, _, heads, _ = qkv.shape
+    work = workload(qkv, queries=batch * height * width * heads, keys=window**2 + math.prod(pooled.shape[1:3]))
+    if choose_backend("aggregated_attention", backend, reasons, work) == "triton":
         with without_autocast(qkv):
             out, _ = _forward_op(*prepare_operands(qkv, pooled, bias, **parameters))
             return out

@@ -3,12 +3,15 @@
 Shapes as in reference.py, which defines the operator.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
+from ..workload import workload
 from .reference import halo_attention_reference
 from .relative import reachable_logits
 
@@ -64,7 +67,8 @@ def halo_attention(
     _check(q, kv, height_rel, width_rel, block_size, halo_size, stride)
     q, kv = cast_to_autocast(q), cast_to_autocast(kv)
     reasons = halo_attention_unsupported(q, kv, block_size=block_size, halo_size=halo_size)
-    if choose_backend("halo_attention", backend, reasons) == "triton":
+    work = workload(q, queries=math.prod(q.shape[:4]), keys=(block_size + 2 * halo_size) ** 2)
+    if choose_backend("halo_attention", backend, reasons, work) == "triton":
         rel = reachable_logits(q, height_rel, width_rel, block_size // stride)
         out, _ = _forward_op(q, kv, rel, block_size, halo_size, stride, mask_border)
         return out

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
 from ..recording import exporting, transformed
+from ..workload import workload
 from . import grouped
 from .reference import routed_attention_reference
 
@@ -51,7 +52,10 @@ def routed_attention(
     _check(qkv, index, grid)
     qkv = cast_to_autocast(qkv)
     reasons = routed_attention_unsupported(qkv, index, grid=grid)
-    chosen = choose_backend("routed_attention", backend, reasons)
+    batch, height, width, _, heads, _ = qkv.shape
+    keys = index.shape[2] * (height * width // (grid[0] * grid[1]))
+    work = workload(qkv, queries=batch * height * width * heads, keys=keys)
+    chosen = choose_backend("routed_attention", backend, reasons, work)
     # An exported graph should run without this package, so it must not contain our operator. torch.func cannot
     # differentiate it.
     if chosen == "reference" or (chosen == "auto" and (exporting() or transformed(qkv))):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import acc_dtype, cast_to_autocast
 from ..recording import exporting
+from ..workload import workload
 from .reference import Lepe, Window, window_attention_reference
 from .tiles import fits_one_tile
 
@@ -77,8 +78,11 @@ def window_attention(
     if lepe is not None:
         lepe = [(cast_to_autocast(weight), cast_to_autocast(bias)) for weight, bias in lepe]
     reasons = window_attention_unsupported(qkv, windows=windows, lepe=lepe)
-    if choose_backend("window_attention", backend, reasons) == "triton":
-        sides = [side for window in windows for side in _sides(window, qkv)]
+    batch, height, width, _, heads, _ = qkv.shape
+    sides = [side for window in windows for side in _sides(window, qkv)]
+    keys = sum(h * w for h, w in zip(sides[::2], sides[1::2], strict=True)) // len(windows)
+    work = workload(qkv, queries=batch * height * width * heads, keys=keys)
+    if choose_backend("window_attention", backend, reasons, work) == "triton":
         scale = qkv.shape[-1] ** -0.5 if scale is None else scale
         out, _ = _forward_op(qkv, [x for pair in lepe or () for x in pair], sides, scale)
         return out

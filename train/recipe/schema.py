@@ -203,6 +203,9 @@ class Parallel:
     """autocast dtype; fp16 needs a GPU; auto: bf16 on a GPU that has it, else fp32"""
     compile: bool = False
     """torch.compile the model"""
+    kernels: Literal["auto", "verify", "reference", "triton"] = "auto"
+    """implementation of attention. auto: Triton where a verdict on this GPU found it faster; verify: the same, and make
+    the verdict at the start if there is none, in two minutes; reference: plain PyTorch; triton: always Triton"""
     channels_last: bool = False
     """channels_last memory format"""
     sync_batch_norm: bool = True

@@ -1,4 +1,4 @@
-"""Benchmark problems: for each operator the inputs of a case, the baselines that compute the same, and lower bounds.
+"""For each operator the inputs of a case, the baselines that compute the same, and lower bounds of the time.
 
 Each baseline is the fastest form we know. Masks that depend only on shapes, and the block mask of the routing, are
 built outside the timed call. For windows and halo the eager reference already is PyTorch's fused attention on
@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from tessel.kernels import aggregated, halo, routed, window
-from tessel.kernels.halo.reference import split_blocks
-from tessel.kernels.halo.relative import reachable_logits
-from tessel.kernels.routed.regions import merge_regions, split_regions
+from .. import aggregated, halo, routed, window
+from ..halo.reference import split_blocks
+from ..halo.relative import reachable_logits
+from ..routed.regions import merge_regions, split_regions
+from ..workload import Workload
 
 Run = Callable[..., Tensor]
 
+SINGLE = ", one image"  # end of the name of a case
 MAX_MASK_BYTES = 4 << 30  # of the boolean mask of all pairs
 FLEX_SEQUENCE = 4096  # target length of the sequences into which windows are packed for FlexAttention
 
@@ -63,6 +65,13 @@ class Problem:
 
     def eager(self, *tensors: Tensor) -> Tensor:
         return self.apply(type(self).op_reference, tensors)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        """What `backend="auto"` runs without a verdict."""
+        return self.eager(*tensors)
+
+    def workload(self, *, training: bool) -> Workload:
+        return Workload(self.dims[0], self.keys, self.queries, self.tensors[0].dtype, training)
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
         """Name -> function that builds a baseline beside eager and compiled PyTorch.
@@ -117,6 +126,9 @@ class Routed(Problem):
 
     def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
         return op(tensors[0], self.index, grid=self.grid, scale=self.scale, **options)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        return self.apply(type(self).op, tensors, backend="auto")
 
     def baselines(self) -> dict[str, Callable[[], Run]]:
         return {"masked SDPA": self._masked, "FlexAttention": self._flex}
@@ -356,8 +368,8 @@ MANY_PROGRAMS = {
     "halo": (8200, (4, 4), 8, 8, 8, 4, 1, 1),
     "aggregated": (2800, (6, 6), (2, 2), 12, 8),
 }
-# small cases for the dry run on a machine without a GPU
-DRY_CASES = {
+# small cases for the interpreter
+INTERPRETED_CASES = {
     "routed": {"two-regions": (1, (4, 8), (1, 2), 1, 16, 1)},
     "window": {
         "stripes": (1, (3, 2), 2, 16, ((3, 1), (1, 2)), True),
@@ -368,12 +380,16 @@ DRY_CASES = {
 }
 
 
-def cases(operator: str, *, dry: bool) -> dict[str, tuple]:
-    """Return the cases of an operator, those of 224 and 256 pixels first, because the time may run out for the last."""
-    if dry:
-        return DRY_CASES[operator]
+def cases(operator: str, *, interpreted: bool = False) -> dict[str, tuple]:
+    """Return the cases of an operator, those of 224 and 256 pixels first, because the time may run out for the last.
+
+    Those of batch 64 are there a second time, as one image, with the name `CASE, one image`.
+    """
+    if interpreted:
+        return INTERPRETED_CASES[operator]
     found = {"routed": routed, "window": window, "halo": halo, "aggregated": aggregated}[operator].CASES
-    return dict(sorted(found.items(), key=lambda item: "-224" not in item[0] and "-256" not in item[0]))
+    single = {f"{name}{SINGLE}": (case[0] // 64, *case[1:]) for name, case in found.items() if case[0] % 64 == 0}
+    return dict(sorted((found | single).items(), key=lambda item: "-224" not in item[0] and "-256" not in item[0]))
 
 
 def block_mask(mask: Callable, queries: int, keys: int, device: str) -> BlockMask:

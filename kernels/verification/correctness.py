@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from problems import Problem
 from torch import Tensor
+
+from .problems import Problem
 
 # largest relative error per dtype: on a GPU, and in the interpreter (which truncates to bfloat16 instead of rounding)
 MAX_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-FORWARD, BOTH = "forward", "forward+backward"
-OURS, EAGER, COMPILED, REPLAY = "triton", "eager", "compiled", "triton, CUDA graph"
+from tessel.kernels.verification.timing import BOTH, COMPILED, EAGER, FORWARD, OURS, REPLAY
 
 
 class Goal(NamedTuple):
