@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dispatch import choose_backend, common_unsupported_reasons
 from ..precision import cast_to_autocast
 from ..recording import is_open
+from ..workload import workload
 from .reference import neighborhood_attention_reference
 
 # name -> (B, (H, W), N, D, K, dilation): stages of the published models at 224, 512 and detection sizes
@@ -42,7 +43,9 @@ def neighborhood_attention(qkv: Tensor, bias: Tensor, *, dilation: int = 1, back
     """
     _check(qkv, bias, dilation)
     qkv = cast_to_autocast(qkv)
-    choose_backend("neighborhood_attention", backend, neighborhood_attention_unsupported(qkv))
+    batch, height, width, _, heads, _ = qkv.shape
+    work = workload(qkv, queries=batch * height * width * heads, keys=((bias.shape[-1] + 1) // 2) ** 2)
+    choose_backend("neighborhood_attention", backend, neighborhood_attention_unsupported(qkv), work)
     return neighborhood_attention_reference(qkv, bias, dilation=dilation)
 
 
