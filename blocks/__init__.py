@@ -12,6 +12,7 @@ from .cross_shaped_window import CrossShapedWindow
 from .deform_merge import DeformableConv, deformable_merge
 from .depthwise import depthwise, depthwise_pair
 from .embed import NormMerge, conv_norm
+from .explanation import Explanation, explain, receptive_field
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
@@ -20,6 +21,7 @@ from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
+from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
 from .strip import Strip
 from .window import Window
@@ -34,16 +36,20 @@ __all__ = [
     "CrossShapedWindow",
     "DeformableConv",
     "DepthwiseMlp",
+    "Explanation",
     "FullAttention",
     "Halo",
     "HiLo",
     "LengthScaledCosine",
     "LinearGlobal",
+    "MIXERS",
     "Mlp",
     "NeighborhoodAttention",
     "NormMerge",
+    "Place",
     "Residual",
     "Strip",
+    "TokenMixer",
     "Window",
     "block",
     "conv_norm",
@@ -51,4 +57,7 @@ __all__ = [
     "depthwise",
     "depthwise_pair",
     "drop_path_rates",
+    "explain",
+    "receptive_field",
+    "token_mixer",
 ]

@@ -7,11 +7,20 @@ from torch import Tensor, nn
 
 from ..kernels import aggregated_attention
 from ..kernels.tables import Grid
+from .explanation import Explanation, Pixel, attention, gradient_at, spread
 from .length_scaled_cosine import LogPositionBias, reset_query
 from .plain import is_plain
 from .pooling import adaptive_pool
+from .registry import by_stage, heads, token_mixer
 
 
+@token_mixer(
+    "aggregated",
+    no_weight_decay=("temperature", "query_embedding", "relative_pos_bias_local", "fc1_weight", "fc2_weight"),
+    num_heads=heads(24),
+    reduction=by_stage(8, 4, 2, 2),
+    trained_size=lambda place: place.side,
+)
 @register_notrace_module
 class Aggregated(nn.Module):
     """Attention to a sliding window and to a pooled map with one softmax over both; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -75,17 +84,24 @@ class Aggregated(nn.Module):
         nn.init.zeros_(self.learnable_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = (x.shape[2], x.shape[3])
-        grid = self._grid(size)
+        return self.proj(self.attend(*self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, C, H, W]` to q, k and v `[B, H, W, 3, heads, head_dim]`, and k and v of the pooled map."""
         x = x.permute(0, 2, 3, 1)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return qkv, self._pool(x, self._grid((x.shape[1], x.shape[2])))
+
+    def attend(self, qkv: Tensor, pooled: Tensor) -> Tensor:
+        """Attention to the window and to the pooled map, `[B, H, W, heads, head_dim]`."""
+        size, grid = (qkv.shape[1], qkv.shape[2]), (pooled.shape[1], pooled.shape[2])
         nominal = None
         if self.nominal_size is not None:
             side = (self.nominal_size, self.nominal_size)
             nominal = (side, self._grid(side))
-        y = aggregated_attention(
+        return aggregated_attention(
             qkv,
-            self._pool(x, grid),
+            pooled,
             self.position(size, grid, nominal),
             temperature=self.temperature,
             query_embedding=self.query_embedding,
@@ -93,7 +109,14 @@ class Aggregated(nn.Module):
             filters=self.learnable_tokens,
             filter_bias=self.learnable_bias,
         )
-        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query; those of a pooled position are divided among the positions in it."""
+        qkv, pooled = self.project(x)
+        local = gradient_at(lambda qkv: self.attend(qkv, pooled), qkv, query)[:, :, :, 2]
+        cells = gradient_at(lambda pooled: self.attend(qkv, pooled), pooled, query)[:, :, :, 1]
+        grid = (pooled.shape[1], pooled.shape[2])
+        return attention(local + spread(cells, lambda x: adaptive_pool(x, grid), x))
 
     def _grid(self, size: Grid) -> Grid:
         """Rows and columns of the pooled map, for a map of `size`."""

@@ -1,14 +1,19 @@
 """Bi-level routing attention (BiFormer)."""
 
+from dataclasses import replace
+
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import crop
+from .explanation import Explanation, Pixel, attention, gradient_at
 from .padding import pad_to_multiple
+from .registry import by_stage, heads, token_mixer
 
 
+@token_mixer("bi_level_routing", num_heads=heads(32), topk=by_stage(1, 4, 16, 49))
 @register_notrace_module
 class BiLevelRouting(nn.Module):
     """Attention of the queries of a region to the keys of a few chosen regions; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -41,12 +46,23 @@ class BiLevelRouting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         qkv = self.project(x)
-        grid = (self.n_win, self.n_win)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1))
-        y = routed_attention(heads, self.choose(qkv), grid=grid, scale=self.scale).flatten(3)
+        y = self.attend(qkv.unflatten(-1, (3, self.num_heads, -1)), self.choose(qkv)).flatten(3)
         v = qkv.chunk(3, -1)[2]
         y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(crop(y, height, width)).permute(0, 3, 1, 2)
+
+    def attend(self, qkv: Tensor, chosen: Tensor) -> Tensor:
+        """Attention to the `chosen` regions, `[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`."""
+        return routed_attention(qkv, chosen, grid=(self.n_win, self.n_win), scale=self.scale)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query, which are zero outside the regions that its region is routed to."""
+        qkv = self.project(x)
+        chosen = self.choose(qkv)
+        split = qkv.unflatten(-1, (3, self.num_heads, -1))
+        weights = gradient_at(lambda qkv: self.attend(qkv, chosen), split, query)[:, :, :, 2]
+        regions = f"attention to {self.topk} of {self.n_win**2} regions"
+        return replace(attention(crop(weights, *x.shape[2:])), text=regions)
 
     def route(self, x: Tensor) -> Tensor:
         """The regions that each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`.

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import exporting
+from .explanation import Explanation, Pixel
 from .plain import is_plain
+from .registry import heads, token_mixer
 
 
+@token_mixer("channel", num_heads=heads(32))
 @register_notrace_module
 class Channel(nn.Module):
     """Attention between the channels of each head; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -43,6 +46,11 @@ class Channel(nn.Module):
         merge = not exporting() and height * width >= 2 * self.dim and is_plain(self.qkv, self.proj)
         y = self.merged(tokens) if merge else self.direct(tokens)
         return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention between channels, the same for all queries."""
+        kv = self.qkv(x.permute(0, 2, 3, 1).flatten(1, 2)).split((self.dim, 2 * self.dim), -1)[1]
+        return Explanation(torch.block_diag(*self.attention(kv)[0]), "channels", "attention between channels")
 
     def direct(self, x: Tensor) -> Tensor:
         """The definition: q, k and v of each token, `[B, N, C] -> [B, N, C]`."""

@@ -8,9 +8,12 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import window_attention
+from .explanation import Explanation, Pixel, qkv_attention
 from .plain import is_plain
+from .registry import by_stage, heads, token_mixer
 
 
+@token_mixer("cross_shaped_window", num_heads=heads(32, step=2), stripe_width=by_stage(1, 2, 7, None))
 @register_notrace_module
 class CrossShapedWindow(nn.Module):
     """Attention within stripes, half of the heads vertical, half horizontal; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -49,8 +52,7 @@ class CrossShapedWindow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
-        stripe = self.stripe_width
-        windows = ((None, None),) if stripe is None else ((None, stripe), (stripe, None))
+        windows = self.windows
         if is_plain(*self.lepe):
             lepe = [(conv.weight, conv.bias) for conv in self.lepe]
             y = window_attention(qkv, windows=windows, lepe=lepe).flatten(3)
@@ -59,6 +61,17 @@ class CrossShapedWindow(nn.Module):
             parts = [conv_by_window(*part) for part in zip(self.lepe, values, windows, strict=True)]
             y = window_attention(qkv, windows=windows).flatten(3) + torch.cat(parts, -1)
         return self.proj(y).permute(0, 3, 1, 2)
+
+    @property
+    def windows(self) -> tuple[tuple[int | None, int | None], ...]:
+        """(height, width) of the stripes in each direction, None for the whole side of the map."""
+        stripe = self.stripe_width
+        return ((None, None),) if stripe is None else ((None, stripe), (stripe, None))
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query, which are zero outside its stripes; without `lepe`."""
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return qkv_attention(lambda qkv: window_attention(qkv, windows=self.windows), qkv, query)
 
 
 def conv_by_window(conv: nn.Module, x: Tensor, window: tuple[int | None, int | None]) -> Tensor:

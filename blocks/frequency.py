@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import exporting
+from .explanation import Explanation, Pixel
+from .registry import divisor, token_mixer
 
 
+@token_mixer("adaptive_frequency_filter", num_groups=divisor(8))
 @register_notrace_module
 class AdaptiveFrequencyFilter(nn.Module):
     """Global circular convolution with a kernel computed from the input; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -76,25 +79,43 @@ class AdaptiveFrequencyFilter(nn.Module):
         count = 2 - (column == 0).to(x.dtype) - (2 * column == width).to(x.dtype)
         return (real * count) @ cos_w.transpose(0, 1) - (imag * count) @ sin_w.transpose(0, 1)
 
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The size of the mask at each frequency, mean over channels, the same for all queries."""
+        spectrum = torch.view_as_real(torch.fft.rfft2(x.float(), norm="ortho"))
+        mask = torch.complex(*self._by_channel(self._mask(self._by_group(spectrum)), spectrum)).abs()[0].mean(0)
+        # the other half of the spectrum mirrors this one
+        mirrored = mask[:, 1 : (x.shape[3] + 1) // 2].flip(0, 1).roll(1, 0)
+        return Explanation(
+            torch.fft.fftshift(torch.cat([mask, mirrored], 1)), "frequencies", "mask, mean over channels"
+        )
+
     def _filter(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
         """Real and imaginary parts of Z, `[B, C, H, F, 2]`, to those of M * Z, `[B, C, H, F]` each."""
-        groups, batch, (rows, columns) = self.num_groups, spectrum.shape[0], spectrum.shape[2:4]
-        # [B, G, c, H, F, 2] -> [G, 2, c, B, H, F]: each complex layer is then one matrix product per group
-        parts = spectrum.unflatten(1, (groups, self.dim // groups)).permute(1, 5, 2, 0, 3, 4)
-        z = parts.reshape(groups, 2 * (self.dim // groups), batch * rows * columns)
-        hidden = F.silu(torch.baddbmm(*as_real(self.b1.to(z.dtype), self.w1.to(z.dtype)), z))
-        mask = torch.baddbmm(*as_real(self.b2.to(z.dtype), self.w2.to(z.dtype)), hidden)
-        if exporting():
-            # many runtimes have no `softshrink`
-            m_real, m_imag = (mask - mask.clamp(-self.shrinkage, self.shrinkage)).chunk(2, 1)
-        else:
-            m_real, m_imag = F.softshrink(mask, self.shrinkage).chunk(2, 1)
-        z_real, z_imag = z.chunk(2, 1)
+        z = self._by_group(spectrum)
+        (z_real, z_imag), (m_real, m_imag) = z.chunk(2, 1), self._mask(z)
         real = torch.addcmul(m_real * z_real, m_imag, z_imag, value=-1)
         imag = torch.addcmul(m_real * z_imag, m_imag, z_real)
-        real, imag = (
-            part.unflatten(2, (batch, rows, columns)).permute(2, 0, 1, 3, 4).flatten(1, 2) for part in (real, imag)
-        )
+        return self._by_channel((real, imag), spectrum)
+
+    def _by_group(self, spectrum: Tensor) -> Tensor:
+        """`[B, C, H, F, 2] -> [G, 2*c, B*H*F]`: each complex layer is then one matrix product per group."""
+        parts = spectrum.unflatten(1, (self.num_groups, self.dim // self.num_groups)).permute(1, 5, 2, 0, 3, 4)
+        batch, (rows, columns) = spectrum.shape[0], spectrum.shape[2:4]
+        return parts.reshape(self.num_groups, 2 * (self.dim // self.num_groups), batch * rows * columns)
+
+    def _by_channel(self, parts: tuple[Tensor, Tensor], spectrum: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts `[G, c, B*H*F]` of what belongs to `spectrum`, to `[B, C, H, F]` each."""
+        sizes = (spectrum.shape[0], *spectrum.shape[2:4])
+        real, imag = (part.unflatten(2, sizes).permute(2, 0, 1, 3, 4).flatten(1, 2) for part in parts)
+        return real, imag
+
+    def _mask(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts of M by group, of `z: [G, 2*c, B*H*F]`."""
+        hidden = F.silu(torch.baddbmm(*as_real(self.b1.to(z.dtype), self.w1.to(z.dtype)), z))
+        mask = torch.baddbmm(*as_real(self.b2.to(z.dtype), self.w2.to(z.dtype)), hidden)
+        # many runtimes have no `softshrink`
+        mask = mask - mask.clamp(-self.shrinkage, self.shrinkage) if exporting() else F.softshrink(mask, self.shrinkage)
+        real, imag = mask.chunk(2, 1)
         return real, imag
 
 

@@ -4,8 +4,11 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.sdpa import fused_attention
+from .explanation import Explanation, Pixel, qkv_attention
+from .registry import heads, token_mixer
 
 
+@token_mixer("full_attention", fixed=("local",), num_heads=heads(32))
 @register_notrace_module
 class FullAttention(nn.Module):
     """`proj(softmax(q k^T / sqrt(head_dim)) v + local(x))` over all H*W positions of `x: [B, C, H, W]`.
@@ -26,11 +29,20 @@ class FullAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = fused_attention(q, k, v)
-        y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        y = self.attend(self.project(x)).flatten(3)
         if self.local is not None:
             y = y + self.local(x).permute(0, 2, 3, 1)
         return self.proj(y).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
+        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""
+        q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        return fused_attention(q, k, v).transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query."""
+        return qkv_attention(self.attend, self.project(x), query)

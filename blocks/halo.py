@@ -5,8 +5,11 @@ from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import halo_attention
+from .explanation import Explanation, Pixel, attention, gradient_at
+from .registry import divisor, token_mixer
 
 
+@token_mixer("halo", fixed=("out_dim", "stride"), num_heads=divisor(8))
 @register_notrace_module
 class Halo(nn.Module):
     """Attention of each b x b block to itself and h pixels around it; `x: [B, dim, H, W] -> [B, out_dim, H, W]`.
@@ -73,16 +76,30 @@ class Halo(nn.Module):
             trunc_normal_(table, std=table.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        step = self.query_stride
-        y = halo_attention(
-            self.q(x[:, ::step, ::step]).unflatten(-1, (self.num_heads, -1)),
-            self.kv(x).unflatten(-1, (self.num_heads, -1)),
+        return self.pool(self.attend(*self.project(x)).flatten(3).permute(0, 3, 1, 2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, C, H, W]` to queries `[B, h, w, heads, head_dim]`, and keys and values side by side `[B, H, W, ...]`."""
+        x, step = x.permute(0, 2, 3, 1), self.query_stride
+        q, kv = self.q(x[:, ::step, ::step]), self.kv(x)
+        return q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
+
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """The values that the queries attend to, `[B, h, w, heads, out_dim / heads]`."""
+        return halo_attention(
+            q,
+            kv,
             self.height_rel,
             self.width_rel,
             block_size=self.block_size,
             halo_size=self.halo_size,
-            stride=step,
+            stride=self.query_stride,
             mask_border=self.mask_border,
         )
-        return self.pool(y.flatten(3).permute(0, 3, 1, 2))
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query, which are zero outside its block and halo."""
+        q, kv = self.project(x)
+        row, column = query[0] // self.query_stride, query[1] // self.query_stride
+        weights = gradient_at(lambda kv: self.attend(q, kv), kv, (row, column))
+        return attention(weights[..., q.shape[-1] :])

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
+from .explanation import Explanation, Pixel, attention, gradient_at, spread
 from .padding import pad_to_multiple
+from .registry import by_stage, heads, token_mixer
 
 
+@token_mixer("hilo", num_heads=heads(32), window=by_stage(2, 2, 2, 1), alpha=0.9)
 @register_notrace_module
 class HiLo(nn.Module):
     """Window attention in Hi-Fi heads, attention to a pooled map in Lo-Fi heads; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -58,18 +61,43 @@ class HiLo(nn.Module):
 
     def _high(self, x: Tensor, padded: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        qkv = self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
-        return self.h_proj(crop(windowed(qkv, self.window), height, width).flatten(3))
+        return self.h_proj(crop(windowed(self._high_qkv(padded), self.window), height, width).flatten(3))
+
+    def _high_qkv(self, padded: Tensor) -> Tensor:
+        return self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
 
     def _low(self, x: Tensor, padded: Tensor) -> Tensor:
+        return self.l_proj(low_attention(*self._low_q_kv(x, padded)).flatten(3))
+
+    def _low_q_kv(self, x: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
         # no queries for the padding, whose outputs would be cropped
-        q = self.l_q(x).flatten(1, 2).unflatten(-1, (self.low_heads, self.head_dim))
-        if self.window > 1:
-            padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
-        kv = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, self.low_heads, self.head_dim))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = fused_attention(q.transpose(1, 2), k, v)
-        return self.l_proj(y.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+        q = self.l_q(x).unflatten(-1, (self.low_heads, self.head_dim))
+        pooled = self._pool(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return q, self.l_kv(pooled).unflatten(-1, (2, self.low_heads, self.head_dim))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.window) if self.window > 1 else x
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query; those of a pooled position are divided among the positions in it."""
+        x = x.permute(0, 2, 3, 1)
+        padded = pad_to_multiple(x, self.window, self.window)
+        weights = []
+        if self.high_heads:
+            qkv = self._high_qkv(padded)
+            weights.append(gradient_at(lambda qkv: windowed(qkv, self.window), qkv, query)[:, :, :, 2])
+        if self.low_heads:
+            q, kv = self._low_q_kv(x, padded)
+            pooled = gradient_at(lambda kv: low_attention(q, kv), kv, query)[:, :, :, 1]
+            weights.append(spread(pooled, self._pool, padded.permute(0, 3, 1, 2)))
+        return attention(crop(torch.cat(weights, 3), *x.shape[1:3]))
+
+
+def low_attention(q: Tensor, kv: Tensor) -> Tensor:
+    """Attention of a map to a pooled map: `[B, H, W, n, d]`, `[B, h, w, 2, n, d] -> [B, H, W, n, d]`."""
+    k, v = kv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    y = fused_attention(q.flatten(1, 2).transpose(1, 2), k, v)
+    return y.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 
 def windowed(qkv: Tensor, window: int) -> Tensor:

@@ -11,6 +11,8 @@ from ..kernels.precision import l2_normalize, without_autocast
 from ..kernels.recording import is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import BiasTable, Grid, cache_tensors, expand_bias
+from .explanation import Explanation, Pixel, qkv_attention
+from .registry import heads, token_mixer
 
 # the hidden layer of the position bias is computed in slices of this many elements: 4 MB of float32 fit into the cache
 _SLICE = 1 << 20
@@ -110,6 +112,12 @@ def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:
     return table, rows, columns
 
 
+@token_mixer(
+    "length_scaled_cosine",
+    no_weight_decay=("temperature", "query_embedding", "fc1_weight", "fc2_weight"),
+    num_heads=heads(24),
+    trained_size=lambda place: place.side,
+)
 @register_notrace_module
 class LengthScaledCosine(nn.Module):
     """Full attention with cosine logits scaled by the log of the number of keys; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -144,12 +152,22 @@ class LengthScaledCosine(nn.Module):
         reset_query(self.temperature, self.query_embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = (x.shape[2], x.shape[3])
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
+        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""
+        size = (qkv.shape[1], qkv.shape[2])
         nominal = None if self.nominal_size is None else ((self.nominal_size,) * 2,) * 2
         bias = expand_bias(*self.position(size, size, nominal)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
-        y = length_scaled_cosine(qkv, bias, temperature=self.temperature, query_embedding=self.query_embedding)
-        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+        return length_scaled_cosine(qkv, bias, temperature=self.temperature, query_embedding=self.query_embedding)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query."""
+        return qkv_attention(self.attend, self.project(x), query)
 
 
 def reset_query(temperature: Tensor, query_embedding: Tensor) -> None:

@@ -6,8 +6,11 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
+from .explanation import Explanation, Pixel, qkv_attention
+from .registry import heads, token_mixer
 
 
+@token_mixer("linear_global", no_weight_decay=("temperature",), num_heads=heads(32))
 @register_notrace_module
 class LinearGlobal(nn.Module):
     """ReLU linear attention over all positions; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -40,12 +43,20 @@ class LinearGlobal(nn.Module):
         nn.init.constant_(self.temperature, (self.proj.in_features // self.num_heads) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = self.attention(q, k, v).to(qkv.dtype)
-        y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
-        return self.proj(y).permute(0, 3, 1, 2)
+        return self.proj(self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
+        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""
+        q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attention(q, k, v).to(qkv.dtype).transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The weights of the query, whose sum is the temperature where the denominator is above the floor."""
+        return qkv_attention(self.attend, self.project(x), query)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[B, heads, N, d]` each, to the same shape in float32 or wider: the sums grow with the number of tokens."""

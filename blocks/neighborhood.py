@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from ..kernels import neighborhood_attention
 from ..kernels.recording import crop
+from .explanation import Explanation, Pixel, attention, gradient_at
 from .padding import pad_to_size
+from .registry import heads, token_mixer
 
 
+@token_mixer("neighborhood_attention", no_weight_decay=("rpb",), num_heads=heads(32))
 @register_notrace_module
 class NeighborhoodAttention(nn.Module):
     """Attention of each pixel to the K x K pixels nearest to it; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -49,8 +52,19 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        span = self.kernel_size * self.dilation
-        x = pad_to_size(x.permute(0, 2, 3, 1), span, span)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        y = neighborhood_attention(qkv, self.rpb, dilation=self.dilation)
+        y = self.attend(self.project(x))
         return self.proj(crop(y, height, width).flatten(3)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """q, k and v of the map, padded to the span of a neighborhood: `[B, H', W', 3, heads, head_dim]`."""
+        span = self.kernel_size * self.dilation
+        return self.qkv(pad_to_size(x.permute(0, 2, 3, 1), span, span)).unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """`[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`."""
+        return neighborhood_attention(qkv, self.rpb, dilation=self.dilation)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query, which are zero outside its neighborhood."""
+        weights = gradient_at(self.attend, self.project(x), query)[:, :, :, 2]
+        return attention(crop(weights, *x.shape[2:]))

@@ -4,10 +4,14 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
+from .explanation import Explanation, Pixel, attention, gradient_at, spread
 from .padding import pad_to_multiple
+from .registry import by_stage, heads, token_mixer
 
 
+@token_mixer("strip", num_heads=heads(32), reduction=by_stage(8, 4, 2, 1))
 @register_notrace_module
 class Strip(nn.Module):
     """Attention with narrow queries and keys, to a downsampled map; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -43,16 +47,28 @@ class Strip(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
+        return self.proj(self.attend(*self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, C, H, W]` to q `[B, H, W, heads, qk_dim]`, and k and v of the downsampled map."""
         x = x.permute(0, 2, 3, 1)
         padded = pad_to_multiple(x, self.reduction, self.reduction)
         reduced = self.reduce(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = strip_attention(*(self._heads(t) for t in (self.q(x), self.k(reduced), self.v(reduced))))
-        return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, size)).permute(0, 3, 1, 2)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q(x), self.k(reduced), self.v(reduced)))
+        return q, k, v
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """`[B, H, W, heads * D] -> [B, heads, H*W, D]`."""
-        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The values that the queries attend to, `[B, H, W, heads, dim / heads]`."""
+        y = strip_attention(*(t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)))
+        return y.transpose(1, 2).unflatten(1, q.shape[1:3])
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query; those of a downsampled position are divided among the positions in it."""
+        q, k, v = self.project(x)
+        reduced = gradient_at(lambda v: self.attend(q, k, v), v, query)
+        padded = pad_to_multiple(x.permute(0, 2, 3, 1), self.reduction, self.reduction).permute(0, 3, 1, 2)
+        weights = spread(reduced, lambda x: F.avg_pool2d(x, self.reduction), padded)
+        return attention(crop(weights, *x.shape[2:]))
 
 
 def strip_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from ..kernels.recording import compact, crop
+from .explanation import Explanation, Pixel, attention, gradient_at
 from .padding import pad_to_multiple
+from .registry import heads, token_mixer
 
 
+@token_mixer("window", num_heads=heads(32))
 @register_notrace_module
 class Window(nn.Module):
     """Attention within windows of a fixed size; `x: [B, C, H, W] -> [B, C, H, W]`.
@@ -45,3 +48,9 @@ class Window(nn.Module):
         y = compact(y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3))
         y = y.reshape(batch, rows * win_h, cols * win_w, dim)
         return crop(y, height, width).permute(0, 3, 1, 2)
+
+    def explain(self, x: Tensor, query: Pixel) -> Explanation:
+        """The attention weights of the query, which are zero outside its window."""
+        qkv = self.qkv(pad_to_multiple(x.permute(0, 2, 3, 1), *self.window)).unflatten(-1, (3, self.num_heads, -1))
+        weights = gradient_at(lambda qkv: window_attention(qkv, windows=(self.window,)), qkv, query)[:, :, :, 2]
+        return attention(crop(weights, *x.shape[2:]))

@@ -3,11 +3,27 @@
 Importing this package registers every family; `timm.create_model("biformer_small")` then makes a model.
 """
 
-from . import affnet, attnet, biformer, cswin, davit, dinat, dinat_s, halonet, l2vit, litv2, nat, s2aformer, transnext
+from . import (
+    affnet,
+    attnet,
+    biformer,
+    cswin,
+    davit,
+    dinat,
+    dinat_s,
+    halonet,
+    l2vit,
+    lab,
+    litv2,
+    nat,
+    s2aformer,
+    transnext,
+)
 from ._conversion import from_published, to_published
 from ._cost import Cost, model_cost
 from ._family import list_families, list_models
 from ._pretrained import has_weights
+from ._swap import swap
 
 __all__ = [
     "Cost",
@@ -22,12 +38,14 @@ __all__ = [
     "halonet",
     "has_weights",
     "l2vit",
+    "lab",
     "list_families",
     "list_models",
     "litv2",
     "model_cost",
     "nat",
     "s2aformer",
+    "swap",
     "to_published",
     "transnext",
 ]

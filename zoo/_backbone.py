@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
@@ -109,6 +109,18 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def initialize_mixer(mixer: nn.Module) -> None:
+    """Initialize a mixer that no family owns: its linear layers as in most of them, unless it has a way of its own."""
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in mixer.modules():
+        if any(module.children()):
+            _reset(module)
+
+
 def _reset(module: nn.Module) -> None:
     # batch norm resets its running statistics in `reset_parameters` too
     reset = getattr(module, "reset_parameters", None)
@@ -137,7 +149,16 @@ class Backbone(nn.Module):
         for i, stage in enumerate(parts.stages):
             reduction *= stage.stride
             self.feature_info.append({"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{i}"})
-        self.apply(self._init)
+        self._initialize(self)
+
+    def _initialize(self, module: nn.Module) -> None:
+        """As `module.apply(self._init)`, except for mixers that were made from a specification."""
+        if hasattr(module, "specification"):
+            initialize_mixer(module)
+            return
+        for child in module.children():
+            self._initialize(child)
+        self._init(module)
 
     @property
     def drop_rate(self) -> float:
@@ -153,7 +174,7 @@ class Backbone(nn.Module):
         """Initialize all parameters and buffers again, as the constructor does; for models made on the meta device."""
         # children first, as in the constructor: a module may initialize its layers differently from their own default
         self.apply(_reset)
-        self.apply(self._init)
+        self._initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the last feature map after the final norm, `[B, num_features, h, w]`."""

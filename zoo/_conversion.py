@@ -9,6 +9,7 @@ from torch import Tensor
 from ._family import configuration, families, make_model
 from ._keymap import KeyMap, KeyRule, MissingKeys, UnknownKeys
 from ._pretrained import check_finite, check_shapes
+from ._swap import specified_mixers
 
 
 def from_published(name: str, state: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -77,10 +78,19 @@ def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor]
     classifier = frozenset({"head.fc.weight", "head.fc.bias"})
     published = _key_maps(name, cfg)[0]
     expected = published.parameters | published.buffers
+    new = _new_mixers(model)
     # decided by the majority: both layouts may share a few keys, such as those of the final norm
-    if 2 * sum(key in expected for key in state) < len(state):
+    ours = 2 * sum(key in expected or key in new for key in state) >= len(state)
+    if not ours:
         state = _matching_key_map(name, cfg, state).from_published(state, optional=classifier)
     state = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
+    if new:
+        replaced = {key for key in expected if key.startswith(tuple(f"{path}." for path in specified_mixers(model)))}
+        fits = ours and all(key in state and state[key].shape == tensor.shape for key, tensor in new.items())
+        if not fits and replaced <= state.keys():
+            # weights of the model before its mixers were swapped: the new mixers keep theirs
+            state = {key: tensor for key, tensor in state.items() if key not in replaced} | new
+        expected = expected - replaced | new.keys()
     if unknown := sorted(set(state) - expected):
         raise UnknownKeys(f"{name}: the checkpoint has {len(unknown)} keys the model lacks: {', '.join(unknown[:5])}")
     needed = expected
@@ -91,6 +101,16 @@ def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor]
     check_shapes(name, state, model)
     check_finite(name, state)
     return state
+
+
+def _new_mixers(model: Any) -> dict[str, Tensor]:
+    """The weights of the mixers of `model` that were made from a specification, by their keys in the model."""
+    return {
+        f"{path}.{key}": tensor
+        for path, mixer in specified_mixers(model).items()
+        for key, tensor in mixer.state_dict().items()
+        if tensor.is_floating_point()
+    }
 
 
 def _needs_classifier(model: Any) -> bool:

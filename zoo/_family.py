@@ -10,11 +10,12 @@ from torch import nn
 
 from ._backbone import Backbone, BackboneParts
 from ._keymap import KeyRule, nearest
+from ._swap import swap as replace_mixers
 
 KeyMapping = Callable[[Any], Sequence[KeyRule]]
 
 # arguments of every model, besides the fields of its configuration
-MODEL_ARGUMENTS = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype")
+MODEL_ARGUMENTS = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype", "swap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +133,13 @@ def make_model(
     drop_path_rate: float = 0.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    swap: Mapping[int | str, str] | None = None,
     **unknown: Any,
 ) -> Backbone:
-    """Make the model of `cfg` on `device` with weights of `dtype`; arguments as for every model of timm."""
+    """Make the model of `cfg` on `device` with weights of `dtype`; arguments as for every model of timm.
+
+    swap: other mixers for some stages, as `zoo.swap` takes them.
+    """
     reject_arguments(family, cfg, list(unknown))
     with _default_dtype(dtype), nullcontext() if device is None else torch.device(device):
         parts = family.build(
@@ -145,7 +150,8 @@ def make_model(
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )
-        return family.model(parts, num_classes=num_classes, in_chans=in_chans)
+        model = family.model(parts, num_classes=num_classes, in_chans=in_chans)
+        return replace_mixers(model, swap) if swap else model
 
 
 @contextmanager

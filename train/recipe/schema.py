@@ -65,8 +65,15 @@ class Model:
     """stochastic depth rate; null: the default of the model"""
     in_chans: PositiveInt | None = None
     """channels of the input; null: 3, red, green and blue"""
+    swap: dict[int, str] = dataclasses.field(default_factory=dict)
+    """stage, from 0 -> other token mixers for it: {2: "halo(block_size=8)"}; models of tessel only"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of timm.create_model"""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`kwargs`, and `swap` if there is one."""
+        return {**self.kwargs, **({"swap": self.swap} if self.swap else {})}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -16,7 +16,7 @@ from .models import CREATE_ERRORS, create_source, weights_hint, weights_mismatch
 
 def build_backbone(model: Model, dense: Dense, levels: Sequence[int]) -> DenseBackbone:
     """`model` as a backbone that returns the feature maps of the stages `levels`. Raises UserError if timm refuses."""
-    options: dict[str, Any] = dict(model.kwargs)
+    options: dict[str, Any] = model.arguments
     if model.drop_path_rate is not None:
         options["drop_path_rate"] = model.drop_path_rate
     try:

@@ -103,7 +103,7 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
     file = os.path.expanduser(source)
     if not os.path.isfile(file):
         raise UserError(f"model.init_from={source}: there is no such file")
-    kwargs = {**({"in_chans": options.in_chans} if options.in_chans else {}), **options.kwargs}
+    kwargs = {**({"in_chans": options.in_chans} if options.in_chans else {}), **options.arguments}
     given = kwargs.pop("pretrained_cfg_overlay", {})
     # published weights have the classes of the model's own, weights from elsewhere may have those of the data
     mismatch: UserError | None = None

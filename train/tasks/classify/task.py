@@ -32,6 +32,7 @@ RESERVED_KWARGS = {  # keys that model.kwargs does not take
     "pretrained": "use model.pretrained",
     "features_only": "a classifier needs its logits",
     "in_chans": "use model.in_chans",
+    "swap": "use model.swap",
 }
 ClassifierT = TypeVar("ClassifierT", bound=Classifier)
 
@@ -161,7 +162,7 @@ def build_classifier(recipe: Recipe[Any, Any], num_classes: int) -> nn.Module:
     options, size = recipe.model, recipe.data.size
     if reserved := next(iter(options.kwargs.keys() & RESERVED_KWARGS.keys()), None):
         raise UserError(f"model.kwargs does not take {reserved}: {RESERVED_KWARGS[reserved]}; remove it")
-    kwargs: dict[str, Any] = {"drop_path_rate": options.drop_path_rate, **options.kwargs}
+    kwargs: dict[str, Any] = {"drop_path_rate": options.drop_path_rate, **options.arguments}
     if options.in_chans:
         kwargs["in_chans"] = options.in_chans
     model = create_model(
