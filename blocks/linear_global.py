@@ -10,7 +10,7 @@ from .explanation import Explanation, Pixel, qkv_attention
 from .registry import heads, token_mixer
 
 
-@token_mixer("linear_global", no_weight_decay=("temperature",), num_heads=heads(32))
+@token_mixer("linear_global", num_heads=heads(32))
 @register_notrace_module
 class LinearGlobal(nn.Module):
     """ReLU linear attention over all positions; `x: [B, C, H, W] -> [B, C, H, W]`.

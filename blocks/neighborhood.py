@@ -11,7 +11,7 @@ from .padding import pad_to_size
 from .registry import heads, token_mixer
 
 
-@token_mixer("neighborhood_attention", no_weight_decay=("rpb",), num_heads=heads(32))
+@token_mixer("neighborhood_attention", num_heads=heads(32))
 @register_notrace_module
 class NeighborhoodAttention(nn.Module):
     """Attention of each pixel to the K x K pixels nearest to it; `x: [B, C, H, W] -> [B, C, H, W]`.
