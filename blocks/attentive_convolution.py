@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ..kernels.recording import exporting
 from .pooling import bin_weights
+from .registry import token_mixer
 
 
+@token_mixer("attentive_convolution")
 @register_notrace_module
 class AttentiveConvolution(nn.Module):
     """Depthwise convolution with a kernel of its own for every image and channel; `x: [B, C, H, W] -> [B, C, H, W]`.
