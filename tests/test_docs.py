@@ -21,7 +21,14 @@ from tessel.train.recipe.load import load_recipe
 
 ROOT = Path(tessel.__file__).parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-MODULES = {"kernels", "train", "train.evaluate", "train.check", "train.report", "checkpoints"}  # `python -m tessel.MODULE`
+MODULES = {
+    "kernels",
+    "train",
+    "train.evaluate",
+    "train.check",
+    "train.report",
+    "checkpoints",
+}  # `python -m tessel.MODULE`
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -62,13 +62,13 @@ def unknown_values(path: str, values: np.ndarray, pixels: int, classes: MaskClas
     kind = "color" if classes.colored else "value"
     listed = ", ".join(f"{show(value, classes.colored)} ({count:,})" for value, count in counts.most_common(5))
     more = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
-    known = ", ".join(show(value, classes.colored) for value in sorted(classes.table)[:12])
+    known = sorted(value for value, label in classes.table.items() if label != IGNORE_INDEX)
+    shown = ", ".join(show(value, classes.colored) for value in known[:12]) + ", ..." * (len(known) > 12)
     blended = f"; it may have been {BLENDED}" if len(counts) > 5 else ""
     share = 100 * len(values) / pixels
     return (
         f"mask {path} has {kind}s that are no class, on {len(values):,} pixels ({share:.2g} %): {listed}{more}. The "
-        f"{kind}s of the classes are {known}{', ...' * (len(classes.table) > 12)}{blended}; data.class_map names "
-        "classes, data.ignore what is unlabelled"
+        f"{kind}s of the classes are {shown}{blended}; data.class_map names classes, data.ignore what is unlabelled"
     )
 
 

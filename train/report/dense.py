@@ -40,7 +40,9 @@ def classes(run: RunRecord, folder: Path) -> tuple[str, str]:
         raise UserError("the held-out images contain none of the classes")
     ranked = sorted(known, key=known.__getitem__, reverse=True)
     shown = ranked if len(ranked) <= MAX_CLASSES else [*ranked[: MAX_CLASSES // 2], *ranked[-MAX_CLASSES // 2 :]]
-    text = f"{_title(first)} by class{run.at_step}: best for {ranked[0]}, worst for {ranked[-1]}."
+    text = f"{_title(first)} by class{run.at_step}"
+    equal = known[ranked[0]] == known[ranked[-1]]
+    text += "." if equal else f": best for {ranked[0]}, worst for {ranked[-1]}."
     if len(shown) < len(ranked):
         text += f" Shown are the best {MAX_CLASSES // 2} and the worst {MAX_CLASSES // 2} of {len(ranked)}."
     return text, charts([picture(folder, "classes", "metrics by class", lambda: draw_classes(by_class, shown))])
