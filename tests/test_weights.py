@@ -107,6 +107,27 @@ def test_published_file_of_unknown_hash_must_hold_the_classifier_too(published, 
     assert torch.equal(own.stem[0].conv.weight, whole.stem[0].conv.weight)
 
 
+@pytest.mark.parametrize("name", ["halonet26t", "halonet50ts", "sehalonet33ts", "davit_tiny"])
+def test_entries_of_timms_hub(name, tmp_path):
+    """The row names timm's own entry, and a file with random weights of timm's model gives the same logits here."""
+    theirs = timm.create_model(name).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    cfg = theirs.pretrained_cfg
+    row = find_weight(f"tessel_{name}.{cfg['tag']}")
+    assert row.url == f"https://huggingface.co/{cfg['hf_hub_id']}/resolve/main/model.safetensors"
+    for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "num_classes"):
+        assert getattr(row, key) == cfg[key], key
+    store.write_state(theirs.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    ours = timm.create_model(row.name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(1, *cfg["input_size"])
+    with torch.no_grad():
+        expected = theirs(x)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.fixture
 def imagenet(tmp_path):
     """A validation folder with two images of each of three classes."""
