@@ -6,19 +6,21 @@ Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a c
 
 from .aggregated import Aggregated
 from .attentive_convolution import AttentiveConvolution
-from .bi_level_routing import BiLevelRouting
+from .bi_level_routing import BiLevelRouting, FlooredBiLevelRouting
 from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
 from .deform_merge import DeformableConv, deformable_merge
 from .depthwise import depthwise, depthwise_pair
-from .embed import NormMerge, conv_norm
+from .embed import CrossScale, NormMerge, conv_norm
 from .explanation import Explanation, explain, receptive_field
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
 from .hilo import HiLo
+from .large_kernel import LargeKernel
 from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
+from .long_short_distance import DynamicPositionBias, LongShortDistance
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
 from .registry import MIXERS, Place, TokenMixer, token_mixer
@@ -33,16 +35,21 @@ __all__ = [
     "BiLevelRouting",
     "Channel",
     "ConvGlu",
+    "CrossScale",
     "CrossShapedWindow",
     "DeformableConv",
     "DepthwiseMlp",
     "Explanation",
+    "DynamicPositionBias",
+    "FlooredBiLevelRouting",
     "FullAttention",
     "Halo",
     "HiLo",
+    "LargeKernel",
     "LengthScaledCosine",
     "LinearGlobal",
     "MIXERS",
+    "LongShortDistance",
     "Mlp",
     "NeighborhoodAttention",
     "NormMerge",

@@ -1,15 +1,17 @@
-"""Bi-level routing attention (BiFormer)."""
+"""Bi-level routing attention (BiFormer), with the region sizes of either released implementation."""
 
 from dataclasses import replace
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import routed_attention
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import crop
+from ..kernels.tables import Grid
 from .explanation import Explanation, Pixel, attention, gradient_at
-from .padding import pad_to_multiple
+from .padding import pad_to
 from .registry import by_stage, heads, token_mixer
 
 
@@ -44,46 +46,95 @@ class BiLevelRouting(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
+        size = x.shape[2], x.shape[3]
         qkv = self.project(x)
-        y = self.attend(qkv.unflatten(-1, (3, self.num_heads, -1)), self.choose(qkv)).flatten(3)
+        y = self.attend(qkv.unflatten(-1, (3, self.num_heads, -1)), self.choose(qkv, size), size).flatten(3)
         v = qkv.chunk(3, -1)[2]
         y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(crop(y, height, width)).permute(0, 3, 1, 2)
+        return self.proj(crop(y, *size)).permute(0, 3, 1, 2)
 
-    def attend(self, qkv: Tensor, chosen: Tensor) -> Tensor:
-        """Attention to the `chosen` regions, `[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`."""
-        return routed_attention(qkv, chosen, grid=(self.n_win, self.n_win), scale=self.scale)
+    def attend(self, qkv: Tensor, chosen: Tensor, size: Grid) -> Tensor:
+        """Attention to the `chosen` regions, `[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`.
+
+        `size` is (H, W) of the map before padding.
+        """
+        return routed_attention(qkv, chosen, grid=self.regions(*size)[0], scale=self.scale)
 
     def explain(self, x: Tensor, query: Pixel) -> Explanation:
         """The attention weights of the query, which are zero outside the regions that its region is routed to."""
+        size = x.shape[2], x.shape[3]
         qkv = self.project(x)
-        chosen = self.choose(qkv)
+        chosen = self.choose(qkv, size)
         split = qkv.unflatten(-1, (3, self.num_heads, -1))
-        weights = gradient_at(lambda qkv: self.attend(qkv, chosen), split, query)[:, :, :, 2]
-        regions = f"attention to {self.topk} of {self.n_win**2} regions"
-        return replace(attention(crop(weights, *x.shape[2:])), text=regions)
+        weights = gradient_at(lambda qkv: self.attend(qkv, chosen, size), split, query)[:, :, :, 2]
+        regions = f"attention to {self.topk} of {chosen.shape[1]} regions"
+        return replace(attention(crop(weights, *size)), text=regions)
 
     def route(self, x: Tensor) -> Tensor:
-        """The regions that each region of `x: [B, C, H, W]` attends to: `[B, n_win**2, topk]`.
+        """The regions that each of the R regions of `x: [B, C, H, W]` attends to: `[B, R, topk]`.
 
         Regions are numbered row by row; the one with the highest affinity comes first.
         """
-        return self.choose(self.project(x))
+        return self.choose(self.project(x), (x.shape[2], x.shape[3]))
+
+    def regions(self, height: int, width: int) -> tuple[Grid, Grid]:
+        """Number of regions of a map, (vertically, horizontally), and (height, width) of each in pixels."""
+        n = self.n_win
+        return (n, n), ((height + n - 1) // n, (width + n - 1) // n)
 
     def project(self, x: Tensor) -> Tensor:
         """q, k and v side by side, padded to whole regions: `[B, C, H, W] -> [B, H', W', 3*C]`."""
-        return self.qkv(pad_to_multiple(x.permute(0, 2, 3, 1), self.n_win, self.n_win))
+        return self.qkv(pad_to(x.permute(0, 2, 3, 1), *self._padded(x)))
 
-    def choose(self, qkv: Tensor) -> Tensor:
-        """The topk regions of each region by their mean q and k: `[B, H', W', 3*C] -> [B, n_win**2, topk]`."""
-        n = self.n_win
-        # in half precision, rounding would change the choice among regions of nearly equal affinity
-        dtype = acc_dtype(qkv)
-        qk = qkv.detach()[..., : 2 * (qkv.shape[-1] // 3)]
-        # one axis after the other: one mean over two axes that are not adjacent is several times slower
-        means = qk.unflatten(1, (n, -1)).mean(2, dtype=dtype).unflatten(2, (n, -1)).mean(3)
+    def choose(self, qkv: Tensor, size: Grid) -> Tensor:
+        """The topk regions of each region by their mean q and k: `[B, H', W', 3*C] -> [B, R, topk]`.
+
+        `size` is (H, W) of the map before padding.
+        """
+        means = self._means(qkv.detach()[..., : 2 * (qkv.shape[-1] // 3)], size)
         q_mean, k_mean = means.flatten(1, 2).chunk(2, -1)
         with without_autocast(qkv):
             affinity = q_mean @ k_mean.transpose(1, 2)
         return affinity.topk(self.topk, dim=-1).indices
+
+    def _padded(self, x: Tensor) -> Grid:
+        """The size of `x: [B, C, H, W]` when padded to whole regions."""
+        (rows, columns), (height, width) = self.regions(x.shape[2], x.shape[3])
+        return rows * height, columns * width
+
+    def _means(self, x: Tensor, size: Grid) -> Tensor:
+        """`[B, H', W', C] -> [B, rows, columns, C]`: the mean of each region."""
+        (rows, columns), _ = self.regions(*size)
+        # in half precision, rounding would change the choice among regions of nearly equal affinity.
+        # one axis after the other: one mean over two axes that are not adjacent is several times slower
+        return x.unflatten(1, (rows, -1)).mean(2, dtype=acc_dtype(x)).unflatten(2, (columns, -1)).mean(3)
+
+
+@token_mixer("floored_bi_level_routing", num_heads=heads(32), topk=by_stage(1, 4, 16, 49))
+@register_notrace_module
+class FlooredBiLevelRouting(BiLevelRouting):
+    """`BiLevelRouting` with regions of floor(H / n_win) x floor(W / n_win) pixels, at least one.
+
+    There are at least n_win regions per side, and more where the last ones hold the rest. q, k and v are padded after
+    the linear layer: keys and values of the padding are 0. They are not masked, but the means of a region are those of
+    its pixels within the map. This is the rule of the second released implementation (`bra_nchw`), which refuses maps
+    with a side of less than n_win pixels; here they are padded to n_win.
+    """
+
+    def regions(self, height: int, width: int) -> tuple[Grid, Grid]:
+        rows, columns = (torch.sym_max(1, side // self.n_win) for side in (height, width))
+        below, right = (height + rows - 1) // rows, (width + columns - 1) // columns
+        return (torch.sym_max(self.n_win, below), torch.sym_max(self.n_win, right)), (rows, columns)
+
+    def project(self, x: Tensor) -> Tensor:
+        return pad_to(self.qkv(x.permute(0, 2, 3, 1)), *self._padded(x))
+
+    def _means(self, x: Tensor, size: Grid) -> Tensor:
+        grid, region = self.regions(*size)
+        starts = (torch.arange(n, device=x.device) * side for n, side in zip(grid, region, strict=True))
+        # a mean over the whole region, with its padding of zeros, is too small by the share of pixels within the map
+        inside = (
+            ((whole - start).clamp(1, side)) / side for whole, start, side in zip(size, starts, region, strict=True)
+        )
+        vertical, horizontal = inside
+        return super()._means(x, size) / (vertical[:, None, None] * horizontal[:, None])

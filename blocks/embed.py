@@ -1,7 +1,8 @@
-"""Strided convolution and norm, for stems and for downsampling between stages."""
+"""Strided convolutions, for stems and for downsampling between stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -41,3 +42,32 @@ class NormMerge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(self.norm(x).permute(0, 2, 3, 1), 2, 2)
         return self.conv(x.permute(0, 3, 1, 2))
+
+
+class CrossScale(nn.Module):
+    """Convolutions of several kernels and one stride, concatenated; `[B, in_chs, H, W] -> [B, out_chs, ~H/s, ~W/s]`.
+
+    The larger a kernel, the fewer its channels: out_chs / 2, out_chs / 4 and so on; the last two have equally many
+    (Wang et al., arXiv 2108.00154, sec. 3.1). Kernels are centered on their cell of stride x stride pixels; sides are
+    rounded down.
+
+    Raises ValueError for kernels that cannot be centered or that are not in rising order, and if out_chs is not
+    divisible by the smallest share.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, kernels: Sequence[int], stride: int):
+        super().__init__()
+        if list(kernels) != sorted(kernels) or any(k < stride or (k - stride) % 2 for k in kernels):
+            raise ValueError(
+                f"CrossScale: kernels={tuple(kernels)} must rise and exceed stride={stride} by even numbers"
+            )
+        shares = [2 ** min(i, len(kernels) - 1) for i in range(1, len(kernels) + 1)]
+        if out_chs % shares[-1]:
+            raise ValueError(f"CrossScale: out_chs={out_chs} must be divisible by {shares[-1]}")
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_chs, out_chs // share, kernel, stride, (kernel - stride) // 2)
+            for kernel, share in zip(kernels, shares, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([conv(x) for conv in self.convs], 1)

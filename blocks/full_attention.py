@@ -8,30 +8,42 @@ from .explanation import Explanation, Pixel, qkv_attention
 from .registry import heads, token_mixer
 
 
-@token_mixer("full_attention", fixed=("local",), num_heads=heads(32))
+@token_mixer("full_attention", fixed=("local", "lepe"), num_heads=heads(32))
 @register_notrace_module
 class FullAttention(nn.Module):
-    """`proj(softmax(q k^T / sqrt(head_dim)) v + local(x))` over all H*W positions of `x: [B, C, H, W]`.
+    """`proj(softmax(q k^T / sqrt(head_dim)) v + local(x) + lepe(v))` over all H*W positions of `x: [B, C, H, W]`.
 
-    One linear layer gives q, k and v (Vaswani et al., arXiv 1706.03762, sec. 3.2). `local` is an optional module on the
-    input of the mixer, such as the depthwise convolution in BiFormer's stage 4.
+    One linear layer gives q, k and v (Vaswani et al., arXiv 1706.03762, sec. 3.2). `local` and `lepe` are optional
+    modules on the input of the mixer and on the map of values `[B, C, H, W]`, such as the depthwise convolution in
+    BiFormer's stage 4.
 
     Raises ValueError if num_heads does not divide dim.
     """
 
-    def __init__(self, dim: int, *, num_heads: int, qkv_bias: bool = True, local: nn.Module | None = None):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        qkv_bias: bool = True,
+        local: nn.Module | None = None,
+        lepe: nn.Module | None = None,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"FullAttention: dim={dim} must be divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.local = local
+        self.local, self.lepe = local, lepe
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attend(self.project(x)).flatten(3)
+        qkv = self.project(x)
+        y = self.attend(qkv).flatten(3)
         if self.local is not None:
             y = y + self.local(x).permute(0, 2, 3, 1)
+        if self.lepe is not None:
+            y = y + self.lepe(qkv[:, :, :, 2].flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(y).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:

@@ -11,13 +11,17 @@ from ..kernels.recording import is_open
 
 
 def pad_to_multiple(x: Tensor, rows: int, cols: int) -> Tensor:
-    """Zero-pad `x: [B, H, W, C]` at the bottom and right to multiples of (rows, cols); `x` itself if it fits.
+    """Zero-pad `x: [B, H, W, C]` at the bottom and right to multiples of (rows, cols), as `pad_to` does."""
+    height, width = x.shape[1:3]
+    return pad_to(x, (height + rows - 1) // rows * rows, (width + cols - 1) // cols * cols)
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pad `x: [B, H, W, C]` at the bottom and right to (height, width); `x` itself if it has that size.
 
     While compiling or exporting the padding is always applied, also if it is empty, so that one graph serves all sizes.
     """
-    height, width = x.shape[1:3]
-    bottom = (height + rows - 1) // rows * rows - height
-    right = (width + cols - 1) // cols * cols - width
+    bottom, right = height - x.shape[1], width - x.shape[2]
     if torch.compiler.is_compiling() or bottom or right:
         return F.pad(x, (0, 0, 0, right, 0, bottom))
     return x

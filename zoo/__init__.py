@@ -7,6 +7,8 @@ from . import (
     affnet,
     attnet,
     biformer,
+    biformer_stl,
+    crossformer,
     cswin,
     davit,
     dinat,
@@ -18,6 +20,7 @@ from . import (
     nat,
     s2aformer,
     transnext,
+    van,
 )
 from ._conversion import from_published, to_published
 from ._cost import Cost, model_cost
@@ -30,6 +33,8 @@ __all__ = [
     "affnet",
     "attnet",
     "biformer",
+    "biformer_stl",
+    "crossformer",
     "cswin",
     "davit",
     "dinat",
@@ -48,4 +53,5 @@ __all__ = [
     "swap",
     "to_published",
     "transnext",
+    "van",
 ]
