@@ -52,7 +52,7 @@ plus = partial(CrossFormerConfig, groups=(4, 4, 14, 7), intervals=(4, 2, 1, 1), 
 
 VARIANTS = {
     "crossformer_atto": CrossFormerConfig(
-        (48, 64, 64, 96), (2, 1, 4, 1), (3, 4, 4, 6), groups=(4, 4, 2, 2), intervals=(4, 2, 2, 1), cooling=True
+        (64, 64, 64, 96), (2, 1, 4, 1), (4, 4, 4, 6), groups=(4, 4, 2, 2), intervals=(4, 2, 2, 1), cooling=True
     ),
     "crossformer_tiny": CrossFormerConfig((64, 128, 256, 512), (1, 1, 8, 6), (2, 4, 8, 16)),
     "crossformer_small": CrossFormerConfig((96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24)),
