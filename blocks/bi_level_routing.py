@@ -67,8 +67,7 @@ class BiLevelRouting(nn.Module):
         chosen = self.choose(qkv, size)
         split = qkv.unflatten(-1, (3, self.num_heads, -1))
         weights = gradient_at(lambda qkv: self.attend(qkv, chosen, size), split, query)[:, :, :, 2]
-        regions = f"attention to {self.topk} of {chosen.shape[1]} regions"
-        return replace(attention(crop(weights, *size)), text=regions)
+        return replace(attention(crop(weights, *size)), text=f"{self.topk} of {chosen.shape[1]} regions")
 
     def route(self, x: Tensor) -> Tensor:
         """The regions that each of the R regions of `x: [B, C, H, W]` attends to: `[B, R, topk]`.

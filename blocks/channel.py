@@ -50,7 +50,7 @@ class Channel(nn.Module):
     def explain(self, x: Tensor, query: Pixel) -> Explanation:
         """The attention between channels, the same for all queries."""
         kv = self.qkv(x.permute(0, 2, 3, 1).flatten(1, 2)).split((self.dim, 2 * self.dim), -1)[1]
-        return Explanation(torch.block_diag(*self.attention(kv)[0]), "channels", "attention between channels")
+        return Explanation(torch.block_diag(*self.attention(kv)[0]), "channels", "channel attention")
 
     def direct(self, x: Tensor) -> Tensor:
         """The definition: q, k and v of each token, `[B, N, C] -> [B, N, C]`."""

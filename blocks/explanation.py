@@ -42,7 +42,7 @@ def receptive_field(module: nn.Module, x: Tensor, query: Pixel) -> Explanation:
     et al., arXiv 1701.04128, sec. 2).
     """
     gradient = gradient_at(lambda leaf: module(leaf).permute(0, 2, 3, 1), x, query)[0].abs().sum(0)
-    return Explanation(gradient / gradient.sum().clamp_min(1e-30), "positions", "effective receptive field")
+    return Explanation(gradient / gradient.sum().clamp_min(1e-30), "positions", "receptive field")
 
 
 def gradient_at(function: Callable[[Tensor], Tensor], x: Tensor, query: Pixel) -> Tensor:
@@ -58,7 +58,7 @@ def gradient_at(function: Callable[[Tensor], Tensor], x: Tensor, query: Pixel) -
 
 def attention(weights: Tensor) -> Explanation:
     """The explanation of attention weights `[1, H, W, heads, head_dim]`, each head with a copy in its channels."""
-    return Explanation(weights[0].mean((-2, -1)), "positions", "attention, mean over heads")
+    return Explanation(weights[0].mean((-2, -1)), "positions", "attention")
 
 
 def qkv_attention(attend: Callable[[Tensor], Tensor], qkv: Tensor, query: Pixel) -> Explanation:

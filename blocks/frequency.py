@@ -85,9 +85,7 @@ class AdaptiveFrequencyFilter(nn.Module):
         mask = torch.complex(*self._by_channel(self._mask(self._by_group(spectrum)), spectrum)).abs()[0].mean(0)
         # the other half of the spectrum mirrors this one
         mirrored = mask[:, 1 : (x.shape[3] + 1) // 2].flip(0, 1).roll(1, 0)
-        return Explanation(
-            torch.fft.fftshift(torch.cat([mask, mirrored], 1)), "frequencies", "mask, mean over channels"
-        )
+        return Explanation(torch.fft.fftshift(torch.cat([mask, mirrored], 1)), "frequencies", "frequency mask")
 
     def _filter(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
         """Real and imaginary parts of Z, `[B, C, H, F, 2]`, to those of M * Z, `[B, C, H, F]` each."""

@@ -54,6 +54,16 @@ class TokenMixer:
 # name -> mixer, filled by `token_mixer`
 MIXERS: dict[str, TokenMixer] = {}
 
+
+def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """The token mixers of `model` by their path, in order; of mixers that consist of others only the outer one."""
+    kinds, found, last = {mixer.kind for mixer in MIXERS.values()}, {}, "none"
+    for path, module in model.named_modules():
+        if (type(module) in kinds or hasattr(module, "specification")) and not path.startswith(f"{last}."):
+            found[path], last = module, path
+    return found
+
+
 Class = TypeVar("Class", bound=type[nn.Module])
 
 

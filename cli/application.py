@@ -8,6 +8,7 @@ import click
 
 from .. import __version__
 from .completion import completion
+from .explain import explain
 from .export import export
 from .forwarded import check, evaluate, kernels, report, train
 from .group import InOrder
@@ -27,7 +28,7 @@ def tessel() -> None:
     """Vision backbones: choose, predict, train, evaluate, export."""
 
 
-for command in (listing, info, predict, export, weights, train, evaluate, report, check, kernels, completion):
+for command in (listing, info, predict, explain, export, weights, train, evaluate, report, check, kernels, completion):
     tessel.add_command(command)
 
 

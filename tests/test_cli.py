@@ -17,9 +17,22 @@ from tessel.cli import application, main
 from tessel.cli.output import print_rows
 
 COMMANDS = [
-    *("list", "info", "predict", "export", "weights", "train", "evaluate", "report", "check", "kernels", "completion")
+    *(
+        "list",
+        "info",
+        "predict",
+        "explain",
+        "export",
+        "weights",
+        "train",
+        "evaluate",
+        "report",
+        "check",
+        "kernels",
+        "completion",
+    )
 ]
-OWN = ["list", "info", "predict", "export", "weights", "completion"]
+OWN = ["list", "info", "predict", "explain", "export", "weights", "completion"]
 
 
 def test_help_loads_neither_torch_nor_the_trainer():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from tessel.blocks import BiLevelRouting
+from tessel.blocks import MIXERS, Channel, Explanation, TokenMixer
 from tessel.train.data.sources.digits import load_digits
 from tessel.train.distributed.world import World
 from tessel.train.errors import UserError
@@ -544,27 +543,6 @@ def test_confusion_with_an_empty_class_and_one_always_wrong():
     assert recall.get_xlim()[0] < 0, "the marker at 0 % is inside"
 
 
-@pytest.mark.parametrize("map_size", [(8, 8), (7, 9), (1, 5), (13, 30)])
-@pytest.mark.parametrize("n_win", [1, 2, 7])
-def test_regions_tile_the_image(map_size, n_win):
-    stride, image = 4, (4 * map_size[0] - 1, 4 * map_size[1] - 3)
-    boxes = attention_maps.region_boxes(n_win, map_size, stride, image)
-    covered = np.zeros(image, dtype=int)
-    for left, top, right, bottom in boxes:
-        covered[top:bottom, left:right] += 1
-    assert len(boxes) == n_win**2
-    np.testing.assert_array_equal(covered, 1)
-
-
-def test_a_region_spans_its_cells():
-    assert attention_maps.region_boxes(2, (4, 5), 8, (32, 40)) == [
-        (0, 0, 24, 16),
-        (24, 0, 40, 16),
-        (0, 16, 24, 32),
-        (24, 16, 40, 32),
-    ]
-
-
 def test_focus_is_on_the_subject_and_on_the_background():
     picture = torch.zeros(40, 60, 3)
     picture[20:30, 5:20] = 1
@@ -573,16 +551,15 @@ def test_focus_is_on_the_subject_and_on_the_background():
 
 
 class DummyMixer(nn.Module):
-    """A mixer that doubles its input and routes every region to the next two."""
-
-    n_win, topk = 3, 2
+    """A mixer that doubles its input, and says that the query takes everything from the position to its left."""
 
     def forward(self, x):
         return 2 * x
 
-    def route(self, x):
-        regions = torch.arange(self.n_win**2)
-        return ((regions[:, None] + torch.arange(1, 3)) % self.n_win**2).expand(len(x), -1, -1)
+    def explain(self, x, query):
+        values = torch.zeros(x.shape[2:])
+        values[query[0], query[1] - 1] = 1
+        return Explanation(values, "positions", "left")
 
 
 class TwoStages(nn.Module):
@@ -601,7 +578,7 @@ class TwoStages(nn.Module):
 
 @pytest.fixture
 def model_with_mixers(monkeypatch):
-    monkeypatch.setitem(attention_maps.ATTENTION_DRAWERS, DummyMixer, attention_maps.draw_routing)
+    monkeypatch.setitem(MIXERS, "dummy", TokenMixer("dummy", DummyMixer, {}, {}, frozenset()))
     return TwoStages()
 
 
@@ -621,35 +598,37 @@ def test_models_without_drawable_mixers_are_not_captured():
 
 def test_a_model_without_drawable_mixers_is_an_error():
     model = timm.create_model("test_efficientnet", num_classes=10).eval()
-    with pytest.raises(UserError, match="no token mixer whose attention can be drawn"):
+    with pytest.raises(UserError, match="no token mixer of tessel, which could be drawn"):
         attention_maps.capture_examples(model, load_digits("val"), ClassifyData(source="digits", size=32))
 
 
-def rectangles(axes, color):
-    """(left, top, width, height) of the rectangles filled with or outlined in `color`."""
-    return sorted(
-        patch.get_bbox().bounds
-        for patch in axes.patches
-        if to_hex(patch.get_facecolor() if patch.get_fill() else patch.get_edgecolor()) == to_hex(color)
-    )
-
-
-def test_routed_regions_are_drawn(model_with_mixers):
+def test_weights_and_the_query_are_drawn_at_their_pixels(model_with_mixers):
     picture = torch.zeros(18, 18, 3)
     picture[7:11, 13:17] = 1
     captures = attention_maps.capture(model_with_mixers, torch.rand(1, 3, 18, 18))
     figure = attention_maps.attention_figure([picture], captures)
-    subject = next(axes for axes in figure.axes if axes.patches)
-    assert rectangles(subject, "C1") == [(12, 6, 6, 6)]
-    assert rectangles(subject, "C0") == [(0, 12, 6, 6), (6, 12, 6, 6)]
-    assert subject.get_title(loc="left") == "" and "2 of 9 regions" in subject.get_title()
+    subject, background = (axes for axes in figure.axes if axes.patches)
+    assert [patch.get_bbox().bounds for patch in subject.patches] == [(14, 6, 2, 2)]
+    shade = subject.images[1]
+    assert shade.get_extent() == [0, 18, 18, 0] and np.argwhere(shade.get_array()[..., 3]).tolist() == [[3, 6]]
+    assert to_hex(shade.get_array()[3, 6, :3]) == to_hex("C0") and background.patches
+    assert subject.get_title() == "stage 1\nleft"
+    (asked,) = (axes for axes in attention_maps.attention_figure([picture], captures, (0, 3)).axes if axes.patches)
+    assert [patch.get_bbox().bounds for patch in asked.patches] == [(2, 0, 2, 2)]
 
 
-def test_pixels_beyond_the_map_belong_to_the_last_region():
+def test_pixels_beyond_the_map_belong_to_the_last_position():
     captured = attention_maps.CapturedMixer(1, 4, DummyMixer(), torch.zeros(1, 3, 4, 4))
     axes = Figure().subplots()
-    attention_maps.draw_routing(axes, torch.zeros(19, 19, 3), captured, 0, (18, 18))
-    assert rectangles(axes, "C1") == [(8, 8, 8, 8)]
+    attention_maps.draw(axes, torch.zeros(19, 19, 3), captured, 0, (18, 18))
+    assert [patch.get_bbox().bounds for patch in axes.patches] == [(12, 12, 4, 4)] and axes.get_xlim() == (0, 19)
+
+
+def test_gates_take_the_place_of_the_picture():
+    captured = attention_maps.CapturedMixer(1, 4, Channel(8, num_heads=2), torch.randn(1, 8, 4, 5))
+    axes = Figure().subplots()
+    assert attention_maps.draw(axes, torch.zeros(16, 20, 3), captured, 0, (1, 1)) == "channel attention"
+    assert axes.images[0].get_array().shape == (8, 8) and not axes.patches
 
 
 @pytest.mark.parametrize("size", [64, 50])
@@ -657,15 +636,20 @@ def test_routed_regions_of_a_real_model(size):
     model = timm.create_model("biformer_atto", num_classes=10).eval()
     images = torch.rand(2, 3, size, size)
     captures = attention_maps.capture(model, images)
-    assert [(captured.stage, captured.stride, type(captured.mixer)) for captured in captures] == [
-        (stage, stride, BiLevelRouting) for stage, stride in ((1, 4), (2, 8), (3, 16))
-    ]
-    for captured in captures:
-        mixer = captured.mixer
-        axes = SimpleNamespace(patches=[], add_patch=lambda patch, into=(drawn := []): into.append(patch))
-        attention_maps.draw_routing(axes, images[1].permute(1, 2, 0), captured, 1, (0, 0))
-        boxes = attention_maps.region_boxes(mixer.n_win, tuple(captured.x.shape[2:]), captured.stride, (size, size))
-        chosen = {boxes[i] for i in mixer.route(captured.x)[1, 0].tolist()}
-        axes.patches = drawn
-        shaded = {(x, y, x + w, y + h) for x, y, w, h in rectangles(axes, "C0")}
-        assert shaded == chosen
+    assert [(captured.stage, type(captured.mixer).__name__) for captured in captures] == [
+        *((stage, "BiLevelRouting") for stage in (1, 2, 3)), (4, "FullAttention")
+    ]  # fmt: skip
+    first = captures[0]
+    axes = Figure().subplots()
+    assert attention_maps.draw(axes, images[1].permute(1, 2, 0), first, 1, (0, 0)) == "1 of 16 regions"
+    region, n_win = int(first.mixer.route(first.x)[1, 0]), first.mixer.n_win
+    side = -(-first.x.shape[2] // n_win)
+    rows, columns = np.nonzero(axes.images[0].get_array()[..., 3])
+    assert {row // side for row in rows} == {region // n_win} and {column // side for column in columns} == {
+        region % n_win
+    }
+
+
+def test_a_stage_with_two_classes_of_mixers_has_a_picture_of_each():
+    captures = attention_maps.capture(timm.create_model("tessel_davit_atto").eval(), torch.rand(1, 3, 64, 64))
+    assert [type(captured.mixer).__name__ for captured in captures] == ["Window", "Channel"] * 4

@@ -8,6 +8,7 @@ from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
 from ..blocks import MIXERS, Place, block
+from ..blocks.registry import token_mixers
 from ._backbone import Backbone, initialize_mixer
 from ._specification import parse_stage
 
@@ -77,18 +78,12 @@ def specified_mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _mixer_shapes(model: Backbone) -> dict[str, Shapes]:
     """The shapes of input and output of every mixer, by its path, for an image of 224 pixels on the meta device."""
-    kinds = tuple(mixer.kind for mixer in MIXERS.values())
     shapes: dict[str, Shapes] = {}
 
     def remember(path: str) -> Any:
         return lambda module, inputs, output: shapes.update({path: (inputs[0].shape, output.shape)})
 
-    hooks, last = [], "none"
-    for path, module in model.named_modules():
-        # a mixer may consist of others
-        if (type(module) in kinds or hasattr(module, "specification")) and not path.startswith(f"{last}."):
-            hooks.append(module.register_forward_hook(remember(path)))
-            last = path
+    hooks = [mixer.register_forward_hook(remember(path)) for path, mixer in token_mixers(model).items()]
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     image = torch.empty(1, model.in_chans, 224, 224, device="meta", dtype=next(model.parameters()).dtype)
     training = model.training

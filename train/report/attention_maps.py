@@ -1,28 +1,27 @@
-"""Attention maps: pictures of the regions that token mixers attended to.
+"""Pictures of what token mixers did with an image: what the last mixer of each stage explains of itself."""
 
-`ATTENTION_DRAWERS` maps the class of a mixer to the function that draws it. Mixers of other classes are not drawn.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from ...blocks import BiLevelRouting
+from ...blocks import explain
+from ...blocks.registry import token_mixers
 from ..errors import UserError
 from ..tasks.classify.augment import Normalizer, eval_transform, input_config
 from ..tasks.classify.options import ClassifyData
 
 EXAMPLES = 4  # images that are drawn
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom
 Pixel = tuple[int, int]  # y, x
 
 
@@ -30,7 +29,7 @@ Pixel = tuple[int, int]  # y, x
 class CapturedMixer:
     """A mixer and the input `x: [B, C, h, w]` it received in a forward.
 
-    stage: counted from 1; stride: of the stage, so that a cell of `x` is `stride` x `stride` pixels of the image.
+    stage: counted from 1; stride: a position of `x` is `stride` x `stride` pixels of the image.
     """
 
     stage: int
@@ -40,23 +39,21 @@ class CapturedMixer:
 
 
 def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
-    """Run the model on `images: [B, 3, H, W]`; return the last mixer of each stage that can be drawn, with its input.
+    """Run the model on `images: [B, 3, H, W]`; return the last token mixer of each class in each stage, and its input.
 
-    Stages and strides are those of timm's `feature_info`. A stage without such a mixer is left out.
+    Stages are those of timm's `feature_info`. A stage without a token mixer is left out.
     """
-    chosen: list[tuple[int, int, nn.Module]] = []
+    mixers, chosen = token_mixers(model), []
     for stage, info in enumerate(getattr(model, "feature_info", []), start=1):
-        members = (module for name, module in model.named_modules() if name.startswith(f"{info['module']}."))
-        drawable = [module for module in members if type(module) in ATTENTION_DRAWERS]
-        if drawable:
-            chosen.append((stage, info["reduction"], drawable[-1]))
+        members = [mixer for path, mixer in mixers.items() if path.startswith(f"{info['module']}.")]
+        chosen += [(stage, mixer) for mixer in {type(mixer): mixer for mixer in members}.values()]
 
     inputs: dict[nn.Module, Tensor] = {}
 
     def remember(mixer: nn.Module, args: tuple[Tensor]) -> None:
         inputs[mixer] = args[0]
 
-    hooks = [mixer.register_forward_pre_hook(remember) for _, _, mixer in chosen]
+    hooks = [mixer.register_forward_pre_hook(remember) for _, mixer in chosen]
     try:
         # not inference_mode: tensors that a mixer caches in it could not be used in training later
         with torch.no_grad():
@@ -64,54 +61,38 @@ def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [CapturedMixer(stage, stride, mixer, inputs[mixer]) for stage, stride, mixer in chosen]
-
-
-def region_boxes(n_win: int, map_size: tuple[int, int], stride: int, image_size: tuple[int, int]) -> list[Box]:
-    """Boxes, in image pixels, of the n_win x n_win regions of a feature map, row by row; sizes are (height, width).
-
-    The regions divide the map after it is padded at the bottom and right. Boxes are clipped to map and image, so a
-    region that consists of padding has an empty box.
-    """
-    rows, columns = (
-        [min(i * -(-cells // n_win) * stride, cells * stride, pixels) for i in range(n_win + 1)]
-        for cells, pixels in zip(map_size, image_size, strict=True)
-    )
+    height = images.shape[2]
     return [
-        (left, top, right, bottom)
-        for top, bottom in zip(rows, rows[1:], strict=False)
-        for left, right in zip(columns, columns[1:], strict=False)
+        CapturedMixer(stage, max(1, round(height / inputs[mixer].shape[2])), mixer, inputs[mixer])
+        for stage, mixer in chosen
     ]
 
 
-def draw_routing(axes: Axes, picture: Tensor, captured: CapturedMixer, index: int, focus: Pixel) -> str:
-    """Outline the region around `focus` and shade the regions it was routed to (for `BiLevelRouting`)."""
-    mixer: Any = captured.mixer
-    map_size, image_size = (captured.x.shape[2], captured.x.shape[3]), (picture.shape[0], picture.shape[1])
-    boxes, (y, x) = region_boxes(mixer.n_win, map_size, captured.stride, image_size), focus
-    # pixels beyond the last cell, which a strided convolution dropped, count as part of the last region
-    full = (i for i, (left, top, right, bottom) in enumerate(boxes) if left < right and top < bottom)
-    query = max(i for i in full if boxes[i][0] <= x and boxes[i][1] <= y)
-    with torch.no_grad():
-        routed = set(mixer.route(captured.x[index : index + 1])[0, query].tolist())
+def draw(axes: Axes, picture: Tensor, captured: CapturedMixer, index: int, focus: Pixel) -> str:
+    """Draw into `axes`, over the picture `[H, W, 3]`, what the mixer explains of itself; return a caption.
 
-    def frame(region: int, **style: Any) -> None:
-        left, top, right, bottom = boxes[region]
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, clip_on=False, **style))
-
-    for region in range(len(boxes)):
-        if region in routed:
-            frame(region, facecolor="C0", alpha=0.55, linewidth=0)
-        frame(region, fill=False, edgecolor="0.5", alpha=0.6, linewidth=0.4)
-    frame(query, fill=False, edgecolor="C1", linewidth=2, joinstyle="miter", zorder=3)
-    return f"{len(routed)} of {len(boxes)} regions"
-
-
-# (axes, picture [H, W, 3], captured mixer, index of the image in the batch, focus) -> caption: draws, over the picture
-# in `axes`, what the mixer attended to from the pixel `focus`; the caption says how much that is
-ATTENTION_DRAWERS: dict[type[nn.Module], Callable[[Axes, Tensor, CapturedMixer, int, Pixel], str]] = {
-    BiLevelRouting: draw_routing
-}
+    index: of the image in the batch; focus: the pixel of the query. Positions that the query takes something from are
+    shaded, the more the darker; the query is outlined. What is not of positions takes the place of the picture.
+    """
+    (height, width), stride = captured.x.shape[2:], captured.stride
+    # pixels beyond the last position, which a strided convolution dropped, count as part of it
+    row, column = min(focus[0] // stride, height - 1), min(focus[1] // stride, width - 1)
+    explanation = explain(captured.mixer, captured.x[index : index + 1], (row, column))
+    values = explanation.values.cpu().float().abs()
+    shares = (values / values.max().clamp_min(1e-30)).numpy()
+    if explanation.over != "positions":
+        shades = LinearSegmentedColormap.from_list("shades", [rcParams["figure.facecolor"], "C0"])
+        axes.imshow(shares, cmap=shades, extent=(0, picture.shape[1], picture.shape[0], 0))
+        return explanation.text
+    shade = np.empty((height, width, 4))
+    shade[..., :3], shade[..., 3] = to_rgb("C0"), np.where(shares > 0, 0.2 + 0.55 * shares, 0)
+    axes.imshow(shade, extent=(0, width * stride, height * stride, 0), interpolation="nearest")
+    query = Rectangle(
+        (column * stride, row * stride), stride, stride, fill=False, edgecolor="C1", linewidth=1.5, zorder=3
+    )
+    axes.add_patch(query)
+    axes.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
+    return explanation.text
 
 
 def focus_pixels(picture: Tensor) -> tuple[Pixel, Pixel]:
@@ -128,13 +109,17 @@ def focus_pixels(picture: Tensor) -> tuple[Pixel, Pixel]:
     return subject, background
 
 
-def attention_figure(pictures: Sequence[Tensor], captures: Sequence[CapturedMixer]) -> Figure:
+def attention_figure(
+    pictures: Sequence[Tensor], captures: Sequence[CapturedMixer], chosen: Pixel | None = None
+) -> Figure:
     """A row per picture, a column per stage: first for a query on the subject, then for one on the background.
 
-    pictures: [H, W, 3] in 0..1; captures: of the batch of these images, in the same order.
+    pictures: [H, W, 3] in 0..1; captures: of the batch of these images, in the same order. chosen: the one query, if
+    it is given.
     """
     rows, stages, gap = len(pictures), len(captures), 0.2
-    widths = [1, gap, *[1] * stages, gap, *[1] * stages]
+    headings = ["The query"] if chosen else ["A query on the subject", "A query on the background"]
+    widths = [1, *[gap, *[1] * stages] * len(headings)]
     width, height = 1.3 * sum(widths), 1.37 * rows + 0.55
     figure = Figure(figsize=(width, height))
     margins = {"left": 0.005, "bottom": 0.01, "right": 0.995, "top": 1 - 0.55 / height, "wspace": 0.06, "hspace": 0.06}
@@ -143,7 +128,7 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[CapturedMixe
     def show(index: int, column: int, heading: str) -> Axes:
         axes = figure.add_subplot(grid[index, column])
         axes.set_axis_off()
-        # this extent puts the edges of pixels, not their centers, on whole numbers, as in `region_boxes`
+        # this extent puts the edges of pixels, not their centers, on whole numbers
         axes.imshow(pictures[index].numpy(), extent=(0, pictures[index].shape[1], pictures[index].shape[0], 0))
         if index == 0:
             axes.annotate(heading, (0, 1), (0, 33), "axes fraction", "offset points", fontweight="bold")
@@ -151,12 +136,11 @@ def attention_figure(pictures: Sequence[Tensor], captures: Sequence[CapturedMixe
 
     for index, picture in enumerate(pictures):
         show(index, 0, "Image")
-        subject, background = focus_pixels(picture)
-        queries = (2, "A query on the subject", subject), (3 + stages, "A query on the background", background)
-        for start, heading, focus in queries:
-            for column, captured in enumerate(captures, start):
-                axes = show(index, column, heading if column == start else "")
-                caption = ATTENTION_DRAWERS[type(captured.mixer)](axes, picture, captured, index, focus)
+        focuses = [chosen] if chosen else focus_pixels(picture)
+        for number, (heading, focus) in enumerate(zip(headings, focuses, strict=True)):
+            for column, captured in enumerate(captures, 2 + number * (1 + stages)):
+                axes = show(index, column, "" if captured is not captures[0] else heading)
+                caption = draw(axes, picture, captured, index, focus)
                 if index == 0:
                     axes.set_title(f"stage {captured.stage}\n{caption}", fontsize="small", fontweight="normal", pad=7)
     return figure
@@ -175,5 +159,5 @@ def capture_examples(model: Any, dataset: Any, data: ClassifyData) -> tuple[list
     pixels = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
     captures = capture(model, Normalizer(config, pixels.device)(pixels))
     if not captures:
-        raise UserError("the model has no token mixer whose attention can be drawn")
+        raise UserError("the model has no token mixer of tessel, which could be drawn")
     return [image.permute(1, 2, 0) / 255 for image in pixels], captures

@@ -92,7 +92,7 @@ def attention(run: RunRecord, folder: Path) -> tuple[str, str]:
     if (channels := run.recipe.model.in_chans or 3) != 3:
         raise UserError(f"attention is drawn on images of 3 channels, and these have {channels}")
     images, captures = capture_examples(run.model, run.held_out, run.recipe.data)
-    text = "Orange: the query region. Blue: the regions it attends to, in the last such mixer of each stage."
+    text = "Orange: the query. Blue: what it takes from each position, in the last token mixer of each stage."
     html = picture(folder, "attention", "what queries attend to", lambda: attention_figure(images, captures))
     return text, wide(html)
 
