@@ -1,14 +1,18 @@
 """What mixers explain of themselves: attention weights, gates, receptive fields, and `tessel explain`."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+import tessel.zoo
 from tessel.blocks import (
     MIXERS,
     AdaptiveFrequencyFilter,
@@ -22,6 +26,7 @@ from tessel.blocks import (
     explain,
     receptive_field,
 )
+from tessel.blocks.registry import token_mixers
 from tessel.cli import main
 
 every_mixer = pytest.mark.parametrize("name", sorted(MIXERS))
@@ -142,3 +147,12 @@ def test_models_without_mixers_and_missing_images_are_errors(photo, tmp_path, ca
     assert "test_resnet has no token mixer of tessel" in capsys.readouterr().err
     assert main(["explain", "cswin_atto", "--image", str(tmp_path / "none.png"), "--random"]) == 1
     assert "none.png" in capsys.readouterr().err
+
+
+def test_every_mixer_of_the_table_and_of_the_zoo_is_registered():
+    """A mixer that is not in `MIXERS` would be missing from the lab, and its models from `swap`."""
+    page = (Path(tessel.__file__).parent / "docs" / "mixers.md").read_text()
+    named = set(re.findall(r"^\| \[`(\w+)`\]", page, re.MULTILINE))
+    assert named == {mixer.kind.__name__ for mixer in MIXERS.values()}
+    for name in [name for name in tessel.zoo.list_models() if name.endswith("_atto")]:
+        assert token_mixers(timm.create_model(name, device="meta")), name
