@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..recording import compact, crop, exporting, is_open
 from ..sdpa import fused_attention
+from ..working_size import working_bytes
 
-# Without gradients, windows are computed in chunks whose relative logits take about this many bytes: they stay in cache
-# and memory does not grow with the map.
+# Without gradients, windows are computed in chunks whose relative logits take about this many bytes on the CPU: they
+# stay in cache and memory does not grow with the map.
 CHUNK_BYTES = 8 << 20
 
 
@@ -47,9 +48,10 @@ def halo_attention_reference(
     outside = _outside(kv, block_size, halo_size, rows, cols) if mask_border else None
 
     windows, keys = q_WssND.shape[0], kv_WKKNF.shape[1] * kv_WKKNF.shape[2]
-    chunk = max(1, CHUNK_BYTES // (q.shape[3] * side * side * keys * q.element_size()))
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting()
+    window_bytes = q.shape[3] * side * side * keys * q.element_size()
     # the number of windows comes last: comparing it would fix the batch size of a recorded graph
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or windows <= chunk:
+    if whole or windows <= (chunk := max(1, working_bytes(q.device, cpu=CHUNK_BYTES) // window_bytes)):
         y_WqNE = _attend(q_WssND, kv_WKKNF, tables, outside)
     else:
         chunks = [slice(start, start + chunk) for start in range(0, windows, chunk)]

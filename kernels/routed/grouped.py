@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..precision import acc_dtype
+from ..working_size import working_bytes
 from .regions import gather_regions, merge_regions, scatter_add_regions, split_regions
 
-# Target size of the buffers of one group: large enough for efficient matrix products, small beside the model
+# Size of the buffers of one group on the CPU: large enough for efficient matrix products, small beside the model
 GROUP_BYTES = 4 << 20
 
 
@@ -55,12 +56,12 @@ def backward(qkv: Tensor, index: Tensor, do: Tensor, grid: Sequence[int], scale:
 
 
 def _region_groups(qkv: Tensor, index: Tensor) -> Iterator[Tensor]:
-    """Yield the numbers of the query regions of each group, as many as fit into GROUP_BYTES."""
+    """Yield the numbers of the query regions of each group, as many as fit into the working size."""
     batch, regions, topk = index.shape
     pixels = qkv.shape[1] * qkv.shape[2] // regions
     heads, head_dim = qkv.shape[-2:]
     region_bytes = batch * heads * topk * pixels * 2 * (head_dim + pixels) * qkv.element_size()
-    step = min(regions, max(1, GROUP_BYTES // max(1, region_bytes)))
+    step = min(regions, max(1, working_bytes(qkv.device, cpu=GROUP_BYTES) // max(1, region_bytes)))
     yield from torch.arange(regions, device=qkv.device).split(step)
 
 
