@@ -49,10 +49,25 @@ FACTS = {
     "l2vit_small": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.2, None, 0.9999, 1, 84.1),
     "l2vit_base": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.3, None, 0.9999, 1, 84.4),
     "l2vit_base_384": (384, 1024, 30, 5, 4e-5, 4e-7, 1e-8, 0.2, None, 0.9999, 1, 87.0),
+    "dinat_mini": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.2, 5.0, None, 1, 81.8),
+    "dinat_tiny": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.2, 5.0, None, 1, 82.7),
+    "dinat_small": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.3, 5.0, None, 1, 83.8),
+    "dinat_base": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.5, 5.0, None, 1, 84.4),
+    "dinat_large": (224, 512, 30, 0, 5e-5, 0.0, 1e-4, 0.35, 5.0, None, 1, 86.6),
+    "dinat_large_384": (384, 512, 30, 0, 5e-5, 0.0, 1e-10, 0.35, 5.0, None, 1, 87.4),
+    "dinat_s_tiny": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.2, 5.0, None, 1, 81.8),
+    "dinat_s_small": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.3, 5.0, None, 1, 83.5),
+    "dinat_s_base": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.5, 5.0, None, 1, 83.8),
+    "dinat_s_large": (224, 512, 30, 0, 5e-5, 0.0, 1e-4, 0.35, 5.0, None, 1, 86.5),
+    "dinat_s_large_384": (384, 512, 30, 0, 5e-5, 0.0, 1e-5, 0.35, 5.0, None, 1, 87.4),
     "litv2_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.0),
     "litv2_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.3),
     "litv2_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 83.6),
     "litv2_base_384": (384, 1024, 30, 5, 4e-5, 4e-7, 1e-8, 0.5, 5.0, None, 1, 84.7),
+    "nat_mini": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.2, 5.0, None, 1, 81.8),
+    "nat_tiny": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.2, 5.0, None, 1, 83.2),
+    "nat_small": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.3, 5.0, None, 1, 83.7),
+    "nat_base": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.5, 5.0, None, 1, 84.3),
     "s2aformer_mini": (224, 1024, 300, 5, 1e-3, 1e-5, 0.025, 0.0, None, None, 1, 75.1),
     "s2aformer_tiny": (224, 1024, 300, 20, 1e-3, 1e-5, 0.025, 0.0, None, None, 1, 77.7),
     "s2aformer_xsmall": (224, 1024, 300, 20, 1e-3, 1e-5, 0.025, 0.02, None, None, 1, 78.9),
@@ -85,6 +100,10 @@ FINE_TUNES = {
     "cswin_large": "cswin_large.in22k",
     "cswin_large_384": "cswin_large.in22k",
     "l2vit_base_384": "l2vit_base.in22k",
+    "dinat_large": "dinat_large.in22k",
+    "dinat_large_384": "dinat_large.in22k",
+    "dinat_s_large": "dinat_s_large.in22k",
+    "dinat_s_large_384": "dinat_s_large.in22k",
     "litv2_base_384": "litv2_base.in1k",
     "transnext_base_384": "transnext_base.in1k",
     "transnext_small_384": "transnext_small.in1k",
@@ -134,7 +153,7 @@ def test_recipe_holds_the_published_figures(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_follows_the_authors_code_in_erasing_and_batch_norm(name):
-    assert loaded(name).data.aug.erase_after_mixing == name.startswith(("cswin", "tessel_davit"))
+    assert loaded(name).data.aug.erase_after_mixing == name.startswith(("cswin", "dinat", "nat", "tessel_davit"))
     unsynchronized = ("attnet", "biformer", "l2vit", "litv2", "spectformer")
     assert loaded(name).parallel.sync_batch_norm != name.startswith(unsynchronized)
 
@@ -198,10 +217,15 @@ def test_learning_rate_at_named_points(name):
         assert lr(warmup) == pytest.approx(planned.lr * 0.97 ** (warmup // 3003))
         assert lr(planned.steps - 1) == pytest.approx(planned.lr * 0.97 ** ((planned.steps - 1) // 3003))
         return
+    if recipe.sched.name == "poly":
+        assert [lr(planned.steps * i // 4) / planned.lr for i in range(4)] == pytest.approx(
+            [1, 0.75, 0.5, 0.25], abs=1e-4
+        )
+        return
     assert lr(warmup) == pytest.approx(cosine(warmup)) and lr(warmup) > 0.93 * planned.lr
     assert lr(planned.steps // 2) == pytest.approx(cosine(planned.steps // 2))
     assert lr(planned.steps - 1) == pytest.approx(last, rel=1e-3)
-    cooled = name.startswith(("cswin", "tessel_davit"))
+    cooled = name.startswith(("cswin", "dinat", "nat", "tessel_davit"))
     assert planned.cooldown == (round(10 * IMAGENET / recipe.data.batch) if cooled else 0)
 
 

@@ -25,9 +25,17 @@ MASK = {
     "l2vit_tiny": (1e-4, 0.05, {"1x": (0.1, 45.5)}),
     "l2vit_small": (1e-4, 0.05, {"1x": (0.1, 47.2)}),
     "l2vit_base": (1e-4, 0.05, {"1x": (0.2, 47.5)}),
+    "dinat_mini": (1e-4, 0.05, {"3x": (0.2, 47.2, 42.5)}),
+    "dinat_tiny": (1e-4, 0.05, {"3x": (0.2, 48.6, 43.5)}),
+    "dinat_small": (1e-4, 0.05, {"3x": (0.35, 49.3, 44.0)}),
+    "dinat_s_tiny": (1e-4, 0.05, {"3x": (0.2, 46.6, 42.1)}),
+    "dinat_s_small": (1e-4, 0.05, {"3x": (0.35, 48.6, 43.5)}),
     "litv2_small": (2e-4, 1e-4, {"1x": (0.2, 44.9, 40.8)}),
     "litv2_medium": (2e-4, 1e-4, {"1x": (0.2, 46.8, 42.3)}),
     "litv2_base": (2e-4, 1e-4, {"1x": (0.3, 47.3, 42.6)}),
+    "nat_mini": (1e-4, 0.05, {"3x": (0.2, 46.5, 41.7)}),
+    "nat_tiny": (1e-4, 0.05, {"3x": (0.2, 47.7, 42.6)}),
+    "nat_small": (1e-4, 0.05, {"3x": (0.35, 48.4, 43.2)}),
     "s2aformer_mini": (1e-4, 0.05, {"1x": (0.0, 33.4, 31.7)}),
     "s2aformer_tiny": (1e-4, 0.05, {"1x": (0.0, 37.6, 35.4)}),
     "s2aformer_xsmall": (1e-4, 0.05, {"1x": (0.02, 38.4, 35.8)}),
@@ -118,7 +126,7 @@ def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name)
     decays_all = model.startswith(("l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
     assert recipe.optim.decay_norms == decays_all
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
-    half = model.startswith(("biformer", "litv2", "s2aformer", "cswin")) or model == "transnext_base"
+    half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat")) or model == "transnext_base"
     assert (recipe.parallel.precision == "fp16") == half
 
 

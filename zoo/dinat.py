@@ -24,7 +24,7 @@ D_224 = ((1, 8), (1, 4), (1, 2), (1,))
 
 @dataclass(frozen=True)
 class DiNATConfig(NATConfig):
-    """Columns of table 2 of the paper; `dilations` are, for each stage, those of its blocks, repeated to its depth."""
+    """Columns of table 2 of the paper; `dilations` are, for each stage, those that its blocks have in turn."""
 
     dilations: tuple[tuple[int, ...], ...] = D_224
 

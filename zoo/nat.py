@@ -68,23 +68,22 @@ def make_parts(
     drop_rate: float,
     drop_path_rate: float,
 ) -> BackboneParts:
-    """What NAT and DiNAT share. `dilations`: for each stage those of its blocks, repeated to its depth.
+    """What NAT and DiNAT share. `dilations`: for each stage those that its blocks have in turn.
 
     `stem` and `down` make the layers before the stages and between them, from the numbers of channels.
     """
+    if len(dilations) != len(cfg.depths) or not all(dilations):
+        raise ValueError(f"dilations={dilations} must have a list of at least one number for each stage")
     rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
     for i, dim in enumerate(cfg.dims):
-        pattern = dilations[i]
-        if not 1 <= len(pattern) <= cfg.depths[i]:
-            raise ValueError(f"dilations={pattern} of stage {i} must be one to {cfg.depths[i]} numbers, its depth")
         blocks = []
         for b, rate in enumerate(rates[i]):
             attention = NeighborhoodAttention(
                 dim,
                 num_heads=cfg.num_heads[i],
                 kernel_size=cfg.kernel_size,
-                dilation=pattern[b % len(pattern)],
+                dilation=dilations[i][b % len(dilations[i])],
             )
             mlp = Mlp(dim, ratio=cfg.mlp_ratio)
             blocks.append(block(mixer=residual(attention, dim, cfg, rate), mlp=residual(mlp, dim, cfg, rate)))
