@@ -38,8 +38,9 @@ def _axis_tiles(length: int, kernel: int, dilation: int, device: torch.device) -
     tiles = (longest + kernel - 1) // kernel  # of each class
     # comparing an open size would narrow the graph
     width = 2 * kernel - 1 if is_open(longest) else min(2 * kernel - 1, longest)
-    tile = torch.arange(dilation * tiles, device=device)[:, None]
-    residue, first = tile // tiles, tile % tiles * kernel
+    # not by division of a number of the tile: ONNX has no remainder by an open size
+    residue = torch.arange(dilation, device=device)[:, None].expand(-1, tiles).flatten()[:, None]
+    first = (torch.arange(tiles, device=device) * kernel).expand(dilation, -1).flatten()[:, None]
     # classes differ by one position at most; places that only a longer class has repeat the last position
     size = (length - residue + dilation - 1) // dilation
     query = torch.minimum(first + torch.arange(kernel, device=device), size - 1)
