@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from .completion import complete_models
-from .output import json_option, print_facts
+from .output import json_option, nearest, print_facts
 
 
 @click.command(short_help="Show what is known of a model: paper, cost, input, weights.")
@@ -27,10 +27,7 @@ def info(model: str, as_json: bool) -> None:
 
     name = model.partition(".")[0]
     if name not in zoo.list_models():
-        import difflib
-
-        near = difflib.get_close_matches(name, zoo.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`tessel list` lists the models"
+        hint = nearest(name, zoo.list_models()) or "`tessel list` lists the models"
         raise click.ClickException(f"no model of tessel is named {name!r}; {hint}")
     rows = weights(model)
     if model != name and not rows:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .output import json_option, print_rows
+from .output import json_option, nearest, print_rows
 
 DEFAULT_COLUMNS = ("model", "params", "input", "top1", "weights")
 COLUMNS = ("model", "family", "params", "macs", "memory", "input", "top1", "license", "weights", "paper")
@@ -59,7 +59,7 @@ def listing(
     """
     if recipes:
         rows = [row for row in recipe_rows() if pattern is None or fnmatchcase(row["recipe"], pattern)]
-        return show(rows, RECIPE_COLUMNS, pattern, as_json)
+        return show(rows, RECIPE_COLUMNS, pattern, [row["recipe"] for row in recipe_rows()], as_json)
     from .. import zoo
     from .facts import MODEL_FACTS, family_name, parameters
 
@@ -76,13 +76,16 @@ def listing(
     facts: dict[str, Callable[[str], Any]] = {name: MODEL_FACTS[name] for name in {*columns, sort}}
     rows = [{column: fact(name) for column, fact in facts.items()} for name in names]
     rows.sort(key=lambda row: (row[sort] is None, row[sort] if row[sort] is not None else 0))
-    return show(rows, columns, pattern, as_json)
+    return show(rows, columns, pattern, zoo.list_models(), as_json)
 
 
-def show(rows: list[dict[str, Any]], columns: tuple[str, ...], pattern: str | None, as_json: bool) -> int:
-    """Print the rows; 1 and an error if there are none."""
+def show(
+    rows: list[dict[str, Any]], columns: tuple[str, ...], pattern: str | None, names: list[str], as_json: bool
+) -> int:
+    """Print the rows; an error with the nearest of the `names` if there are none."""
     if not rows and not as_json:
-        raise click.ClickException(f"nothing matches {pattern or 'these filters'}; `tessel list` lists all models")
+        hint = nearest(pattern or "", names) or "`tessel list` lists all models"
+        raise click.ClickException(f"nothing matches {pattern or 'these filters'}; {hint}")
     print_rows(rows, columns, as_json=as_json)
     return 0
 

@@ -1,8 +1,9 @@
 """How commands print: tables, and JSON with `--json`."""
 
+import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -50,6 +51,12 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool = False) -> None:
         for number, line in enumerate(cell(value).splitlines() or [""]):
             table.add_row("" if number else name, line)
     _print(table, Console)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question with the nearest of the `known` names; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def cell(value: Any) -> str:

@@ -1,8 +1,13 @@
-"""torchvision's detectors as modules from images to tensors."""
+"""torchvision's detectors as modules from images to tensors, and the comparison of what two of them found."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from .comparison import difference
+
+EQUAL = 1e-3  # relative difference below which the order of two scores is chance
 
 
 class OneImageDetector(nn.Module):
@@ -22,3 +27,26 @@ class OneImageDetector(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         return self.detector([images[0]])[0]
+
+
+def detection_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest difference of scores and masks, and of boxes relative to the largest; infinite if one is missing.
+
+    An object is compared with the nearest one of its label and score, because equal scores come in any order. Objects
+    with the lowest score are left out: which of equals are among the best is chance.
+    """
+    error = difference(found["scores"], expected["scores"])
+    if not error < EQUAL or not len(found["scores"]):
+        return error
+    least = found["scores"].min() * (1 + EQUAL)
+    for number in (found["scores"] > least).nonzero()[:, 0].tolist():
+        near = (expected["scores"] - found["scores"][number]).abs() <= EQUAL * found["scores"][number]
+        rivals = (near & (expected["labels"] == found["labels"][number])).nonzero()[:, 0]
+        if not len(rivals):
+            return float("inf")
+        distances = (expected["boxes"][rivals] - found["boxes"][number]).abs().amax(1)
+        error = max(error, (distances.min() / expected["boxes"].abs().max().clamp_min(1e-12)).item())
+        if "masks" in found:
+            nearest = rivals[distances.argmin()]
+            error = max(error, (expected["masks"][nearest] - found["masks"][number]).abs().max().item())
+    return error

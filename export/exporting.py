@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from .detectors import OneImageDetector
+from .comparison import difference
+from .detectors import OneImageDetector, detection_difference
 from .errors import ExportError, first_line
 from .formats import Format, Recording, formats
 from .loading import load, require
@@ -223,7 +224,7 @@ def _compare(
         text = "x".join(map(str, shape))
         try:
             with torch.no_grad():
-                expected = tree_leaves(model(x))
+                expected = model(x)
         except Exception:
             if shape == example:
                 raise
@@ -234,8 +235,11 @@ def _compare(
             raise ExportError(
                 f"the exported {kind.name} fails on images of {text}: {first_line(error)}{_remedy(dynamic)}"
             ) from error
-        outputs = list(found.values()) if isinstance(found, dict) else [found]
-        error = max(difference(a, b) for a, b in zip(outputs, expected, strict=True))
+        if isinstance(model, OneImageDetector) and isinstance(found, dict):
+            error = detection_difference(found, expected)
+        else:
+            outputs = list(found.values()) if isinstance(found, dict) else [found]
+            error = max(difference(a, b) for a, b in zip(outputs, tree_leaves(expected), strict=True))
         errors[shape] = max(error, errors.get(shape, 0.0))
         if not error <= limit:
             raise ExportError(
@@ -261,16 +265,6 @@ def _inputs(images: Tensor, input_size: Sequence[int], dynamic: Collection[str])
     shapes = {(batches[i % len(batches)], *sizes[i % len(sizes)]) for i in range(max(len(sizes), len(batches)))}
     for batch, height, width in sorted(shapes - {(images.shape[0], *images.shape[2:])}):
         yield torch.randn(batch, chans, height, width, generator=generator)
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite if shapes differ, NaN if a number is."""
-    if found.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    found, expected = found.double(), expected.double()
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
 
 
 def _cannot(kind: Format, dynamic: Sequence[str], error: Exception) -> str:

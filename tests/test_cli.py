@@ -216,6 +216,33 @@ def test_info_of_an_unknown_model_is_an_error(name, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info biformer_smal",
+        "list biformer_smal",
+        "predict biformer_smal x.png",
+        "export biformer_smal",
+        "evaluate biformer_smal --data root=x",
+        "train demo/digits model.name=biformer_smal",
+        "weights fetch biformer_smal",
+        "weights import biformer_smal README.md",
+        "weights reproduce biformer_smal --data x",
+        "weights push biformer_smal owner/name --dry-run",
+    ],
+)
+def test_every_command_names_the_models_nearest_to_a_wrong_name(command, monkeypatch, capsys):
+    monkeypatch.chdir(Path(tessel.__file__).parent)
+    assert main(command.split()) == 1
+    error = capsys.readouterr().err
+    assert "did you mean" in error and "biformer_small" in error and error.count("\n") == 1
+
+
+def test_list_offers_the_nearest_recipes(capsys):
+    assert main(["list", "--recipes", "demo/digts"]) == 1
+    assert "did you mean demo/digits" in capsys.readouterr().err
+
+
 def test_tables_in_a_pipe_keep_long_lines_and_markup(capsys):
     print_rows([{"a": "x" * 300, "b": None}, {"a": "[bold]", "b": 1.5}], ["a", "b"])
     lines = capsys.readouterr().out.splitlines()

@@ -19,7 +19,8 @@ import tessel.export.formats.torch_export
 import tessel.zoo
 from tessel.blocks import Halo, Window
 from tessel.export import ExportError, OneImageDetector, export, formats, load
-from tessel.export.exporting import difference
+from tessel.export.comparison import difference
+from tessel.export.detectors import detection_difference
 from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
@@ -170,6 +171,25 @@ def test_detectors_export_for_one_image(tmp_path, name, format):
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="format aoti cannot record how many boxes .* choose one of onnx, torchscript"):
         export(model, tmp_path / "model", "aoti")
+
+
+def test_detections_are_compared_in_any_order_of_equal_scores():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [5, 5, 20, 20], [1, 2, 3, 4], [7, 7, 8, 8]])
+    scores, labels = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([0, 1, 1, 2])
+    expected = {"boxes": boxes, "scores": scores, "labels": labels, "masks": torch.zeros(4, 1, 2, 2)}
+    swapped = {name: tensor[[0, 2, 1, 3]] for name, tensor in expected.items()}
+    last = {**expected, "boxes": boxes + torch.tensor([0, 0, 0, 3.0])[:, None]}
+    assert detection_difference(swapped, expected) == detection_difference(last, expected) == 0
+    moved = {**expected, "boxes": boxes + torch.tensor([0, 2.0, 0, 0])[:, None]}
+    assert detection_difference(moved, expected) == pytest.approx(2 / 20)
+    masked = {**expected, "masks": expected["masks"] + torch.tensor([0.5, 0, 0, 0])[:, None, None, None]}
+    assert detection_difference(masked, expected) == 0.5
+    renamed = {**expected, "labels": torch.tensor([1, 1, 1, 2])}
+    assert detection_difference(renamed, expected) == float("inf")
+    assert detection_difference({name: tensor[:3] for name, tensor in expected.items()}, expected) == float("inf")
+    assert detection_difference({**expected, "scores": scores * 1.1}, expected) == pytest.approx(0.1)
+    nothing = {name: tensor[:0] for name, tensor in expected.items()}
+    assert detection_difference(nothing, nothing) == 0
 
 
 def test_imagenet_names_come_with_imagenet_models(tmp_path):

@@ -1,19 +1,26 @@
 """`tessel weights import`, `reproduce` and `push`, and what `pretrained=True` accepts."""
 
 import json
+import shutil
+import types
+from pathlib import Path
 
 import golden
+import huggingface_hub
 import pytest
 import timm
 import torch
 import trainer
+import yaml
 from PIL import Image
 
+import tessel
 import tessel.zoo
 from tessel.checkpoints import find_weight, store
 from tessel.cli import main
 
 NAME = "biformer_tiny"
+RUN = Path(__file__).with_name("artefacts") / "5fab7a6" / "classify"
 SYNSETS = timm.data.ImageNetInfo().label_names()
 
 
@@ -170,6 +177,81 @@ def test_dry_run_of_push_prints_the_model_card(file, capsys):
     card = capsys.readouterr().out
     for words in ("license: mit", "hf-hub:someone/biformer", "arxiv.org/abs/2303.08810", "Params (M): 13.1", "81.4"):
         assert words in card
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in the place of the Hugging Face hub: uploads go there, downloads come from there."""
+    root = tmp_path / "hub"
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        (root / repo_id / ".private").write_text(str(private))
+        return types.SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://hub.example/{repo_id}"
+
+    def download(repo_id, filename, **options):
+        if not (root / repo_id / filename).is_file():
+            raise huggingface_hub.utils.EntryNotFoundError(filename)
+        return str(root / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "file_exists",
+        lambda self, *, repo_id, filename, **_: (root / repo_id / filename).exists(),
+    )
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    return root
+
+
+def test_a_pushed_run_is_a_model_of_the_hub(hub, capsys):
+    argv = ["weights", "push", str(RUN), "someone/digits", "--private"]
+    assert main(argv) == 1 and not hub.exists()
+    assert "the license of these weights is not known; give it with --license" in capsys.readouterr().err
+    assert main([*argv, "--license", "MIT"]) == 0
+    assert "https://hub.example/someone/digits" in capsys.readouterr().out
+    files = {path.name for path in (hub / "someone/digits").iterdir()}
+    assert files == {".private", "README.md", "config.json", "model.safetensors"}
+    assert (hub / "someone/digits/.private").read_text() == "True"
+    head, card = (hub / "someone/digits/README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(head)["license"] == "mit" and "tessel" in yaml.safe_load(head)["tags"]
+    for words in (
+        "# Model card for digits",
+        "Trained with tessel",
+        'tessel.load("hf-hub:someone/digits")',
+        "Classes: 10",
+    ):
+        assert words in card
+    config = json.loads((hub / "someone/digits/config.json").read_text())
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    image = Image.effect_noise((40, 30), 90)
+    pushed, run = (tessel.load(source, device="cpu") for source in ("hf-hub:someone/digits", RUN))
+    (found,), (wanted,) = (model.predict(image, topk=10) for model in (pushed, run))
+    assert found.labels == wanted.labels and found.probabilities == pytest.approx(wanted.probabilities)
+    # a card that is there already is kept
+    (hub / "someone/digits/README.md").write_text("mine")
+    assert main([*argv, "--license", "MIT"]) == 0 and (hub / "someone/digits/README.md").read_text() == "mine"
+
+
+def test_published_weights_are_pushed_with_their_license(file, published, hub, capsys):
+    assert main(["weights", "import", NAME, str(file)]) == 0
+    assert main(["weights", "push", NAME, "someone/biformer"]) == 0
+    card = (hub / "someone/biformer/README.md").read_text()
+    assert "license: mit" in card and f"Published weights `{NAME}.in1k`, converted" in card
+    state = timm.create_model("hf-hub:someone/biformer", pretrained=True).state_dict()
+    for key, tensor in tessel.zoo.from_published(NAME, published).items():
+        assert torch.equal(state[key], tensor), key
+
+
+@pytest.mark.parametrize("source", ["segment", "detect"])
+def test_only_classifiers_are_pushed(source, hub, capsys):
+    assert main(["weights", "push", str(RUN.with_name(source)), "someone/x", "--license", "mit"]) == 1
+    assert "only classifiers, by name or as a run, have timm's format" in capsys.readouterr().err and not hub.exists()
 
 
 def test_list_as_json(capsys):

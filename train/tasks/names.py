@@ -54,4 +54,4 @@ def unknown_model(name: str, key: str, known: list[str]) -> UserError:
     """The error for a model that neither timm nor tessel has, with the nearest of the `known` names."""
     near = difflib.get_close_matches(name.partition(".")[0], known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"{key}={name!r} is unknown; `import tessel.zoo, timm; timm.list_models()` lists the names{hint}")
+    return UserError(f"{key}={name!r} is unknown; `tessel list` and timm.list_models() list the names{hint}")
