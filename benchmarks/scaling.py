@@ -34,6 +34,8 @@ MIXERS = {
     "Window": (lambda: blocks.Window(DIM, num_heads=HEADS, window=7), "N"),
     "Channel": (lambda: blocks.Channel(DIM, num_heads=HEADS), "N"),
     "LinearGlobal": (lambda: blocks.LinearGlobal(DIM, num_heads=HEADS), "N"),
+    "LargeKernel": (lambda: blocks.LargeKernel(DIM), "N"),
+    "LongShortDistance": (lambda: blocks.LongShortDistance(DIM, num_heads=HEADS, group=7, interval=8), "N"),
     "Halo": (lambda: blocks.Halo(DIM, num_heads=HEADS, block_size=8, halo_size=3), "N"),
     "Aggregated, fixed pool": (
         lambda: blocks.Aggregated(DIM, num_heads=HEADS, reduction=8, trained_size=56, pool_size=7),

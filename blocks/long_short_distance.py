@@ -59,9 +59,9 @@ class LongShortDistance(nn.Module):
 
         y[g] = proj(softmax(q[g] k[g]^T / sqrt(head_dim) + bias) v[g])
 
-    with `DynamicPositionBias` of max(1, dim // 16) hidden channels (Wang et al., arXiv 2108.00154, sec. 3.2, 3.3). If the
-    squares do not divide the map, it is padded at the bottom and right; padding is masked. A map of which a side is at
-    most `group` is a single group, as in the published dense-prediction models.
+    with `DynamicPositionBias` of max(1, dim // 16) hidden channels (Wang et al., arXiv 2108.00154, sec. 3.2, 3.3). If
+    the squares do not divide the map, it is padded at the bottom and right; padding is masked. A map of which a side is
+    at most `group` is a single group, as in the published dense-prediction models.
 
     Raises ValueError if num_heads does not divide dim, or group or interval is below 1.
     """

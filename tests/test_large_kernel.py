@@ -1,5 +1,8 @@
 """Large-kernel attention against a loop over pixels, and the key layouts of VAN."""
 
+import argparse
+
+import golden
 import pytest
 import timm
 import torch
@@ -77,6 +80,19 @@ def test_reach():
 def test_constructor_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         LargeKernel(16, **arguments)
+
+
+def test_a_file_of_the_published_layout_loads(tmp_path):
+    """A training checkpoint with its arguments; the weights are those of the record, by the keys of the authors."""
+    state = golden.published_state(golden.load("van_b0"))
+    file = {"epoch": 309, "arch": "van_tiny", "state_dict": state, "args": argparse.Namespace(lr=1e-3)}
+    torch.save(file, tmp_path / "van_tiny_754.pth.tar")
+    overlay = {"file": str(tmp_path / "van_tiny_754.pth.tar")}
+    model = timm.create_model("van_b0.in1k", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model.pretrained_cfg["mean"] == model.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    loaded = tessel.zoo.to_published("van_b0", model.state_dict())
+    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in state.items())
+    assert timm.create_model("van_b4.in1k", device="meta").stages[0].norm.eps == 1e-5
 
 
 def test_checkpoints_converted_by_openmmlab_load(tmp_path):

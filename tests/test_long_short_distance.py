@@ -1,5 +1,6 @@
 """Long short distance attention against a loop over groups, heads and queries; CrossFormer's embedding and keys."""
 
+import golden
 import pytest
 import timm
 import torch
@@ -130,6 +131,16 @@ def test_buffers_of_the_first_code_are_dropped():
     old |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.int64)}
     ours = tessel.zoo.from_published("crossformer_atto", state | old)
     assert ours.keys() == model.state_dict().keys()
+
+
+def test_a_file_of_the_published_layout_loads(tmp_path):
+    """A training checkpoint; the weights are those of the record, by the keys of the authors."""
+    state = golden.published_state(golden.load("crossformer_pp_small"))
+    torch.save({"model": state, "max_accuracy": 83.2, "epoch": 299}, tmp_path / "crossformer.pth")
+    overlay = {"file": str(tmp_path / "crossformer.pth")}
+    model = timm.create_model("crossformer_pp_small.in1k", pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded = tessel.zoo.to_published("crossformer_pp_small", model.state_dict())
+    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in state.items())
 
 
 def test_cooling_layers_end_every_third_block_but_the_last():

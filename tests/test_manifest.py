@@ -172,7 +172,7 @@ def run(capsys, *argv: str, fails: bool = False) -> str:
 def test_list_command(capsys):
     lines = run(capsys, "list").splitlines()
     assert [line.split()[0] for line in lines] == ["name", *load_manifest()]
-    lines = run(capsys, "list", "biformer_s*").splitlines()
+    lines = run(capsys, "list", "biformer_sm*").splitlines()
     assert len(lines) == 2
     assert lines[1].split()[:6] == ["biformer_small.in1k", "-", "MIT", "83.80", "-", "no:"]
     assert "published only as a share link" in lines[1]

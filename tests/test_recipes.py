@@ -39,6 +39,16 @@ FACTS = {
     "biformer_tiny": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.1, None, None, 3, 81.4),
     "biformer_small": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.15, None, None, 3, 83.8),
     "biformer_base": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.4, None, None, 3, 84.3),
+    "biformer_stl_tiny": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.1, None, None, 3, 82.7),
+    "biformer_stl_tiny_nchw": (224, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.1, None, None, 3, 82.7),
+    "crossformer_tiny": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.1, 5.0, None, 1, 81.5),
+    "crossformer_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.5),
+    "crossformer_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.4),
+    "crossformer_large": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 84.0),
+    "crossformer_pp_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 83.2),
+    "crossformer_pp_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 84.2),
+    "crossformer_pp_large": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 84.7),
+    "crossformer_pp_huge": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 84.9),
     "cswin_tiny": (224, 2048, 310, 20, 2e-3, 1e-5, 0.05, 0.2, None, 0.99984, 1, 82.8),
     "cswin_small": (224, 2048, 310, 20, 2e-3, 1e-5, 0.05, 0.4, None, 0.99984, 1, 83.6),
     "cswin_base": (224, 1024, 310, 20, 1e-3, 1e-5, 0.1, 0.5, None, 0.99992, 1, 84.2),
@@ -94,6 +104,13 @@ FACTS = {
     "transnext_small_384": (384, 1024, 5, 0, 1e-5, 1e-5, 0.05, 0.7, 1.0, None, 3, 86.0),
     "transnext_base_384": (384, 1024, 5, 0, 1e-5, 1e-5, 0.05, 0.8, 1.0, None, 3, 86.2),
     "transnext_micro_aaaa_256": (256, 1024, 300, 5, 1e-3, 1e-5, 0.05, 0.15, 1.0, None, 3, 82.6),
+    "van_b0": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.1, None, None, 1, 75.4),
+    "van_b1": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.1, None, None, 1, 81.1),
+    "van_b2": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.1, None, None, 1, 82.8),
+    "van_b3": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.2, None, None, 1, 83.9),
+    "van_b4": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.2, None, None, 1, 84.2),
+    "van_b5": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.3, None, None, 1, None),
+    "van_b6": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.4, None, None, 1, None),
 }
 FINE_TUNES = {
     "cswin_base_384": "cswin_base.in1k",
@@ -154,7 +171,7 @@ def test_recipe_holds_the_published_figures(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_follows_the_authors_code_in_erasing_and_batch_norm(name):
     assert loaded(name).data.aug.erase_after_mixing == name.startswith(("cswin", "dinat", "nat", "tessel_davit"))
-    unsynchronized = ("attnet", "biformer", "l2vit", "litv2", "spectformer")
+    unsynchronized = ("attnet", "biformer", "l2vit", "litv2", "spectformer", "van")
     assert loaded(name).parallel.sync_batch_norm != name.startswith(unsynchronized)
 
 
@@ -225,7 +242,7 @@ def test_learning_rate_at_named_points(name):
     assert lr(warmup) == pytest.approx(cosine(warmup)) and lr(warmup) > 0.93 * planned.lr
     assert lr(planned.steps // 2) == pytest.approx(cosine(planned.steps // 2))
     assert lr(planned.steps - 1) == pytest.approx(last, rel=1e-3)
-    cooled = name.startswith(("cswin", "dinat", "nat", "tessel_davit"))
+    cooled = name.startswith(("cswin", "dinat", "nat", "tessel_davit", "van"))
     assert planned.cooldown == (round(10 * IMAGENET / recipe.data.batch) if cooled else 0)
 
 

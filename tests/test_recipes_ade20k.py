@@ -27,6 +27,16 @@ FACTS = {
     "biformer_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.4, 51.0),
     "biformer_small_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.15, 48.9),
     "biformer_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 49.8),
+    "crossformer_base_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.3, 48.0),
+    "crossformer_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 49.7),
+    "crossformer_large_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.5, 49.1),
+    "crossformer_large_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.5, 50.4),
+    "crossformer_pp_base_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.3, 48.6),
+    "crossformer_pp_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 50.7),
+    "crossformer_pp_small_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 47.4),
+    "crossformer_pp_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.2, 49.4),
+    "crossformer_small_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 46.4),
+    "crossformer_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.2, 47.6),
     "cswin_base_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.6, 49.9),
     "cswin_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.6, 51.1),
     "cswin_large_upernet_640": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.6, 53.4),
@@ -64,6 +74,17 @@ FACTS = {
     "transnext_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.7, 53.0),
     "transnext_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.6, 52.2),
     "transnext_tiny_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.4, 51.1),
+    "van_b0_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 38.5),
+    "van_b1_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 42.9),
+    "van_b2_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 46.7),
+    "van_b3_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.3, 48.1),
+    "van_b0_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.1, 41.1),
+    "van_b1_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.1, 44.9),
+    "van_b2_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.1, 50.1),
+    "van_b3_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 50.6),
+    "van_b4_upernet": ("UPerHead", 160000, 32, 6e-5, 0.01, 0.4, 52.2),
+    "van_b5_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.4, 53.9),
+    "van_b6_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.5, 54.7),
 }
 # published numbers of parameters of whole segmenters, in millions
 MILLIONS = {
@@ -74,6 +95,8 @@ MILLIONS = {
     "tessel_davit_small_upernet": 81,
     "tessel_davit_tiny_upernet": 60,
     "transnext_tiny_upernet": 59,
+    "van_b2_upernet": 57,
+    "van_b3_upernet": 75,
 }
 
 
@@ -121,7 +144,9 @@ def test_recipe_has_the_published_settings(name):
 def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
     recipe = loaded(name)
     assert recipe.task.segment.avg_non_ignore == name.startswith("affnet")
-    decays_all = ("l2vit", "tessel_davit") if "upernet" in name else ("biformer", "cswin", "litv2")
+    decays_all = (
+        ("l2vit", "tessel_davit") if "upernet" in name else ("biformer", "crossformer", "cswin", "litv2", "van")
+    )
     assert recipe.optim.decay_norms == name.startswith(decays_all)
     assert recipe.parallel.sync_batch_norm != name.startswith(("l2vit", "tessel_davit"))
     assert recipe.task.dense.sync_batch_norm != name.startswith("litv2")

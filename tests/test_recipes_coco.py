@@ -19,6 +19,10 @@ FAMILIES = {name: family for family in tessel.zoo.list_families() for name in fa
 MASK = {
     "biformer_small": (1e-4, 0.05, {"1x": (0.2, 47.8, 43.2)}),
     "biformer_base": (1e-4, 0.05, {"1x": (0.3, 48.6, 43.7)}),
+    "crossformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.4, 41.4), "3x": (0.2, 48.7, 43.9)}),
+    "crossformer_base": (1e-4, 1e-4, {"1x": (0.3, 47.2, 42.7), "3x": (0.3, 49.8, 44.5)}),
+    "crossformer_pp_small": (1e-4, 1e-4, {"1x": (0.2, 46.4, 42.1)}),
+    "crossformer_pp_base": (1e-4, 1e-4, {"1x": (0.3, 47.7, 43.2)}),
     "cswin_tiny": (1e-4, 0.05, {"3x": (0.2, 49.0, 43.6)}),
     "cswin_small": (1e-4, 0.05, {"3x": (0.4, 50.0, 44.5)}),
     "cswin_base": (1e-4, 0.05, {"3x": (0.5, 50.8, 44.9)}),
@@ -51,6 +55,10 @@ MASK = {
 RETINA = {
     "biformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.9)}),
     "biformer_base": (1e-4, 1e-4, {"1x": (0.3, 47.1)}),
+    "crossformer_small": (1e-4, 1e-4, {"1x": (0.2, 44.4)}),
+    "crossformer_base": (1e-4, 1e-4, {"1x": (0.3, 46.2)}),
+    "crossformer_pp_small": (1e-4, 1e-4, {"1x": (0.2, 45.1)}),
+    "crossformer_pp_base": (1e-4, 1e-4, {"1x": (0.3, 46.6)}),
     "l2vit_tiny": (1e-4, 0.05, {"1x": (0.1, 44.1)}),
     "l2vit_small": (1e-4, 0.05, {"1x": (0.1, 46.2)}),
     "l2vit_base": (1e-4, 0.05, {"1x": (0.2, 46.5)}),
@@ -123,7 +131,7 @@ def test_recipe_has_the_published_settings(name):
 def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name):
     recipe, model = load_recipe(f"coco/{name}"), architecture(name)
     retina = recipe.task.detect.detector == "retinanet"
-    decays_all = model.startswith(("l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
+    decays_all = model.startswith(("crossformer", "l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
     assert recipe.optim.decay_norms == decays_all
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
     half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat")) or model == "transnext_base"

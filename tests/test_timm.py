@@ -30,6 +30,7 @@ FAMILIES = [distinct_variants(family.variants) for family in tessel.zoo.list_fam
 LARGE = (
     *("cswin_large", "cswin_large_384", "tessel_davit_large"),
     *("tessel_halonet_h6", "tessel_halonet_h7", "transnext_base"),
+    *("crossformer_large", "crossformer_pp_large", "crossformer_pp_huge", "van_b4", "van_b5", "van_b6"),
 )
 ATTO = tuple(name for names in FAMILIES for name in names if name.endswith("_atto"))
 
