@@ -249,3 +249,9 @@ def test_overlay_shows_truth_beside_prediction(tmp_path):
     )
     with Image.open(tmp_path / "overlays/000003.png") as picture:
         assert np.array_equal(np.asarray(picture), drawn)
+
+
+def test_masks_without_a_known_pixel_are_an_error():
+    metrics = SegmentationMetrics(fake_task(), keep=False)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no pixel of the validation split has a class"):
+        metrics.compute()

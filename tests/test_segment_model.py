@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import group_parameters
+from torch import nn
 from torch.nn import functional as F
 
 from tessel import zoo
@@ -16,9 +17,10 @@ from tessel.train.distributed.parallel import fsdp_units
 from tessel.train.errors import UserError
 from tessel.train.openmmlab.compat import build
 from tessel.train.recipe.schema import Dense, Model
-from tessel.train.tasks.segment.head_checks import FeatureSpec
+from tessel.train.tasks.dense_backbone import build_backbone
+from tessel.train.tasks.segment.head_checks import FeatureSpec, check_head
 from tessel.train.tasks.segment.heads import HeadConfig, build_head, build_neck, cross_entropy
-from tessel.train.tasks.segment.model import Segmenter, build_segmenter
+from tessel.train.tasks.segment.model import Segmenter, build_segmenter, feature_specs
 from tessel.train.tasks.segment.options import SegmentOptions
 
 PLAIN, CLASSES = Dense(), ["a", "b", "c", "d", "e"]
@@ -364,3 +366,27 @@ def test_a_published_segmenter_that_does_not_fit_is_an_error():
         model.load_published(state | {"auxiliary_head.x": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"conv_seg.bias has the shape \[7\], in the model \[5\]"):
         model.load_published(state | {"decode_head.conv_seg.bias": torch.zeros(7)})
+
+
+class Flattening(nn.Module):
+    """A head that cannot read channels_last maps; the rest of a head is not reached."""
+
+    num_classes = len(CLASSES)
+
+    def predict(self, maps, *_):
+        return maps[0].view(maps[0].shape[0], -1)
+
+    def loss(self, maps, *_):
+        return {"loss": self.predict(maps).sum().requires_grad_()}
+
+
+def test_head_that_cannot_read_the_memory_format_of_the_training_is_refused():
+    """parallel.channels_last changes the maps that a head gets."""
+    backbone = build_backbone(Model(name="test_resnet"), PLAIN, range(4))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        specs = feature_specs(backbone, Model(name="test_resnet"), 64, layout)
+        if layout == torch.contiguous_format:
+            check_head("task.segment.decode_head", Flattening(), specs, losses="losses", size=64)
+            continue
+        with pytest.raises(UserError, match="task.segment.decode_head does not run on the feature maps"):
+            check_head("task.segment.decode_head", Flattening(), specs, losses="losses", size=64)

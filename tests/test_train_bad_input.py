@@ -255,3 +255,18 @@ def test_torchrun_prints_one_message(recipe):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
         messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode != 0 and len(messages) == 1 and fragment in messages[0], done.stderr
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory left"), MemoryError()])
+def test_lack_of_memory_in_an_evaluation_loses_no_update(recipe, monkeypatch, capsys, error):
+    """The evaluation after step 6 is the first; no checkpoint is due before it."""
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tessel.train.tasks.classify.metrics.ClassificationMetrics.update", fail)
+        message = error_message(capsys, trainer.train(recipe, "ckpt.every=9"))
+    assert "out of memory in an evaluation" in message and "data.eval_batch" in message
+    assert trainer.train(recipe, "ckpt.every=9") == 0
+    assert "at step 6 (exact)" in capsys.readouterr().out

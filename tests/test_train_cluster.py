@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import trainer
 
-from tessel.train.recipe.load import PACKAGED
+from tessel.train.recipe.load import PACKAGED, load_recipe
+from tessel.train.run.directory import RunDirectory
 
 SCRIPT = PACKAGED / "slurm/train.sbatch"
 
@@ -66,6 +67,22 @@ def test_signal_is_forwarded_and_the_script_waits_for_the_save(cluster):
     job.communicate(timeout=30)
     calls = (cluster / "calls").read_text()
     assert job.returncode == 0 and "scancel --signal=USR1 7.0" in calls and "scontrol requeue 7" in calls
+
+
+def test_restart_renames_an_older_run_if_the_first_start_died_before(tmp_path):
+    """And does not rename the run that the first start of its own job began."""
+    recipe = load_recipe(trainer.write_recipe(tmp_path / "tiny.yaml", data={"source": "digits"}), ["run.fresh=true"])
+    (run := tmp_path / "runs/tiny").mkdir(parents=True)
+    (run / "of_an_older_run").touch()
+
+    def opens(**options):
+        with RunDirectory(recipe, **options).held() as directory:
+            return directory.open()
+
+    assert opens(restart=True, job="slurm 7") == tmp_path / "runs/tiny.old-1"
+    assert opens(restart=True, job="slurm 7") is None
+    assert opens(restart=True, job="slurm 8") == tmp_path / "runs/tiny.old-2"
+    assert opens(restart=False, job="slurm 8") == tmp_path / "runs/tiny.old-3"
 
 
 @pytest.mark.slow

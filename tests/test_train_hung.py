@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 
@@ -12,6 +13,9 @@ import trainer
 from torch import distributed as dist
 
 from tessel.train.data.loader import Loader, SeededDataset
+from tessel.train.data.mask_files import read_mask_file
+from tessel.train.data.segmentation import read_mask
+from tessel.train.data.sources.folder import ImageFolder
 from tessel.train.distributed.world import translate_error
 from tessel.train.errors import LocalRankError, UserError
 from tessel.train.run.checkpoint import find_damage
@@ -105,12 +109,65 @@ def test_close_ends_hung_workers():
     assert next(loader)[0].item() == 1
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    os.kill(workers[0].pid, signal.SIGSTOP)
     with pytest.raises(UserError, match="no batch .* within 3 s"):
         next(loader)
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 10 and not any(worker.is_alive() for worker in workers)
+
+
+class Bulky:
+    """Samples whose tensors a worker passes by file descriptors, which it must hand over itself."""
+
+    def __getitem__(self, index):
+        return torch.zeros(1000), 0
+
+
+def test_frozen_worker_is_reported():
+    """SIGSTOP in the transfer of a batch, which torch's own timeout does not cover."""
+    dataset = SeededDataset(Bulky(), lambda image, target: (image, target), 0)
+    loader = Loader(dataset, [[(0, n)] for n in range(99)], workers=1, prefetch=4, pin=False, timeout=2)
+    next(loader)
+    (worker,) = loader.workers
+    time.sleep(0.5)  # the next batches wait in the queue
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match="no batch .* within 2 s"):
+        list(loader)
+    loader.close()
+    assert not worker.is_alive()
+
+
+def test_killed_worker_raises_only_where_a_batch_is_awaited():
+    """And not while a checkpoint is written, which would be told as a full disk."""
+    dataset = SeededDataset(Bulky(), lambda image, target: (image, target), 0)
+    loader = Loader(dataset, [[(0, n)] for n in range(99)], workers=1, prefetch=2, pin=False)
+    next(loader)
+    os.kill(loader.workers[0].pid, signal.SIGKILL)
+    for _ in range(20):
+        time.sleep(0.02)  # torch's handler of SIGCHLD would raise here
+    with pytest.raises(UserError, match="a loader process died"):
+        list(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_files_that_never_answer_are_refused(tmp_path, kind, monkeypatch):
+    root = trainer.draw_folder(tmp_path / "images")
+    file = root / "train/class_0/0.png"
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as own:
+            monkeypatch.chdir(file.parent)  # the path of a socket has at most 108 letters
+            own.bind(file.name)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"0.png cannot be decoded \(it is no regular file\)"):
+        ImageFolder(root / "train")[0]
+    for read in (read_mask, read_mask_file):
+        with pytest.raises(UserError, match="no regular file"):
+            read(str(file))
 
 
 @pytest.mark.parametrize(

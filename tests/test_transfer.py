@@ -343,3 +343,13 @@ def test_cooldown_is_part_of_the_training_length(recipe):
 
 def test_the_probe_is_not_listed_in_the_zoo():
     assert "attentive_probe" not in tessel.zoo.list_models() and timm.is_model("attentive_probe")
+
+
+@pytest.mark.parametrize("classes", [10, 7])
+def test_weights_that_share_no_name_with_the_model_are_an_error(recipe, tmp_path, capsys, classes):
+    """With another number of classes, timm loads what fits, which is nothing."""
+    state = timm.create_model("test_vit", num_classes=classes).state_dict()
+    torch.save({f"other.{name}": tensor for name, tensor in state.items()}, tmp_path / "other.pth")
+    assert trainer.train(recipe, f"model.init_from={tmp_path}/other.pth", "model.name=test_resnet") == 1
+    error = capsys.readouterr().err
+    assert "does not fit model.name=test_resnet" in error and error.count("\n") == 1, error

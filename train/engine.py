@@ -215,12 +215,13 @@ class Engine:
         with self.meter.paused():
             try:
                 accumulated = self.accumulate_metrics()
+                metrics = accumulated.compute() if accumulated else None
             except UserError:  # raised on all processes; save what was learned since the last checkpoint
                 self.save()
                 raise
-            if accumulated is None:
+            if metrics is None:
                 return False
-            metrics, progress = accumulated.compute(), self.progress
+            progress = self.progress
         self.loggers.log({"kind": "eval", **self.position(), **metrics})
         progress.evaluated, progress.metrics = progress.step, metrics
         value, loss = metrics[self.metric.key], metrics.get("loss")

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -16,8 +17,8 @@ from torch import nn
 from .. import zoo as zoo  # registers the models with timm, for load_run
 from .data.loader import Loader
 from .distributed.parallel import autocast
-from .distributed.world import World
-from .errors import UserError
+from .distributed.world import World, is_out_of_memory
+from .errors import UserError, one_line
 from .files import damaged_file, replacing, write_atomically, writing
 from .recipe.load import load_recipe
 from .recipe.registry import TASKS
@@ -43,7 +44,7 @@ def run_evaluation(
     model.eval()
     try:
         # no_grad rather than inference_mode: tensors that a model caches here are used in training too
-        with world.raise_on_all_ranks(), torch.no_grad(), autocast(parallel, world):
+        with world.raise_on_all_ranks(), _memory_errors(), torch.no_grad(), autocast(parallel, world):
             for batch in _without_gaps(batches):
                 if stop():
                     break
@@ -55,6 +56,19 @@ def run_evaluation(
         return None
     task.note_evaluation(metrics)
     return metrics
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn a lack of memory into a UserError, which is raised on all processes and before which updates are saved."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory in an evaluation ({one_line(error, 120)}): lower data.eval_batch, and start again"
+        ) from error
 
 
 def _without_gaps(batches: Loader) -> Iterator[Any]:

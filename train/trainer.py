@@ -23,7 +23,7 @@ from .run.checkpoint import Checkpoints
 from .run.directory import RunDirectory
 from .run.loggers import Loggers, LogRecord
 from .run.profiling import count_parameters, peak_memory
-from .run.signals import Signals, is_elastic_restart
+from .run.signals import Signals, is_elastic_restart, job_identity
 from .tasks.base import Task
 from .tasks.models import no_weights, resolve_pretrained
 from .threads import describe_waiting
@@ -35,7 +35,9 @@ def train(recipe: Recipe) -> None:
         init_distributed(recipe.run, recipe.guard) as world,
         Signals().caught() as signals,
         # torchrun counts restarts per node, and only on nodes where a process failed
-        RunDirectory(recipe, restart=world.any_rank(is_elastic_restart())).held() as run,
+        RunDirectory(
+            recipe, restart=world.any_rank(is_elastic_restart()), job=world.broadcast_object(job_identity())
+        ).held() as run,
     ):
         say = print if world.main else lambda text: None
         use_kernels(recipe.parallel, world, say)

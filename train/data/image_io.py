@@ -1,11 +1,13 @@
 """Reading image files as they are meant to be seen: EXIF orientation applied, transparent pixels over a background,
 16 bits scaled to 8, and errors that name the file."""
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -15,6 +17,8 @@ from ..recipe.schema import PixelFormat
 from .bands import ARRAY_EXTENSIONS, as_channels, is_array_file, read_array
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+# those of the endings above, whatever ending a file has: others start programs (EPS starts Ghostscript)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")
 RGB = PixelFormat()
 
 Picture = Image.Image | np.ndarray  # RGB, or [H, W, C] if the model reads other channels
@@ -40,7 +44,7 @@ def read_image(
         elif name.lower().endswith(tuple(ARRAY_EXTENSIONS)):
             picture = as_rgb(image_of_array(read_array(file, name)), pixel_format.background)
         else:
-            with Image.open(file) as stored:
+            with open_image(file) as stored:
                 picture = as_picture(orient(stored, size), pixel_format)
     if size and (found := picture_size(picture)) != size:
         raise UserError(
@@ -55,7 +59,7 @@ def upright_size(path: str | Path) -> tuple[int, int] | None:
     Only the header is read.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(str(path)) as file, open_image(file) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.height, image.width) if turned else image.size
     except Exception:  # decoders raise all kinds of exceptions for damaged files
@@ -64,7 +68,19 @@ def upright_size(path: str | Path) -> tuple[int, int] | None:
 
 def read_file(path: str, *, pixel_format: PixelFormat = RGB, size: tuple[int, int] | None = None) -> Any:
     """The picture in the file at `path`; see `read_image`."""
-    return read_image(partial(open, path, "rb"), path, pixel_format=pixel_format, size=size)
+    return read_image(partial(open_regular, path), path, pixel_format=pixel_format, size=size)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image in a binary file of one of `FORMATS`, not yet decoded."""
+    return Image.open(file, formats=FORMATS)
+
+
+def open_regular(path: str) -> BinaryIO:
+    """The file at `path`. Raises OSError for a pipe, a socket or a device, which may never answer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
+    return open(path, "rb")
 
 
 def orient(stored: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .image_io import RGB, read_image
+from .image_io import RGB, open_regular, read_image
 
 
 class ImageFiles:
@@ -30,7 +30,7 @@ class ImageFiles:
     def picture(self, index: int) -> Any:
         """The picture of a sample. Raises UserError if its file cannot be read."""
         path = self.image_path(index)
-        return self.decode(partial(open, path, "rb"), path, pixel_format=self.pixel_format)
+        return self.decode(partial(open_regular, path), path, pixel_format=self.pixel_format)
 
 
 class LabeledFiles(ImageFiles):

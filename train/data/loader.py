@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import wait
+from threading import Timer
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -20,6 +21,7 @@ WORKER_HANGS = (
     "no batch arrived within {timeout:g} s: a data loader worker hangs, or reading the images is too slow. Check that "
     "data.root can be read. The same command continues from the last checkpoint; guard.timeout changes the time limit"
 )
+SIGCHLD = getattr(signal, "SIGCHLD", None)  # Windows has none
 Transform = Callable[[Any, Any], tuple[Any, Any]]  # image and target -> input and target of the model
 
 
@@ -88,6 +90,8 @@ class Loader:
     ):
         """prefetch: batches per worker; timeout: seconds after which a worker counts as hung; 0: never."""
         self.timeout, self.timed_out = timeout, False
+        # torch's handler raises the death of a worker wherever this process is, for example while it writes a file
+        handler = signal.getsignal(SIGCHLD) if SIGCHLD else None
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -96,9 +100,11 @@ class Loader:
             collate_fn=partial(_collate, collate),
             worker_init_fn=_ignore_signals,
             pin_memory=pin,
-            timeout=timeout if workers else 0,
         )
         self.batches = iter(self.loader)
+        with suppress(ValueError):  # another thread than the main one sets no handlers, neither torch's nor this one
+            if SIGCHLD:
+                signal.signal(SIGCHLD, handler)
         self.failures: dict[int, str] = {}
 
     @property
@@ -110,16 +116,23 @@ class Loader:
         return self
 
     def __next__(self) -> Any:
+        # the DataLoader's own timeout does not cover the transfer of a tensor, in which a frozen worker must answer
+        watch = Timer(self.timeout, self._kill_workers) if self.workers and self.timeout else None
         try:
+            if watch:
+                watch.daemon = True
+                watch.start()
             batch, failures = next(self.batches)
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if "timed out" in str(error):
-                self.timed_out = True
+        except (RuntimeError, EOFError, OSError) as error:
+            if self.timed_out:
                 raise UserError(WORKER_HANGS.format(timeout=self.timeout)) from error
             # the connections of a killed process break a moment before it counts as dead
             if not wait([worker.sentinel for worker in self.workers], timeout=2):
                 raise
             raise UserError(WORKER_DIED) from error
+        finally:
+            if watch:
+                watch.cancel()
         self.failures |= failures
         if batch is None:
             raise UserError(next(reversed(failures.values())))
@@ -130,13 +143,15 @@ class Loader:
         workers, batches = self.workers, self.batches
         self.batches = iter(())
         for worker in workers if self.timed_out else ():
-            # workers ignore SIGTERM, so send SIGKILL; the DataLoader's SIGCHLD handler may raise here
-            with suppress(RuntimeError):
-                worker.kill()
-                worker.join()
+            worker.join()
         # the iterator may outlive this call in a traceback; until it is shut down it reports the death of its workers
         with suppress(AttributeError, RuntimeError):
             batches._shutdown_workers()  # type: ignore[union-attr]
+
+    def _kill_workers(self) -> None:
+        self.timed_out = True
+        for worker in self.workers:
+            worker.kill()  # SIGKILL, since workers ignore SIGTERM, and a stopped one can do nothing else
 
 
 def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Any, dict[int, str]]:

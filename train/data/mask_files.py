@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .class_file import Color, hex_color
-from .image_io import decoding_errors
+from .image_io import decoding_errors, open_image, open_regular
 from .segmentation import INDEX_MODES
 
 MAX_COLORS = 256  # of one mask file; more are a photo or the blend of antialiased borders
@@ -51,7 +51,7 @@ def read_mask_file(path: str) -> MaskFile:
 
     Raises UserError for a damaged file, and for one that is no mask: lossy, partly transparent or of another mode.
     """
-    with decoding_errors(f"mask {path}"), Image.open(path) as mask:
+    with decoding_errors(f"mask {path}"), open_regular(path) as file, open_image(file) as mask:
         if mask.format in LOSSY:
             raise UserError(f"mask {path} is a {mask.format} file, which changes values; save masks as PNG")
         if mask.mode in INDEX_MODES:

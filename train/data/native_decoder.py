@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError, one_line
 from .external import require_package
-from .image_io import decoding_errors, read_image
+from .image_io import decoding_errors, open_image, read_image
 
 
 def require_decoder() -> None:
@@ -38,7 +38,7 @@ def read_pixels(open_file: Callable[[], Any], name: str, **options: Any) -> Tens
 
     with decoding_errors(f"image {name}"), open_file() as file:
         content = file.read()
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             native = image.format == "JPEG" and image.mode in ("RGB", "L") and upright
         if native:

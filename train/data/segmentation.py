@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .fingerprint import file_sizes
-from .image_io import RGB, decoding_errors, read_file
+from .image_io import RGB, decoding_errors, open_image, open_regular, read_file
 
 IGNORE_INDEX = 255
 UNKNOWN = -1  # a value without a class
@@ -84,7 +84,7 @@ class IndexMasks:
 
 def read_mask(path: str) -> np.ndarray:
     """The values [H, W] of a mask: palette indices, or gray levels of 8 or 16 bits."""
-    with decoding_errors(f"mask {path}"), Image.open(path) as mask:
+    with decoding_errors(f"mask {path}"), open_regular(path) as file, open_image(file) as mask:
         if mask.mode not in INDEX_MODES:
             raise UserError(f"mask {path} is an image of mode {mask.mode}; it must have one class index per pixel")
         return np.array(mask).astype(np.int32)

@@ -112,6 +112,11 @@ def init_distributed(run: Run, guard: Guard = Guard()) -> Iterator[World]:  # no
             dist.destroy_process_group()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the machine had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "MPS backend out of memory" in str(error)
+
+
 def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None:
     """The UserError for a RuntimeError of torch whose cause is known, else None.
 
@@ -132,7 +137,7 @@ def translate_error(error: RuntimeError, timeout: timedelta) -> UserError | None
         return LocalRankError(
             f"another process of this run is gone ({text[:160]}); the same command continues from the last checkpoint"
         )
-    if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
+    if is_out_of_memory(error):
         return LocalRankError(
             f"the GPU is out of memory ({text}): lower data.micro_batch or set parallel.grad_checkpointing=true"
         )

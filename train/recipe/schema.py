@@ -120,7 +120,7 @@ class Data:
     """images per forward pass and process; null: batch / processes"""
     eval_batch: PositiveInt = 256
     """images per forward pass and process in evaluation"""
-    workers: NonNegativeInt = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """data loader workers per process"""
     background: tuple[Level, Level, Level] = (255, 255, 255)
     """color below transparent pixels: red, green and blue in 0 to 255"""
@@ -264,7 +264,7 @@ class Guard:
     max_corrupt: NonNegativeInt | None = None
     """maximum number of unreadable training samples that are replaced by others; then the run stops; null: a thousandth
     of the training samples, at least 3"""
-    timeout: PositiveFloat = 900.0
+    timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0
     """seconds to wait for a batch before the run stops; collectives wait twice as long"""
 
     def corrupt_limit(self, samples: int) -> int:

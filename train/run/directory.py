@@ -18,20 +18,21 @@ from ..recipe.schema import Recipe
 from ..recipe.sizing import recorded
 from ..system import lock_file
 
-LOCK = ".lock"
+LOCK, FRESH = ".lock", ".fresh"  # FRESH names the job that began the run with run.fresh=true
 # what a start leaves behind that was killed before it wrote its recipe
-FILES_OF_A_NEW_RUN = {LOCK, ".recipe.yaml.part"}
+FILES_OF_A_NEW_RUN = {LOCK, FRESH, f".{FRESH}.part", ".recipe.yaml.part"}
 NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems and systems without locks
 
 
 class RunDirectory:
     """The directory `out/name` of a run."""
 
-    def __init__(self, recipe: Recipe, *, restart: bool = False):
-        """restart: this start repeats one that has already renamed an older run."""
-        self.recipe, self.restart = recipe, restart
-        self.fresh = recipe.run.fresh and not restart
+    def __init__(self, recipe: Recipe, *, restart: bool = False, job: str = ""):
+        """restart: this start was made by torchrun or SLURM, with the arguments of the first start of `job`."""
+        self.recipe, self.restart, self.job = recipe, restart, job
         self.path = Path(recipe.run.out) / recipe.run.name
+        # the first start may have died before it renamed the older run
+        self.fresh = recipe.run.fresh and not (restart and self._begun_by() == job)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self._locks: list[int] = []
@@ -66,6 +67,12 @@ class RunDirectory:
         with writing(self.path / LOCK):
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _begun_by(self) -> str | None:
+        """The job that began the run with `run.fresh`, if one did."""
+        with suppress(OSError, UnicodeDecodeError):
+            return (self.path / FRESH).read_text(encoding="utf-8")
+        return None
 
     def check(self) -> bool:
         """Whether an earlier start of this run can be continued. Raises UserError if it had another recipe.
@@ -118,6 +125,8 @@ class RunDirectory:
                 self.path.rename(aside)
                 self._locked = False  # the locked file was renamed too
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.fresh:
+                write_atomically(self.path / FRESH, self.job)
         self.lock()
         # another process may have started the run before this one had the lock
         self.check()

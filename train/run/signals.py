@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -37,6 +38,12 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def job_identity() -> str:
+    """A name of the job that is the same in all its automatic restarts: SLURM's, else the process of torchrun."""
+    slurm = os.environ.get("SLURM_JOB_ID")
+    return f"slurm {slurm}" if slurm else f"process {os.getppid()} on {socket.gethostname()}"
 
 
 def is_elastic_restart() -> bool:

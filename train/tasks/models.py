@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +13,7 @@ from zipfile import BadZipFile
 import timm
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import zoo as zoo  # registers the models with timm
 from ...checkpoints import load_manifest
@@ -109,16 +110,28 @@ def create_source(options: Model, size: int, num_classes: int | None) -> Any:
     mismatch: UserError | None = None
     for overlay in ({}, {"num_classes": num_classes}):
         kwargs["pretrained_cfg_overlay"] = {**overlay, **given, "file": file}
+        create = partial(create_model, options.name, size, key="model.name", num_classes=num_classes, **kwargs)
+        generator = torch.get_rng_state()
         try:
-            return create_model(
-                options.name, size, key="model.name", pretrained=True, num_classes=num_classes, **kwargs
-            )
+            model = create(pretrained=True)
         except UserError as error:
             mismatch = error
             if num_classes is None or "num_classes" in given:
                 break
+            continue
+        # timm loads what fits, if the classes differ, and that may be nothing
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator)
+            if equal_weights(model, create(pretrained=False)):
+                raise weights_mismatch(options, "the file has no weight of this model")
+        return model
     assert mismatch is not None
     raise weights_mismatch(options, one_line(mismatch.__cause__ or mismatch)) from mismatch
+
+
+def equal_weights(model: nn.Module, other: nn.Module) -> bool:
+    """Whether all parameters of two models of one architecture are the same."""
+    return all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @contextmanager

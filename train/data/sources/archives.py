@@ -168,6 +168,8 @@ def _list_archives(data: Tar, split: str) -> list[Path]:
 
 def _read_members(archive: Path) -> Iterator[Member]:
     """The files of an uncompressed archive and of archives within it, in order. Raises UserError if it is damaged."""
+    if not archive.is_file():
+        raise UserError(f"archive {archive} is no regular file")
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ...data.segmentation import IGNORE_INDEX
 from ...distributed.parallel import memory_format
 from ...distributed.world import World
+from ...errors import UserError
 from ...recipe.schema import Recipe
 from .options import SegmentTest
 
@@ -64,6 +65,11 @@ class SegmentationMetrics:
 
     def compute(self) -> dict[str, float]:
         confusion = self.task.world.sum(self.confusion).double()
+        if not confusion.sum():
+            raise UserError(
+                "no pixel of the validation split has a class, so there is nothing to evaluate: all are ignored (255). "
+                "Check the masks and the values of the classes; python -m tessel.train.check RECIPE counts them"
+            )
         iou, accuracy = class_metrics(confusion)
         return {
             "miou": 100 * float(iou.nanmean()),

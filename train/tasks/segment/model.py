@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ....checkpoints import read_state
@@ -103,9 +104,17 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(
-    model: Model, segment: SegmentOptions, *, dense: Dense, classes: Sequence[str], size: int | None = None
+    model: Model,
+    segment: SegmentOptions,
+    *,
+    dense: Dense,
+    classes: Sequence[str],
+    size: int | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Segmenter:
     """The segmenter of a recipe's sections. Raises UserError for what cannot be built or, on `size` pixels, trained.
+
+    layout: the memory format of images in training. A head that cannot read the maps that follow is refused too.
 
     Stages that no head reads are not built, because DDP stops at parameters without a gradient.
     """
@@ -120,7 +129,7 @@ def build_segmenter(
     levels = required_levels(heads.values(), segment.neck)
     check_name(model.name)
     backbone = build_backbone(model, dense, levels)
-    features: Sequence[FeatureSpec | None] = feature_specs(backbone, model, size)
+    features: Sequence[FeatureSpec | None] = feature_specs(backbone, model, size, layout)
     neck = None
     if segment.neck:
         neck, features = build_neck(segment.neck, features, heads.values())
@@ -131,7 +140,9 @@ def build_segmenter(
     return Segmenter(backbone, modules.pop("decode_head"), neck=neck, **modules)
 
 
-def feature_specs(backbone: DenseBackbone, model: Model, size: int | None) -> list[FeatureSpec | None]:
+def feature_specs(
+    backbone: DenseBackbone, model: Model, size: int | None, layout: torch.memory_format
+) -> list[FeatureSpec | None]:
     """The specs of the feature maps of the four stages; None for a stage that the backbone does not return.
 
     With `size`, the backbone is run on an image of this side. Raises UserError if it does not accept it.
@@ -146,7 +157,9 @@ def feature_specs(backbone: DenseBackbone, model: Model, size: int | None) -> li
         )
         maps = check_backbone(backbone, model, (size, size), remedy)
         for level, stride, found in zip(backbone.out_indices, backbone.strides, maps, strict=True):
-            specs[level] = FeatureSpec(found.shape[1], stride, memory_format_of(found))
+            specs[level] = FeatureSpec(
+                found.shape[1], stride, memory_format_of(found) if layout == torch.contiguous_format else layout
+            )
     return specs
 
 

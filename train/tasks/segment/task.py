@@ -56,6 +56,7 @@ class SegmentTask(DatasetTask[Segment, SegmentData]):
             dense=recipe.task.dense,
             classes=self.classes,
             size=recipe.data.size,
+            layout=memory_format(recipe.parallel),
         )
         self.check_eval_size(model)
         load_initial_weights(model, recipe)
