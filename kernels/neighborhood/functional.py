@@ -1,12 +1,16 @@
-"""The public function of neighborhood attention and its shape checks.
+"""The public function of neighborhood attention, its shape checks, and its registration as a torch operator.
 
 Shapes as in reference.py, which defines the operator.
 """
 
+import math
+
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose_backend, common_unsupported_reasons
-from ..precision import cast_to_autocast
+from ..precision import acc_dtype, cast_to_autocast
 from ..recording import is_open
 from ..workload import workload
 from .reference import neighborhood_attention_reference
@@ -36,22 +40,25 @@ def neighborhood_attention(qkv: Tensor, bias: Tensor, *, dilation: int = 1, back
         backend: `auto`, `triton` or `reference`; None means the environment variable `TESSEL_KERNELS`.
 
     Returns:
-        `[B, H, W, N, D]`.
+        `[B, H, W, N, D]`. On `triton` the backward is deterministic and has no second derivative; it keeps the inputs,
+        the output and one float of each query and head.
 
     Raises:
         ValueError: shapes that do not fit together. RuntimeError: `backend="triton"` where it cannot run.
     """
     _check(qkv, bias, dilation)
     qkv = cast_to_autocast(qkv)
-    batch, height, width, _, heads, _ = qkv.shape
-    work = workload(qkv, queries=batch * height * width * heads, keys=((bias.shape[-1] + 1) // 2) ** 2)
-    choose_backend("neighborhood_attention", backend, neighborhood_attention_unsupported(qkv), work)
+    reasons = neighborhood_attention_unsupported(qkv)
+    work = workload(qkv, queries=math.prod(qkv.shape[:3]) * qkv.shape[4], keys=((bias.shape[-1] + 1) // 2) ** 2)
+    if choose_backend("neighborhood_attention", backend, reasons, work) == "triton":
+        out, _ = _forward_op(qkv, bias.to(acc_dtype(qkv)), dilation)
+        return out
     return neighborhood_attention_reference(qkv, bias, dilation=dilation)
 
 
 def neighborhood_attention_unsupported(qkv: Tensor) -> list[str]:
-    """Return the reasons why no Triton kernel can run on these tensors."""
-    return [*common_unsupported_reasons(qkv, head_dim=qkv.shape[-1]), "neighborhood_attention has no Triton kernel"]
+    """Return the reasons why the Triton kernels cannot run on these tensors; empty if they can."""
+    return common_unsupported_reasons(qkv, head_dim=qkv.shape[-1])
 
 
 def _check(qkv: Tensor, bias: Tensor, dilation: int) -> None:
@@ -74,3 +81,69 @@ def _check(qkv: Tensor, bias: Tensor, dilation: int) -> None:
             f"neighborhood_attention: a map of {height} x {width} pixels is smaller than the window, "
             f"K * dilation = {span}; pad it"
         )
+
+
+# In the operators, `table` is the bias in at least float32.
+
+
+@torch.library.custom_op("tessel::neighborhood_attention", mutates_args=())
+def _forward_op(qkv: Tensor, table: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """Return out `[B, H, W, N, D]` and lse `[B, H, W, N]`."""
+    if not qkv.numel():
+        return _empty_outputs(qkv, table, dilation)
+    from .triton import forward
+
+    return forward(qkv.contiguous(), table.contiguous(), dilation)
+
+
+@_forward_op.register_fake
+def _empty_outputs(qkv, table, dilation):
+    batch, height, width, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, height, width, heads, head_dim)
+    return out, qkv.new_empty(batch, height, width, heads, dtype=acc_dtype(qkv))
+
+
+@torch.library.custom_op("tessel::neighborhood_attention_backward", mutates_args=())
+def _backward_op(
+    qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, do: Tensor, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of qkv and table; `do` is the gradient of out."""
+    if not qkv.numel():
+        return torch.zeros_like(qkv), torch.zeros_like(table)
+    from .triton import backward
+
+    qkv, table, out, lse, do = (x.contiguous() for x in (qkv, table, out, lse, do))
+    return backward(qkv, table, out, lse, do, dilation)
+
+
+@_backward_op.register_fake
+def _(qkv, table, out, lse, do, dilation):
+    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, table, ctx.dilation = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, table, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
+
+
+def _backward(ctx, do, _):
+    gradients = (None, None) if do is None else _backward_op(*ctx.saved_tensors, do, ctx.dilation)
+    return *gradients, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.tessel.neighborhood_attention)
+def _forward_flops(qkv, table, dilation, *args, out_shape=None, **kwargs) -> int:
+    batch, height, width, _, heads, head_dim = qkv
+    return 4 * batch * height * width * heads * head_dim * ((table[-1] + 1) // 2) ** 2
+
+
+@register_flop_formula(torch.ops.tessel.neighborhood_attention_backward)
+def _backward_flops(qkv, table, out, lse, do, dilation, *args, out_shape=None, **kwargs) -> int:
+    # five products of the same size; the forward has two
+    return 5 * _forward_flops(qkv, table, dilation) // 2
