@@ -17,7 +17,7 @@ from . import verdicts
 from .dispatch import interpreting
 from .verdicts import Judgment
 
-OPERATORS = ("routed", "window", "halo", "aggregated")
+OPERATORS = ("routed", "window", "halo", "aggregated", "neighborhood")
 COLUMNS = ("operator", "class", "dtype", "direction", "correct", "times eager", "times compiled", "auto takes")
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .. import aggregated, halo, routed, window
+from .. import aggregated, halo, neighborhood, routed, window
 from ..halo.reference import split_blocks
 from ..halo.relative import reachable_logits
 from ..routed.regions import merge_regions, split_regions
@@ -359,7 +359,33 @@ def _distances(queries: int, keys: int) -> Tensor:
     return index - index.min()
 
 
-PROBLEMS: dict[str, type] = {"routed": Routed, "window": Window, "halo": Halo, "aggregated": Aggregated}
+class Neighborhood(Problem):
+    op, op_reference = neighborhood.neighborhood_attention, neighborhood.neighborhood_attention_reference
+
+    def __init__(self, case: tuple, dtype: torch.dtype, device: str):
+        batch, (height, width), heads, head_dim, kernel, self.dilation = case
+        side = 2 * kernel - 1
+        self.tensors = [
+            _leaf(batch, height, width, 3, heads, head_dim, dtype=dtype, device=device),
+            _leaf(heads, side, side, dtype=dtype, device=device),
+        ]
+        self.dims = (head_dim, head_dim)
+        self.queries, self.keys = batch * height * width * heads, kernel**2
+
+    def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        return op(*tensors, dilation=self.dilation, **options)
+
+    def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {**_split_qkv(grads[0]), "bias": grads[1]}
+
+
+PROBLEMS: dict[str, type] = {
+    "routed": Routed,
+    "window": Window,
+    "halo": Halo,
+    "aggregated": Aggregated,
+    "neighborhood": Neighborhood,
+}
 
 # cases of the correctness check alone: more programs in one launch than the second axis of a grid can hold
 MANY_PROGRAMS = {
@@ -367,6 +393,7 @@ MANY_PROGRAMS = {
     "window": (66000, (6, 6), 1, 16, ((6, 6),), False),
     "halo": (8200, (4, 4), 8, 8, 8, 4, 1, 1),
     "aggregated": (2800, (6, 6), (2, 2), 12, 8),
+    "neighborhood": (8200, (3, 4), 8, 8, 3, 1),
 }
 # small cases for the interpreter
 INTERPRETED_CASES = {
@@ -377,6 +404,7 @@ INTERPRETED_CASES = {
     },
     "halo": {"one-block": (1, (3, 4), 1, 16, 16, 4, 1, 1)},
     "aggregated": {"map": (1, (2, 3), (1, 2), 1, 8)},
+    "neighborhood": {"classes": (1, (6, 7), 1, 16, 3, 2)},
 }
 
 
@@ -387,7 +415,8 @@ def cases(operator: str, *, interpreted: bool = False) -> dict[str, tuple]:
     """
     if interpreted:
         return INTERPRETED_CASES[operator]
-    found = {"routed": routed, "window": window, "halo": halo, "aggregated": aggregated}[operator].CASES
+    modules = {"routed": routed, "window": window, "halo": halo, "aggregated": aggregated, "neighborhood": neighborhood}
+    found = modules[operator].CASES
     single = {f"{name}{SINGLE}": (case[0] // 64, *case[1:]) for name, case in found.items() if case[0] % 64 == 0}
     return dict(sorted((found | single).items(), key=lambda item: "-224" not in item[0] and "-256" not in item[0]))
 
