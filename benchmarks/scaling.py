@@ -41,6 +41,8 @@ MIXERS = {
         lambda: blocks.Aggregated(DIM, num_heads=HEADS, reduction=8, trained_size=56, pool_size=7),
         "N",
     ),
+    "AttentiveConvolution": (lambda: blocks.AttentiveConvolution(DIM), "N"),
+    "Flow": (lambda: blocks.Flow(DIM, num_heads=HEADS), "N"),
     "AdaptiveFrequencyFilter": (lambda: blocks.AdaptiveFrequencyFilter(DIM), "N log N"),
     "BiLevelRouting": (lambda: blocks.BiLevelRouting(DIM, num_heads=HEADS, n_win=8, topk=4), "N^(4/3) at best"),
     "CrossShapedWindow": (lambda: blocks.CrossShapedWindow(DIM, num_heads=HEADS, stripe_width=2), "N^(3/2)"),

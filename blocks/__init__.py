@@ -11,8 +11,9 @@ from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
 from .deform_merge import DeformableConv, deformable_merge
 from .depthwise import depthwise, depthwise_pair
-from .embed import CrossScale, NormMerge, conv_norm
+from .embed import CrossScale, NormMerge, PositionEmbedding, conv_norm
 from .explanation import Explanation, explain, receptive_field
+from .flow import Flow
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
@@ -39,21 +40,23 @@ __all__ = [
     "CrossShapedWindow",
     "DeformableConv",
     "DepthwiseMlp",
-    "Explanation",
     "DynamicPositionBias",
+    "Explanation",
     "FlooredBiLevelRouting",
+    "Flow",
     "FullAttention",
     "Halo",
     "HiLo",
     "LargeKernel",
     "LengthScaledCosine",
     "LinearGlobal",
-    "MIXERS",
     "LongShortDistance",
+    "MIXERS",
     "Mlp",
     "NeighborhoodAttention",
     "NormMerge",
     "Place",
+    "PositionEmbedding",
     "Residual",
     "Strip",
     "TokenMixer",

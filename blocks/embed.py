@@ -1,9 +1,10 @@
-"""Strided convolutions, for stems and for downsampling between stages."""
+"""Strided convolutions, for stems and for downsampling between stages; learned position embeddings."""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import register_notrace_module
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from .padding import pad_to_multiple
@@ -71,3 +72,24 @@ class CrossScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([conv(x) for conv in self.convs], 1)
+
+
+class PositionEmbedding(nn.Module):
+    """Add a learned vector to each position of `[B, dim, H, W]`.
+
+    The vectors are those of a map of `trained_size` x `trained_size` pixels, row by row; for other maps they are
+    resized bilinearly.
+    """
+
+    def __init__(self, dim: int, *, trained_size: int):
+        super().__init__()
+        self.trained_size = trained_size
+        self.table = nn.Parameter(torch.empty(1, trained_size**2, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        on_map = self.table.unflatten(1, (self.trained_size, self.trained_size)).permute(0, 3, 1, 2)
+        return x + F.interpolate(on_map, x.shape[2:], mode="bilinear")

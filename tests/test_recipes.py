@@ -70,6 +70,7 @@ FACTS = {
     "dinat_s_base": (224, 1024, 310, 20, 1e-3, 5e-6, 0.05, 0.5, 5.0, None, 1, 83.8),
     "dinat_s_large": (224, 512, 30, 0, 5e-5, 0.0, 1e-4, 0.35, 5.0, None, 1, 86.5),
     "dinat_s_large_384": (384, 512, 30, 0, 5e-5, 0.0, 1e-5, 0.35, 5.0, None, 1, 87.4),
+    "flowformer_cv": (224, 768, 310, 5, 7.5e-4, 1e-5, 0.05, 0.2, 1.0, None, 1, 80.6),
     "litv2_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.0),
     "litv2_medium": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.3),
     "litv2_base": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.5, 5.0, None, 1, 83.6),
@@ -242,7 +243,7 @@ def test_learning_rate_at_named_points(name):
     assert lr(warmup) == pytest.approx(cosine(warmup)) and lr(warmup) > 0.93 * planned.lr
     assert lr(planned.steps // 2) == pytest.approx(cosine(planned.steps // 2))
     assert lr(planned.steps - 1) == pytest.approx(last, rel=1e-3)
-    cooled = name.startswith(("cswin", "dinat", "nat", "tessel_davit", "van"))
+    cooled = name.startswith(("cswin", "dinat", "flowformer", "nat", "tessel_davit", "van"))
     assert planned.cooldown == (round(10 * IMAGENET / recipe.data.batch) if cooled else 0)
 
 
