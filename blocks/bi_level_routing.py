@@ -1,6 +1,7 @@
 """Bi-level routing attention (BiFormer), with the region sizes of either released implementation."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
@@ -16,7 +17,6 @@ from .registry import by_stage, heads, token_mixer
 
 
 @token_mixer("bi_level_routing", num_heads=heads(32), topk=by_stage(1, 4, 16, 49))
-@register_notrace_module
 class BiLevelRouting(nn.Module):
     """Attention of the queries of a region to the keys of a few chosen regions; `x: [B, C, H, W] -> [B, C, H, W]`.
 
@@ -109,6 +109,10 @@ class BiLevelRouting(nn.Module):
         return x.unflatten(1, (rows, -1)).mean(2, dtype=acc_dtype(x)).unflatten(2, (columns, -1)).mean(3)
 
 
+# not as a decorator, which hides from type checkers what the class below inherits
+register_notrace_module(BiLevelRouting)
+
+
 @token_mixer("floored_bi_level_routing", num_heads=heads(32), topk=by_stage(1, 4, 16, 49))
 @register_notrace_module
 class FlooredBiLevelRouting(BiLevelRouting):
@@ -121,19 +125,24 @@ class FlooredBiLevelRouting(BiLevelRouting):
     """
 
     def regions(self, height: int, width: int) -> tuple[Grid, Grid]:
-        rows, columns = (torch.sym_max(1, side // self.n_win) for side in (height, width))
-        below, right = (height + rows - 1) // rows, (width + columns - 1) // columns
-        return (torch.sym_max(self.n_win, below), torch.sym_max(self.n_win, right)), (rows, columns)
+        (rows, region_height), (columns, region_width) = (_floored(side, self.n_win) for side in (height, width))
+        return (rows, columns), (region_height, region_width)
 
     def project(self, x: Tensor) -> Tensor:
         return pad_to(self.qkv(x.permute(0, 2, 3, 1)), *self._padded(x))
 
     def _means(self, x: Tensor, size: Grid) -> Tensor:
-        grid, region = self.regions(*size)
-        starts = (torch.arange(n, device=x.device) * side for n, side in zip(grid, region, strict=True))
-        # a mean over the whole region, with its padding of zeros, is too small by the share of pixels within the map
-        inside = (
-            ((whole - start).clamp(1, side)) / side for whole, start, side in zip(size, starts, region, strict=True)
+        (rows, columns), region = self.regions(*size)
+        # a mean over a whole region, with its padding of zeros, is too small by its share of pixels within the map
+        vertical, horizontal = (
+            (side - torch.arange(number, device=x.device) * pixels).clamp(1, pixels) / pixels
+            for side, number, pixels in zip(size, (rows, columns), region, strict=True)
         )
-        vertical, horizontal = inside
         return super()._means(x, size) / (vertical[:, None, None] * horizontal[:, None])
+
+
+def _floored(side: Any, n_win: int) -> tuple[int, int]:
+    """Number of regions along a side, and pixels of each: `side` / n_win rounded down, at least 1."""
+    pixels: Any = torch.sym_max(1, side // n_win)
+    number: Any = torch.sym_max(n_win, (side + pixels - 1) // pixels)
+    return number, pixels

@@ -1,5 +1,7 @@
 """Long short distance attention (CrossFormer) and its dynamic position bias."""
 
+from typing import Any
+
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ class LongShortDistance(nn.Module):
         height, width = x.shape[1:3]
         if is_open(height) or is_open(width):
             # a graph with both cases, since a comparison here would narrow it to one
-            small = torch.sym_min(height, width) <= self.group
+            small: Any = torch.sym_min(height, width) <= self.group
             y = torch.cond(small, self._as_one_group, self._in_squares, (compact(x),))
         elif min(height, width) <= self.group:
             y = self._as_one_group(x)
