@@ -37,6 +37,11 @@ MIXERS = {
     "LargeKernel": (lambda: blocks.LargeKernel(DIM), "N"),
     "LongShortDistance": (lambda: blocks.LongShortDistance(DIM, num_heads=HEADS, group=7, interval=8), "N"),
     "Halo": (lambda: blocks.Halo(DIM, num_heads=HEADS, block_size=8, halo_size=3), "N"),
+    "NeighborhoodAttention": (lambda: blocks.NeighborhoodAttention(DIM, num_heads=HEADS), "N"),
+    "NeighborhoodAttention, dilated": (
+        lambda: blocks.NeighborhoodAttention(DIM, num_heads=HEADS, dilation=2),
+        "N",
+    ),
     "Aggregated, fixed pool": (
         lambda: blocks.Aggregated(DIM, num_heads=HEADS, reduction=8, trained_size=56, pool_size=7),
         "N",
