@@ -32,6 +32,8 @@ LIMIT = 1.15
 # name -> (module, its cost in the number of tokens N according to the paper)
 MIXERS = {
     "Window": (lambda: blocks.Window(DIM, num_heads=HEADS, window=7), "N"),
+    "Agent": (lambda: blocks.Agent(DIM, num_heads=HEADS, trained_size=56), "N"),
+    "InLine": (lambda: blocks.InLine(DIM, num_heads=HEADS), "N"),
     "Channel": (lambda: blocks.Channel(DIM, num_heads=HEADS), "N"),
     "LinearGlobal": (lambda: blocks.LinearGlobal(DIM, num_heads=HEADS), "N"),
     "LargeKernel": (lambda: blocks.LargeKernel(DIM), "N"),

@@ -4,6 +4,7 @@ Each module maps a feature map to a feature map, `forward(x: [B, C, H, W]) -> [B
 Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a contiguous view and copies nothing.
 """
 
+from .agent import Agent
 from .aggregated import Aggregated
 from .attentive_convolution import AttentiveConvolution
 from .bi_level_routing import BiLevelRouting, FlooredBiLevelRouting
@@ -18,6 +19,7 @@ from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .halo import Halo
 from .hilo import HiLo
+from .inline import InLine
 from .large_kernel import LargeKernel
 from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
@@ -26,11 +28,14 @@ from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
 from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
+from .shifted_window import ShiftedWindow
 from .strip import Strip
 from .window import Window
+from .windows import Windows
 
 __all__ = [
     "AdaptiveFrequencyFilter",
+    "Agent",
     "Aggregated",
     "AttentiveConvolution",
     "BiLevelRouting",
@@ -48,6 +53,7 @@ __all__ = [
     "Halo",
     "HiLo",
     "LargeKernel",
+    "InLine",
     "LengthScaledCosine",
     "LinearGlobal",
     "LongShortDistance",
@@ -58,9 +64,11 @@ __all__ = [
     "Place",
     "PositionEmbedding",
     "Residual",
+    "ShiftedWindow",
     "Strip",
     "TokenMixer",
     "Window",
+    "Windows",
     "block",
     "conv_norm",
     "deformable_merge",

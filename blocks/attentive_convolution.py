@@ -46,8 +46,6 @@ class AttentiveConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         values = self.x_proj(x)
-        # a convolution needs a fixed number of groups, which here depends on the batch size
-        correlate = correlate_by_shifts if torch.compiler.is_compiling() or exporting() else correlate_by_groups
         y = correlate(values, self.kernels(x).to(values.dtype), self.kernel)
         return self.proj(y).permute(0, 3, 1, 2)
 
@@ -59,8 +57,15 @@ class AttentiveConvolution(nn.Module):
         return kernels - self.difference_control.sigmoid()[:, None] * kernels.mean(-1, keepdim=True)
 
 
+def correlate(x: Tensor, kernels: Tensor, side: int) -> Tensor:
+    """Depthwise correlation of each image `[H, W, C]` with its own kernels: `x: [B, H, W, C]`, `[B, C, side*side]`."""
+    # a convolution needs a fixed number of groups, which here depends on the batch size
+    by_shifts = torch.compiler.is_compiling() or exporting()
+    return (correlate_by_shifts if by_shifts else correlate_by_groups)(x, kernels, side)
+
+
 def correlate_by_groups(x: Tensor, kernels: Tensor, side: int) -> Tensor:
-    """Depthwise correlation of `x: [B, H, W, C]` with `kernels: [B, C, side*side]`, as a convolution of B*C groups."""
+    """`correlate` as a convolution of B*C groups."""
     batch, height, width, dim = x.shape
     maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
     y = F.conv2d(maps, kernels.reshape(batch * dim, 1, side, side), padding=side // 2, groups=batch * dim)

@@ -2,14 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """`x + drop_path(scale(fn(norm(x))))` on a feature map `[B, C, H, W]`; `scale` is an optional layer scale."""
+    """`x + drop_path(scale(fn(norm(x))))` on a feature map `[B, C, H, W]`; `scale` is an optional layer scale.
+
+    Further arguments are passed on to `fn`.
+    """
 
     def __init__(
         self, fn: nn.Module, *, norm: nn.Module | None = None, scale: nn.Module | None = None, drop_path: float = 0.0
@@ -20,8 +23,8 @@ class Residual(nn.Module):
         self.scale = nn.Identity() if scale is None else scale
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.scale(self.fn(self.norm(x))))
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return x + self.drop_path(self.scale(self.fn(self.norm(x), *args)))
 
 
 def block(**branches: nn.Module) -> nn.Sequential:

@@ -31,7 +31,8 @@ def test_rows_of_the_manifest_are_valid(weight):
     assert "in1k" in weight.tag or "in22k" in weight.tag
     assert weight.url.startswith("https://") if weight.url else weight.why_no_url
     assert weight.source.startswith("https://")
-    assert weight.license in {"MIT", "Apache-2.0"}
+    # NOASSERTION is SPDX's word for weights that come without a license
+    assert weight.license in {"MIT", "Apache-2.0"} or (weight.license == "NOASSERTION" and not weight.url)
     assert weight.interpolation in {"bicubic", "bilinear"}
     assert weight.crop_mode in {"center", "squash"}
     assert weight.published_top1 is not None or weight.note

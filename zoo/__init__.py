@@ -5,6 +5,7 @@ Importing this package registers every family; `timm.create_model("biformer_smal
 
 from . import (
     affnet,
+    agent,
     attnet,
     biformer,
     biformer_stl,
@@ -15,6 +16,7 @@ from . import (
     dinat_s,
     flowformer,
     halonet,
+    inline,
     l2vit,
     lab,
     litv2,
@@ -32,6 +34,7 @@ from ._swap import swap
 __all__ = [
     "Cost",
     "affnet",
+    "agent",
     "attnet",
     "biformer",
     "biformer_stl",
@@ -46,6 +49,7 @@ __all__ = [
     "has_weights",
     "l2vit",
     "lab",
+    "inline",
     "list_families",
     "list_models",
     "litv2",

@@ -15,6 +15,27 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+# (stage, block of the stage, drop path rate) -> the residual branch of that block's token mixer, for hosts of any mixer
+Branch = Callable[[int, int, float], nn.Module]
+
+# what stages pass on: a feature map `[B, C, H, W]`, or a pair of it and a class token `[B, 1, C]`
+Features = Tensor | tuple[Tensor, Tensor]
+
+
+def feature_map(x: Features) -> Tensor:
+    """The feature map, without the class token if there is one."""
+    return x[0] if isinstance(x, tuple) else x
+
+
+def class_token_first(x: Tensor, token: Tensor) -> Tensor:
+    """A feature map `[B, C, H, W]` and a class token `[B, 1, C]` as tokens `[B, 1 + H*W, C]`."""
+    return torch.cat([token, x.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def joined(x: Features) -> Tensor:
+    """A feature map itself; with a class token all tokens, the class token first."""
+    return class_token_first(*x) if isinstance(x, tuple) else x
+
 
 class Stage(nn.Module):
     """`norm(blocks(down(x)))`: `[B, C_in, H, W] -> [B, dim, ~H/stride, ~W/stride]`; `down` decides the rounding.
@@ -37,7 +58,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.Identity() if norm is None else norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Features) -> Features:
         x = self.down(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
         return self.norm(x)
@@ -78,7 +99,7 @@ class Head(Protocol):
         ...
 
     def __call__(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """`[B, C, H, W]` to logits, or with `pre_logits` to the input of `fc`."""
+        """`[B, C, H, W]`, or tokens with a class token, to logits, or with `pre_logits` to the input of `fc`."""
         ...
 
 
@@ -177,11 +198,14 @@ class Backbone(nn.Module):
         self._initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image to the last feature map after the final norm, `[B, num_features, h, w]`."""
-        return self.norm(self.stages(self.stem(channels_last(x))))
+        """Image to the last feature map after the final norm, `[B, num_features, h, w]`.
+
+        Models with a class token return it and the map as tokens `[B, 1 + h*w, num_features]`, as timm's do.
+        """
+        return joined(self.norm(self.stages(self.stem(channels_last(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map to logits, or with `pre_logits` to the pooled `[B, head_hidden_size]`."""
+        """The result of `forward_features` to logits, or with `pre_logits` to the pooled `[B, head_hidden_size]`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,11 +220,11 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs `[B, C, h, w]` of the chosen stages; unless `intermediates_only`, the final map and these.
+        """The maps `[B, C, h, w]` of the chosen stages; unless `intermediates_only`, the final features and these.
 
         indices: an int for the last n stages, a list (negatives allowed), None for all. norm: apply the final norm to
-        the output of the last stage. stop_early: do not run the stages after the last chosen one; the final map is
-        then the output of that stage, without the final norm.
+        the output of the last stage. stop_early: do not run the stages after the last chosen one; the final features
+        are then the output of that stage, without the final norm.
         """
         assert output_fmt == "NCHW", f"output_fmt={output_fmt!r}: feature maps are NCHW only"
         take, last = feature_take_indices(len(self.stages), indices)
@@ -209,10 +233,10 @@ class Backbone(nn.Module):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                taken.append(self.norm(x) if norm and i == len(self.feature_info) - 1 else x)
+                taken.append(feature_map(self.norm(x) if norm and i == len(self.feature_info) - 1 else x))
         if intermediates_only:
             return taken
-        return (self.norm(x) if i == len(self.feature_info) - 1 else x), taken
+        return joined(self.norm(x) if i == len(self.feature_info) - 1 else x), taken
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

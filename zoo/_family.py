@@ -42,6 +42,9 @@ class Family:
     other_key_mappings: the same for other state dicts that can be loaded, such as those of timm's models.
     reported: for models without published weights, image side and ImageNet-1K top-1 (None: not reported) in the paper.
     dense_norm: the norms of the paper's dense backbone, None if it has none.
+    dense_options: arguments of `timm.create_model` that the paper's dense backbone is made with.
+    global_pool: the pooling of the published classifier.
+    stride: of the last feature map.
     """
 
     model: type[Backbone]
@@ -52,6 +55,9 @@ class Family:
     other_key_mappings: Sequence[KeyMapping] = ()
     reported: Mapping[str, tuple[int, float | None]] = dataclasses.field(default_factory=dict)
     dense_norm: DenseNorm | None = None
+    dense_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    global_pool: str = "avg"
+    stride: int = 32
 
 
 # model name -> its family; filled by `zoo._registry.register`
@@ -77,6 +83,11 @@ def dense_norm(name: str) -> Callable[[int], nn.Module] | None:
     """`norm(channels)` makes the norm of a feature map in the paper's dense backbone; None if it has no such norms."""
     dense = families[architecture(name)].dense_norm
     return dense.norm if dense else None
+
+
+def dense_options(name: str) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that the paper's dense backbone is made with; none for timm's models."""
+    return dict(families[architecture(name)].dense_options) if is_ours(name) else {}
 
 
 def architecture(name: str) -> str:
@@ -128,7 +139,7 @@ def make_model(
     *,
     num_classes: int = 1000,
     in_chans: int = 3,
-    global_pool: str = "avg",
+    global_pool: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     device: torch.device | str | None = None,
@@ -146,7 +157,7 @@ def make_model(
             cfg,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
+            global_pool=family.global_pool if global_pool is None else global_pool,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )

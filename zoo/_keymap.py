@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -27,6 +28,10 @@ class Edit:
 
     to_ours: Callable[..., tuple[Tensor, ...]]
     to_published: Callable[..., tuple[Tensor, ...]]
+
+
+# published layers of queries and of keys and values <-> our qkv layer
+PACK_QKV = Edit(lambda q, kv: (torch.cat([q, kv]),), lambda qkv: qkv.tensor_split([len(qkv) // 3]))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,19 @@ class KeyRule:
         """Our name of the published `key`, for rules with one pattern on each side; None if `key` does not match."""
         values = self.published[0].match(key)
         return None if values is None else self.ours[0].fill(values)
+
+
+# (published prefix, our prefix) of a token mixer -> its rules
+MixerKeys = Callable[[str, str], Sequence[KeyRule]]
+
+
+def transformer_keys(published: str, ours: str) -> list[KeyRule]:
+    """Rules of the norms and the MLP of a transformer block, by its prefixes."""
+    return [
+        KeyRule(published + "norm1.{p}", ours + "mixer.norm.{p}"),
+        KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
+        KeyRule(published + "mlp.fc{n}.{p}", ours + "mlp.fn.fc{n}.{p}"),
+    ]
 
 
 class UnknownKeys(ValueError):

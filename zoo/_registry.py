@@ -22,7 +22,8 @@ from ._pretrained import download_path, forget_state_dict, is_unverified, read_w
 def register(family: Family, module: str) -> None:
     """Register every variant of `family` with timm and make its entry point an attribute of the module `module`."""
     home: Any = sys.modules[module]
-    home.default_cfgs = generate_default_cfgs(_default_cfgs(family))
+    # a module may register several families
+    home.default_cfgs = {**getattr(home, "default_cfgs", {}), **generate_default_cfgs(_default_cfgs(family))}
     for name in family.variants:
         families[name] = family
         entry_point = _entry_point(family, name, home)
@@ -34,7 +35,6 @@ def _default_cfgs(family: Family) -> dict[str, Any]:
     shared = {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "classifier": "head.fc",
@@ -44,9 +44,10 @@ def _default_cfgs(family: Family) -> dict[str, Any]:
     for name in family.variants:
         weights = _weights(name)
         if not weights:
-            cfgs[name] = {**shared, **_sized(family.reported[name][0])} if name in family.reported else shared
+            side = family.reported[name][0] if name in family.reported else shared["input_size"][1]
+            cfgs[name] = {**shared, **_sized(side, family.stride)}
         for weight in weights:
-            cfgs[weight.name] = {**shared, **_weight_cfg(weight)}
+            cfgs[weight.name] = {**shared, **_weight_cfg(weight, family.stride)}
     return cfgs
 
 
@@ -54,18 +55,18 @@ def _weights(name: str) -> list[Weight]:
     return [weight for weight in load_manifest().values() if weight.model == name]
 
 
-def _sized(side: int) -> dict[str, Any]:
-    return {"input_size": (3, side, side), "pool_size": (-(-side // 32),) * 2}
+def _sized(side: int, stride: int) -> dict[str, Any]:
+    return {"input_size": (3, side, side), "pool_size": (-(-side // stride),) * 2}
 
 
-def _weight_cfg(weight: Weight) -> dict[str, Any]:
+def _weight_cfg(weight: Weight, stride: int) -> dict[str, Any]:
     """A manifest row as fields of timm's pretrained configuration."""
     return {
         "url": weight.url,
         "license": weight.license,
         "origin_url": weight.source,
         "num_classes": weight.num_classes,
-        **_sized(weight.input_size[1]),
+        **_sized(weight.input_size[1], stride),
         "crop_pct": weight.crop_pct,
         "crop_mode": weight.crop_mode,
         "interpolation": weight.interpolation,

@@ -45,7 +45,7 @@ def _new_mixers(model: Backbone, stage: int, text: str, shapes: Mapping[str, Sha
     paths = [path for path in shapes if path.startswith(f"stages.{stage}.")]
     if not paths:
         able = sorted({path.split(".")[1] for path in shapes})
-        raise ValueError(f"swap: stages.{stage} has no token mixer; stages with mixers are {', '.join(able)}")
+        raise ValueError(f"swap: stages.{stage} has no token mixer; stages with mixers are {', '.join(able) or 'none'}")
     if len(specs) > len(paths):
         raise ValueError(f"swap: stages.{stage} has {len(paths)} mixers, fewer than the {len(specs)} in {text!r}")
     for number, path in enumerate(paths):
@@ -77,13 +77,22 @@ def specified_mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _mixer_shapes(model: Backbone) -> dict[str, Shapes]:
-    """The shapes of input and output of every mixer, by its path, for an image of 224 pixels on the meta device."""
+    """The shapes of input and output of every mixer, by its path, for an image of 224 pixels on the meta device.
+
+    Mixers that are called with more than a map, such as a class token, are left out: others cannot replace them.
+    """
     shapes: dict[str, Shapes] = {}
 
     def remember(path: str) -> Any:
-        return lambda module, inputs, output: shapes.update({path: (inputs[0].shape, output.shape)})
+        def hook(module: nn.Module, inputs: Any, others: Any, output: Tensor) -> None:
+            if len(inputs) == 1 and not others:
+                shapes[path] = inputs[0].shape, output.shape
 
-    hooks = [mixer.register_forward_hook(remember(path)) for path, mixer in token_mixers(model).items()]
+        return hook
+
+    hooks = [
+        mixer.register_forward_hook(remember(path), with_kwargs=True) for path, mixer in token_mixers(model).items()
+    ]
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     image = torch.empty(1, model.in_chans, 224, 224, device="meta", dtype=next(model.parameters()).dtype)
     training = model.training

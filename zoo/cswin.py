@@ -17,15 +17,16 @@ Deviations from the released code:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
 from torch import nn
 
 from ..blocks import CrossShapedWindow, Mlp, Residual, block, conv_norm, drop_path_rates
 from ..blocks.padding import PadToSize
-from ._backbone import Backbone, BackboneParts, Stage
+from ._backbone import Backbone, BackboneParts, Branch, Stage
 from ._family import DenseNorm, Family
-from ._keymap import KeyRule
+from ._keymap import KeyRule, transformer_keys
 from ._registry import register
 
 __all__ = ["CSWin", "CSWinConfig"]
@@ -57,25 +58,36 @@ VARIANTS = {
 }
 
 norm = partial(LayerNorm2d, eps=1e-5)
+DENSE_NORM = DenseNorm(norm, "norm{s+1}.{p}")
 
 
-def build(
-    cfg: CSWinConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+def stripe_branch(cfg: CSWinConfig, stage: int, drop_path: float) -> nn.Module:
+    """CSWin's own mixer."""
+    dim, width = cfg.dims[stage], (*cfg.stripe_widths, None)[stage]
+    mixer = CrossShapedWindow(dim, num_heads=cfg.num_heads[stage], stripe_width=width)
+    return Residual(mixer, norm=norm(dim), drop_path=drop_path)
+
+
+def cswin(
+    cfg: CSWinConfig,
+    branch: Branch,
+    *,
+    in_chans: int,
+    num_classes: int,
+    global_pool: str,
+    drop_rate: float,
+    drop_path_rate: float,
 ) -> BackboneParts:
-    rates = drop_path_rates(drop_path_rate, cfg.depths)
-    widths = (*cfg.stripe_widths, None)
+    """The layout of CSWin, with token mixers that are the modules of `branch`."""
     stages = []
-    for i, dim in enumerate(cfg.dims):
+    for i, rates in enumerate(drop_path_rates(drop_path_rate, cfg.depths)):
+        dim = cfg.dims[i]
         blocks = [
             block(
-                mixer=Residual(
-                    CrossShapedWindow(dim, num_heads=cfg.num_heads[i], stripe_width=widths[i]),
-                    norm=norm(dim),
-                    drop_path=rate,
-                ),
+                mixer=branch(i, j, rate),
                 mlp=Residual(Mlp(dim, ratio=cfg.mlp_ratio), norm=norm(dim), drop_path=rate),
             )
-            for rate in rates[i]
+            for j, rate in enumerate(rates)
         ]
         down = conv_norm(cfg.dims[i - 1], dim, kernel=3, stride=2, norm=norm) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
@@ -90,28 +102,36 @@ def build(
     )
 
 
+def build(cfg: CSWinConfig, **arguments: Any) -> BackboneParts:
+    return cswin(cfg, lambda stage, _, drop_path: stripe_branch(cfg, stage, drop_path), **arguments)
+
+
 def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def key_mapping(cfg: CSWinConfig) -> Sequence[KeyRule]:
+def cswin_keys(mixer_keys: Sequence[KeyRule] = ()) -> list[KeyRule]:
+    """The rules of the layout and of CSWin's own mixers, after those of other mixers."""
     published, ours = "stage{s+1}.{b}.", "stages.{s}.blocks.{b}."
     return [
+        *mixer_keys,
         KeyRule("stage1_conv_embed.0.{p}", "stem.conv.{p}"),
         KeyRule("stage1_conv_embed.2.{p}", "stem.norm.{p}"),
         KeyRule("merge{s}.conv.{p}", "stages.{s}.down.conv.{p}"),
         KeyRule("merge{s}.norm.{p}", "stages.{s}.down.norm.{p}"),
-        KeyRule(published + "norm1.{p}", ours + "mixer.norm.{p}"),
         KeyRule(published + "qkv.{p}", ours + "mixer.fn.qkv.{p}"),
         KeyRule(published + "attns.{h}.get_v.{p}", ours + "mixer.fn.lepe.{h}.{p}"),
         KeyRule(published + "proj.{p}", ours + "mixer.fn.proj.{p}"),
-        KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
-        KeyRule(published + "mlp.fc{n}.{p}", ours + "mlp.fn.fc{n}.{p}"),
+        *transformer_keys(published, ours),
         KeyRule("norm.{p}", "norm.{p}"),
         KeyRule("head.{p}", "head.fc.{p}"),
     ]
+
+
+def key_mapping(cfg: CSWinConfig) -> Sequence[KeyRule]:
+    return cswin_keys()
 
 
 register(
@@ -121,7 +141,7 @@ register(
         build,
         key_mapping,
         pretrained_cfg={"first_conv": "stem.conv", "paper_ids": "arXiv:2107.00652", "crop_pct": 0.9},
-        dense_norm=DenseNorm(norm, "norm{s+1}.{p}"),
+        dense_norm=DENSE_NORM,
     ),
     __name__,
 )

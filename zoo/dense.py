@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._conversion import from_published_dense
-from ._family import dense_norm, is_ours
+from ._family import dense_norm, dense_options, is_ours
 from ._keymap import MissingKeys, UnknownKeys
 
 # prefixes of the backbone's keys in checkpoints of published segmenters and detectors
@@ -38,7 +38,8 @@ class DenseBackbone(nn.Module):
         batch_norm: BatchNorms = "train",
         **options: Any,
     ):
-        """name: any model of timm or tessel with `forward_intermediates`; options: arguments of `timm.create_model`.
+        """name: any model of timm or tessel with `forward_intermediates`; options: arguments of `timm.create_model`,
+            by default those of the paper's dense backbone.
 
         out_indices: the stages whose maps are returned, in rising order; of models with five stages (timm's
             convolutional ones) the last four count, as stages 0 to 3.
@@ -56,6 +57,7 @@ class DenseBackbone(nn.Module):
         if norms is not None and len(norms) != len(out_indices):
             raise ValueError(f"norms={list(norms)} must have {len(out_indices)} entries, one for each of out_indices")
         super().__init__()
+        options = dense_options(name) | options
         features: Any = timm.create_model(
             name, pretrained=pretrained, features_only=True, feature_cls="getter", out_indices=4, **options
         )

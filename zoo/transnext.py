@@ -22,7 +22,7 @@ from torch import nn
 from ..blocks import Aggregated, ConvGlu, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
 from ._family import Family
-from ._keymap import Edit, KeyRule
+from ._keymap import PACK_QKV, Edit, KeyRule
 from ._registry import register
 
 __all__ = ["TransNeXt", "TransNeXtConfig"]
@@ -137,8 +137,6 @@ def initialize(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# published layers of queries and of keys and values <-> our qkv layer
-PACK = Edit(lambda q, kv: (torch.cat([q, kv]),), lambda qkv: qkv.tensor_split([len(qkv) // 3]))
 HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))
 
 
@@ -148,7 +146,7 @@ def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
     return [
         # the published stages of full attention have one qkv layer, the others two layers
         *(KeyRule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
-        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK),
+        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK_QKV),
         KeyRule("patch_embed1.proj.{p}", "stem.conv.{p}"),
         KeyRule("patch_embed1.norm.{p}", "stem.norm.{p}"),
         KeyRule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),

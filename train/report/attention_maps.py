@@ -41,7 +41,8 @@ class CapturedMixer:
 def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
     """Run the model on `images: [B, 3, H, W]`; return the last token mixer of each class in each stage, and its input.
 
-    Stages are those of timm's `feature_info`. A stage without a token mixer is left out.
+    Stages are those of timm's `feature_info`. Mixers that are called with more than a map, such as a class token, are
+    left out, and so are stages without a mixer.
     """
     mixers, chosen = token_mixers(model), []
     for stage, info in enumerate(getattr(model, "feature_info", []), start=1):
@@ -50,10 +51,11 @@ def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
 
     inputs: dict[nn.Module, Tensor] = {}
 
-    def remember(mixer: nn.Module, args: tuple[Tensor]) -> None:
-        inputs[mixer] = args[0]
+    def remember(mixer: nn.Module, args: tuple[Tensor, ...], others: dict[str, Any]) -> None:
+        if len(args) == 1 and not others:
+            inputs[mixer] = args[0]
 
-    hooks = [mixer.register_forward_pre_hook(remember) for _, mixer in chosen]
+    hooks = [mixer.register_forward_pre_hook(remember, with_kwargs=True) for _, mixer in chosen]
     try:
         # not inference_mode: tensors that a mixer caches in it could not be used in training later
         with torch.no_grad():
@@ -65,6 +67,7 @@ def capture(model: nn.Module, images: Tensor) -> list[CapturedMixer]:
     return [
         CapturedMixer(stage, max(1, round(height / inputs[mixer].shape[2])), mixer, inputs[mixer])
         for stage, mixer in chosen
+        if mixer in inputs
     ]
 
 
