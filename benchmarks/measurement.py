@@ -14,6 +14,8 @@ from pathlib import Path
 import timm
 import torch
 
+from tessel.compare.timing import side_by_side as side_by_side
+from tessel.compare.timing import synchronize as synchronize
 from tessel.train.distributed.device import accelerator, has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,39 +55,9 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def side_by_side(
-    runs: dict[str, Callable], *, seconds: float, device: str = "cpu", least: int = 3
-) -> dict[str, list[float]]:
-    """Time the runs in turns, so that other load on the machine affects all of them; return the seconds of each call.
-
-    After one round that is not counted there are at least `least` rounds, and as many as fit into `seconds` per run.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    first = sum(_timed(run, device) for run in runs.values())
-    rounds = max(least, int(seconds * len(runs) / max(first, 1e-6)))
-    for _ in range(min(rounds, 200)):
-        for name, run in runs.items():
-            times[name].append(_timed(run, device))
-    return times
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has computed everything."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
 def precision(device: str) -> torch.autocast:
     """bfloat16 on an accelerator that has it, else float32."""
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or has_bf16(torch.device(device)))
-
-
-def _timed(run: Callable, device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def ratio(times: dict[str, list[float]], name: str, to: str) -> float:

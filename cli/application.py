@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 import click
 
 from .. import __version__
+from .compare import compare
 from .completion import completion
 from .explain import explain
 from .export import export
@@ -28,7 +29,21 @@ def tessel() -> None:
     """Vision backbones: choose, predict, train, evaluate, export."""
 
 
-for command in (listing, info, predict, explain, export, weights, train, evaluate, report, check, kernels, completion):
+for command in (
+    listing,
+    info,
+    predict,
+    explain,
+    compare,
+    export,
+    weights,
+    train,
+    evaluate,
+    report,
+    check,
+    kernels,
+    completion,
+):
     tessel.add_command(command)
 
 

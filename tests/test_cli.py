@@ -22,6 +22,7 @@ COMMANDS = [
         "info",
         "predict",
         "explain",
+        "compare",
         "export",
         "weights",
         "train",
@@ -32,7 +33,7 @@ COMMANDS = [
         "completion",
     )
 ]
-OWN = ["list", "info", "predict", "explain", "export", "weights", "completion"]
+OWN = ["list", "info", "predict", "explain", "compare", "export", "weights", "completion"]
 
 
 def test_help_loads_neither_torch_nor_the_trainer():

@@ -9,7 +9,7 @@ from pathlib import Path
 import tessel
 
 ROOT = Path(tessel.__file__).parent
-ROOMS = ["kernels", "blocks", "zoo", "checkpoints", "export", "train", "predict", "cli"]
+ROOMS = ["kernels", "blocks", "zoo", "checkpoints", "export", "train", "predict", "compare", "cli"]
 
 
 def in_a_new_process(code: str) -> str:

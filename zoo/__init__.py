@@ -26,7 +26,7 @@ from . import (
     van,
 )
 from ._conversion import from_published, to_published
-from ._cost import Cost, model_cost
+from ._cost import Cost, cost_of, model_cost
 from ._family import list_families, list_models
 from ._pretrained import has_weights
 from ._swap import swap
@@ -38,6 +38,7 @@ __all__ = [
     "attnet",
     "biformer",
     "biformer_stl",
+    "cost_of",
     "crossformer",
     "cswin",
     "davit",

@@ -42,13 +42,18 @@ def model_cost(name: str) -> Cost:
     Multiply-adds are those of matrix products and convolutions, as torch's FlopCounterMode counts them.
     """
     with torch.device("meta"):
-        model: Any = timm.create_model(name).eval()
-        size = tuple(model.pretrained_cfg["input_size"])
-        image = torch.empty(1, *size)
-        with torch.no_grad(), FlopCounterMode(display=False) as flops, _LiveBytes() as live:
-            model(image)
+        model: Any = timm.create_model(name)
+    return cost_of(model, model.pretrained_cfg["input_size"][-1])
+
+
+def cost_of(model: Any, size: int) -> Cost:
+    """The cost of a model on the meta device, for one square image with sides of `size`."""
+    shape = (getattr(model, "in_chans", 3), size, size)
+    image = torch.empty(1, *shape, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, _LiveBytes() as live:
+        model.eval()(image)
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(parameters, flops.get_total_flops() // 2, live.peak, size)
+    return Cost(parameters, flops.get_total_flops() // 2, live.peak, shape)
 
 
 class _LiveBytes(TorchDispatchMode):
