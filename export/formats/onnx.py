@@ -1,5 +1,6 @@
 """ONNX, by torch's exporters; read by ONNX Runtime."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def _write_traced(recording: Recording, path: Path) -> None:
     import onnx
 
     names = list(recording.model(recording.example))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter is deprecated, and warns for each size that is fixed
         torch.onnx.export(
             recording.model, (recording.example,), path, dynamo=False, input_names=["images"], output_names=names
         )
