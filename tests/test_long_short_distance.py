@@ -4,7 +4,7 @@ import golden
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -52,6 +52,8 @@ def by_loops(mixer: LongShortDistance, x: Tensor) -> Tensor:
     group=st.integers(1, 3),
     interval=st.integers(1, 3),
 )
+@example(height=5, width=7, heads=2, group=2, interval=2)
+@example(height=5, width=7, heads=2, group=2, interval=1)
 def test_equals_the_loop(height, width, heads, group, interval):
     torch.manual_seed(0)
     mixer = LongShortDistance(32, num_heads=heads, group=group, interval=interval).double()
