@@ -23,6 +23,7 @@ from .inline import InLine
 from .large_kernel import LargeKernel
 from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
+from .local_mhra import LocalMhra
 from .long_short_distance import DynamicPositionBias, LongShortDistance
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
@@ -30,6 +31,7 @@ from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
 from .shifted_window import ShiftedWindow
 from .strip import Strip
+from .token_selection import MergeSelection, ScoreTokens, Selection, SelectTokens
 from .window import Window
 from .windows import Windows
 
@@ -56,14 +58,19 @@ __all__ = [
     "InLine",
     "LengthScaledCosine",
     "LinearGlobal",
-    "LongShortDistance",
     "MIXERS",
+    "LocalMhra",
+    "LongShortDistance",
+    "MergeSelection",
     "Mlp",
     "NeighborhoodAttention",
     "NormMerge",
     "Place",
     "PositionEmbedding",
     "Residual",
+    "ScoreTokens",
+    "SelectTokens",
+    "Selection",
     "ShiftedWindow",
     "Strip",
     "TokenMixer",

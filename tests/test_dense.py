@@ -33,6 +33,8 @@ ATTO = sorted(NORMS)
         ("litv2_atto", 1e-5, "norm2.weight"),
         ("s2aformer_atto", 1e-6, "norms.2.weight"),
         ("tessel_davit_atto", 1e-5, "norm2.weight"),
+        ("uniformer_atto", 1e-6, "norm3.weight"),
+        ("uniformer_light_atto", 1e-6, "norm3.weight"),
     ],
 )
 def test_norms_are_those_of_the_papers(name, eps, key):

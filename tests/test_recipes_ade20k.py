@@ -74,6 +74,12 @@ FACTS = {
     "transnext_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.7, 53.0),
     "transnext_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.6, 52.2),
     "transnext_tiny_upernet": ("UPerHead", 160000, 16, 6e-5, 0.05, 0.4, 51.1),
+    "uniformer_base_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.2, 47.0),
+    "uniformer_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.4, 48.9),
+    "uniformer_small_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.1, 46.3),
+    "uniformer_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.25, 46.9),
+    "uniformer_xsmall_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.1, 44.4),
+    "uniformer_xxsmall_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.0, 42.3),
     "van_b0_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 38.5),
     "van_b1_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 42.9),
     "van_b2_fpn": ("FPNHead", 40000, 32, 2e-4, 1e-4, 0.2, 46.7),
@@ -145,7 +151,9 @@ def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
     recipe = loaded(name)
     assert recipe.task.segment.avg_non_ignore == name.startswith("affnet")
     decays_all = (
-        ("l2vit", "tessel_davit") if "upernet" in name else ("biformer", "crossformer", "cswin", "litv2", "van")
+        ("l2vit", "tessel_davit")
+        if "upernet" in name
+        else ("biformer", "crossformer", "cswin", "litv2", "uniformer", "van")
     )
     assert recipe.optim.decay_norms == name.startswith(decays_all)
     assert recipe.parallel.sync_batch_norm != name.startswith(("l2vit", "tessel_davit"))

@@ -51,6 +51,10 @@ MASK = {
     "transnext_tiny": (1e-4, 0.05, {"1x": (0.4, 49.9, 44.6)}),
     "transnext_small": (1e-4, 0.05, {"1x": (0.6, 51.1, 45.5)}),
     "transnext_base": (1e-4, 0.05, {"1x": (0.7, 51.7, 45.9)}),
+    "uniformer_xxsmall": (1e-4, 0.05, {"1x": (0.0, 42.8, 39.2)}),
+    "uniformer_xsmall": (1e-4, 0.05, {"1x": (0.15, 44.6, 40.9)}),
+    "uniformer_small": (1e-4, 0.05, {"1x": (0.2, 45.6, 41.6), "3x": (0.1, 48.2, 43.4)}),
+    "uniformer_base": (1e-4, 0.05, {"1x": (0.3, 47.4, 43.1), "3x": (0.3, 50.3, 44.8)}),
 }
 RETINA = {
     "biformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.9)}),
@@ -134,7 +138,8 @@ def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name)
     decays_all = model.startswith(("crossformer", "l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
     assert recipe.optim.decay_norms == decays_all
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
-    half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat")) or model == "transnext_base"
+    half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat"))
+    half |= model in ("transnext_base", "uniformer_small", "uniformer_base")
     assert (recipe.parallel.precision == "fp16") == half
 
 

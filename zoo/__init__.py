@@ -23,6 +23,8 @@ from . import (
     nat,
     s2aformer,
     transnext,
+    uniformer,
+    uniformer_light,
     van,
 )
 from ._conversion import from_published, to_published
@@ -60,5 +62,7 @@ __all__ = [
     "swap",
     "to_published",
     "transnext",
+    "uniformer",
+    "uniformer_light",
     "van",
 ]

@@ -7,7 +7,7 @@ belongs into the modules that the family builds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
@@ -22,8 +22,8 @@ Branch = Callable[[int, int, float], nn.Module]
 Features = Tensor | tuple[Tensor, Tensor]
 
 
-def feature_map(x: Features) -> Tensor:
-    """The feature map, without the class token if there is one."""
+def feature_map(x: Any) -> Tensor:
+    """The feature map, without the class token and what else a tuple has after it."""
     return x[0] if isinstance(x, tuple) else x
 
 
@@ -32,15 +32,17 @@ def class_token_first(x: Tensor, token: Tensor) -> Tensor:
     return torch.cat([token, x.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
-def joined(x: Features) -> Tensor:
-    """A feature map itself; with a class token all tokens, the class token first."""
-    return class_token_first(*x) if isinstance(x, tuple) else x
+def joined(x: Any) -> Any:
+    """A feature map with a class token as tokens, the class token first; a map or a longer tuple as it is."""
+    return class_token_first(*x) if isinstance(x, tuple) and len(x) == 2 else x
 
 
 class Stage(nn.Module):
     """`norm(blocks(down(x)))`: `[B, C_in, H, W] -> [B, dim, ~H/stride, ~W/stride]`; `down` decides the rounding.
 
-    Gradient checkpointing is applied to the blocks of a stage and nowhere else, so that it is never nested.
+    A stage may return a tuple whose first entry is the map; the next stage, or the norm and the head of the model, then
+    take the tuple. Gradient checkpointing is applied to the blocks of a stage and nowhere else, so that it is never
+    nested.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Head(Protocol):
         """
         ...
 
-    def __call__(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def __call__(self, x: Any, pre_logits: bool = False) -> Tensor:
         """`[B, C, H, W]`, or tokens with a class token, to logits, or with `pre_logits` to the input of `fc`."""
         ...
 
@@ -202,14 +204,18 @@ class Backbone(nn.Module):
 
         Models with a class token return it and the map as tokens `[B, 1 + h*w, num_features]`, as timm's do.
         """
+        return feature_map(self._before_head(x))
+
+    def _before_head(self, x: Tensor) -> Any:
+        """What the head takes: the last map after the final norm, tokens, or a longer tuple of the last stage."""
         return joined(self.norm(self.stages(self.stem(channels_last(x)))))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
         """The result of `forward_features` to logits, or with `pre_logits` to the pooled `[B, head_hidden_size]`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._before_head(x))
 
     def forward_intermediates(
         self,
@@ -236,7 +242,7 @@ class Backbone(nn.Module):
                 taken.append(feature_map(self.norm(x) if norm and i == len(self.feature_info) - 1 else x))
         if intermediates_only:
             return taken
-        return joined(self.norm(x) if i == len(self.feature_info) - 1 else x), taken
+        return feature_map(joined(self.norm(x) if i == len(self.feature_info) - 1 else x)), taken
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

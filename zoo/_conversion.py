@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._family import configuration, families, make_model
 from ._keymap import KeyMap, KeyRule, MissingKeys, UnknownKeys
-from ._pretrained import check_finite, check_shapes
+from ._pretrained import check_finite, check_shapes, classifier_keys
 from ._swap import specified_mixers
 
 
@@ -75,7 +75,7 @@ def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor]
     weight, else it may lack the classifier where timm makes a new one. Raises ValueError for unknown and missing keys,
     other shapes, and values that are not finite.
     """
-    classifier = frozenset({"head.fc.weight", "head.fc.bias"})
+    classifier = classifier_keys(model.pretrained_cfg)
     published = _key_maps(name, cfg)[0]
     expected = published.parameters | published.buffers
     new = _new_mixers(model)

@@ -45,6 +45,7 @@ class Family:
     dense_options: arguments of `timm.create_model` that the paper's dense backbone is made with.
     global_pool: the pooling of the published classifier.
     stride: of the last feature map.
+    classifier: `classifier(cfg)` is the layer with one output per class, or a tuple of such layers, `head.fc` first.
     """
 
     model: type[Backbone]
@@ -58,6 +59,7 @@ class Family:
     dense_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     global_pool: str = "avg"
     stride: int = 32
+    classifier: Callable[[Any], str | tuple[str, ...]] = lambda cfg: "head.fc"
 
 
 # model name -> its family; filled by `zoo._registry.register`

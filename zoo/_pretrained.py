@@ -101,6 +101,13 @@ def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
         )
 
 
+def classifier_keys(pretrained_cfg: Mapping[str, Any]) -> frozenset[str]:
+    """Weights and biases of the layers with one output per class, which timm makes anew for other classes."""
+    layers = pretrained_cfg["classifier"]
+    names = [layers] if isinstance(layers, str) else layers
+    return frozenset(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+
+
 def check_shapes(name: str, state: Mapping[str, Tensor], model: Any) -> None:
     """Raise ValueError for a tensor of another shape, except in the layers that timm adapts to the model.
 
@@ -115,9 +122,10 @@ def check_shapes(name: str, state: Mapping[str, Tensor], model: Any) -> None:
         )
     first = pretrained_cfg["first_conv"]
     adapted = {f"{conv}.weight" for conv in ([first] if isinstance(first, str) else first or ())}
+    adapted |= classifier_keys(pretrained_cfg)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for key, tensor in state.items():
-        if key in shapes and key not in adapted and not key.startswith("head.fc.") and tensor.shape != shapes[key]:
+        if key in shapes and key not in adapted and tensor.shape != shapes[key]:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(shapes[key])} in the model; "
                 "is it a checkpoint of another variant?"

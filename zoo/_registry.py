@@ -37,17 +37,17 @@ def _default_cfgs(family: Family) -> dict[str, Any]:
         "input_size": (3, 224, 224),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "classifier": "head.fc",
         **family.pretrained_cfg,
     }
     cfgs: dict[str, Any] = {}
-    for name in family.variants:
+    for name, cfg in family.variants.items():
+        own = {**shared, "classifier": family.classifier(cfg)}
         weights = _weights(name)
         if not weights:
             side = family.reported[name][0] if name in family.reported else shared["input_size"][1]
-            cfgs[name] = {**shared, **_sized(side, family.stride)}
+            cfgs[name] = {**own, **_sized(side, family.stride)}
         for weight in weights:
-            cfgs[weight.name] = {**shared, **_weight_cfg(weight, family.stride)}
+            cfgs[weight.name] = {**own, **_weight_cfg(weight, family.stride)}
     return cfgs
 
 

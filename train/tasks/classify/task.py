@@ -91,7 +91,7 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
         return {"loss": self.forward(model, batch)[2]}
 
     def forward(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The images as the model saw them, its logits, and their loss."""
+        """The images as the model saw them, its logits, and their loss, which is the mean over several classifiers."""
         images, targets = self.to_device(batch)
         late = self.recipe.data.aug.erase_after_mixing
         if self.erasing and not late:
@@ -103,8 +103,10 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
         if self.recipe.task.probe:
             model.eval()  # the frozen part must not update batch statistics or drop paths
         with batch_norm_errors(len(images), "raise data.micro_batch (data.batch) or data.size"):
-            logits = model(images).float()
-        return images, logits, self.criterion(logits, targets)
+            outputs = model(images)
+        # a model may have several classifiers in training; the first is the one that is evaluated
+        logits = [one.float() for one in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        return images, logits[0], torch.stack([self.criterion(one, targets) for one in logits]).mean()
 
     def example(self) -> tuple[Any, ...]:
         size = self.recipe.data.size
