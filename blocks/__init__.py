@@ -17,6 +17,7 @@ from .explanation import Explanation, explain, receptive_field
 from .flow import Flow
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
+from .gates import EfficientLocalAttention, GaussianGate
 from .halo import Halo
 from .hilo import HiLo
 from .inline import InLine
@@ -48,10 +49,12 @@ __all__ = [
     "DeformableConv",
     "DepthwiseMlp",
     "DynamicPositionBias",
+    "EfficientLocalAttention",
     "Explanation",
     "FlooredBiLevelRouting",
     "Flow",
     "FullAttention",
+    "GaussianGate",
     "Halo",
     "HiLo",
     "LargeKernel",
