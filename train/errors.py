@@ -45,7 +45,8 @@ class Outcome:
 def report_errors() -> Iterator[Outcome]:
     """Catch a UserError, print its message to stderr and set the exit code to 1.
 
-    On several processes rank 0 prints; a `LocalRankError` is printed by the process that raised it.
+    On several processes rank 0 prints; a `LocalRankError` is printed by the process that raised it. Ctrl-C is one
+    line too.
     """
     outcome = Outcome()
     try:
@@ -53,7 +54,16 @@ def report_errors() -> Iterator[Outcome]:
     except UserError as error:
         outcome.code = 1
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalRankError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:
+        outcome.code = 130
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, and bytes that are no UTF-8 as escapes."""
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
 
 
 def one_line(error: BaseException, width: int = 300) -> str:

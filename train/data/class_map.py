@@ -25,6 +25,8 @@ def class_names(labels: list[str], data: ClassMapOptions, *, numbered: bool = Fa
         return read_class_map(data)
     found = set(labels)
     if numbered and all(label.isdecimal() for label in found):
+        if (highest := max(found, key=lambda label: (len(label), label))) and len(highest) > 6:
+            raise UserError(f"the class number {highest:.20} is more than a million; give names by data.class_map")
         return [str(number) for number in range(1 + max(map(int, found)))]
     return sorted(found)
 

@@ -6,6 +6,7 @@ A sample is (RGB image, target). Target: boxes `[N, 4]` float32 (x1, y1, x2, y2 
 
 import copy
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class DetectionDataset:
         self.area = np.array([found.area for found in objects], np.float32)
         # objects of image i are starts[i] to starts[i + 1]
         self.starts = np.cumsum([0, *(len(image.objects) for image in images)])
-        self.paths: Any = np.array([image.path.encode() for image in images])
+        self.paths: Any = np.array([os.fsencode(image.path) for image in images])
         self.sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
         texts = [json.dumps(found.segmentation).encode() if masks else b"" for found in objects]
         self.segmentations = np.frombuffer(b"".join(texts), np.uint8)
@@ -93,7 +94,7 @@ class DetectionDataset:
         """Path, (height, width) and the range of object indices of an image."""
         row = self.rows[index]
         height, width = map(int, self.sizes[row])
-        return self.paths[row].decode(), (height, width), slice(int(self.starts[row]), int(self.starts[row + 1]))
+        return os.fsdecode(self.paths[row]), (height, width), slice(int(self.starts[row]), int(self.starts[row + 1]))
 
     def mask(self, number: int, height: int, width: int) -> np.ndarray:
         try:

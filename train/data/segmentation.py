@@ -4,6 +4,7 @@ A sample is (RGB image, uint8 mask [H, W]); IGNORE_INDEX marks unlabelled pixels
 `palette`, a color per class.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class SegmentationDataset:
         reader: Callable[[str], np.ndarray],
     ):
         """reader: path of a mask file -> uint8 class indices or IGNORE_INDEX, [H, W]; see `IndexMasks`."""
-        self.images, self.masks = (np.array([str(path).encode() for path in paths]) for paths in (images, masks))
+        self.images, self.masks = (np.array([os.fsencode(path) for path in paths]) for paths in (images, masks))
         self.classes, self.palette, self.reader = list(classes), [list(color) for color in palette], reader
 
     def __len__(self) -> int:
@@ -43,15 +44,15 @@ class SegmentationDataset:
 
     def contents(self) -> list[np.ndarray]:
         """What a run records of the samples beside their images; see `fingerprint`."""
-        return [file_sizes(path.decode() for path in self.masks)]
+        return [file_sizes(map(os.fsdecode, self.masks))]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        mask = self.reader(self.masks[index].decode())
+        mask = self.reader(os.fsdecode(self.masks[index]))
         size = (mask.shape[1], mask.shape[0])
         return read_file(self.image_path(index), pixel_format=self.pixel_format, size=size), mask
 
     def image_path(self, index: int) -> str:
-        return self.images[index].decode()
+        return os.fsdecode(self.images[index])
 
 
 class IndexMasks:

@@ -49,10 +49,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"line {node.start_mark.line + 1}: key {key!r} occurs twice in one section")
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, str | int | float | None):
+                raise UserError(f"line {node.start_mark.line + 1}: a key must be a text")
+            if key in seen:
+                raise UserError(f"line {node.start_mark.line + 1}: key {key!r:.80} occurs twice in one section")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -70,6 +73,30 @@ for tag, pattern, first in (
         kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
 
 
+# of a recipe or a value: far above any recipe, and parsed at once
+MAX_LETTERS, MAX_DEPTH = 200_000, 40
+MAX_PARTS = 20  # of one message
+
+
+def parse(text: str) -> Any:
+    """The content of a YAML text. Raises UserError in one line if it is no plain data of reasonable size and depth."""
+    if len(text) > MAX_LETTERS:
+        raise UserError(f"it has {len(text)} letters, more than {MAX_LETTERS}")
+    depth = 0
+    try:
+        for event in yaml.parse(text, _Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor:.20}) are not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"it is nested more than {MAX_DEPTH} deep")
+        return yaml.load(text, _Loader)
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise all kinds of exceptions for tagged values
+        raise UserError(f"no valid YAML: {one_line(error, 160)}") from error
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path`, or packaged under that name in `tessel.configs`, with `key=value` overrides applied.
 
@@ -77,8 +104,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = find_recipe(path)
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        data = parse(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"recipe {file} cannot be read: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {file} has no sections; it needs at least model.name, data.source and sched.epochs")
@@ -96,6 +123,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(data: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
     """The recipe with the sections `data` and `key=value` overrides applied; `source` is named in errors."""
+    try:
+        return _make_recipe(data, overrides, source)
+    except UserError as error:
+        raise _shortened(error) from error
+
+
+def _shortened(error: UserError) -> UserError:
+    """The error in one line, each of its parts of at most 300 letters."""
+    parts = [one_line(UserError(part)) for part in str(error).split("; ")]
+    found = copy.copy(error)
+    found.args = ("; ".join(parts[:MAX_PARTS]) + f"; and {len(parts) - MAX_PARTS} more" * (len(parts) > MAX_PARTS),)
+    return found
+
+
+def _make_recipe(data: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
     data = copy.deepcopy(data)
     written = migrate(data, source)
     pairs = [_split(override) for override in overrides]
@@ -242,9 +284,9 @@ def _typed(value: str, hint: Any, text: str) -> Any:
     if str in options:
         return None if value in ("null", "~", "") and type(None) in options else value
     try:
-        return yaml.load(value, _Loader)
-    except (yaml.YAMLError, UserError) as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+        return parse(value)
+    except UserError as error:
+        raise UserError(f"override {text!r:.80}: the value is not valid YAML ({one_line(error, 120)})") from error
 
 
 def _validate(data: Mapping[str, Any], known: dict[str, Key], source: str) -> Recipe:
@@ -256,3 +298,5 @@ def _validate(data: Mapping[str, Any], known: dict[str, Key], source: str) -> Re
         return TypeAdapter(recipe_type(spec.options, spec.data, SOURCES[origin].options)).validate_json(text)
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(wrong_values(error.errors(), known))) from error
+    except (ValueError, TypeError, RecursionError) as error:  # of JSON
+        raise UserError(f"{source} is no plain data: {one_line(error)}") from error

@@ -112,7 +112,7 @@ class Data:
 
     source: str
     """the data source"""
-    size: PositiveInt = 224
+    size: Annotated[int, Field(gt=0, le=32768)] = 224
     """side of the input in pixels; in detection, its short side"""
     batch: AutoInt = 256
     """global batch size: images per update over all processes; auto: by the number of training images"""
@@ -261,7 +261,7 @@ class Eval:
 class Guard:
     max_skips: NonNegativeInt = 0
     """maximum number of consecutive updates with a NaN or infinite gradient that are skipped; then the run stops"""
-    max_corrupt: NonNegativeInt | None = None
+    max_corrupt: Annotated[int, Field(ge=0, le=2**31)] | None = None
     """maximum number of unreadable training samples that are replaced by others; then the run stops; null: a thousandth
     of the training samples, at least 3"""
     timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0

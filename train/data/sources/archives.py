@@ -10,6 +10,7 @@ its readers of WebDataset and TFDS are streams, which cannot resume at a given s
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -25,6 +26,8 @@ from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, FilePath, Source
 from ..class_map import class_index, class_names
 from ..image_io import EXTENSIONS, RGB, read_image
+
+MAX_LABEL = 1000  # letters
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -80,7 +83,7 @@ class ArchiveDataset:
             np.array([*column], dtype=np.int64)
             for column in zip(*((number, member.offset, member.size) for number, member in images), strict=True)
         )
-        self.names = np.array([str(member.path).encode() for _, member in images])
+        self.names = np.array([os.fsencode(member.path) for _, member in images])
         index = {name: number for number, name in enumerate(self.classes)}
         self.targets = np.array([class_index(label, index, data, numbered=numbered) for label in labels])
 
@@ -88,7 +91,7 @@ class ArchiveDataset:
         return len(self.targets)
 
     def image_path(self, index: int) -> str:
-        return f"{self.archives[self.archive[index]]}:{self.names[index].decode()}"
+        return f"{self.archives[self.archive[index]]}:{os.fsdecode(self.names[index])}"
 
     def contents(self) -> list[np.ndarray]:
         """What a run records of the samples; see `data.fingerprint`."""
@@ -197,11 +200,13 @@ def _sample_key(path: PurePosixPath) -> str:
 def _read_label(content: bytes, key: str | None, name: str) -> str:
     try:
         value = content.decode() if key is None else json.loads(content)[key]
-    except (ValueError, KeyError, TypeError) as error:
+        if len(text := str(value).strip()) > MAX_LABEL:
+            raise ValueError(f"a class of {len(text)} letters")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{name} does not contain a class ({type(error).__name__}: {error}); check data.target_key"
         ) from error
-    return str(value).strip()
+    return text
 
 
 TAR = SourceSpec(name="tar", summary="images in tar archives", options=Tar, datasets={"labels": open_tar})

@@ -48,6 +48,10 @@ class ImageFolder(LabeledFiles):
             files = [[file for file in found if file.suffix.lower() in ARRAY_EXTENSIONS] for found in everything]
         if not folders:
             raise UserError(f"{root} has no class folders, hence no images; {LAYOUT}")
+        if broken := [folder.name for folder in folders if not folder.name.isprintable()]:
+            raise UserError(
+                f"the name of the class folder {broken[0]!a} in {root} has control characters or is no UTF-8; rename it"
+            )
         if empty := [folder.name for folder, found in zip(folders, files, strict=True) if not found]:
             raise UserError(
                 f"class {empty[0]} in {root} has no images ({', '.join(sorted(EXTENSIONS))}); add some or remove it"
