@@ -19,7 +19,10 @@ SCENES := demo-segment demo-detect
 # the recipes that `make recipes` runs; patterns with spaces between
 RECIPES ?= *
 
-.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow recipes lint docs examples tables clean
+# how long `make soak` runs
+MINUTES ?= 10
+
+.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow soak recipes lint docs examples tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
@@ -28,6 +31,7 @@ help:
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
+	@echo "make soak            kill and fuzz the trainer for MINUTES=10, with new seeds that are printed"
 	@echo "make recipes         run every packaged recipe on miniature data sets: about 20 minutes on one CPU core"
 	@echo "                     some of them: RECIPES='imagenet/cswin_* coco/*'"
 	@echo "make lint            formatting, lint, spelling, which room imports which, types"
@@ -70,6 +74,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak.py $(MINUTES)
 
 recipes: $(INSTALLED)
 	$(BIN)/python tests/recipe_runner.py $(patsubst %,'%',$(RECIPES))

@@ -38,7 +38,7 @@ def main() -> None:
     kills, arguments = int(sys.argv[1]), sys.argv[2:]
     recipe = load_recipe(arguments[0], arguments[1:])
     checkpoints = Path(recipe.run.out) / recipe.run.name / "checkpoints"
-    rng = random.Random(0)
+    rng = random.Random(int(os.environ.get("KILLING_SEED", 0)))
     importlib.import_module(f"tessel.train.tasks.{recipe.task.kind}")  # import it once, not at every start
     for number in range(kills):
         # every instant occurs with background and with foreground saving

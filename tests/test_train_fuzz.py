@@ -14,7 +14,7 @@ from tessel.train.data.class_map import class_names
 from tessel.train.data.sources.archives import Tar
 from tessel.train.data.sources.folder import ImageFolder
 from tessel.train.errors import UserError, report_errors
-from tessel.train.recipe.load import PACKAGED, load_recipe, make_recipe
+from tessel.train.recipe.load import PACKAGED, load_recipe, make_recipe, parse
 from tessel.train.recipe.plan import plan
 from tessel.train.recipe.sizing import sized
 
@@ -152,7 +152,7 @@ def fuzz_recipes(count: int, seed: int) -> None:
     rng, accepted = random.Random(seed), 0
     files = sorted(PACKAGED.rglob("*.yaml"))
     for number in range(count):
-        recipe = mutated(yaml.safe_load(rng.choice(files).read_text()), rng)
+        recipe = mutated(parse(rng.choice(files).read_text()), rng)
         try:
             found = make_recipe(recipe, source="recipe")
             plan(sized(found, samples=1000), samples=1000, world_size=1)

@@ -130,7 +130,7 @@ def present_name(key: str) -> str:
 def drop_unused_keys(data: dict[str, Any]) -> None:
     """Remove from a recipe of format 1, in place, the keys of other tasks and data sources that had no effect."""
     task, source = _mapping(data.get("task")).get("kind", "classify"), _mapping(data.get("data")).get("source")
-    if str(task) not in TASKS or str(source) not in SOURCES:
+    if not (isinstance(task, str) and task in TASKS and isinstance(source, str) and source in SOURCES):
         return
     own = {key.name for key in recipe_keys(task, source)}
     for key, default in FORMAT_1_DEFAULTS.items():
