@@ -87,6 +87,12 @@ def test_every_mixer_has_features_layer_groups_and_initial_weights(mixer):
         assert parameter.std(unbiased=False).item() == pytest.approx(spread, rel=0.5, abs=1e-2), name
 
 
+def test_a_mixer_initializes_its_layers_in_its_own_way():
+    halo, window = (make(mixer, width=32).stages[3].blocks[0].mixer.fn for mixer in ("halo", "window"))
+    assert halo.q.weight.std().item() == pytest.approx(256**-0.5, rel=0.1)
+    assert window.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.slow
 @every_mixer
 def test_every_mixer_compiles_and_exports(mixer):

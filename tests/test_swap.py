@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import tessel
 import tessel.zoo
 from tessel.blocks import Channel, CrossShapedWindow, Halo, HiLo
+from tessel.blocks.registry import token_mixers
 from tessel.export import export
 from tessel.export import load as load_export
 from tessel.train.errors import UserError
@@ -61,6 +62,7 @@ def test_several_mixers_alternate_and_can_be_swapped_again():
     x = torch.randn(1, 3, 64, 64)
     assert tessel.zoo.swap(halo, {3: "channel"}).eval()(x).shape == (1, 1000)
     assert mixers(halo, Channel) and not mixers(halo, HiLo)
+    assert list(token_mixers(halo)) == list(token_mixers(timm.create_model("tessel_halonet_atto")))
 
 
 def test_tables_of_the_new_mixers_take_no_weight_decay():
@@ -95,6 +97,11 @@ def test_a_checkpoint_of_a_swapped_model_loads_whole(swap, tmp_path):
     torch.save(torn, tmp_path / "own.pth")
     with pytest.raises(ValueError, match=r"lacks 1 keys: stages.2.blocks.1.mixer.fn.(proj.bias|width_rel)"):
         timm.create_model("cswin_atto", swap=swap, **options)
+    left = "stages.2.blocks.0.mixer.fn.lepe.0.weight"  # of the mixer that was replaced
+    if left not in model.state_dict():
+        torch.save({**model.state_dict(), left: torch.zeros(1)}, tmp_path / "own.pth")
+        with pytest.raises(ValueError, match=f"1 keys the model lacks: {left}"):
+            timm.create_model("cswin_atto", swap=swap, **options)
 
 
 @pytest.mark.parametrize(
