@@ -40,15 +40,17 @@ def test_only_the_mixers_of_the_stages_change(model_name):
             tessel.zoo.swap(model, {3: "halo"})
         return
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    assert tessel.zoo.swap(model, {3: "halo(block=4, halo=1)"}) is model
-    assert any(path.startswith("stages.3.") for path in mixers(model, Halo))
+    last = max(int(path.split(".")[1]) for path in token_mixers(model))
+    swap = {last: "halo(block=4, halo=1)"}
+    assert tessel.zoo.swap(model, swap) is model
+    assert any(path.startswith(f"stages.{last}.") for path in mixers(model, Halo))
     after = model.state_dict()
     kept = before.keys() & after.keys()
     assert all(torch.equal(after[key], before[key]) for key in kept if "mixer" not in key)
-    assert all(key.startswith("stages.3.") for key in before.keys() ^ after.keys())
+    assert all(key.startswith(f"stages.{last}.") for key in before.keys() ^ after.keys())
     model.init_weights()
     assert model(torch.randn(2, 3, 64, 48)).isfinite().all()
-    again = timm.create_model(model_name, num_classes=10, swap={3: "halo(block=4, halo=1)"}).eval()
+    again = timm.create_model(model_name, num_classes=10, swap=swap).eval()
     again.load_state_dict(after)
     assert copy.deepcopy(again).double()(torch.randn(1, 3, 33, 40).double()).dtype == torch.float64
 
