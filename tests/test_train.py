@@ -107,7 +107,7 @@ def test_finished_run_is_not_trained_again(straight, capsys):
     recipe = straight.parent.parent / "tiny.yaml"
     assert trainer.train(recipe, "data.workers=1", "log.every=1") == 0
     out = capsys.readouterr().out
-    assert "is finished: top1" in out and "tessel.train.evaluate" in out and "run.fresh=true" in out
+    assert "is finished: top1" in out and "tessel evaluate" in out and "run.fresh=true" in out
     assert "  import tessel.zoo, timm; timm.create_model('local-dir:" in out
     assert trainer.metrics(straight) == before
 

@@ -193,7 +193,7 @@ def test_missing_keys_and_files_are_errors(tmp_path):
         ("demo/digit", "did you mean demo/digits?"),
         ("finetune/clasify", "did you mean finetune/classify?"),
         ("biformer_tiny", "did you mean imagenet/biformer_tiny?"),
-        ("imagenet/cswin_tinny.yaml", "did you mean imagenet/cswin_tiny?"),
+        ("imagenet/cswin_tinny.yaml", "did you mean imagenet/cswin_tiny"),
         ("x" * 300, "`tessel train --list`"),
     ],
 )
