@@ -33,5 +33,10 @@ def block(**branches: nn.Module) -> nn.Sequential:
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Drop path rates by stage and block, rising linearly from 0 at the first block to `rate` at the last."""
+    """Drop path rates by stage and block, rising linearly from 0 at the first block to `rate` at the last.
+
+    Raises ValueError for a rate outside 0..1.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"drop_path_rate={rate} must lie in 0..1")
     return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))

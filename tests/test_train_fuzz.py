@@ -10,6 +10,7 @@ import pytest
 import trainer
 import yaml
 
+from tessel.train.__main__ import main
 from tessel.train.data.class_map import class_names
 from tessel.train.data.sources.archives import Tar
 from tessel.train.data.sources.folder import ImageFolder
@@ -95,6 +96,15 @@ def test_hostile_values_are_one_line_in_no_time(value):
         except UserError as error:
             assert_told(error)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("key", ["run.name", "run.out"])
+def test_names_that_no_folder_can_have_are_told(key, tmp_path, capsys):
+    arguments = ["demo/digits", f"run.out={tmp_path}", f"{key}={'n' * 300}", "--dry-run"]
+    assert main(arguments) == 1
+    assert (
+        "File name too long" in (told := capsys.readouterr().err) and "run.out and run.name" in told and len(told) < 200
+    )
 
 
 def bomb() -> str:

@@ -180,6 +180,12 @@ def test_unsupported_pooling_is_refused(model_name):
         timm.create_model(model_name, global_pool="median")
 
 
+def test_impossible_drop_path_rate_is_an_error(model_name):
+    for rate in (-1, 5):
+        with pytest.raises(ValueError, match=f"drop_path_rate={rate} must lie in 0..1"):
+            timm.create_model(model_name, drop_path_rate=rate)
+
+
 def test_drop_path_reaches_the_blocks(model_name):
     model = small(model_name, drop_path_rate=0.5).train()
     x = images(64, 64)

@@ -18,18 +18,20 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attrib
 Probability = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Level = Annotated[int, Field(ge=0, le=255)]
+# epochs or steps; the limit keeps their products finite
+Length = Annotated[float, Field(ge=0, le=1e12)]
 if typing.TYPE_CHECKING:
     # a run begins with the number that `sizing.sized` puts in the place of "auto"
     AutoInt = int
-    AutoFloat = float
-    AutoPositive = float
+    AutoLength = float
+    AutoPositiveLength = float
     AutoFraction = float
     AutoDecay = float
     AutoPair = tuple[int, int]
 else:
     AutoInt = PositiveInt | Literal["auto"]
-    AutoFloat = NonNegativeFloat | Literal["auto"]
-    AutoPositive = PositiveFloat | Literal["auto"]
+    AutoLength = Length | Literal["auto"]
+    AutoPositiveLength = Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"]
     AutoFraction = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
     AutoDecay = Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
     AutoPair = tuple[PositiveInt, PositiveInt] | Literal["auto"]
@@ -167,25 +169,25 @@ class Optim:
 class Sched:
     name: Literal["cosine", "poly", "tanh", "wsd", "rsqrt", "step", "multistep", "constant"] = "cosine"
     """learning rate schedule of timm, a function of the step"""
-    epochs: AutoPositive | None = None
+    epochs: AutoPositiveLength | None = None
     """length of the training in epochs; give this or steps; auto: by the number of training images"""
     steps: PositiveInt | None = None
     """length of the training in updates"""
-    warmup: AutoFloat = 0.0
+    warmup: AutoLength = 0.0
     """length of the linear warm-up, in epochs or steps like the length of the training; auto: 5 % of it"""
     warmup_lr: NonNegativeFloat = 1e-6
     """learning rate at the start of the warm-up"""
     min_lr: NonNegativeFloat = 0.0
     """learning rate at the end of the schedule"""
-    cooldown: NonNegativeFloat = 0.0
+    cooldown: Length = 0.0
     """last part of the training, held at min_lr (cosine, poly, tanh)"""
     decay_rate: PositiveFloat | None = None
     """factor (step, multistep; null: 0.1) or power (poly; null: 1)"""
     decay_steps: PositiveInt | None = None
     """interval between decays (step) or length of the decay (wsd, rsqrt), in updates"""
-    milestones: tuple[PositiveFloat, ...] | None = None
+    milestones: tuple[Annotated[float, Field(gt=0, le=1e12)], ...] | None = None
     """when multistep decays, in epochs or steps like the length of the training"""
-    freeze: NonNegativeFloat = 0.0
+    freeze: Length = 0.0
     """first part of the training, in which the backbone does not change; in epochs or steps like its length"""
     patience: AutoInt | None = None
     """stop after this many evaluations without a better one, and export the best weights; null: train to the end;

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import write_atomically, writing
 from ..recipe.load import differences, dump, load_recipe
 from ..recipe.schema import Recipe
@@ -103,7 +103,11 @@ class RunDirectory:
 
     def check_place(self) -> None:
         """Raises UserError if the directory cannot be created or written."""
-        place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        try:
+            place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        except (OSError, ValueError) as error:  # a name that is too long, or has a character that no name may have
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(f"run.out and run.name give no valid directory: {reason}; change one of them") from error
         problem = None
         if not place.is_dir():
             problem = f"{place} is a file"
