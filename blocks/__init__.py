@@ -31,6 +31,7 @@ from .neighborhood import NeighborhoodAttention
 from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
 from .shifted_window import ShiftedWindow
+from .spectral_gating import SpectralGating
 from .strip import Strip
 from .token_selection import MergeSelection, ScoreTokens, Selection, SelectTokens
 from .window import Window
@@ -75,6 +76,7 @@ __all__ = [
     "SelectTokens",
     "Selection",
     "ShiftedWindow",
+    "SpectralGating",
     "Strip",
     "TokenMixer",
     "Window",

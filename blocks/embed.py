@@ -78,12 +78,12 @@ class PositionEmbedding(nn.Module):
     """Add a learned vector to each position of `[B, dim, H, W]`.
 
     The vectors are those of a map of `trained_size` x `trained_size` pixels, row by row; for other maps they are
-    resized bilinearly.
+    resized by `mode` of `F.interpolate`.
     """
 
-    def __init__(self, dim: int, *, trained_size: int):
+    def __init__(self, dim: int, *, trained_size: int, mode: str = "bilinear"):
         super().__init__()
-        self.trained_size = trained_size
+        self.trained_size, self.mode = trained_size, mode
         self.table = nn.Parameter(torch.empty(1, trained_size**2, dim))
         self.reset_parameters()
 
@@ -92,4 +92,4 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         on_map = self.table.unflatten(1, (self.trained_size, self.trained_size)).permute(0, 3, 1, 2)
-        return x + F.interpolate(on_map, x.shape[2:], mode="bilinear")
+        return x + F.interpolate(on_map, x.shape[2:], mode=self.mode)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,6 +14,9 @@ from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import exporting
 from .explanation import Explanation, Pixel
 from .registry import divisor, token_mixer
+
+# real and imaginary parts
+Parts = tuple[Tensor, Tensor]
 
 
 @token_mixer("adaptive_frequency_filter", num_groups=divisor(8))
@@ -28,10 +32,7 @@ class AdaptiveFrequencyFilter(nn.Module):
     imaginary parts (Huang et al., arXiv 2307.14008, sec. 3.2 and 3.3; activation and shrinkage are those of the
     released code). `w1, w2: [2, G, c_in, c_out]` and `b1, b2: [2, G, c]` hold the real, then the imaginary parts.
 
-    The transforms are computed in float32 or wider. In the spectrum of a real signal some columns are conjugate
-    symmetric; those of M * Z are made symmetric before the inverse transform, whose result is otherwise undefined on a
-    GPU. The CPU's transform does the same. While exporting, and on a device without such transforms, they are products
-    with matrices of cosines and sines, because many runtimes have no complex numbers.
+    `in_frequencies` has the transforms.
 
     Raises ValueError if num_groups does not divide dim or shrinkage is negative.
     """
@@ -57,27 +58,15 @@ class AdaptiveFrequencyFilter(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = acc_dtype(x)
-        with without_autocast(x):
-            if exporting() or not has_fft(x.device.type):
-                return self.by_products(x.to(exact)).to(x.dtype)
-            spectrum = torch.view_as_real(torch.fft.rfft2(x.to(exact), norm="ortho"))
-            filtered = symmetric(torch.complex(*self._filter(spectrum)), x.shape[-1])
-            return torch.fft.irfft2(filtered, s=x.shape[-2:], norm="ortho").to(x.dtype)
+        return in_frequencies(x, self.filtered)
 
-    def by_products(self, x: Tensor) -> Tensor:
-        """The filtered map `[B, C, H, W]` by matrix products in real numbers, one axis after the other."""
-        height, width = x.shape[-2:]
-        cos_h, sin_h = waves(height, height, x)
-        cos_w, sin_w = waves(width, width // 2 + 1, x)
-        real, imag = x @ cos_w, -(x @ sin_w)
-        real, imag = cos_h @ real + sin_h @ imag, cos_h @ imag - sin_h @ real
-        real, imag = self._filter(torch.stack([real, imag], -1))
-        real, imag = cos_h @ real - sin_h @ imag, cos_h @ imag + sin_h @ real
-        # the missing half of the spectrum is the mirror image of the other, except the columns that `symmetric` changes
-        column = torch.arange(width // 2 + 1, device=x.device)
-        count = 2 - (column == 0).to(x.dtype) - (2 * column == width).to(x.dtype)
-        return (real * count) @ cos_w.transpose(0, 1) - (imag * count) @ sin_w.transpose(0, 1)
+    def filtered(self, spectrum: Tensor) -> Parts:
+        """Real and imaginary parts of Z, `[B, C, H, F, 2]`, to those of M * Z, `[B, C, H, F]` each."""
+        z = self._by_group(spectrum)
+        (z_real, z_imag), (m_real, m_imag) = z.chunk(2, 1), self._mask(z)
+        real = torch.addcmul(m_real * z_real, m_imag, z_imag, value=-1)
+        imag = torch.addcmul(m_real * z_imag, m_imag, z_real)
+        return self._by_channel((real, imag), spectrum)
 
     def explain(self, x: Tensor, query: Pixel) -> Explanation:
         """The size of the mask at each frequency, mean over channels, the same for all queries."""
@@ -86,14 +75,6 @@ class AdaptiveFrequencyFilter(nn.Module):
         # the other half of the spectrum mirrors this one
         mirrored = mask[:, 1 : (x.shape[3] + 1) // 2].flip(0, 1).roll(1, 0)
         return Explanation(torch.fft.fftshift(torch.cat([mask, mirrored], 1)), "frequencies", "frequency mask")
-
-    def _filter(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts of Z, `[B, C, H, F, 2]`, to those of M * Z, `[B, C, H, F]` each."""
-        z = self._by_group(spectrum)
-        (z_real, z_imag), (m_real, m_imag) = z.chunk(2, 1), self._mask(z)
-        real = torch.addcmul(m_real * z_real, m_imag, z_imag, value=-1)
-        imag = torch.addcmul(m_real * z_imag, m_imag, z_real)
-        return self._by_channel((real, imag), spectrum)
 
     def _by_group(self, spectrum: Tensor) -> Tensor:
         """`[B, C, H, F, 2] -> [G, 2*c, B*H*F]`: each complex layer is then one matrix product per group."""
@@ -115,6 +96,40 @@ class AdaptiveFrequencyFilter(nn.Module):
         mask = mask - mask.clamp(-self.shrinkage, self.shrinkage) if exporting() else F.softshrink(mask, self.shrinkage)
         real, imag = mask.chunk(2, 1)
         return real, imag
+
+
+def in_frequencies(x: Tensor, change: Callable[[Tensor], Parts]) -> Tensor:
+    """`irfft2(change(rfft2(x)))` of a map `[B, C, H, W]`, orthonormal, of the same shape and dtype.
+
+    `change` maps the half spectrum `[B, C, H, W//2 + 1, 2]` to real and imaginary parts without the last axis.
+
+    The transforms are computed in float32 or wider. In the spectrum of a real signal some columns are conjugate
+    symmetric; those of the changed one are made symmetric before the inverse transform, whose result is otherwise
+    undefined on a GPU. The CPU's transform does the same. While exporting, and on a device without such transforms,
+    they are products with matrices of cosines and sines, because many runtimes have no complex numbers.
+    """
+    exact = acc_dtype(x)
+    with without_autocast(x):
+        if exporting() or not has_fft(x.device.type):
+            return by_products(x.to(exact), change).to(x.dtype)
+        spectrum = torch.view_as_real(torch.fft.rfft2(x.to(exact), norm="ortho"))
+        changed = symmetric(torch.complex(*change(spectrum)), x.shape[-1])
+        return torch.fft.irfft2(changed, s=x.shape[-2:], norm="ortho").to(x.dtype)
+
+
+def by_products(x: Tensor, change: Callable[[Tensor], Parts]) -> Tensor:
+    """As `in_frequencies`, by matrix products in real numbers, one axis after the other."""
+    height, width = x.shape[-2:]
+    cos_h, sin_h = waves(height, height, x)
+    cos_w, sin_w = waves(width, width // 2 + 1, x)
+    real, imag = x @ cos_w, -(x @ sin_w)
+    real, imag = cos_h @ real + sin_h @ imag, cos_h @ imag - sin_h @ real
+    real, imag = change(torch.stack([real, imag], -1))
+    real, imag = cos_h @ real - sin_h @ imag, cos_h @ imag + sin_h @ real
+    # the missing half of the spectrum is the mirror image of the other, except the columns that `symmetric` changes
+    column = torch.arange(width // 2 + 1, device=x.device)
+    count = 2 - (column == 0).to(x.dtype) - (2 * column == width).to(x.dtype)
+    return (real * count) @ cos_w.transpose(0, 1) - (imag * count) @ sin_w.transpose(0, 1)
 
 
 @torch.compiler.assume_constant_result

@@ -100,6 +100,7 @@ class TokenHead(nn.Module):
             self.pool_type = pool_type
             pools = pool_type not in ("token", "")
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True) if pools else nn.Identity()
+        self.dim = in_features or self.dim
         self.num_features = self.dim
         if isinstance(self.global_pool, SelectAdaptivePool2d):
             self.num_features *= self.global_pool.feat_mult()
