@@ -51,6 +51,7 @@ MIXERS = {
     "AttentiveConvolution": (lambda: blocks.AttentiveConvolution(DIM), "N"),
     "Flow": (lambda: blocks.Flow(DIM, num_heads=HEADS), "N"),
     "AdaptiveFrequencyFilter": (lambda: blocks.AdaptiveFrequencyFilter(DIM), "N log N"),
+    "SpectralGating": (lambda: blocks.SpectralGating(DIM, trained_size=56), "N log N"),
     "BiLevelRouting": (lambda: blocks.BiLevelRouting(DIM, num_heads=HEADS, n_win=8, topk=4), "N^(4/3) at best"),
     "CrossShapedWindow": (lambda: blocks.CrossShapedWindow(DIM, num_heads=HEADS, stripe_width=2), "N^(3/2)"),
     "HiLo": (lambda: blocks.HiLo(DIM, num_heads=HEADS, window=2), "N^2 / 4 for half of the heads"),

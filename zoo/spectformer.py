@@ -130,22 +130,22 @@ class LastNorm(nn.Module):
 class ClassToken(nn.Module):
     """A class token that attends to the map before the norm: a `LastStage` to the normalized map and `[B, 1, C]`.
 
-    `last` is the stage's own norm, which the token takes too.
+    `norm` is that of the last stage, which the token takes too.
     """
 
-    def __init__(self, dim: int, *, num_heads: int, last: LastNorm):
+    def __init__(self, dim: int, *, num_heads: int, norm: nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttn(dim, num_heads, qkv_bias=True)
         self.mlp = TokenMlp(dim, 4 * dim)
         # in a tuple, as its parameters belong to the stage
-        self.shared = (last,)
+        self.shared = (norm,)
 
     def forward(self, x: LastStage) -> tuple[Tensor, Tensor]:
         token = x.token + self.attn(self.norm1(class_token_first(x.plain, x.token)))
         token = token + self.mlp(self.norm2(token))
         as_map = token.transpose(1, 2).unsqueeze(3)
-        return x.normed, self.shared[0].norm(as_map).squeeze(3).transpose(1, 2)
+        return x.normed, self.shared[0](as_map).squeeze(3).transpose(1, 2)
 
 
 class TokenLabelHead(TokenHead):
@@ -198,7 +198,13 @@ def stem(in_chans: int, width: int, dim: int) -> nn.Sequential:
 
 
 def build(
-    cfg: SpectFormerConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+    cfg: SpectFormerConfig,
+    *,
+    in_chans: int,
+    num_classes: int,
+    global_pool: str,
+    drop_rate: float,
+    drop_path_rate: float,
 ) -> BackboneParts:
     last, width = LastNorm(cfg.dims[-1]), cfg.dims[-1]
     stages = []
@@ -222,7 +228,7 @@ def build(
     return BackboneParts(
         stem=stem(in_chans, cfg.stem, cfg.dims[0]),
         stages=stages,
-        norm=ClassToken(width, num_heads=width // cfg.head_dim, last=last),
+        norm=ClassToken(width, num_heads=width // cfg.head_dim, norm=last.norm),
         head=TokenLabelHead(
             width, num_classes, pool_type=global_pool, drop_rate=drop_rate, token_labels=cfg.token_labels
         ),
@@ -329,7 +335,9 @@ def vanilla_key_mapping(cfg: VanillaSpectFormerConfig) -> Sequence[KeyRule]:
     for number, (stage, index) in enumerate(places):
         published, ours = f"blocks.{number}.", f"stages.{stage}.blocks.{index}."
         if stage:
-            rules += [KeyRule(f"{published}attn.{name}.{{p}}", f"{ours}mixer.fn.{name}.{{p}}") for name in ("qkv", "proj")]
+            rules += [
+                KeyRule(f"{published}attn.{name}.{{p}}", f"{ours}mixer.fn.{name}.{{p}}") for name in ("qkv", "proj")
+            ]
             rules += transformer_keys(published, ours)
         else:
             rules.append(KeyRule(published + "filter.complex_weight", ours + "fn.mixer.weight", GATE))
