@@ -17,7 +17,7 @@ from .explanation import Explanation, explain, receptive_field
 from .flow import Flow
 from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
-from .gates import EfficientLocalAttention, GaussianGate
+from .gates import DeepLocalAttention, EfficientLocalAttention, GaussianGate, SubspaceGate
 from .halo import Halo
 from .hilo import HiLo
 from .inline import InLine
@@ -47,6 +47,7 @@ __all__ = [
     "ConvGlu",
     "CrossScale",
     "CrossShapedWindow",
+    "DeepLocalAttention",
     "DeformableConv",
     "DepthwiseMlp",
     "DynamicPositionBias",
@@ -78,6 +79,7 @@ __all__ = [
     "ShiftedWindow",
     "SpectralGating",
     "Strip",
+    "SubspaceGate",
     "TokenMixer",
     "Window",
     "Windows",

@@ -38,6 +38,25 @@ class EfficientLocalAttention(nn.Module):
         return self.norm(self.conv(strip)).sigmoid()
 
 
+class DeepLocalAttention(EfficientLocalAttention):
+    """`EfficientLocalAttention` with a second convolution: `a = sigmoid(conv2(relu(norm(conv(mean of x)))))`.
+
+    The second convolution has the same groups, no bias, and a kernel of `second_kernel` (ELA84 in the released code).
+    """
+
+    def __init__(
+        self, dim: int, *, kernel: int = 3, second_kernel: int = 5, groups: int | None = None, norm_groups: int = 32
+    ):
+        super().__init__(dim, kernel=kernel, groups=groups, norm_groups=norm_groups)
+        if second_kernel < 1 or second_kernel % 2 == 0:
+            raise ValueError(f"DeepLocalAttention: second_kernel={second_kernel} must be odd and positive")
+        groups = self.conv.groups
+        self.conv2 = nn.Conv1d(dim, dim, second_kernel, padding=second_kernel // 2, groups=groups, bias=False)
+
+    def _weights(self, strip: Tensor) -> Tensor:
+        return self.conv2(self.norm(self.conv(strip)).relu()).sigmoid()
+
+
 class GaussianGate(nn.Module):
     """A product of Gaussians of the normalized channels of each head, as weights; `x: [B, C, H, W] -> [B, C, H, W]`.
 
@@ -74,3 +93,32 @@ class GaussianGate(nn.Module):
             g = (log.sum(-1) - 0.5 * (2 * math.pi * c.square()).log().sum(-1)).exp()
             y = heads * g / g.sum(-1, keepdim=True).clamp_min(self.eps)
             return y.flatten(3).permute(0, 3, 1, 2).to(x.dtype)
+
+
+class SubspaceGate(nn.Module):
+    """One map of weights over the positions for each group of channels; `x: [B, C, H, W] -> [B, C, H, W]`.
+
+        a = maxpool(relu(norm1(scale(x))))        p = softmax(relu(norm2(point(a))))        y = x + p * x
+
+    with a depthwise 1x1 convolution `scale`, a 3x3 max pooling of stride 1, a 1x1 convolution `point` from each group
+    to one map, and a softmax over all positions (ULSAM, arXiv 2006.15102, sec. 3; momentum as in the released code).
+
+    Raises ValueError unless groups divides dim.
+    """
+
+    def __init__(self, dim: int, *, groups: int = 4):
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"SubspaceGate: dim={dim} must be divisible by groups={groups}")
+        self.groups = groups
+        self.scale = nn.Conv2d(dim, dim, 1, groups=dim)
+        self.norm1 = nn.BatchNorm2d(dim, momentum=0.9)
+        self.pool = nn.MaxPool2d(3, 1, 1)
+        self.point = nn.Conv2d(dim, groups, 1, groups=groups)
+        self.norm2 = nn.BatchNorm2d(groups, momentum=0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.pool(self.norm1(self.scale(x)).relu())
+        p = self.norm2(self.point(a)).relu().flatten(2).softmax(-1).unflatten(2, x.shape[2:])
+        by_group = x.unflatten(1, (self.groups, -1))
+        return x + (by_group * p.unsqueeze(2)).flatten(1, 2)
