@@ -28,6 +28,7 @@ from .local_mhra import LocalMhra
 from .long_short_distance import DynamicPositionBias, LongShortDistance
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
+from .position_temperature import PositionTemperature
 from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
 from .shifted_window import ShiftedWindow
@@ -72,6 +73,7 @@ __all__ = [
     "NormMerge",
     "Place",
     "PositionEmbedding",
+    "PositionTemperature",
     "Residual",
     "ScoreTokens",
     "SelectTokens",
