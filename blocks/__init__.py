@@ -7,6 +7,7 @@ Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a c
 from .agent import Agent
 from .aggregated import Aggregated
 from .attentive_convolution import AttentiveConvolution
+from .auxiliary import AuxiliaryLoss, collect_losses
 from .bi_level_routing import BiLevelRouting, FlooredBiLevelRouting
 from .channel import Channel
 from .cross_shaped_window import CrossShapedWindow
@@ -26,6 +27,7 @@ from .length_scaled_cosine import LengthScaledCosine
 from .linear_global import LinearGlobal
 from .local_mhra import LocalMhra
 from .long_short_distance import DynamicPositionBias, LongShortDistance
+from .mixture_of_heads import HeadGates, MixtureOfHeads
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
 from .position_temperature import PositionTemperature
@@ -43,6 +45,7 @@ __all__ = [
     "Agent",
     "Aggregated",
     "AttentiveConvolution",
+    "AuxiliaryLoss",
     "BiLevelRouting",
     "Channel",
     "ConvGlu",
@@ -59,6 +62,7 @@ __all__ = [
     "FullAttention",
     "GaussianGate",
     "Halo",
+    "HeadGates",
     "HiLo",
     "LargeKernel",
     "InLine",
@@ -68,6 +72,7 @@ __all__ = [
     "LocalMhra",
     "LongShortDistance",
     "MergeSelection",
+    "MixtureOfHeads",
     "Mlp",
     "NeighborhoodAttention",
     "NormMerge",
@@ -86,6 +91,7 @@ __all__ = [
     "Window",
     "Windows",
     "block",
+    "collect_losses",
     "conv_norm",
     "deformable_merge",
     "depthwise",

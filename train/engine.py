@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ..blocks import collect_losses
 from .data.batch_stream import BatchStream
 from .data.fingerprint import changes
 from .data.sampler import seed_all
@@ -168,8 +169,10 @@ class Engine:
             chunk = self.world.rank * len(batches) + number
             seed_all(self.recipe.run.seed, self.progress.step, chunk, devices=True)
             with gradient_sync(self.replicas, enabled=number == len(batches) - 1):
-                with autocast(self.recipe.parallel, self.world):
+                with autocast(self.recipe.parallel, self.world), collect_losses(self.model) as auxiliary:
                     parts = self.task.loss(self.replicas, batch)
+                if auxiliary:
+                    parts = parts | {"auxiliary_loss": torch.stack(auxiliary).mean()}
                 loss = torch.stack([value for name, value in parts.items() if "loss" in name]).sum()
                 self.scaler.scale(loss / len(batches)).backward()
             for name, value in (parts | {"loss": loss}).items():

@@ -11,9 +11,10 @@ with `fixed_pool_size` at most as many as the map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
@@ -99,15 +100,23 @@ def mixer(cfg: TransNeXtConfig, stage: int) -> nn.Module:
     )
 
 
-def build(
-    cfg: TransNeXtConfig, *, in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path_rate: float
+def transnext(
+    cfg: TransNeXtConfig,
+    attention: Callable[[int], nn.Module],
+    *,
+    in_chans: int,
+    num_classes: int,
+    global_pool: str,
+    drop_rate: float,
+    drop_path_rate: float,
 ) -> BackboneParts:
+    """The model with any mixers: `attention(stage)` makes one."""
     rates = drop_path_rates(drop_path_rate, cfg.depths)
     stages = []
     for i, dim in enumerate(cfg.dims):
         blocks = [
             block(
-                mixer=Residual(mixer(cfg, i), norm=norm(dim), drop_path=rate),
+                mixer=Residual(attention(i), norm=norm(dim), drop_path=rate),
                 mlp=Residual(ConvGlu(dim, ratio=cfg.mlp_ratios[i]), norm=norm(dim), drop_path=rate),
             )
             for rate in rates[i]
@@ -126,10 +135,15 @@ def build(
     )
 
 
+def build(cfg: TransNeXtConfig, **arguments: Any) -> BackboneParts:
+    return transnext(cfg, partial(mixer, cfg), **arguments)
+
+
 def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -140,30 +154,39 @@ def initialize(module: nn.Module) -> None:
 HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))
 
 
-def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
+def transnext_keys(cfg: TransNeXtConfig, attention: str = "mixer.fn.") -> list[KeyRule]:
+    """Rules of a model whose blocks have the modules of the attention at `attention`."""
     published, ours = "block{s+1}.{b}.", "stages.{s}.blocks.{b}."
+    attn = ours + attention
     plain = [i for i, reduction in enumerate(cfg.reductions) if reduction is None]
     return [
         # the published stages of full attention have one qkv layer, the others two layers
-        *(KeyRule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.mixer.fn.qkv.{{p}}") for i in plain),
-        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK_QKV),
+        *(
+            KeyRule(f"block{i + 1}.{{b}}.attn.qkv.{{p}}", f"stages.{i}.blocks.{{b}}.{attention}qkv.{{p}}")
+            for i in plain
+        ),
+        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], attn + "qkv.{p}", PACK_QKV),
         KeyRule("patch_embed1.proj.{p}", "stem.conv.{p}"),
         KeyRule("patch_embed1.norm.{p}", "stem.norm.{p}"),
         KeyRule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),
         KeyRule("patch_embed{s+1}.norm.{p}", "stages.{s}.down.norm.{p}"),
         KeyRule("norm{s+1}.{p}", "stages.{s}.norm.{p}"),
         KeyRule(published + "norm1.{p}", ours + "mixer.norm.{p}"),
-        KeyRule(published + "attn.cpb_fc1.{p}", ours + "mixer.fn.position.fc1_{p}"),
-        KeyRule(published + "attn.cpb_fc2.{p}", ours + "mixer.fn.position.fc2_{p}"),
-        *(KeyRule(f"{published}attn.{part}.{{p}}", f"{ours}mixer.fn.{part}.{{p}}") for part in ("sr", "norm", "proj")),
+        KeyRule(published + "attn.cpb_fc1.{p}", attn + "position.fc1_{p}"),
+        KeyRule(published + "attn.cpb_fc2.{p}", attn + "position.fc2_{p}"),
+        *(KeyRule(f"{published}attn.{part}.{{p}}", f"{attn}{part}.{{p}}") for part in ("sr", "norm", "proj")),
         # parameters of the mixer itself: temperature, query_embedding and the tables of the window
-        KeyRule(published + "attn.{p}", ours + "mixer.fn.{p}"),
+        KeyRule(published + "attn.{p}", attn + "{p}"),
         KeyRule(published + "norm2.{p}", ours + "mlp.norm.{p}"),
         KeyRule(published + "mlp.fc1.{p}", [ours + "mlp.fn.gate.{p}", ours + "mlp.fn.value.{p}"], HALVES),
         KeyRule(published + "mlp.dwconv.dwconv.{p}", ours + "mlp.fn.dwconv.{p}"),
         KeyRule(published + "mlp.fc2.{p}", ours + "mlp.fn.fc2.{p}"),
         KeyRule("head.{p}", "head.fc.{p}"),
     ]
+
+
+def key_mapping(cfg: TransNeXtConfig) -> Sequence[KeyRule]:
+    return transnext_keys(cfg)
 
 
 register(
