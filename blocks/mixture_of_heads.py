@@ -25,7 +25,7 @@ class HeadGates(AuxiliaryLoss):
         weights = [c[0] s, c[1] r]        if k = 0: s        if S = 0: r        if S = 1: s = 1
 
     In training mode it adds `balance` E sum_e mean(p[e]) mean(e in T), with means over all positions of the batch, to
-    the losses of the model (Jin et al., arXiv 2410.11842, sec. 3.2 and 3.3).
+    the losses of the model (Jin et al., arXiv 2410.11842).
 
     Raises ValueError for numbers of heads that do not fit.
     """
@@ -76,7 +76,7 @@ class MixtureOfHeads(nn.Module):
 
     `attention` is any mixer with an attribute `num_heads`, whose last layer is `proj`, before which each head has the
     C / num_heads channels in its place: `FullAttention`, `Aggregated`, `LengthScaledCosine` and others. This module
-    takes over its `proj`. `HeadGates` computes g from x (Jin et al., arXiv 2410.11842, sec. 3).
+    takes over its `proj`. `HeadGates` computes g from x (Jin et al., arXiv 2410.11842).
 
     shared: heads that always count, None for a quarter of them. routed: how many of the others count for a position,
     None for half of all heads.
