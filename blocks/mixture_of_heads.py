@@ -100,7 +100,7 @@ class MixtureOfHeads(nn.Module):
         shared = max(1, self.num_heads // 4) if shared is None else shared
         routed = self.num_heads // 2 if routed is None else routed
         self.gates = HeadGates(dim, num_heads=self.num_heads, shared=shared, routed=routed, balance=balance)
-        self.attention, self.proj = attention, attention.proj
+        self.attention, self.proj = attention, attention.get_submodule("proj")
         attention.proj = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

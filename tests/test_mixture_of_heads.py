@@ -1,6 +1,7 @@
 """Mixture-of-head attention against a loop over positions, its loss of balance, and the trainer's use of it."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tessel.zoo
-from tessel.blocks import Aggregated, FullAttention, HeadGates, LengthScaledCosine, MixtureOfHeads, collect_losses
+from tessel.blocks import Aggregated, FullAttention, LengthScaledCosine, MixtureOfHeads, collect_losses
 from tessel.train.distributed.world import World
 from tessel.train.recipe.load import load_recipe
 from tessel.train.trainer import build
@@ -32,7 +33,7 @@ def make(heads: int, shared: int, routed: int, *, kind: str = "full", balance: f
     return MixtureOfHeads(dim, attention=attention, shared=shared, routed=routed, balance=balance).double().eval()
 
 
-def gates_of(gates: HeadGates, u: Tensor, heads: int) -> tuple[list[Tensor], Tensor, list[int]]:
+def gates_of(gates: Any, u: Tensor, heads: int) -> tuple[list[Tensor], Tensor, list[int]]:
     """The weights of all heads for one position `u: [C]`, the probabilities of the routed heads, and those selected."""
     shared, routed = (
         [torch.ones((), dtype=u.dtype)] * gates.shared,
@@ -151,15 +152,13 @@ def test_under_autocast_the_output_has_the_dtype_of_the_attention():
     ],
 )
 def test_sizes_and_keys_of_the_published_models(name, parameters, keys):
-    model = timm.create_model(name, device="meta")
+    model: Any = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(tessel.zoo.to_published(name, model.state_dict())) == keys
     assert not any("router" in key for key in model.no_weight_decay())
-    active, total = 0, 0
-    for module in model.modules():
-        if isinstance(module, MixtureOfHeads):
-            active, total = active + module.gates.shared + module.gates.routed, total + module.num_heads
-    assert round(100 * active / total) == int(name[-2:])
+    mixers = [module for module in model.modules() if isinstance(module, MixtureOfHeads)]
+    active = sum(mixer.gates.shared + mixer.gates.routed for mixer in mixers)
+    assert round(100 * active / sum(mixer.num_heads for mixer in mixers)) == int(name[-2:])
 
 
 @pytest.fixture
