@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+OPERATORS = ("routed", "window", "halo", "aggregated", "neighborhood")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -41,15 +42,13 @@ def test_dry_run(tmp_path):
     assert found["dry_run"] and {"device", "torch", "triton", "commit"} <= found["facts"].keys()
     assert all(check["passed"] for check in found["checks"]), [check["reasons"] for check in found["checks"]]
     assert {(check["operator"], check["dtype"]) for check in found["checks"]} == {
-        (operator, dtype)
-        for operator in ("routed", "window", "halo", "aggregated")
-        for dtype in ("float64", "float32", "bfloat16")
+        (operator, dtype) for operator in OPERATORS for dtype in ("float64", "float32", "bfloat16")
     }
     assert not any(key.endswith(("_us", "_percent", "_mib")) for row in found["rows"] for key in row)
     ran = {(row["operator"], row["implementation"], row["direction"]) for row in found["rows"] if "reason" not in row}
     assert ran >= {
         (operator, implementation, direction)
-        for operator in ("routed", "window", "halo", "aggregated")
+        for operator in OPERATORS
         for implementation in ("triton", "eager", "compiled")
         for direction in ("forward", "forward+backward")
     }
@@ -224,7 +223,7 @@ def rows(case, **medians):
 
 
 def test_report(benchmark):
-    report = benchmark("report")
+    report = benchmark("kernels_report")
     goal = report.Goal("halo", "-256$", "forward+backward", "eager", 3.0)
     fast, slow = rows("a-256", triton=20.0, eager=80.0), rows("b-256", triton=20.0, eager=40.0, FlexAttention=15.0)
     unknown = [

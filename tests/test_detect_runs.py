@@ -74,7 +74,7 @@ def test_run_is_evaluated_drawn_and_loaded(straight, coco, capsys):
     assert np.load(straight / "evaluation/predictions.npz")["image"].tolist() == list(range(6))
     assert report([str(straight)]) == 0
     page = (straight / "report/index.html").read_text()
-    assert "Predictions" in page and "person" in page
+    assert "Predictions" in page and "AP by class" in page
     assert evaluate.main([str(straight), "--sets", f"v2={coco}"]) == 1
     assert "--sets has no effect with task.kind=detect" in capsys.readouterr().err
 

@@ -164,8 +164,8 @@ def test_early_stopping_exports_the_best_weights(images, tmp_path, accuracies, c
 
 def test_run_that_is_killed_after_its_early_stop_ends_the_same_way(images, tmp_path, accuracies, monkeypatch):
     accuracies += [10.0, 30.0, 20.0, 20.0, 29.0, 30.0]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(whole, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(whole, "finish", lambda *args: (_ for _ in ()).throw(SystemExit))
         train(images, tmp_path, *STOPPING)
     run = train(images, tmp_path, *STOPPING)
     done = json.loads((run / "DONE").read_text())

@@ -254,7 +254,9 @@ def test_an_evaluation_of_another_step_names_the_step(run, finished, undrawn, tm
 def test_a_damaged_export_is_left_out(run, undrawn, content):
     (run / "export/config.json").write_text(content)
     assert report.main([str(run)]) == 0
-    assert "export cannot be read" in Page(run / "report/index.html").sections["What the mixers attended to"]
+    assert (
+        "export/config.json does not match" in Page(run / "report/index.html").sections["What the mixers attended to"]
+    )
 
 
 @pytest.mark.parametrize("name", ["target", "prediction", "probability"])

@@ -68,7 +68,7 @@ def renamed_class(images):
         ([], no_classes, ["no class folders", "data.root must contain"]),
         ([], renamed_class, ["different classes: class_0, class_9"]),
         (["data.batch=512"], None, ["data.batch=512", "12 training images", "data.batch=12"]),
-        (["model.name=biformer_atom"], None, ["'biformer_atom'", "import tessel.zoo", "biformer_atto"]),
+        (["model.name=biformer_atom"], None, ["'biformer_atom'", "`tessel list`", "biformer_atto"]),
         (["model.name=local-dir:/nowhere"], None, ["model.name=local-dir:/nowhere"]),
         (["model.kwargs={depht: 3}"], None, ["test_efficientnet", "depht"]),
         (["task.num_classes=7"], None, ["task.num_classes=7", "3 classes"]),

@@ -178,7 +178,7 @@ def describe_packaged() -> Iterator[str]:
     for file in sorted(PACKAGED.rglob("*.yaml"), key=lambda file: (file.parent.name not in first, file)):
         name = file.relative_to(PACKAGED).with_suffix("").as_posix()
         line = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        yield f"  {name:38s}{textwrap.shorten(line, 100, placeholder=' ...')}"
+        yield f"  {name:46s} {textwrap.shorten(line, 100, placeholder=' ...')}"
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,7 @@ def sources() -> str:
 def names_in_sources() -> list[str]:
     """Names of the models of timm and tessel, sorted."""
     entry_points = re.findall(r"^@register_model\s+def (\w+)\(", sources(), re.MULTILINE)
-    tables = re.findall(r"^VARIANTS\b[^{\n]*\{\n(.*?)^\}", sources(), re.MULTILINE | re.DOTALL)
+    tables = re.findall(r"^(?:[A-Z]+_)?VARIANTS\b[^{\n]*\{\n(.*?)^\}", sources(), re.MULTILINE | re.DOTALL)
     variants = re.findall(r'^    "(\w+)":', "\n".join(tables), re.MULTILINE)
     return sorted({*entry_points, *variants})
 
