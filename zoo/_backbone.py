@@ -294,6 +294,6 @@ class Backbone(nn.Module):
         self.head.reset(
             num_classes, global_pool, reset_other=False, in_features=self.num_features, **get_device_dtype(self)
         )
-        self.head.train(self.training)  # new layers begin in training mode
+        self.train(self.training)  # new layers begin in training mode
         self.get_classifier().apply(self._init)
         self.head_hidden_size = self.head.num_features
