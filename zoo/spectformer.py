@@ -36,7 +36,7 @@ from ..blocks import (
     drop_path_rates,
 )
 from ..blocks.padding import PadToSize
-from ._backbone import Backbone, BackboneParts, Stage, class_token_first, feature_map
+from ._backbone import Backbone, BackboneParts, Stage, class_token_first, feature_map, joined
 from ._convolution import conv_norm_act
 from ._deit import TokenHead
 from ._family import Family
@@ -175,7 +175,7 @@ class TokenLabelHead(TokenHead):
             initialize(self.aux)
 
     def forward(self, x: Tensor | LastStage, pre_logits: bool = False) -> Tensor:
-        x = feature_map(x)
+        x = feature_map(joined(x))
         if self.pool_type and x.dim() == 4:
             x = class_token_first(x, x.mean((2, 3)).unsqueeze(1))
         logits = super().forward(x, pre_logits=pre_logits)
