@@ -15,8 +15,17 @@ def data(tmp_path_factory):
     return recipe_runner.write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", recipe_runner.RECIPES)
+def recipes():
+    """CI runs the first recipe of each family and head; `make recipes` and `pytest -m large` run the others."""
+    variants, seen = recipe_runner.smallest_variants(), set()
+    for name in recipe_runner.RECIPES:
+        model = max((model for model in variants if model in name), key=len)
+        kind = (variants[model], name.replace(model, ""))
+        yield pytest.param(name, marks=pytest.mark.large if kind in seen else pytest.mark.slow)
+        seen.add(kind)
+
+
+@pytest.mark.parametrize("name", list(recipes()))
 def test_recipe_runs_to_its_evaluation(name, data, tmp_path):
     assert recipe_runner.run_recipe(name, data, tmp_path, short=True).startswith("loss ")
 
