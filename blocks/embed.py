@@ -32,7 +32,7 @@ def conv_norm(
 class NormMerge(nn.Module):
     """Norm, then a 2x2 convolution of stride 2: `[B, in_chs, H, W] -> [B, out_chs, ceil(H / 2), ceil(W / 2)]`.
 
-    Odd sides are padded with a row or column of zeros between the two (DaViT, L2ViT).
+    After the norm, a row or column of zeros is added to an odd side (DaViT, L2ViT).
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, norm: Callable[[int], nn.Module]):

@@ -137,7 +137,7 @@ class SelectTokens(nn.Module):
 class MergeSelection(nn.Module):
     """Downsampling of a selection by two: `down` of the map, a linear layer of the class token, pooled scores.
 
-    Scores are averaged over 2x2 pixels, an odd last row or column is left out, and their sum is kept.
+    Scores are averaged over 2x2 pixels, without an odd last row or column. Then they are scaled to their former sum.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, down: nn.Module):

@@ -1,5 +1,6 @@
 """Layers of the convolutional families: convolution, batch norm and activation, heads, and their published weights."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,14 @@ AS_LINEAR = Edit(
 def initialize_conv(conv: nn.Conv2d) -> None:
     """He initialization by the fan out, as in the published code of the convolutional families."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def initialize_grouped_conv(conv: nn.Conv2d) -> None:
+    """As `initialize_conv`, but with the fan out of one group of channels."""
+    fan_out = conv.out_channels * math.prod(conv.kernel_size) // conv.groups
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..blocks import Mlp, PositionEmbedding, Residual, block, drop_path_rates
 from ..blocks.padding import PadToSize
 from ._backbone import BackboneParts, Branch, Stage
-from ._keymap import KeyRule, MixerKeys, transformer_keys
+from ._keymap import PACK_QKV, KeyRule, MixerKeys, transformer_keys
 
 PATCHES = (4, 2, 2, 2)
 norm = partial(LayerNorm2d, eps=1e-6)
@@ -91,6 +91,8 @@ def pvt_keys(mixer_keys: MixerKeys) -> list[KeyRule]:
         KeyRule("pos_embed{s+1}", "stages.{s}.down.position.table"),
         KeyRule("patch_embed{s+1}.proj.{p}", "stages.{s}.down.conv.{p}"),
         KeyRule("patch_embed{s+1}.norm.{p}", "stages.{s}.down.norm.{p}"),
+        # the published mixers have one layer for q and one for k and v
+        KeyRule([published + "attn.q.{p}", published + "attn.kv.{p}"], ours + "mixer.fn.qkv.{p}", PACK_QKV),
         *mixer_keys(published + "attn.", ours + "mixer.fn."),
         *transformer_keys(published, ours),
         KeyRule("head.{p}", "head.fc.{p}"),

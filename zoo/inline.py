@@ -22,7 +22,7 @@ from . import cswin as _cswin
 from ._backbone import Backbone, BackboneParts
 from ._deit import DeiTConfig, deit, deit_keys
 from ._family import Family
-from ._keymap import PACK_QKV, Edit, KeyRule
+from ._keymap import Edit, KeyRule
 from ._pvt import PVTConfig, pvt, pvt_keys
 from ._registry import register
 from ._swin import SwinConfig, swin, swin_keys, window_branch
@@ -168,11 +168,7 @@ def deit_key_mapping(cfg: DeiTConfig) -> Sequence[KeyRule]:
 
 
 def pvt_key_mapping(cfg: PVTConfig) -> Sequence[KeyRule]:
-    def packed_keys(published: str, ours: str) -> list[KeyRule]:
-        pack = KeyRule([published + "q.{p}", published + "kv.{p}"], ours + "qkv.{p}", PACK_QKV)
-        return [pack, *inline_keys(published, ours)]
-
-    return pvt_keys(packed_keys)
+    return pvt_keys(inline_keys)
 
 
 def swin_key_mapping(cfg: InLineSwinConfig) -> Sequence[KeyRule]:

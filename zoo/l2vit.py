@@ -64,7 +64,7 @@ norm = partial(LayerNorm2d, eps=1e-5)
 
 
 def position(dim: int) -> Residual:
-    """A depthwise convolution with a shortcut, from which the attention after it knows positions."""
+    """A depthwise convolution with a shortcut. It tells the attention after it where a pixel lies."""
     return Residual(depthwise(dim, kernel=3))
 
 

@@ -9,7 +9,6 @@ the head. The same rules for all five models give parameters and multiply-adds w
 accuracies are those of the paper's models, not of these.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from torch import nn
 
 from ..blocks import Mlp, Residual, Strip, block, conv_norm, depthwise, depthwise_pair, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import AS_LINEAR, pooled_norm_head
+from ._convolution import AS_LINEAR, initialize_grouped_conv, pooled_norm_head
 from ._family import DenseNorm, Family
 from ._keymap import KeyRule
 from ._registry import register
@@ -101,10 +100,7 @@ def initialize(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialize_grouped_conv(module)
     elif isinstance(module, Strip):
         # with few channels per head, small weights would give logits near zero and uniform attention
         for weight in (module.get_parameter("q.weight"), module.get_parameter("k.weight")):

@@ -12,7 +12,6 @@ the rule of its vanilla models, and images that a patch of these does not divide
 The released vanilla models have 6 heads, which does not divide their widths 256 and 512; here heads have 64 channels.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,7 @@ from ..blocks import (
 )
 from ..blocks.padding import PadToSize
 from ._backbone import Backbone, BackboneParts, Stage, class_token_first, feature_map, joined
-from ._convolution import conv_norm_act
+from ._convolution import conv_norm_act, initialize_grouped_conv
 from ._deit import TokenHead
 from ._family import Family
 from ._keymap import PACK_QKV, Edit, KeyRule, transformer_keys
@@ -282,10 +281,7 @@ def initialize(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialize_grouped_conv(module)
 
 
 # a published gate [S, S//2 + 1, C, 2] <-> ours

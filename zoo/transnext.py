@@ -10,7 +10,6 @@ Deviation: in the released code a pooled grid may be empty (sides under 29 pixel
 with `fixed_pool_size` at most as many as the map.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..blocks import Aggregated, ConvGlu, LengthScaledCosine, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
+from ._convolution import initialize_grouped_conv
 from ._family import Family
 from ._keymap import PACK_QKV, Edit, KeyRule
 from ._registry import register
@@ -145,10 +145,7 @@ def initialize(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialize_grouped_conv(module)
 
 
 HALVES = Edit(lambda both: both.chunk(2), lambda gate, value: (torch.cat([gate, value]),))

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..blocks import DepthwiseMlp, LargeKernel, Residual, block, conv_norm, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import AS_LINEAR
+from ._convolution import AS_LINEAR, initialize_grouped_conv
 from ._family import Family
 from ._keymap import KeyRule
 from ._registry import register
@@ -85,10 +85,7 @@ def initialize(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialize_grouped_conv(module)
     elif isinstance(module, LargeKernel | DepthwiseMlp):
         # linear layers that are 1x1 convolutions in the published code
         for layer in module.children():
