@@ -23,13 +23,13 @@ def test_gpu_buffers_follow_its_memory(monkeypatch):
 def test_regions_are_grouped_by_the_device(device, groups):
     qkv = torch.empty(64, 56, 56, 3, 2, 32, device=device)
     index = torch.empty(64, 49, 1, dtype=torch.long, device=device)
-    assert len(list(grouped._region_groups(qkv, index))) == groups
+    assert len(list(grouped.region_groups(qkv, index))) == groups
 
 
 @pytest.mark.parametrize("device, split", [("cpu", True), ("meta", False)])
 def test_windows_are_split_on_the_cpu(device, split, monkeypatch):
-    calls, attend = [], halo._attend
-    monkeypatch.setattr(halo, "_attend", lambda *args: calls.append(args) or attend(*args))
+    calls, attend = [], halo.attend_windows
+    monkeypatch.setattr(halo, "attend_windows", lambda *args: calls.append(args) or attend(*args))
     q, kv = (torch.zeros(2, 56, 56, 8, n, device=device) for n in (16, 32))
     tables = [torch.zeros(27, 16, device=device) for _ in range(2)]
     with torch.no_grad():

@@ -52,12 +52,12 @@ def halo_attention_reference(
     window_bytes = q.shape[3] * side * side * keys * q.element_size()
     # the number of windows comes last: comparing it would fix the batch size of a recorded graph
     if whole or windows <= (chunk := max(1, working_bytes(q.device, cpu=CHUNK_BYTES) // window_bytes)):
-        y_WqNE = _attend(q_WssND, kv_WKKNF, tables, outside)
+        y_WqNE = attend_windows(q_WssND, kv_WKKNF, tables, outside)
     else:
         chunks = [slice(start, start + chunk) for start in range(0, windows, chunk)]
         masks = [None if outside is None else outside[c] for c in chunks]
         y_WqNE = torch.cat(
-            [_attend(q_WssND[c], kv_WKKNF[c], tables, mask) for c, mask in zip(chunks, masks, strict=True)]
+            [attend_windows(q_WssND[c], kv_WKKNF[c], tables, mask) for c, mask in zip(chunks, masks, strict=True)]
         )
     # batch and rows of blocks as one axis: XNNPACK (ExecuTorch) has at most 6 axes
     y = y_WqNE.unflatten(1, (side, side)).unflatten(0, (batch * rows, cols)).transpose(1, 2)
@@ -65,7 +65,7 @@ def halo_attention_reference(
     return crop(y, q.shape[1], q.shape[2])
 
 
-def _attend(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tensor], outside: Tensor | None) -> Tensor:
+def attend_windows(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tensor], outside: Tensor | None) -> Tensor:
     """Attention inside each window, `[W, s*s, N, E]`."""
     h_WNssK, w_WNssK = _relative_logits(q_WssND, tables)
     if outside is not None:

@@ -23,7 +23,7 @@ def forward(qkv: Tensor, index: Tensor, grid: Sequence[int], scale: float) -> Te
     k, v = split_regions(k, grid), split_regions(v, grid)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, y = _as_grid(q, grid), _as_grid(out, grid)
-    for group in _region_groups(qkv, index):
+    for group in region_groups(qkv, index):
         selected = index[:, group]
         p = _weights(_read_regions(q, group), gather_regions(k, selected), scale)
         _write_regions(y, group, p @ gather_regions(v, selected))
@@ -38,7 +38,7 @@ def backward(qkv: Tensor, index: Tensor, do: Tensor, grid: Sequence[int], scale:
     q, do, dq = _as_grid(q, grid), _as_grid(do, grid), _as_grid(dqkv[:, :, :, 0], grid)
     # many query regions add to one key region: accumulate in at least float32
     dk, dv = (torch.zeros_like(k, dtype=acc_dtype(k), memory_format=torch.contiguous_format) for _ in "kv")
-    for group in _region_groups(qkv, index):
+    for group in region_groups(qkv, index):
         selected = index[:, group]
         q_g, do_g = _read_regions(q, group), _read_regions(do, group)
         k_g, v_g = gather_regions(k, selected), gather_regions(v, selected)
@@ -55,7 +55,7 @@ def backward(qkv: Tensor, index: Tensor, do: Tensor, grid: Sequence[int], scale:
     return dqkv
 
 
-def _region_groups(qkv: Tensor, index: Tensor) -> Iterator[Tensor]:
+def region_groups(qkv: Tensor, index: Tensor) -> Iterator[Tensor]:
     """Yield the numbers of the query regions of each group, as many as fit into the working size."""
     batch, regions, topk = index.shape
     pixels = qkv.shape[1] * qkv.shape[2] // regions
