@@ -225,7 +225,7 @@ def test_info_of_an_unknown_model_is_an_error(name, words, capsys):
         "predict biformer_smal x.png",
         "export biformer_smal",
         "evaluate biformer_smal --data root=x",
-        "train demo/digits model.name=biformer_smal",
+        "train demo/digits model.name=biformer_smal run.name=unused",
         "weights fetch biformer_smal",
         "weights import biformer_smal README.md",
         "weights reproduce biformer_smal --data x",

@@ -109,7 +109,7 @@ def test_channels_and_frequencies_show_their_gates():
     for width in (5, 6):
         mixer, x = drawn(AdaptiveFrequencyFilter(8, num_groups=2)), torch.randn(1, 8, 4, width)
         spectrum = torch.fft.rfft2(x, norm="ortho")
-        filtered = torch.complex(*mixer._filter(torch.view_as_real(spectrum)))
+        filtered = torch.complex(*mixer.filtered(torch.view_as_real(spectrum)))
         mask = torch.fft.ifftshift(explain(mixer, x, (0, 0)).values)
         torch.testing.assert_close(
             mask[:, : width // 2 + 1], (filtered / spectrum).abs()[0].mean(0), rtol=1e-3, atol=1e-4
