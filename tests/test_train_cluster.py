@@ -86,12 +86,14 @@ def test_restart_renames_an_older_run_if_the_first_start_died_before(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_restart_after_a_killed_process_gives_the_same_result(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_torchrun_restart_after_a_killed_process_gives_the_same_result(tmp_path, strategy):
     """The second process is killed at step 4 of the first start; torchrun restarts both."""
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
         model={"name": "test_resnet", "drop_path_rate": None},
         data={"source": "digits", "micro_batch": 4},
+        parallel={"strategy": strategy},
     )
     done = trainer.run_processes(2, [recipe, "run.name=straight"])
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr

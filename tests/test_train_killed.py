@@ -24,9 +24,12 @@ DIGITS = {"model": {"name": "test_resnet", "drop_path_rate": None}, "data": {"so
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "number"), [("classify", 25), ("segment", 8), ("detect", 8)])
-def test_killed_runs_resume_with_the_same_result(tmp_path, task, number):
-    """8 kills cover every instant once; 25 kills cover it with foreground and with background saving."""
+@pytest.mark.parametrize(
+    ("task", "strategy", "number"),
+    [("classify", "ddp", 25), ("classify", "fsdp", 8), ("segment", "ddp", 8), ("detect", "ddp", 8)],
+)
+def test_killed_runs_resume_with_the_same_result(tmp_path, task, strategy, number):
+    """8 kills cover every instant once; 25 cover it with foreground and with background saving."""
     steps = number + 5
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml",
@@ -34,6 +37,7 @@ def test_killed_runs_resume_with_the_same_result(tmp_path, task, number):
         sched={"steps": steps},
         ckpt={"every": 1},
         eval={"every": steps},
+        parallel={"strategy": strategy},
     )
     done = trainer.run_processes(2, [recipe, "run.name=straight", f"ckpt.every={steps}"])
     assert trainer.exit_codes(done) == [[0, 0]], done.stderr

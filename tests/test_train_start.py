@@ -1,5 +1,7 @@
 """The first seconds of `tessel train`: the list of recipes, a line at once, and misspelt models."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -20,6 +22,21 @@ def without_imports(*arguments):
         f"raise SystemExit(main({list(arguments)!r}))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["train.evaluate", "train.report", "train.check", "checkpoints", "kernels"])
+def test_ctrl_c_while_a_command_imports_is_one_line(module, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", f"tessel.{module}", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": path})
+    assert done.stderr == "interrupted\n" and done.returncode in (130, -signal.SIGINT)
+
+
+def test_ctrl_c_in_a_program_that_imports_tessel_is_pythons_own():
+    code = "import tessel; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("KeyboardInterrupt\n") and "Traceback" in done.stderr
 
 
 def test_recipes_are_listed(capsys):
