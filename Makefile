@@ -13,6 +13,7 @@ RUN := digits$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 FRESH ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 SCENES := demo-segment demo-detect
 
@@ -22,7 +23,7 @@ RECIPES ?= *
 # how long `make soak` runs
 MINUTES ?= 10
 
-.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow soak recipes lint docs examples tables clean
+.PHONY: help demo $(SCENES) $(SCENES:%=%-scratch) test test-slow gpu soak recipes lint docs examples tables clean
 
 help:
 	@echo "make demo            train biformer_atto on handwritten digits, evaluate it, write a report"
@@ -31,6 +32,7 @@ help:
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
 	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
+	@echo "make gpu             everything that wants a GPU, within 25 minutes: checks, verdict on the kernels, benchmarks"
 	@echo "make soak            kill and fuzz the trainer for MINUTES=10, with new seeds that are printed"
 	@echo "make recipes         run every packaged recipe on miniature data sets: about 20 minutes on one CPU core"
 	@echo "                     some of them: RECIPES='imagenet/cswin_* coco/*'"
@@ -74,6 +76,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py $(MINUTES)

@@ -2,17 +2,21 @@
 
     python benchmarks/models.py                                    one model of each family (about 25 M parameters)
     python benchmarks/models.py --models cswin_tiny litv2_small --peers swin_tiny_patch4_window7_224 --batch 1,8
+    python benchmarks/models.py --variants eager --train           float32 alone, inference and training
     python benchmarks/models.py --device cuda --batch 64 --train   bfloat16, kernels on and off, eager and compiled
 
-A model and those that it is compared with run alternately in one process, so that other work on the machine affects
-all of them. Memory is the peak of a run minus the level before it; on the CPU each model has its own process. Results
-are written to benchmarks/results/models_DEVICE.{json,md,png} or to the path given by --out.
+The variants are how a model runs. On the CPU: eager in float32, eager under bfloat16 autocast (bf16), and compiled in
+float32. On a GPU all are in bfloat16. A model and those that it is compared with run alternately in one process, in all
+variants, so that other work on the machine affects all of them. Memory is the peak of a run minus the level before it;
+on the CPU each model has its own process. Results are written to benchmarks/results/models_DEVICE.{json,md,png} or to
+the path given by --out, after every batch size.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +38,16 @@ TIMM = (
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
-COLUMNS = ("model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "peak_mib")
+COLUMNS = (
+    "model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "to_eager", "peak_mib",
+)  # fmt: skip
+# variants by device
+VARIANTS = {
+    "cpu": ("eager", "bf16", "compiled"),
+    "cuda": ("eager, no kernels", "eager, kernels", "compiled, no kernels", "compiled, kernels"),
+    "mps": ("eager", "compiled"),
+    "xpu": ("eager", "compiled"),
+}
 
 
 def default_models(parameters: float = 25e6) -> list[str]:
@@ -92,14 +105,17 @@ def training(model: nn.Module, x: torch.Tensor, precision: Callable) -> Callable
 
 
 class Setting:
-    """How a model is run: device, inference or training, compiled or not, with our kernels or without."""
+    """How a model is run: device, inference or training, and one of `VARIANTS`."""
 
-    def __init__(self, device: str, *, train: bool, compiled: bool = False, kernels: str = "auto"):
-        self.device, self.train, self.compiled, self.kernels = device, train, compiled, kernels
-        parts = ["training" if train else "inference"]
-        if device == "cuda":
-            parts += ["compiled" if compiled else "eager", "kernels" if kernels == "triton" else "no kernels"]
-        self.name = ", ".join(parts)
+    def __init__(self, device: str, variant: str, *, train: bool):
+        self.device, self.variant, self.train = device, variant, train
+        self.name = f"{'training' if train else 'inference'}, {variant}"
+        self.kernels = "triton" if variant.endswith(", kernels") else "reference" if "kernels" in variant else "auto"
+
+    @property
+    def baseline(self) -> str:
+        """The variant that this one is compared with: the first."""
+        return VARIANTS[self.device][0]
 
     def prepare(self, name: str, size: int, batch: int) -> Callable:
         """Make the model and return the call to time, after one call as warm-up."""
@@ -107,7 +123,7 @@ class Setting:
         layout = torch.channels_last
         model = build(name, size).to(self.device, memory_format=layout).train(self.train)
         x = torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=layout)
-        if self.compiled:
+        if self.variant.startswith("compiled"):
             model.compile()
         call = (training if self.train else inference)(model, x, self._precision)
 
@@ -120,45 +136,48 @@ class Setting:
         return run
 
     def _precision(self) -> torch.autocast:
-        return precision(self.device)
+        return torch.autocast("cpu", torch.bfloat16) if self.variant == "bf16" else precision(self.device)
 
 
-def settings(device: str, train: bool) -> list[Setting]:
-    if device != "cuda":
-        return [Setting(device, train=t) for t in ((False, True) if train else (False,))]
-    return [
-        Setting(device, train=t, compiled=compiled, kernels=kernels)
-        for t in ((False, True) if train else (False,))
-        for compiled in (False, True)
-        for kernels in ("reference", "triton")
-    ]
+def has_variant(name: str, variant: str) -> bool:
+    """Whether the model can run so: only ours have kernels."""
+    return not variant.endswith(", kernels") or name in tessel.zoo.list_models()
 
 
 def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
     if setting.device == "cpu":
-        arguments = ("--one", name, "--size", str(size), "--batch", str(batch), *(["--train"] if setting.train else []))
-        return float(in_own_process(__file__, *arguments))
+        arguments = ["--one", name, "--size", str(size), "--batch", str(batch), "--variants", setting.variant]
+        return float(in_own_process(__file__, *arguments, *(["--train"] if setting.train else [])))
     run = setting.prepare(name, size, batch)
     before, peak = allocated(run)
     return (peak - before) / 2**20
 
 
-def compare(name: str, others: list[str], size: int, batch: int, setting: Setting, seconds: float) -> list[dict]:
-    """Measurements of the model and of each of its peers that accepts images of this size."""
-    runs = {name: setting.prepare(name, size, batch)}
-    for other in others:
+def compare(name: str, others: list[str], size: int, batch: int, settings: list[Setting], seconds: float) -> list[dict]:
+    """Measurements of the model and of each of its peers that accepts images of this size, in all settings."""
+    runs: dict[str, Callable] = {}
+    keys = [(n, s) for s in settings for n in [name, *others] if has_variant(n, s.variant)]
+    for n, setting in keys:
         try:
-            runs[other] = setting.prepare(other, size, batch)
+            runs[f"{n} {setting.name}"] = setting.prepare(n, size, batch)
         except Exception as error:  # timm's models raise various types
-            print(f"{other} is left out: {type(error).__name__} at {size} px: {error}", file=sys.stderr)
-    times = side_by_side(runs, seconds=seconds, device=setting.device)
+            if n == name:
+                raise
+            print(f"{n} is left out: {type(error).__name__} at {size} px: {error}", file=sys.stderr)
+    times = side_by_side(runs, seconds=seconds, device=settings[0].device)
     del runs
     rows = []
-    for n in times:
+    for n, setting in keys:
+        key = f"{n} {setting.name}"
+        if key not in times:
+            continue
+        eager = key.replace(setting.variant, setting.baseline)
+        ours = f"{name} {setting.name}"
         parameters, gmacs = cost(n, size)
         values = (
             n, round(parameters, 2), round(gmacs, 2), size, batch, setting.name,
-            round(batch / statistics.median(times[n]), 2), round(ratio(times, name, n), 3),
+            round(batch / statistics.median(times[key]), 2), round(ratio(times, ours, key), 3),
+            round(ratio(times, key, eager), 3) if eager in times else None,
             round(peak_mib(n, size, batch, setting), 1),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
@@ -166,13 +185,25 @@ def compare(name: str, others: list[str], size: int, batch: int, setting: Settin
 
 
 def table(groups: dict[str, list[dict]]) -> str:
-    head = ("model", "M parameters", "GMACs", "px", "batch", "setting", "images/s", "ours is faster by", "peak MiB")
+    head = (
+        "model",
+        "M parameters",
+        "GMACs",
+        "px",
+        "batch",
+        "setting",
+        "images/s",
+        "ours is faster by",
+        "to eager",
+        "peak MiB",
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, rows in groups.items():
         for row in rows:
             values = [f"**{row['model']}**" if row["model"] == name else row["model"]]
             values += [str(row[c]) for c in COLUMNS[1:]]
             values[7] = "" if row["model"] == name else f"{row['ratio']:.2f}x"
+            values[8] = "" if row["to_eager"] is None else f"{row['to_eager']:.2f}x"
             lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -220,6 +251,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--train", action="store_true", help="also forward and backward")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="how to run them (default: all, see above)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="begin nothing new after so many seconds")
     parser.add_argument("--out", type=Path, help="path of the results without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,28 +260,40 @@ def parse() -> argparse.Namespace:
         args.batch = [int(b) for b in args.batch.split(",")]
     except ValueError:
         parser.error(f"--batch {args.batch} must be whole numbers with commas, as 1,8")
+    known = VARIANTS[args.device]
+    if unknown := [variant for variant in args.variants or () if variant not in known]:
+        parser.error(f"--variants {unknown[0]!r} is unknown with --device {args.device}; it has {', '.join(known)}")
+    args.variants = args.variants or known
     args.models = args.models or ([] if args.one else default_models())
     check(parser, args)
     return args
 
 
-def main() -> None:
-    args = parse()
-    if args.one:
-        print(peak_of(Setting("cpu", train=args.train).prepare(args.one, args.size, args.batch[0])) / 2**20)
-        return
-    groups: dict[str, list[dict]] = {}
-    jobs = [(n, b, s) for n in args.models for b in args.batch for s in settings(args.device, args.train)]
-    for name, batch, setting in tqdm(jobs, "measuring", disable=None):
-        size = args.size or timm.get_pretrained_cfg(name).input_size[-1]
-        others = peers(name, size) if args.peers is None else args.peers
-        groups.setdefault(name, []).extend(compare(name, others, size, batch, setting, args.seconds))
-    where = facts(args.device)
-    out = args.out or RESULTS / f"models_{args.device}"
+def write(groups: dict[str, list[dict]], where: dict, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps({**where, "groups": groups}, indent=1) + "\n")
     heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n"
     out.with_suffix(".md").write_text(heading + table(groups))
+
+
+def main() -> None:
+    args, start = parse(), time.time()
+    if args.one:
+        setting = Setting("cpu", args.variants[0], train=args.train)
+        print(peak_of(setting.prepare(args.one, args.size, args.batch[0])) / 2**20)
+        return
+    groups: dict[str, list[dict]] = {}
+    where, out = facts(args.device), args.out or RESULTS / f"models_{args.device}"
+    jobs = [(n, b, t) for n in args.models for b in args.batch for t in ((False, True) if args.train else (False,))]
+    for name, batch, train in tqdm(jobs, "measuring", disable=None):
+        if time.time() - start > args.budget:
+            print(f"no time was left for {name} at batch {batch}", file=sys.stderr)
+            continue
+        size = args.size or timm.get_pretrained_cfg(name).input_size[-1]
+        others = peers(name, size) if args.peers is None else args.peers
+        settings = [Setting(args.device, variant, train=train) for variant in args.variants]
+        groups.setdefault(name, []).extend(compare(name, others, size, batch, settings, args.seconds))
+        write(groups, where, out)
     plot(groups, where, out.with_suffix(".png"))
     print(table(groups))
     print(f"written: {out}.json, .md, .png", file=sys.stderr)

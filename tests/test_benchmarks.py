@@ -71,6 +71,79 @@ def test_dry_run_of_the_loader(tmp_path):
     assert found["goals"].keys() == {"pil", "torchcodec"}
 
 
+GPU_STEPS = ["correctness", "verify", "kernels", "models", "trainer", "processes"]
+
+
+@pytest.mark.large
+def test_dry_run_of_all_that_wants_a_gpu(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("step_*.json")]
+    assert {record["step"].split()[0] for record in records} == set(GPU_STEPS)
+    assert {record["status"] for record in records} == {"done"}
+    assert {"kernels_dry_run.json", "trainer.json", "models_biformer_atto.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert "| biformer_atto | training, bf16 |" in (tmp_path / "summary.md").read_text()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("done before") == len(GPU_STEPS)
+
+
+def test_steps_for_a_gpu_fit_into_25_minutes_and_need_one(benchmark, monkeypatch, capsys, tmp_path):
+    gpu = benchmark("gpu")
+    steps = gpu.steps(tmp_path)
+    assert list(dict.fromkeys(step.name.split()[0] for step in steps)) == GPU_STEPS
+    assert list(dict.fromkeys(step.name.split()[0] for step in gpu.miniature_steps(tmp_path))) == GPU_STEPS
+    assert sum(step.seconds for step in steps) <= gpu.LIMIT == 25 * 60
+    for step in steps:
+        assert all((BENCHMARKS.parent / word).exists() for word in step.command if word.endswith(".py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("this torch sees no GPU; --dry-run needs none")
+
+
+def test_steps_are_run_in_order_and_go_on_after_a_kill(benchmark, monkeypatch, tmp_path):
+    gpu, where = benchmark("gpu"), {"device": "a GPU", "commit": "abc"}
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def step(name, code="", seconds=20.0):
+        start = f"import os, signal, time; open({str(log)!r}, 'a').write('{name} ')"
+        return gpu.Step(name, seconds, (sys.executable, "-S", "-c", f"{start}; {code}"))
+
+    def status():
+        return {record["step"]: record["status"] for record in map(gpu.read, out.glob("step_*.json"))}
+
+    def run(*, fresh=False, limit=60.0, facts=where, third="os.kill(os.getppid(), signal.SIGTERM); time.sleep(20)"):
+        log.write_text("")
+        steps = [step("one"), step("two fails", "raise SystemExit(3)"), step("three", third), step("four")]
+        steps[3:3] = [step("slow", "time.sleep(60)", 1)]
+        good = gpu.run(steps, out, facts, limit=limit, fresh=fresh)
+        return good, log.read_text().split()
+
+    # killed in the third step
+    child = os.fork()
+    if not child:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -15
+    assert status() == {"one": "done", "two fails": "failed"}
+    # what is done is not run again, what failed is; a step that takes too long does not stop the others
+    assert run(third="") == (False, ["two", "fails", "three", "slow", "four"])
+    assert status() == {"one": "done", "two fails": "failed", "three": "done", "slow": "out of time", "four": "done"}
+    record = gpu.read(out / "step_two_fails.json")
+    assert record.keys() == {"step", "status", "seconds", "exit_code", *where} and record["exit_code"] == 3
+    assert "| slow | out of time |" in (out / "summary.md").read_text()
+    # a damaged record, another commit, and what the user asks for are run again; without time nothing is
+    (out / "step_one.json").write_text("{")
+    assert run(third="")[1] == ["one", "two", "fails", "slow"]
+    assert run(third="", facts=where | {"commit": "def"})[1][:4] == ["one", "two", "fails", "three"]
+    assert run(third="", fresh=True)[1][:4] == ["one", "two", "fails", "three"]
+    assert run(third="", fresh=True, limit=0) == (False, []) and status()["one"] == "done"
+
+
 @pytest.mark.large
 def test_dry_run_of_the_threads(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "threads.py"), "--dry-run", "--out", str(tmp_path / "found.json")]
@@ -261,18 +334,21 @@ FACTS = {"device", "threads", "python", "torch", "timm", "commit"}
 
 def test_models_dry_run(script, tmp_path):
     small = ("--size", "64", "--batch", "1,2", "--seconds", "0", "--train", "--out", str(tmp_path / "models"))
-    script("models.py", "--models", "biformer_atto", "--peers", "convnext_atto", *small)
+    variants = ("--variants", "eager", "bf16")
+    script("models.py", "--models", "biformer_atto", "--peers", "convnext_atto", *small, *variants)
     found = json.loads((tmp_path / "models.json").read_text())
     assert found.keys() >= FACTS and list(found["groups"]) == ["biformer_atto"]
     rows = found["groups"]["biformer_atto"]
     assert [(row["model"], row["batch"], row["setting"]) for row in rows] == [
         (model, batch, setting)
         for batch in (1, 2)
-        for setting in ("inference", "training")
+        for setting in ("inference, eager", "inference, bf16", "training, eager", "training, bf16")
         for model in ("biformer_atto", "convnext_atto")
     ]
     assert all(row["ratio"] == 1 for row in rows if row["model"] == "biformer_atto")
-    assert all(row["images_per_second"] > 0 and row["ratio"] > 0 and row["peak_mib"] >= 0 for row in rows)
+    assert all(row["to_eager"] == 1 for row in rows if row["setting"].endswith("eager"))
+    assert all(row["images_per_second"] > 0 and row["ratio"] > 0 and row["to_eager"] > 0 for row in rows)
+    assert all(row["peak_mib"] >= 0 for row in rows)
     convnext = rows[1]
     assert convnext["parameters"] == 3.7 and convnext["gmacs"] == pytest.approx(0.55 * (64 / 224) ** 2, abs=0.01)
     assert "| **biformer_atto** |" in (tmp_path / "models.md").read_text()
@@ -283,6 +359,7 @@ def test_models_rejects_unknown_models_and_batch_sizes(script, capsys):
     for arguments, message in {
         ("--models", "biformer_huge"): "biformer_huge is not a registered model",
         ("--batch", "1;2"): "--batch 1;2 must be whole numbers with commas",
+        ("--variants", "fast"): "--variants 'fast' is unknown with --device cpu; it has eager, bf16, compiled",
     }.items():
         with pytest.raises(SystemExit):
             script("models.py", *arguments)
