@@ -6,8 +6,10 @@ The data come from the registry (parameters and multiply-adds are counted on the
 published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 from generated import main
@@ -28,17 +30,25 @@ def cost(name: str) -> tuple[float, float, int]:
 
 
 def families() -> str:
-    """One line per family: its title, models, range of sizes and paper."""
-    lines = ["| family | models | parameters | paper |", "|---|---|---|---|"]
+    """One line per paper: its title, models, range of sizes and link."""
+    papers: dict[str, list[Any]] = {}
     for family in tessel.zoo.list_families():
-        module, names = sys.modules[family.build.__module__], [n for n in family.variants if not n.endswith("_atto")]
-        sizes = [cost(name)[0] for name in names]
-        paper = family.pretrained_cfg["paper_ids"].removeprefix("arXiv:")
-        title = module.__doc__.strip().splitlines()[0].rstrip(".")
+        papers.setdefault(family.pretrained_cfg["paper_ids"].removeprefix("arXiv:"), []).append(family)
+    lines = ["| family | models | parameters | paper |", "|---|---|---|---|"]
+    for paper, found in papers.items():
+        published = [[name for name in family.variants if not name.endswith("_atto")] for family in found]
+        sizes = [cost(name)[0] for names in published for name in names]
+        title = sys.modules[found[0].build.__module__].__doc__.strip().splitlines()[0].rstrip(".")
         span = f"{min(sizes):.1f} - {max(sizes):.1f} M"
-        listed = ", ".join(f"`{name}`" for name in names)
+        listed = ", ".join(f"`{_braces(names)}`" for names in published)
         lines.append(f"| {title} | {listed} | {span} | [{paper}](https://arxiv.org/abs/{paper}) |")
     return "\n".join(lines)
+
+
+def _braces(names: list[str]) -> str:
+    """Names with their common beginning in front of braces, as a shell expands them: `cswin_{tiny,small}`."""
+    start = os.path.commonprefix(names).rpartition("_")[0]
+    return f"{start}_{{{','.join(name.removeprefix(start + '_') for name in names)}}}" if len(names) > 1 else names[0]
 
 
 def models() -> str:
