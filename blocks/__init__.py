@@ -4,6 +4,7 @@ Each module maps a feature map to a feature map, `forward(x: [B, C, H, W]) -> [B
 Feature maps are in channels_last memory, so that `x.permute(0, 2, 3, 1)` is a contiguous view and copies nothing.
 """
 
+from .affine_scaled import AffineScaled
 from .agent import Agent
 from .aggregated import Aggregated
 from .attentive_convolution import AttentiveConvolution
@@ -20,6 +21,7 @@ from .frequency import AdaptiveFrequencyFilter
 from .full_attention import FullAttention
 from .gates import DeepLocalAttention, EfficientLocalAttention, GaussianGate, SubspaceGate
 from .halo import Halo
+from .hierarchical import Hierarchical
 from .hilo import HiLo
 from .inline import InLine
 from .large_kernel import LargeKernel
@@ -42,6 +44,7 @@ from .windows import Windows
 
 __all__ = [
     "AdaptiveFrequencyFilter",
+    "AffineScaled",
     "Agent",
     "Aggregated",
     "AttentiveConvolution",
@@ -64,6 +67,7 @@ __all__ = [
     "Halo",
     "HeadGates",
     "HiLo",
+    "Hierarchical",
     "LargeKernel",
     "InLine",
     "LengthScaledCosine",

@@ -17,7 +17,7 @@ from torch import nn
 import tessel
 import tessel.export.formats.torch_export
 import tessel.zoo
-from tessel.blocks import Halo, Window
+from tessel.blocks import Halo, Hierarchical, Window
 from tessel.export import ExportError, OneImageDetector, export, formats, load
 from tessel.export.comparison import difference
 from tessel.export.detectors import detection_difference
@@ -127,8 +127,9 @@ def test_adaptive_pooling_stays_open(tmp_path):
     assert len(report.errors) > 3 and isinstance(model[1], nn.AdaptiveAvgPool2d), "the model itself is not changed"
 
 
-def test_programs_of_one_window_run_with_several(tmp_path):
-    block = Window(16, num_heads=2, window=4).eval()
+@pytest.mark.parametrize("kind", [Window, pytest.param(Hierarchical, marks=pytest.mark.slow)])
+def test_programs_of_one_window_run_with_several(kind, tmp_path):
+    block = kind(16, num_heads=2, window=4).eval()
     report = export(block, tmp_path / "model", "torch-export", example=torch.randn(2, 16, 3, 4))
     sizes = {shape[2:] for shape in report.errors}
     assert (3, 4) in sizes and max(sizes) > (35, 22) and {shape[0] for shape in report.errors} == {1, 2, 3}
