@@ -1,10 +1,16 @@
 """Set up all tests: one thread, a fixed seed, and the parameter `model_name`."""
 
+import sys
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 
 import tessel.zoo
+
+# `python -m pytest` puts the folder above on the path, whose `kernels` transformers takes for a package of that name
+sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
 
 
 def pytest_configure(config):

@@ -51,6 +51,11 @@ from tessel.train.report.__main__ import main as report_main
 COLLECTIONS = {"imagenet": miniatures.imagenet, "ade20k": miniatures.ade20k, "coco": miniatures.coco}
 RECIPES = sorted(f"{folder}/{path.stem}" for folder in COLLECTIONS for path in (PACKAGED / folder).glob("*.yaml"))
 STEPS = 3
+# a small Mask2Former
+NARROW_MASK2FORMER = {
+    **{"feature_size": 64, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32},
+    **{"encoder_layers": 1, "decoder_layers": 4, "dim_feedforward": 32, "num_queries": 10, "train_num_points": 128},
+}
 
 
 @cache
@@ -106,7 +111,9 @@ def segment(recipe: Recipe, short: bool) -> dict[str, Any]:
     keys: dict[str, Any] = {"data.size": size, "data.img_scale": [4 * size, size]}
     if options.test.mode == "slide":
         keys |= {"task.segment.test.crop": size, "task.segment.test.stride": size * 2 // 3}
-    if short:
+    if short and options.decode_head["type"] == "Mask2Former":
+        keys["task.segment.decode_head"] = {**options.decode_head, **NARROW_MASK2FORMER}
+    elif short:
         keys |= {
             f"task.segment.{part}.channels": 8 for part in ("decode_head", "auxiliary_head") if getattr(options, part)
         }

@@ -1,4 +1,4 @@
-"""mmsegmentation's decode heads and necks, built from the configs of a recipe.
+"""mmsegmentation's decode heads and necks, and mask-classification heads, built from the configs of a recipe.
 
 What the backbone and the data determine (in_channels, num_classes, ...) is filled in.
 """
@@ -17,6 +17,7 @@ from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
 from ...openmmlab.compat import build, mmseg_modules
 from .head_checks import HEAD_ERRORS, FeatureSpec, FeatureSpecs, check_head, check_neck
+from .mask_head import MASK_HEADS
 
 NUM_STAGES = 4
 ALL_STAGES = list(range(NUM_STAGES))
@@ -29,6 +30,7 @@ MULTI_INPUT_HEADS = {
     "LightHamHead": [1, 2, 3],
     "EncHead": [1, 2, 3],
     "ANNHead": [2, 3],
+    **dict.fromkeys(MASK_HEADS, ALL_STAGES),
 }
 # types that an error suggests
 COMMON_HEADS = "UPerHead, FPNHead or SegformerHead"
@@ -133,6 +135,8 @@ def build_head(
     class_weight: weights of the classes in the loss; size: see `check_head`; avg_non_ignore: average the cross entropy
     over the labelled pixels only.
     """
+    if config.type in MASK_HEADS:
+        return _build_mask_head(config, features, num_classes, class_weight)
     kwargs = _resolve_kwargs(config, features, num_classes)
     _check_head_type(config.key, config.type)
     kwargs["loss_decode"] = _resolve_losses(config, class_weight, avg_non_ignore)
@@ -141,6 +145,15 @@ def build_head(
     losses = f"{config.key}.loss_decode={config.kwargs.get('loss_decode', 'CrossEntropyLoss')}"
     check_head(f"{config.key}.type={config.type}", head, features, losses=losses, size=size)
     return head
+
+
+def _build_mask_head(
+    config: HeadConfig, features: FeatureSpecs, num_classes: int, class_weight: list[float] | None
+) -> nn.Module:
+    if class_weight is not None:
+        raise UserError(f"task.segment.class_weight has no effect with {config.key}.type={config.type}; remove it")
+    kwargs = {name: value for name, value in config.kwargs.items() if name != "type"}
+    return MASK_HEADS[config.type](config.key, kwargs, features, num_classes)
 
 
 def _resolve_kwargs(config: HeadConfig, features: FeatureSpecs, num_classes: int) -> dict[str, Any]:
@@ -257,7 +270,7 @@ def _build_module(key: str, config: Mapping[str, Any]) -> Any:
     if kind in ("MaskFormerHead", "Mask2FormerHead"):
         raise UserError(
             f"{key}.type={kind} needs mmdetection, whose compiled operators do not build with current torch; use "
-            + COMMON_HEADS
+            f"Mask2Former, {COMMON_HEADS}"
         )
     if kind not in known:
         suggested = COMMON_TYPES.get(key.rpartition(".")[2], COMMON_HEADS)

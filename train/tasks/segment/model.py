@@ -1,4 +1,4 @@
-"""The segmenter: a backbone with mmsegmentation's neck and heads, built from the sections of a recipe."""
+"""The segmenter: a backbone with a neck and heads, built from the sections of a recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ....checkpoints import read_state
 from ....zoo.dense import DenseBackbone, prefix_patterns
 from ...errors import UserError
+from ...heads.mask_classifier import MaskClassifier
 from ...recipe.schema import Dense, Model, Recipe
 from ..dense_backbone import build_backbone, check_backbone, load_initial_backbone
 from ..models import check_name
@@ -23,6 +24,8 @@ HEAD_PREFIXES = ("neck.", "decode_head.", "auxiliary_head.")
 
 class Segmenter(nn.Module):
     """Images [B, 3, H, W] to logits [B, classes, H, W]; with masks [B, H, W], to a dict of losses.
+
+    A mask-classification head gives scores in the place of logits: probabilities that do not sum to 1.
 
     Parameters are named as in mmsegmentation: backbone, neck, decode_head, auxiliary_head.
     """
@@ -83,7 +86,10 @@ class Segmenter(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides biases and one-dimensional ones."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        if isinstance(self.decode_head, MaskClassifier):
+            names |= {f"decode_head.{name}" for name in self.decode_head.no_weight_decay()}
+        return names
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
         """Load the weights of a published segmenter, with mmsegmentation's names for heads and the paper's for the

@@ -30,7 +30,8 @@ class SegmentTest:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SegmentOptions:
     decode_head: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """config of an mmsegmentation head, for example {type: UPerHead, channels: 512}; omit in_channels, num_classes"""
+    """config of an mmsegmentation head, for example {type: UPerHead, channels: 512}; omit in_channels, num_classes. Or
+    {type: Mask2Former}, of transformers"""
     auxiliary_head: dict[str, Any] = dataclasses.field(default_factory=dict)
     """config of a second head with its own loss, for example {type: FCNHead, channels: 256}; empty: none"""
     neck: dict[str, Any] = dataclasses.field(default_factory=dict)
