@@ -54,7 +54,9 @@ class AttentiveConvolution(nn.Module):
         tokens = x.flatten(1, 2)
         pooled = bin_weights(tokens.shape[1], self.kernel**2, x) @ tokens
         kernels = self.kernel_gen(F.gelu(self.kernel_proj(pooled)).transpose(1, 2))
-        return kernels - self.difference_control.sigmoid()[:, None] * kernels.mean(-1, keepdim=True)
+        # scaled before the mean: OpenVINO computes a mean that is scaled afterwards wrongly (docs/upstream.md)
+        scaled = self.difference_control.sigmoid()[:, None] * kernels
+        return kernels - scaled.mean(-1, keepdim=True)
 
 
 def correlate(x: Tensor, kernels: Tensor, side: int) -> Tensor:

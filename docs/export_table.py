@@ -56,9 +56,6 @@ CELLS = {
 
 PUBLISHED = {"fixed": (), "open": ("batch", "size")}
 
-# columns that CI tests; of a column with a model here, the default tests run that one
-IN_CI = {"ONNX, batch and size": "s2aformer_atto", "torch.export, batch and size": None, "TorchScript, batch": None}
-
 
 def perturbed(name: str) -> nn.Module:
     """The model with random weights and statistics, so that branches which start at zero count."""

@@ -14,9 +14,31 @@ def write(recording: Recording, path: Path) -> None:
     openvino: Any = importlib.import_module("openvino")
 
     model = openvino.convert_model(recording.program())
+    # the front end leaves all axes of the input open
+    sides = [-1 if axis in recording.open_axes else side for axis, side in enumerate(recording.example.shape)]
+    model.reshape(openvino.PartialShape(sides))
+    _separate_transposes(model)
     model.set_rt_info(recording.metadata, METADATA_KEY)
     # the default stores weights in half precision
     openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _separate_transposes(model: Any) -> None:
+    """Keep attention and the transpose of heads and tokens behind it from being fused into one operation.
+
+    OpenVINO computes wrong values in it where there are as many heads as tokens (docs/upstream.md). It does not fuse a
+    transpose of 5 axes.
+    """
+    operators: Any = importlib.import_module("openvino.opset13")
+
+    for node in model.get_ops():
+        if node.get_type_name() != "Transpose":
+            continue
+        attended, order = node.input_value(0), node.input_value(1).get_node()
+        if attended.get_node().get_type_name() == "ScaledDotProductAttention" and list(order.data) == [0, 2, 1, 3]:
+            axis = operators.constant([1])
+            wide = operators.transpose(operators.unsqueeze(attended, axis), operators.constant([0, 1, 3, 2, 4]))
+            node.output(0).replace(operators.squeeze(wide, axis).output(0))
 
 
 def read(path: Path) -> tuple[Run, str | None]:
@@ -39,7 +61,7 @@ FORMAT = Format(
     suffix=".xml",
     about="OpenVINO",
     packages=("openvino",),
-    install="openvino",
+    install="tessel[openvino]",
     dynamic=("batch", "size"),
     detectors=False,
     write=write,
