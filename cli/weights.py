@@ -1,7 +1,7 @@
 """`tessel weights`: published weights: list, download, check, convert, import, reproduce and push."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -74,47 +74,89 @@ def import_weights(model: str, file: Path, cache_dir: Path | None = None) -> Pat
 
 
 @weights.command(short_help="Evaluate published weights, and compare.")
-@click.argument("model", shell_complete=complete_models)
-@click.option("--data", "root", required=True, type=click.Path(path_type=Path), help="Folder of ImageNet, with val/.")
+@click.argument("model", metavar="MODEL|RECIPE", shell_complete=complete_models)
+@click.option("--data", "root", required=True, type=click.Path(path_type=Path), help="Folder of the data set.")
 @click.option("--weights", "file", type=click.Path(path_type=Path), metavar="FILE", help="A local file of them.")
+@click.option("--published", type=float, help="Published value. [default: that of the manifest or the recipe's head]")
 @click.option("--tolerance", type=float, default=0.1, show_default=True, help="Accepted difference in percent points.")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-def reproduce(model: str, root: Path, file: Path | None, tolerance: float, overrides: tuple[str, ...]) -> int:
-    """Evaluate MODEL's published weights as published, compare the top-1, and print the line for the manifest.
+def reproduce(
+    model: str,
+    root: Path,
+    file: Path | None,
+    published: float | None,
+    tolerance: float,
+    overrides: tuple[str, ...],
+) -> int:
+    """Evaluate published weights as published, compare with the published value, and print the line to record.
 
-    Size, crop, interpolation and normalization are those of the manifest, the arithmetic is float32. Overrides are keys
-    of a recipe, such as data.workers=8 or run.device=cpu. The exit code is 1 if the top-1 differs by more than the
-    tolerance.
+    MODEL is a classifier with published weights, evaluated on ROOT/val of ImageNet: size, crop, interpolation and
+    normalization are those of the manifest. RECIPE is a recipe of segmentation or detection; the weights in FILE, with
+    the names of mmsegmentation or mmdetection, are evaluated by it on the data set in ROOT.
+
+    The arithmetic is float32. Overrides are keys of a recipe, such as data.workers=8 or run.device=cpu. The exit code
+    is 1 if the value differs by more than the tolerance.
 
     \b
-    tessel weights reproduce cswin_tiny.in1k --data /data/imagenet
+    tessel weights reproduce cswin_tiny.in1k --data IMAGENET
+    tessel weights reproduce ade20k/van_b2_upernet --data ADE20K --weights van_b2_upernet.pth
     """
-    from ..checkpoints import find_weight
     from ..train.errors import UserError, report_errors
-    from ..train.evaluate import check_eval_keys, evaluate_model
 
     with report_errors() as outcome:
-        try:
-            weight = find_weight(model)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        fixed = [f"data.root={root}", "parallel.precision=fp32"]
-        found = evaluate_model(weight.name, check_eval_keys([*fixed, *overrides]), {}, file)["val"]
-        print("\n".join(comparison(weight, found)))
-        if weight.published_top1 is not None and abs(found["top1"] - weight.published_top1) > tolerance:
-            raise UserError(f"top-1 {found['top1']:.3f} is not the published {weight.published_top1}")
+        keys = [f"data.root={root}", "parallel.precision=fp32", *overrides]
+        found = (
+            _of_recipe(model, keys, file) if "/" in model or model.endswith(".yaml") else _of_model(model, keys, file)
+        )
+        reference = found.published if published is None else published
+        difference = "" if reference is None else f"{reference:.3f}, difference {found.value - reference:+.3f}"
+        print(
+            f"{found.source}: {found.name} {found.value:.3f} on {found.count} images, published {difference or 'none'}"
+        )
+        print("\n".join(found.record))
+        if reference is not None and abs(found.value - reference) > tolerance:
+            raise UserError(f"{found.name} {found.value:.3f} is not the published {reference}")
     return outcome.code
 
 
-def comparison(weight: Any, found: dict[str, Any]) -> list[str]:
-    """The measured and the published top-1, and the line for the row of the manifest."""
-    published = "none" if weight.published_top1 is None else f"{weight.published_top1:.3f}"
-    difference = "" if weight.published_top1 is None else f", difference {found['top1'] - weight.published_top1:+.3f}"
-    return [
-        f"{weight.name}: top-1 {found['top1']:.3f} on {found['count']} images, published {published}{difference}",
-        f'in checkpoints/manifest.toml, ["{weight.name}"]:',
-        f"reproduced_top1 = {found['top1']:.3f}",
-    ]
+class Measured(NamedTuple):
+    """A metric of published weights. source: of the weights; record: the lines that record the value."""
+
+    source: str
+    name: str
+    value: float
+    count: int
+    published: float | None
+    record: list[str]
+
+
+def _of_model(model: str, keys: list[str], file: Path | None) -> Measured:
+    from ..checkpoints import find_weight
+    from ..train.errors import UserError
+    from ..train.evaluate import check_eval_keys, evaluate_model
+
+    try:
+        weight = find_weight(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = evaluate_model(weight.name, check_eval_keys(keys), {}, file)["val"]
+    record = [f'in checkpoints/manifest.toml, ["{weight.name}"]:', f"reproduced_top1 = {found['top1']:.3f}"]
+    return Measured(weight.name, "top-1", found["top1"], found["count"], weight.published_top1, record)
+
+
+def _of_recipe(recipe: str, keys: list[str], file: Path | None) -> Measured:
+    from ..train.errors import UserError
+    from ..train.reproduce import evaluate_published
+
+    if file is None:
+        raise UserError(
+            f"{recipe} is a recipe, and the list has no weights of segmenters and detectors: give --weights"
+        )
+    metrics, names, expected, published = evaluate_published(recipe, keys, file)
+    (name, value), *_ = values = [(title, metrics[key]) for key, title in names.items()]
+    line = ", ".join(f"{title} {number:.1f}" for title, number in values)
+    record = [f"in {recipe}:", f"# expected:   {expected}", f"# reproduced: {line}, with the weights {file.name}"]
+    return Measured(file.name, name, value, metrics["count"], published, record)
 
 
 @weights.command(short_help="Put a classifier on the Hugging Face hub.")

@@ -125,11 +125,15 @@ def load_checkpoint(path: Path, model: nn.Module, world: World) -> int:
 def open_run(target: Path, overrides: list[str]) -> tuple[Path, Recipe]:
     """The directory and the recipe of a run or checkpoint; the recipe without initial weights, which are not needed."""
     run = target.absolute().parent.parent if (target / checkpoint.MANIFEST).is_file() else target
-    recipe = load_recipe(recipe_file(run), overrides)
+    return run, without_initial_weights(load_recipe(recipe_file(run), overrides))
+
+
+def without_initial_weights(recipe: Recipe) -> Recipe:
+    """The recipe with the keys cleared that name weights to start from."""
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False, init_from=None))
     for key in TASKS[recipe.task.kind].init_keys:
         recipe = _without(recipe, key.split("."))
-    return run, recipe
+    return recipe
 
 
 def _without(section: Any, path: list[str]) -> Any:

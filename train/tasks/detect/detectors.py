@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_export
 from .mmdetection import AlignedRoIAlign, BatchAveragedHead
 from .options import DetectOptions
+from .published import load_published
 
 RATIOS = ((0.5, 1.0, 2.0),) * 5  # height / width of the anchors of each level
 BACKBONE_PREFIX = "backbone.body."  # of the parameters of the DenseBackbone
@@ -75,6 +77,10 @@ class DetectorMixin(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.body.set_grad_checkpointing(enable)
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights of a published R-CNN, with mmdetection's names. Raises ValueError if they do not fit."""
+        load_published(self, state)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the backbone only: the shapes after it depend on the number of proposals."""

@@ -1,0 +1,72 @@
+"""Weights of published detectors, with mmdetection's names, for torchvision's R-CNNs."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# mmdetection's names (a pattern for the whole name) and torchvision's
+NAMES = (
+    (r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
+    (r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+    (r"rpn_head\.rpn_conv\.(\w+)", r"rpn.head.conv.0.0.\1"),
+    (r"rpn_head\.rpn_cls\.(\w+)", r"rpn.head.cls_logits.\1"),
+    (r"rpn_head\.rpn_reg\.(\w+)", r"rpn.head.bbox_pred.\1"),
+    (r"roi_head\.bbox_head\.shared_fcs\.0\.(\w+)", r"roi_heads.box_head.fc6.\1"),
+    (r"roi_head\.bbox_head\.shared_fcs\.1\.(\w+)", r"roi_heads.box_head.fc7.\1"),
+    (r"roi_head\.bbox_head\.fc_cls\.(\w+)", r"roi_heads.box_predictor.cls_score.\1"),
+    (r"roi_head\.bbox_head\.fc_reg\.(\w+)", r"roi_heads.box_predictor.bbox_pred.\1"),
+    (r"roi_head\.mask_head\.convs\.(\d+)\.conv\.(\w+)", r"roi_heads.mask_head.\1.0.\2"),
+    (r"roi_head\.mask_head\.upsample\.(\w+)", r"roi_heads.mask_predictor.conv5_mask.\1"),
+    (r"roi_head\.mask_head\.conv_logits\.(\w+)", r"roi_heads.mask_predictor.mask_fcn_logits.\1"),
+)
+
+# rows of zeros that the background has in torchvision's layers and not in mmdetection's
+BACKGROUND_ROWS = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1}
+
+
+def load_published(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the weights of a published Faster R-CNN or Mask R-CNN, with the paper's names for the backbone.
+
+    mmdetection's last class is the background, torchvision's first. Anchors stay torchvision's, rounded to whole
+    pixels.
+
+    Raises ValueError naming weights that are missing, unknown or of another shape, and for the other detectors: in
+    their pyramids, torchvision applies a ReLU that mmdetection does not.
+    """
+    if not hasattr(detector, "roi_heads"):
+        raise ValueError(f"published weights of {type(detector).__name__} are not read, only those of R-CNNs")
+    body: Any = detector.get_submodule("backbone.body")
+    own = {key: tensor for key, tensor in detector.state_dict().items() if not key.startswith("backbone.body.")}
+    heads, unknown = {}, []
+    for key, tensor in body.load_published(state).items():
+        name = torchvision_name(key.removeprefix("module."))
+        if name not in own:
+            unknown.append(key)
+            continue
+        layer = name.rpartition(".")[0]
+        if layer == "roi_heads.box_predictor.cls_score":
+            tensor = tensor.roll(1, 0)
+        elif rows := BACKGROUND_ROWS.get(layer):
+            tensor = torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
+        heads[name] = tensor
+    if unknown:
+        raise ValueError(
+            f"it has {len(unknown)} weights that the model does not have: {', '.join(sorted(unknown)[:5])}"
+        )
+    if missing := sorted(own.keys() - heads.keys()):
+        raise ValueError(f"it lacks {len(missing)} weights of the model: {', '.join(missing[:5])}")
+    for key, tensor in heads.items():
+        if tensor.shape != own[key].shape:
+            raise ValueError(f"{key} has the shape {list(tensor.shape)}, in the model {list(own[key].shape)}")
+    detector.load_state_dict(detector.state_dict() | heads)
+
+
+def torchvision_name(key: str) -> str:
+    """torchvision's name of a weight; empty if it has none."""
+    for pattern, name in NAMES:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(name)
+    return ""
