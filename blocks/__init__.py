@@ -8,6 +8,7 @@ from .affine_scaled import AffineScaled
 from .agent import Agent
 from .aggregated import Aggregated
 from .attentive_convolution import AttentiveConvolution
+from .attentive_pooling import POOLINGS, AttentivePooling, EfficientPooling
 from .auxiliary import AuxiliaryLoss, collect_losses
 from .bi_level_routing import BiLevelRouting, FlooredBiLevelRouting
 from .channel import Channel
@@ -47,7 +48,9 @@ __all__ = [
     "AffineScaled",
     "Agent",
     "Aggregated",
+    "POOLINGS",
     "AttentiveConvolution",
+    "AttentivePooling",
     "AuxiliaryLoss",
     "BiLevelRouting",
     "Channel",
@@ -59,6 +62,7 @@ __all__ = [
     "DepthwiseMlp",
     "DynamicPositionBias",
     "EfficientLocalAttention",
+    "EfficientPooling",
     "Explanation",
     "FlooredBiLevelRouting",
     "Flow",

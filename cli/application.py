@@ -16,6 +16,7 @@ from .group import InOrder
 from .info import info
 from .listing import listing
 from .predict import predict
+from .probe import probe
 from .weights import weights
 
 EPILOG = "`tessel COMMAND --help` explains a command. On several GPUs: torchrun --nproc-per-node 8 -m tessel train ..."
@@ -35,6 +36,7 @@ for command in (
     predict,
     explain,
     compare,
+    probe,
     export,
     weights,
     train,

@@ -49,16 +49,20 @@ def cells(rows: Rows) -> list[list[str]]:
     return [shown, *([COLUMNS[name](row) for name in shown] for row in rows)]
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """HTML of a table, the first row of which are the headings."""
+    head, *body = rows
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
+    return f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>{lines}</table>"
+
+
 def write_page(rows: Rows, folder: Path, *, title: str, recipe: str | None) -> None:
     """Write `index.html`, which needs no other file, and its pictures as PNG files."""
-    head, *body = cells(rows)
-    table = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    table = f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>{table}</table>"
     pairs = [("macs", 1e9, "GMACs", "inference", "images/s")]
     pairs += [("macs", 1e9, "GMACs", "accuracy", "accuracy")] if any("accuracy" in row for row in rows) else []
     drawn = [picture(folder, f"{y}", f"{label} against GMACs", partial(draw, rows, x, unit, name, y, label))
              for x, unit, name, y, label in pairs]  # fmt: skip
-    sections = {"Measures": lambda: (HEAD, wide(table)), "Charts": lambda: ("", charts(drawn))}
+    sections = {"Measures": lambda: (HEAD, wide(table(cells(rows)))), "Charts": lambda: ("", charts(drawn))}
     note = (
         f"Accuracies are those of short trainings with {recipe}, all with the same number of updates." if recipe else ""
     )

@@ -23,6 +23,7 @@ COMMANDS = [
         "predict",
         "explain",
         "compare",
+        "probe",
         "export",
         "weights",
         "train",

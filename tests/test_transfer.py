@@ -110,7 +110,13 @@ def test_models_of_a_fixed_input_size_can_be_probed(recipe, name, kind):
 
 
 @pytest.mark.parametrize(
-    "key", ["task.probe=linear", "task.probe=attentive", "task.distill.teacher=local-dir:{}/export"]
+    "key",
+    [
+        "task.probe=linear",
+        pytest.param("task.probe=attentive", marks=pytest.mark.slow),
+        "task.probe=ep",
+        "task.distill.teacher=local-dir:{}/export",
+    ],
 )
 def test_resume_of_a_probe_or_distillation_is_exact(recipe, base, monkeypatch, capsys, key):
     overrides = [key.format(base), f"model.init_from=local-dir:{base}/export"]

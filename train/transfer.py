@@ -1,5 +1,5 @@
-"""`import tessel.train.transfer` registers the timm model `attentive_probe`, which exported attentive probes need."""
+"""`import tessel.train.transfer` registers the timm models that exported attentive probes need."""
 
-from .tasks.classify.probe import attentive_probe
+from .tasks.classify.probe import attentive_probe, attentive_probe_pooling
 
-__all__ = ["attentive_probe"]
+__all__ = ["attentive_probe", "attentive_probe_pooling"]

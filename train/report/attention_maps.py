@@ -149,18 +149,24 @@ def attention_figure(
     return figure
 
 
+def examples(model: Any, dataset: Any, data: ClassifyData) -> tuple[list[Tensor], Tensor]:
+    """Pictures `[H, W, 3]` in 0..1 of up to `EXAMPLES` images of different classes, and the model's input."""
+    images: dict[int, Any] = {}
+    for index in np.linspace(0, len(dataset) - 1, 8 * EXAMPLES, dtype=int):
+        image, target = dataset[int(index)]
+        images.setdefault(target, image)
+    transform, config = eval_transform(data, model.pretrained_cfg), input_config(data, model.pretrained_cfg)
+    pixels = torch.stack([transform(images[target]) for target in sorted(images)[:EXAMPLES]])
+    return [image.permute(1, 2, 0) / 255 for image in pixels], Normalizer(config, pixels.device)(pixels)
+
+
 def capture_examples(model: Any, dataset: Any, data: ClassifyData) -> tuple[list[Tensor], list[CapturedMixer]]:
-    """Pictures and captures for `attention_figure`, from up to `EXAMPLES` images of different classes of `dataset`.
+    """Pictures and captures for `attention_figure`, of `examples`.
 
     Raises UserError if the model has no mixer that can be drawn.
     """
-    examples: dict[int, Any] = {}
-    for index in np.linspace(0, len(dataset) - 1, 8 * EXAMPLES, dtype=int):
-        image, target = dataset[int(index)]
-        examples.setdefault(target, image)
-    transform, config = eval_transform(data, model.pretrained_cfg), input_config(data, model.pretrained_cfg)
-    pixels = torch.stack([transform(examples[target]) for target in sorted(examples)[:EXAMPLES]])
-    captures = capture(model, Normalizer(config, pixels.device)(pixels))
+    pictures, images = examples(model, dataset, data)
+    captures = capture(model, images)
     if not captures:
         raise UserError("the model has no token mixer of tessel, which could be drawn")
-    return [image.permute(1, 2, 0) / 255 for image in pixels], captures
+    return pictures, captures

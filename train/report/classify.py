@@ -16,8 +16,9 @@ from PIL import Image
 
 from ..data.bands import viewable
 from ..errors import UserError
-from .attention_maps import attention_figure, capture_examples
+from .attention_maps import attention_figure, capture_examples, examples
 from .page import NARROW, WIDTH, Section, card, charts, gallery, picture, shorten, wide
+from .probe_maps import probe_attention, probe_figure, query_fields
 from .runs import RunRecord
 
 MAX_NAMED, MAX_COUNTED = 60, 20  # with more classes, the confusion matrix has no class names, no counts in its cells
@@ -33,11 +34,10 @@ def headline(run: RunRecord, result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def sections(run: RunRecord, folder: Path) -> dict[str, Section]:
-    return {
-        "Confusion": lambda: confusion(run, folder),
-        "Hardest images": lambda: hardest(run),
-        "What the mixers attended to": lambda: attention(run, folder),
-    }
+    found = {"Confusion": lambda: confusion(run, folder), "Hardest images": lambda: hardest(run)}
+    if run.recipe.task.probe in (None, "linear"):
+        return {**found, "What the mixers attended to": lambda: attention(run, folder)}
+    return {**found, "What the probe reads": lambda: probe(run, folder)}
 
 
 def confusion(run: RunRecord, folder: Path) -> tuple[str, str]:
@@ -94,6 +94,19 @@ def attention(run: RunRecord, folder: Path) -> tuple[str, str]:
     images, captures = capture_examples(run.model, run.held_out, run.recipe.data)
     text = "Orange: the query. Blue: what it takes from each position, in the last token mixer of each stage."
     html = picture(folder, "attention", "what queries attend to", lambda: attention_figure(images, captures))
+    return text, wide(html)
+
+
+def probe(run: RunRecord, folder: Path) -> tuple[str, str]:
+    """What the queries of a probe take from the feature maps of a few held-out images."""
+    if run.recipe.task.probe == "attentive":
+        raise UserError("task.probe=attentive does not tell its weights; the other attentive probes do")
+    if (channels := run.recipe.model.in_chans or 3) != 3:
+        raise UserError(f"attention is drawn on images of 3 channels, and these have {channels}")
+    pictures, images = examples(run.model, run.held_out, run.recipe.data)
+    weights = probe_attention(run.model, images)
+    text = f"What the queries of the pooling ({run.recipe.task.probe}) take from each position, each by its maximum."
+    html = picture(folder, "probe", "what the queries take", lambda: probe_figure(pictures, query_fields(weights)))
     return text, wide(html)
 
 

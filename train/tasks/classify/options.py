@@ -1,5 +1,6 @@
 """The keys of a classification recipe, and the rules between them."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,24 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Probing:
+    """How a probe with a pooling reads the features; see docs/probing.md."""
+
+    maps: tuple[int, ...] | None = None
+    """feature maps that the probe reads, as timm numbers them, -1: the last; null: the features, with the final norm"""
+    class_tokens: bool = False
+    """also read the mean of the class tokens, for models that have some"""
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """arguments of the pooling, for example {queries: 16}"""
+
+
+PROBES = Literal[
+    "linear", "attentive", "ep", "abmilp", "aim", "cae", "cait", "cbam", "clip", "coca", "dinovit", "dolg", "esimpool",
+    "jepa", "siglip", "simpool",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Classifier(Task):
     """The keys that classification with one class and with several labels per image share."""
 
@@ -30,8 +49,9 @@ class Classifier(Task):
     """checked against the data; null: the number of classes in the data"""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """label smoothing"""
-    probe: Literal["linear", "attentive"] | None = None
-    """freeze the model and train a linear classifier, or one with attention pooling over the last feature map"""
+    probe: PROBES | None = None
+    """freeze the model and train its classifier (linear), or a new one with this attention pooling of feature maps"""
+    probing: Probing = Probing()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -117,6 +137,10 @@ def classifier_conflicts(recipe: Recipe[Any, ClassifyData]) -> Iterator[str]:
     for key, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) not in (1, channels):
             yield f"data.{key} has {len(values)} values, but the images have {channels} channels; give one for each"
+    if task.probe in (None, "linear", "attentive") and task.probing != Probing():
+        yield f"task.probing has no effect with task.probe={task.probe or 'null'}; set task.probe=ep, or remove it"
+    if task.probing.maps is not None and not task.probing.maps:
+        yield "task.probing.maps=[] reads nothing; give at least one map, or null"
     if task.probe:
         frozen = {
             "model.drop_path_rate": recipe.model.drop_path_rate,

@@ -100,7 +100,7 @@ class ClassifierTask(DatasetTask[ClassifierT, ClassifyData]):
             images, targets = self.mixing(images, targets)
         if self.erasing and late:
             images = self.erasing(images)
-        if self.recipe.task.probe:
+        if self.recipe.task.probe == "linear":
             model.eval()  # the frozen part must not update batch statistics or drop paths
         with batch_norm_errors(len(images), "raise data.micro_batch (data.batch) or data.size"):
             outputs = model(images)
@@ -172,7 +172,8 @@ def build_classifier(recipe: Recipe[Any, Any], num_classes: int) -> nn.Module:
     )
     if options.init_from:
         load_initial_weights(model, options, size)
-    return freeze_for_probe(model, recipe.task.probe) if recipe.task.probe else model
+    task = recipe.task
+    return freeze_for_probe(model, task.probe, task.probing, size) if task.probe else model
 
 
 def load(path: Path) -> nn.Module:
