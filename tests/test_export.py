@@ -175,6 +175,18 @@ def test_programs_of_halos_take_other_sizes(tmp_path):
 
 
 @pytest.mark.slow
+def test_halos_in_onnx_have_the_bias_of_their_own_position(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    block = Halo(16, num_heads=2, block_size=4, halo_size=1).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    report = export(block, tmp_path / "model", "onnx", example=torch.randn(2, 16, 8, 12), dynamic=())
+    assert report.error < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["UPerHead", "FPNHead"])
 def test_segmenters_export_with_open_size(head, tmp_path):
     if missing := formats()["onnx"].missing():

@@ -82,12 +82,21 @@ def attend_windows(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tens
 
 def _relative_logits(q_WssND: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Each query times the table rows of its window's K rows, and of its K columns: both `[W, N, s, s, K]`."""
-    windows, side, _, heads, _ = q_WssND.shape
-    shape = (side, windows, side, heads, tables[0].shape[2])
     # move the axis whose tables differ to the front: one matrix product for each of its s positions
-    h_sWsNK = (q_WssND.transpose(0, 1).flatten(1, 3) @ tables[0]).view(shape)
-    w_sWsNK = (q_WssND.permute(2, 0, 1, 3, 4).flatten(1, 3) @ tables[1]).view(shape)
+    h_sWsNK = _by_position(q_WssND.transpose(0, 1), tables[0])
+    w_sWsNK = _by_position(q_WssND.permute(2, 0, 1, 3, 4), tables[1])
     return h_sWsNK.permute(1, 3, 0, 2, 4).contiguous(), w_sWsNK.permute(1, 3, 2, 0, 4).contiguous()
+
+
+def _by_position(q_sWsND: Tensor, table_sDK: Tensor) -> Tensor:
+    """The queries times the table of their position, `[s, W, s, N, K]`."""
+    q = q_sWsND.flatten(1, 3)
+    if exporting():
+        # the table first: the optimizer of ONNX graphs broadcasts it wrongly otherwise (docs/upstream.md)
+        y = compact((table_sDK.transpose(1, 2) @ q.transpose(1, 2)).transpose(1, 2))
+    else:
+        y = q @ table_sDK
+    return y.reshape(*q_sWsND.shape[:-1], table_sDK.shape[2])
 
 
 def _shifted_tables(table: Tensor, side: int) -> Tensor:
