@@ -90,13 +90,11 @@ def _relative_logits(q_WssND: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Te
 
 def _by_position(q_sWsND: Tensor, table_sDK: Tensor) -> Tensor:
     """The queries times the table of their position, `[s, W, s, N, K]`."""
-    q = q_sWsND.flatten(1, 3)
-    if exporting():
-        # the table first: the optimizer of ONNX graphs broadcasts it wrongly otherwise (docs/upstream.md)
-        y = compact((table_sDK.transpose(1, 2) @ q.transpose(1, 2)).transpose(1, 2))
-    else:
-        y = q @ table_sDK
-    return y.reshape(*q_sWsND.shape[:-1], table_sDK.shape[2])
+    q, shape = q_sWsND.flatten(1, 3), (*q_sWsND.shape[:-1], table_sDK.shape[2])
+    if not exporting():
+        return (q @ table_sDK).view(shape)
+    # the table first: the optimizer of ONNX graphs broadcasts it wrongly otherwise (docs/upstream.md)
+    return compact((table_sDK.transpose(1, 2) @ q.transpose(1, 2)).transpose(1, 2)).reshape(shape)
 
 
 def _shifted_tables(table: Tensor, side: int) -> Tensor:
