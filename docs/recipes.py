@@ -103,13 +103,13 @@ def coco() -> str:
     for path in sorted((PACKAGED / "coco").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         box, mask = (re.search(rf"^# expected: .*{kind} AP ([\d.]+)", head, re.MULTILINE) for kind in ("box", "mask"))
-        if not box:
+        if not (box or "not published with this head" in head):
             raise SystemExit(f"{path} does not open with its published box AP")
         begin = recipe.model.name if recipe.model.pretrained else str(recipe.model.init_from)
         decays = "/".join(f"{milestone:g}" for milestone in recipe.sched.milestones or ())
         schedule = f"{recipe.sched.epochs:g} epochs, steps at {decays}"
         rates = f"{recipe.optim.name} | {recipe.optim.lr:g} | {recipe.optim.weight_decay:g} | `{begin}`"
-        results = f"{box[1]} | {mask[1] if mask else ''} | not run"
+        results = f"{box[1] if box else ''} | {mask[1] if mask else ''} | not run"
         lines.append(f"| `coco/{path.stem}` | {recipe.task.detect.detector} | {schedule} | {rates} | {results} |")
     return "\n".join(lines)
 

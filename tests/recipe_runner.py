@@ -51,10 +51,19 @@ from tessel.train.report.__main__ import main as report_main
 COLLECTIONS = {"imagenet": miniatures.imagenet, "ade20k": miniatures.ade20k, "coco": miniatures.coco}
 RECIPES = sorted(f"{folder}/{path.stem}" for folder in COLLECTIONS for path in (PACKAGED / folder).glob("*.yaml"))
 STEPS = 3
+WIDTHS = ("feature_size", "mask_feature_size", "hidden_dim")
 # a small Mask2Former
 NARROW_MASK2FORMER = {
     **{"feature_size": 64, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32},
     **{"encoder_layers": 1, "decoder_layers": 4, "dim_feedforward": 32, "num_queries": 10, "train_num_points": 128},
+}
+# small query detectors, apart from their widths
+LAYERS = {"num_queries": 20, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+NARROW_QUERIES: dict[str, dict[str, Any]] = {
+    "mask2former": {key: value for key, value in NARROW_MASK2FORMER.items() if key not in WIDTHS},
+    "rtdetrv2": {**LAYERS, "num_denoising": 10},
+    "d_fine": {**LAYERS, "num_denoising": 10},
+    "deformable_detr": {**LAYERS, "encoder_layers": 1},
 }
 
 
@@ -130,6 +139,9 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
         samples, found = (32, 5) if short else (128, 20)
         fewer = {"box_batch_size_per_image": samples, "box_detections_per_img": found}
         keys["task.detect.kwargs"] = {**options.kwargs, **fewer}
+    if options.detector in NARROW_QUERIES:
+        narrow = {"task.detect.channels": 64, "task.detect.kwargs": NARROW_QUERIES[options.detector]}
+        return keys | (narrow if short else {})
     return keys | ({"task.detect.channels": 32} if short else {})
 
 

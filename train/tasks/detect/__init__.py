@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation with torchvision's detectors on a backbone of timm or tessel.
+"""Object detection and instance segmentation with detectors of torchvision and transformers on any backbone.
 
 `load(path)` reads an exported detector.
 """
@@ -16,8 +16,8 @@ if typing.TYPE_CHECKING:
 def load(path: str | Path) -> "nn.Module":
     """The detector in the folder `RUN/export`, in evaluation mode on the CPU.
 
-    It maps a list of images [3, H, W] in 0..1 to a list of boxes, labels, scores and, with mask_rcnn, masks; `classes`
-    names the labels. Raises UserError if the export cannot be read.
+    It maps a list of images [3, H, W] in 0..1 to a list of boxes, labels, scores and, with mask_rcnn or
+    mask2former, masks; `classes` names the labels. Raises UserError if the export cannot be read.
     """
     from .detectors import load
 

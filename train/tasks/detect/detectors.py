@@ -1,4 +1,4 @@
-"""torchvision's detectors on any backbone of timm or tessel, and reading an exported detector."""
+"""Detectors of torchvision and transformers on any backbone of timm or tessel, and reading an exported detector."""
 
 import inspect
 import json
@@ -28,6 +28,7 @@ from ..export import load_weights, read_export
 from .mmdetection import AlignedRoIAlign, BatchAveragedHead
 from .options import DetectOptions
 from .published import load_published
+from .queries import QUERY_DETECTORS, BoxQueries, MaskQueries, QueryDetector
 
 RATIOS = ((0.5, 1.0, 2.0),) * 5  # height / width of the anchors of each level
 BACKBONE_PREFIX = "backbone.body."  # of the parameters of the DenseBackbone
@@ -54,7 +55,7 @@ class DetectorMixin(nn.Module):
 
     first_label = 0
     """torchvision's label of our class 0"""
-    backbone: BackboneWithFPN
+    backbone: Any
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """A dict of losses in training, else a list with a dict for each image.
@@ -73,7 +74,8 @@ class DetectorMixin(nn.Module):
         return {key: prefix_patterns(spec, BACKBONE_PREFIX) for key, spec in groups.items()}
 
     def no_weight_decay(self) -> set[str]:
-        return {BACKBONE_PREFIX + name for name in self.backbone.body.no_weight_decay()}
+        names = {BACKBONE_PREFIX + name for name in self.backbone.body.no_weight_decay()}
+        return names | (self.head_no_weight_decay() if isinstance(self, QueryDetector) else set())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.body.set_grad_checkpointing(enable)
@@ -103,6 +105,14 @@ class FCOS(DetectorMixin, detection.FCOS):
     pass
 
 
+class BoxQueryDetector(DetectorMixin, BoxQueries):
+    pass
+
+
+class MaskQueryDetector(DetectorMixin, MaskQueries):
+    pass
+
+
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 # arguments that other keys of a recipe set
 RESERVED_KWARGS = {"num_classes", "min_size", "max_size"}
@@ -114,8 +124,14 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     The pyramid has five levels. R-CNNs: strides 4 to 32 of the backbone, and 64 by max pooling. RetinaNet and FCOS:
     strides 8 to 32, and 64 and 128 by convolutions of the last map, of the backbone in RetinaNet and of the pyramid in
     FCOS. Training images come resized; in evaluation the short side is resized to `size`. Batches are padded to
-    multiples of 32 pixels.
+    multiples of 32 pixels. Detectors of transformers read the maps of the backbone itself: Mask2Former all four, the
+    others those of strides 8 to 32.
     """
+    if detect.detector in QUERY_DETECTORS:
+        masks = detect.detector == "mask2former"
+        body = build_backbone(model, dense, (0, 1, 2, 3) if masks else (1, 2, 3))
+        load_initial_backbone(body, model, size)
+        return (MaskQueryDetector if masks else BoxQueryDetector)(body, detect, classes, size=size)
     detector_type, two_stage = DETECTORS[detect.detector], "rcnn" in detect.detector
     body = build_backbone(model, dense, (0, 1, 2, 3) if two_stage else (1, 2, 3))
     load_initial_backbone(body, model, size)

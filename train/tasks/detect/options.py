@@ -9,11 +9,16 @@ from pydantic.dataclasses import dataclass
 
 from ...recipe.schema import STRICT, Aug, Data, Dense, Recipe, Task
 
+WITH_MASKS = ("mask_rcnn", "mask2former")  # detectors that learn instance masks
+WITHOUT_ANCHORS = ("fcos", "mask2former", "rtdetrv2", "d_fine", "deformable_detr")
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DetectOptions:
-    detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "fcos"
-    """torchvision's detector; mask_rcnn also learns instance masks"""
+    detector: Literal[
+        "faster_rcnn", "mask_rcnn", "retinanet", "fcos", "mask2former", "rtdetrv2", "d_fine", "deformable_detr"
+    ] = "fcos"
+    """detector of torchvision (the first four) or transformers; mask_rcnn and mask2former also learn instance masks"""
     channels: PositiveInt = 256
     """channels of the feature pyramid and of the heads"""
     anchor: PositiveInt | None = None
@@ -31,7 +36,8 @@ class DetectOptions:
     loss_average: Literal["image", "batch"] = "image"
     """average RetinaNet's losses over the anchors of each image, or of the micro-batch as in mmdetection"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """further arguments of torchvision's detector, for example {score_thresh: 0.1}"""
+    """further arguments of torchvision's detector, for example {score_thresh: 0.1}, or settings of transformers', for
+    example {num_queries: 300}"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -55,14 +61,14 @@ class DetectData(Data):
 
 def sample(task: Detect) -> str:
     """The kind of sample that the detector learns from."""
-    return "instance masks" if task.detect.detector == "mask_rcnn" else "boxes"
+    return "instance masks" if task.detect.detector in WITH_MASKS else "boxes"
 
 
 def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
     detect = recipe.task.detect
-    if detect.detector == "fcos" and detect.anchor:
-        yield "task.detect.anchor has no effect with task.detect.detector=fcos; remove it"
+    if detect.detector in WITHOUT_ANCHORS and detect.anchor:
+        yield f"task.detect.anchor has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.roi_align != "torchvision" and "rcnn" not in detect.detector:
         yield f"task.detect.roi_align has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.loss_average != "image" and detect.detector != "retinanet":
@@ -70,5 +76,8 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
         # its group norms have 32 groups; groups of one value would be normalized to zero on a map of one pixel
         yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos needs a multiple of 32, at least 64"
+    if detect.detector in ("mask2former", "deformable_detr") and (detect.channels % 32 or detect.channels < 64):
+        needs = f"task.detect.detector={detect.detector} needs a multiple of 32, at least 64"
+        yield f"task.detect.channels={detect.channels}: {needs}"
     if detect.crop and detect.crop[0] > detect.crop[1]:
         yield f"task.detect.crop={list(detect.crop)} must be two numbers, the smaller one first"

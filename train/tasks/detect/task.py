@@ -18,7 +18,7 @@ from ..models import batch_norm_errors, check_name
 from .augment import EvalTransform, TrainTransform, to_float
 from .detectors import build_detector
 from .metrics import DetectionMetrics, image_predictions
-from .options import Detect, DetectData
+from .options import WITH_MASKS, Detect, DetectData
 from .overlay import side_by_side
 
 BATCH_NORM_REMEDY = (
@@ -37,7 +37,7 @@ def collate_lists(samples: list[Any]) -> Batch:
 
 
 class DetectTask(DatasetTask[Detect, DetectData]):
-    """Boxes with classes, and with mask_rcnn also instance masks."""
+    """Boxes with classes, and with some detectors also instance masks."""
 
     classes: list[str]
     collate = staticmethod(collate_lists)
@@ -47,7 +47,7 @@ class DetectTask(DatasetTask[Detect, DetectData]):
         check_name(recipe.model.init_from, "model.init_from")
         super().__init__(recipe, world)
         self.kept = 16  # number of validation images whose masks are kept with the predictions
-        self.masks = recipe.task.detect.detector == "mask_rcnn"
+        self.masks = recipe.task.detect.detector in WITH_MASKS
         self.train_transform, self.eval_transform = TrainTransform(recipe), EvalTransform()
 
     def build_model(self) -> nn.Module:
