@@ -19,6 +19,7 @@ from .embed import CrossScale, NormMerge, PositionEmbedding, conv_norm
 from .explanation import Explanation, explain, receptive_field
 from .flow import Flow
 from .frequency import AdaptiveFrequencyFilter
+from .frequency_fusion import FrequencyFusion, FrequencyFusionConcat, FrequencyFusionPyramid
 from .full_attention import FullAttention
 from .gates import DeepLocalAttention, EfficientLocalAttention, GaussianGate, SubspaceGate
 from .halo import Halo
@@ -66,6 +67,9 @@ __all__ = [
     "Explanation",
     "FlooredBiLevelRouting",
     "Flow",
+    "FrequencyFusion",
+    "FrequencyFusionConcat",
+    "FrequencyFusionPyramid",
     "FullAttention",
     "GaussianGate",
     "Halo",

@@ -22,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import (
 from .... import zoo as zoo  # registers the models with timm
 from ....zoo.dense import DenseBackbone, prefix_patterns
 from ...errors import UserError
+from ...heads.freqfusion import build_freqfusion
 from ...recipe.schema import Dense, Model, Probability
 from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_export
@@ -37,14 +38,37 @@ BACKBONE_PREFIX = "backbone.body."  # of the parameters of the DenseBackbone
 class BackboneWithFPN(nn.Module):
     """A dense backbone with a feature pyramid, in the form that torchvision's detectors take."""
 
-    def __init__(self, body: DenseBackbone, channels: int, extra: ExtraFPNBlock):
+    def __init__(self, body: DenseBackbone, channels: int, extra: ExtraFPNBlock, neck: Mapping[str, Any]):
+        """neck: the recipe's task.detect.neck."""
         super().__init__()
         self.body, self.out_channels = body, channels
-        self.fpn = FeaturePyramidNetwork(body.channels, channels, extra)
+        self.fpn: nn.Module = FeaturePyramidNetwork(body.channels, channels, extra)
+        if neck:
+            # the published pyramid has a convolution, which is fused too, in the place of a max pooling
+            fused = isinstance(extra, LastLevelMaxPool)
+            options = {**neck, "out_channels": channels}
+            pyramid = build_freqfusion("task.detect.neck", options, body.channels, extra=fused)
+            self.fpn = FusionPyramid(pyramid, None if fused else extra)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] -> maps [B, out_channels, H / stride, W / stride] by name, from fine to coarse."""
         return self.fpn(OrderedDict((str(number), feature) for number, feature in enumerate(self.body(x))))
+
+
+class FusionPyramid(nn.Module):
+    """FreqFusion's pyramid in the form of torchvision's: maps by name. extra: torchvision's further levels, if any."""
+
+    def __init__(self, pyramid: nn.Module, extra: ExtraFPNBlock | None):
+        super().__init__()
+        self.pyramid, self.extra = pyramid, extra
+
+    def forward(self, maps: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        inputs = list(maps.values())
+        found = self.pyramid(inputs)
+        names = [str(number) for number in range(len(found))]
+        if self.extra is not None:
+            found, names = self.extra(found, inputs, names)
+        return OrderedDict(zip(names, found, strict=True))
 
 
 class DetectorMixin(nn.Module):
@@ -124,8 +148,9 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     The pyramid has five levels. R-CNNs: strides 4 to 32 of the backbone, and 64 by max pooling. RetinaNet and FCOS:
     strides 8 to 32, and 64 and 128 by convolutions of the last map, of the backbone in RetinaNet and of the pyramid in
     FCOS. Training images come resized; in evaluation the short side is resized to `size`. Batches are padded to
-    multiples of 32 pixels. Detectors of transformers read the maps of the backbone itself: Mask2Former all four, the
-    others those of strides 8 to 32.
+    multiples of 32 pixels. With FreqFusion the level of stride 64 of an R-CNN is a convolution, which is fused too.
+    Detectors of transformers read the maps of the backbone itself: Mask2Former all four, the others those of strides 8
+    to 32.
     """
     if detect.detector in QUERY_DETECTORS:
         masks = detect.detector == "mask2former"
@@ -145,7 +170,7 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     options = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"]}
     options |= {"min_size": size, "max_size": detect.max_size, "_skip_resize": True}
     options |= {**anchor_generator(detect), **detect.kwargs}
-    backbone = BackboneWithFPN(body, detect.channels, extra)
+    backbone = BackboneWithFPN(body, detect.channels, extra, detect.neck)
     if detect.roi_align == "mmdetection":
         options["box_roi_pool"] = AlignedRoIAlign(body.strides, output_size=7)
         if detect.detector == "mask_rcnn":

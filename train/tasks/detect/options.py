@@ -21,6 +21,8 @@ class DetectOptions:
     """detector of torchvision (the first four) or transformers; mask_rcnn and mask2former also learn instance masks"""
     channels: PositiveInt = 256
     """channels of the feature pyramid and of the heads"""
+    neck: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """{type: FreqFusion, ...}: fuse the levels of the pyramid by FreqFusion; empty: torchvision's pyramid"""
     anchor: PositiveInt | None = None
     """side of the smallest anchors in pixels, doubled from level to level; null: 32; fcos has no anchors"""
     min_size: tuple[PositiveInt, ...] | None = None
@@ -79,5 +81,11 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     if detect.detector in ("mask2former", "deformable_detr") and (detect.channels % 32 or detect.channels < 64):
         needs = f"task.detect.detector={detect.detector} needs a multiple of 32, at least 64"
         yield f"task.detect.channels={detect.channels}: {needs}"
+    if detect.neck and detect.neck.get("type") != "FreqFusion":
+        yield f"task.detect.neck={detect.neck}: there is one neck, {{type: FreqFusion}}; remove it for torchvision's"
+    if detect.neck and detect.detector in WITHOUT_ANCHORS and detect.detector != "fcos":
+        yield f"task.detect.neck has no effect with task.detect.detector={detect.detector}; remove it"
+    if clash := sorted({"out_channels", "fuse"} & detect.neck.keys()):
+        yield f"task.detect.neck does not take {clash[0]}; task.detect.channels are the channels of the pyramid"
     if detect.crop and detect.crop[0] > detect.crop[1]:
         yield f"task.detect.crop={list(detect.crop)} must be two numbers, the smaller one first"

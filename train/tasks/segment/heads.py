@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError, one_line
+from ...heads.freqfusion import FreqFusionNeck, build_freqfusion
 from ...openmmlab.compat import build, mmseg_modules
 from .head_checks import HEAD_ERRORS, FeatureSpec, FeatureSpecs, check_head, check_neck
 from .mask_head import MASK_HEADS
@@ -104,13 +105,12 @@ def build_neck(
     """
     kwargs, key = dict(_replace_sync_bn(config)), "task.segment.neck"
     start, end = _neck_levels(kwargs)
-    if kwargs["type"] != "Feature2Pyramid":  # it takes a single width, embed_dim
-        kwargs.setdefault("in_channels", [spec.channels if spec else 0 for spec in features])
-    if kwargs["type"] == "FPN":
-        kwargs.setdefault("num_outs", end - start)
-    if kwargs["type"] == "JPU":  # it requires tuples, which YAML does not have
-        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-    neck = _build_module(key, kwargs)
+    if kwargs["type"] == "FreqFusion":
+        given = {name: value for name, value in kwargs.items() if name not in ("start_level", "end_level")}
+        channels = [spec.channels for spec in features[start:end] if spec]
+        neck: Any = FreqFusionNeck(build_freqfusion(key, given, channels), start, end)
+    else:
+        neck = _build_mmseg_neck(key, kwargs, features, end - start)
     outputs = check_neck(f"{key}.type={kwargs['type']}", neck, features)
     computed = {number for number, out in enumerate(outputs) if not out.passed_through}
     if unread := sorted(computed - set().union(*(head.levels for head in heads))):
@@ -120,6 +120,17 @@ def build_neck(
             "num_outs)"
         )
     return neck, outputs
+
+
+def _build_mmseg_neck(key: str, kwargs: dict[str, Any], features: FeatureSpecs, levels: int) -> nn.Module:
+    """A neck of mmsegmentation that reads so many maps. Raises UserError if it cannot be built."""
+    if kwargs["type"] != "Feature2Pyramid":  # it takes a single width, embed_dim
+        kwargs.setdefault("in_channels", [spec.channels if spec else 0 for spec in features])
+    if kwargs["type"] == "FPN":
+        kwargs.setdefault("num_outs", levels)
+    if kwargs["type"] == "JPU":  # it requires tuples, which YAML does not have
+        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    return _build_module(key, kwargs)
 
 
 def build_head(
