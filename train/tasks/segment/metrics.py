@@ -68,7 +68,7 @@ class SegmentationMetrics:
         if not confusion.sum():
             raise UserError(
                 "no pixel of the validation split has a class, so there is nothing to evaluate: all are ignored (255). "
-                "Check the masks and the values of the classes; python -m tessel.train.check RECIPE counts them"
+                "Check the masks and the values of the classes; tessel check RECIPE counts them"
             )
         iou, accuracy = class_metrics(confusion)
         return {
