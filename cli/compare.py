@@ -25,7 +25,13 @@ def parse_sizes(context: click.Context, parameter: click.Parameter, text: str) -
 )
 @click.option("--match", type=click.Choice(["gmacs", "parameters"]), help="Give MIXERS the cost of the first, by 2 %.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images per batch, for speeds.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Of timing, per model.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Of timing, per model; 0: no timing.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, xpu ...")
 @click.option("--train", "recipe", metavar="RECIPE", help="Also train each model with this recipe.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trainings of each model.")

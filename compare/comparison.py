@@ -62,9 +62,9 @@ def compare(
     """A row of measures for each subject and size; writes comparison.json and index.html into the folder `out`.
 
     match: "gmacs" or "parameters": the models of the lab get the cost of the first subject at the first size. batch,
-    seconds: of the timing, per model. recipe, seeds: trains each model so often. progress: told what begins, and the
-    fraction that is done. A comparison that was stopped goes on from comparison.json. Raises UserError naming a model
-    that does not fit.
+    seconds: of the timing, per model; without seconds there are no speeds. recipe, seeds: trains each model so often.
+    progress: told what begins, and the fraction that is done. A comparison that was stopped goes on from
+    comparison.json. Raises UserError naming a model that does not fit.
     """
     out.mkdir(parents=True, exist_ok=True)
     results, done = Results(out / FILE), itertools.count()
@@ -85,11 +85,19 @@ def compare(
             found = results.once(["cost", *key], _named, costs, subject, size)
             measured.append({**found, **results.once(["field", *key], _named, field, subject, size)})
         begin(f"speeds at {size}")
-        timing = {"batch": batch, "seconds": seconds, "device": device}
-        keys = [subject.key for subject in subjects]
-        fast = results.once(["speed", keys, size, timing], speeds, subjects, size, **timing)
+        fast: dict[str, dict[str, float]] = {}
+        if seconds:
+            timing = {"batch": batch, "seconds": seconds, "device": device}
+            keys = [subject.key for subject in subjects]
+            fast = results.once(["speed", keys, size, timing], speeds, subjects, size, **timing)
         rows += [
-            {"model": subject.label, "size": size, "options": dict(subject.options), **row, **fast[subject.label]}
+            {
+                "model": subject.label,
+                "size": size,
+                "options": dict(subject.options),
+                **row,
+                **fast.get(subject.label, {}),
+            }
             for subject, row in zip(subjects, measured, strict=True)
         ]
     for subject in subjects if recipe else ():

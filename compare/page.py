@@ -26,6 +26,8 @@ COLUMNS: dict[str, Any] = {
     "images/s, training": lambda row: f"{row['training']:.1f}",
     "accuracy": lambda row: accuracy(row),
 }
+# heading -> key of a measure that not every comparison has
+OPTIONAL = {"images/s": "inference", "images/s, training": "training", "accuracy": "accuracy"}
 HEAD = (
     "GMACs: multiply-adds of one image, in billions. Activations: the most memory of tensors at one time in inference, "
     "without the weights, in float32. Growth: the multiply-adds grow as the number of tokens to this power, from these "
@@ -45,7 +47,7 @@ def accuracy(row: Mapping[str, Any]) -> str:
 
 def cells(rows: Rows) -> list[list[str]]:
     """The table as text, its headings first."""
-    shown = [name for name in COLUMNS if name != "accuracy" or any("accuracy" in row for row in rows)]
+    shown = [name for name in COLUMNS if any(OPTIONAL.get(name, "model") in row for row in rows)]
     return [shown, *([COLUMNS[name](row) for name in shown] for row in rows)]
 
 
@@ -58,10 +60,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def write_page(rows: Rows, folder: Path, *, title: str, recipe: str | None) -> None:
     """Write `index.html`, which needs no other file, and its pictures as PNG files."""
-    pairs = [("macs", 1e9, "GMACs", "inference", "images/s")]
-    pairs += [("macs", 1e9, "GMACs", "accuracy", "accuracy")] if any("accuracy" in row for row in rows) else []
-    drawn = [picture(folder, f"{y}", f"{label} against GMACs", partial(draw, rows, x, unit, name, y, label))
-             for x, unit, name, y, label in pairs]  # fmt: skip
+    drawn = [
+        picture(folder, key, f"{label} against GMACs", partial(draw, rows, key, label))
+        for key, label in (("inference", "images/s"), ("accuracy", "accuracy"))
+        if any(key in row for row in rows)
+    ]
+    if any(len(row.get("accuracies", ())) > 1 for row in rows):
+        drawn.append(picture(folder, "seeds", "accuracy of each seed", partial(draw_seeds, rows)))
     sections = {"Measures": lambda: (HEAD, wide(table(cells(rows)))), "Charts": lambda: ("", charts(drawn))}
     note = (
         f"Accuracies are those of short trainings with {recipe}, all with the same number of updates." if recipe else ""
@@ -69,15 +74,29 @@ def write_page(rows: Rows, folder: Path, *, title: str, recipe: str | None) -> N
     write_atomically(folder / "index.html", page(title, [], f"<p>{escape(note)}</p>" if note else "", sections))
 
 
-def draw(rows: Rows, x: str, unit: float, x_label: str, y: str, y_label: str) -> Figure:
-    """A point for each row, with its name."""
+def draw(rows: Rows, key: str, label: str) -> Figure:
+    """A point for each row, with its name, at its multiply-adds and the value of `key`."""
     figure = Figure(figsize=(NARROW, 3.6), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(row for row in rows if y in row):
-        axes.plot(row[x] / unit, row[y], "o", color=f"C{number % 6}")
-        axes.annotate(
-            shorten(row["model"], 24), (row[x] / unit, row[y]), (4, 3), textcoords="offset points", fontsize=6
-        )
-    axes.set(title=f"{y_label} against {x_label}", xlabel=x_label)
+    for number, row in enumerate(row for row in rows if key in row):
+        x, y = row["macs"] / 1e9, row[key]
+        axes.plot(x, y, "o", color=f"C{number % 6}")
+        axes.annotate(shorten(row["model"], 24), (x, y), (4, 3), textcoords="offset points", fontsize=6)
+    axes.set(title=f"{label} against GMACs", xlabel="GMACs")
     axes.margins(0.15)
+    return figure
+
+
+def draw_seeds(rows: Rows) -> Figure:
+    """A line for each model, ordered by its mean accuracy: a dot for each seed, a bar at the mean."""
+    models = {row["model"]: row for row in rows if "accuracies" in row}
+    ordered = sorted(models.values(), key=lambda row: row["accuracy"])
+    figure = Figure(figsize=(NARROW, 1 + 0.2 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    for line, row in enumerate(ordered):
+        axes.plot(row["accuracies"], [line] * len(row["accuracies"]), "o", color="C0", alpha=0.6, markersize=4)
+        axes.plot(row["accuracy"], line, "|", color="black", markersize=9)
+    axes.set_yticks(range(len(ordered)), [shorten(row["model"], 40) for row in ordered], fontsize=7)
+    axes.set(title="accuracy of each seed", xlabel=f"{ordered[0]['metric']} (a dot: one seed, a bar: the mean)")
+    axes.grid(axis="x", alpha=0.3)
     return figure

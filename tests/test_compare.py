@@ -17,8 +17,8 @@ LAB = "tessel_lab_atto"
 
 
 def run(tmp_path, *arguments):
-    options = ["--lab", LAB, "--size", "32", "--seconds", "0", "--batch", "2", "--out", str(tmp_path / "out")]
-    return main(["compare", *arguments, *options])
+    options = ["--lab", LAB, "--size", "32", "--seconds", "0.01", "--batch", "2", "--out", str(tmp_path / "out")]
+    return main(["compare", *options, *arguments])
 
 
 def test_subjects_are_models_or_mixers():
@@ -94,11 +94,13 @@ def test_models_are_trained_with_every_seed(tmp_path, capsys):
     recipe = trainer.write_recipe(
         tmp_path / "tiny.yaml", data=data, sched={"steps": 2, "warmup": 0}, model={"drop_path_rate": None}
     )
-    assert run(tmp_path, "window", "--train", str(recipe), "--seeds", "2") == 0
+    assert run(tmp_path, "window", "--train", str(recipe), "--seeds", "2", "--seconds", "0") == 0
     (row,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert len(row["accuracies"]) == 2 and row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2)
     assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == {"window-seed0", "window-seed1"}
-    assert "2 seeds" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "2 seeds" in page and "accuracy of each seed" in page
+    assert not row.keys() & {"inference", "training"} and "<th>images/s</th>" not in page
 
 
 def test_models_that_refuse_a_size_are_named(capsys, tmp_path, monkeypatch):
