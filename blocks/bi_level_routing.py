@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import routed_attention
 from ..kernels.precision import acc_dtype, without_autocast
-from ..kernels.recording import crop
+from ..kernels.recording import as_matrix, crop
 from ..kernels.tables import Grid
 from .explanation import Explanation, Pixel, attention, gradient_at
 from .padding import pad_to
@@ -103,10 +103,12 @@ class BiLevelRouting(nn.Module):
 
     def _means(self, x: Tensor, size: Grid) -> Tensor:
         """`[B, H', W', C] -> [B, rows, columns, C]`: the mean of each region."""
-        (rows, columns), _ = self.regions(*size)
+        (batch, _, _, dim), ((rows, columns), (height, width)) = x.shape, self.regions(*size)
+        x = as_matrix(x, batch * rows, height * columns * width * dim).view(batch * rows, height, -1)
         # in half precision, rounding would change the choice among regions of nearly equal affinity.
         # one axis after the other: one mean over two axes that are not adjacent is several times slower
-        return x.unflatten(1, (rows, -1)).mean(2, dtype=acc_dtype(x)).unflatten(2, (columns, -1)).mean(3)
+        x = as_matrix(x.mean(1, dtype=acc_dtype(x)), batch * rows * columns, width * dim)
+        return x.view(-1, width, dim).mean(1).view(batch, rows, columns, dim)
 
 
 # not as a decorator, which hides from type checkers what the class below inherits

@@ -61,7 +61,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def write_page(rows: Rows, folder: Path, *, title: str, recipe: str | None) -> None:
     """Write `index.html`, which needs no other file, and its pictures as PNG files."""
     drawn = [
-        picture(folder, key, f"{label} against GMACs", partial(draw, rows, key, label))
+        picture(folder, key, f"{label} against GMACs", partial(draw, rows, "macs", 1e9, "GMACs", key, label))
         for key, label in (("inference", "images/s"), ("accuracy", "accuracy"))
         if any(key in row for row in rows)
     ]
@@ -74,15 +74,16 @@ def write_page(rows: Rows, folder: Path, *, title: str, recipe: str | None) -> N
     write_atomically(folder / "index.html", page(title, [], f"<p>{escape(note)}</p>" if note else "", sections))
 
 
-def draw(rows: Rows, key: str, label: str) -> Figure:
-    """A point for each row, with its name, at its multiply-adds and the value of `key`."""
+def draw(rows: Rows, x: str, unit: float, x_label: str, y: str, y_label: str) -> Figure:
+    """A point for each row, with its name."""
     figure = Figure(figsize=(NARROW, 3.6), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(row for row in rows if key in row):
-        x, y = row["macs"] / 1e9, row[key]
-        axes.plot(x, y, "o", color=f"C{number % 6}")
-        axes.annotate(shorten(row["model"], 24), (x, y), (4, 3), textcoords="offset points", fontsize=6)
-    axes.set(title=f"{label} against GMACs", xlabel="GMACs")
+    for number, row in enumerate(row for row in rows if y in row):
+        axes.plot(row[x] / unit, row[y], "o", color=f"C{number % 6}")
+        axes.annotate(
+            shorten(row["model"], 24), (row[x] / unit, row[y]), (4, 3), textcoords="offset points", fontsize=6
+        )
+    axes.set(title=f"{y_label} against {x_label}", xlabel=x_label)
     axes.margins(0.15)
     return figure
 

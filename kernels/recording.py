@@ -33,6 +33,15 @@ def compact(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else x
 
 
+def as_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The elements of `x` in their order as `[rows, columns]`.
+
+    torch.export reshapes axis by axis, and where the example has an axis of 1 the graph keeps that. It does not do so
+    for a matrix, nor while dividing an axis that has a known factor left.
+    """
+    return compact(x).reshape(-1).reshape(rows, columns)
+
+
 def crop(x: Tensor, height: int, width: int, *, top: int = 0, left: int = 0) -> Tensor:
     """A part of a map `x: [B, H, W, ...]`, as `[B, height, width, ...]`."""
     if is_open(height) or is_open(width):

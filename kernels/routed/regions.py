@@ -9,26 +9,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..recording import as_matrix
+
 
 def split_regions(x_BHWND: Tensor, grid: Sequence[int]) -> Tensor:
     """`[B, H, W, N, D] -> [B, R, N, r, D]`."""
-    (rows, cols), (heads, head_dim) = grid, x_BHWND.shape[3:]
-    x = x_BHWND.flatten(3).unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2).unflatten(-1, (heads, head_dim)).transpose(2, 3)  # x: [B, rows, cols, h, w, C]
+    (batch, height, width, heads, head_dim), (rows, cols) = x_BHWND.shape, grid
+    h, w, dim = height // rows, width // cols, heads * head_dim
+    x = as_matrix(x_BHWND, batch * rows, h * width * dim).reshape(batch * rows, h, cols, w * dim).transpose(1, 2)
+    x = as_matrix(x, batch * rows * cols, h * w * dim)
+    return x.reshape(batch, rows * cols, h * w, heads, head_dim).transpose(2, 3)
 
 
 def merge_regions(x_BRNrD: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:
     """`[B, R, N, r, D] -> [B, H, W, N, D]`, the inverse of `split_regions`; `size` is (H, W)."""
     (rows, cols), (height, width) = grid, size
     batch, _, heads, _, head_dim = x_BRNrD.shape
-    x = x_BRNrD.unflatten(1, (rows, cols)).flatten(0, 1).unflatten(3, (height // rows, width // cols))
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, height, width, heads, head_dim)  # x: [B*rows, cols, N, h, w, D]
+    h, w, dim = height // rows, width // cols, heads * head_dim
+    x = as_matrix(x_BRNrD.transpose(2, 3), batch * rows, cols * h * w * dim)
+    x = x.reshape(batch * rows, cols, h, w * dim).transpose(1, 2)
+    return as_matrix(x, batch * height, width * dim).reshape(batch, height, width, heads, head_dim)
 
 
 def gather_regions(x_BRNrD: Tensor, index: Tensor) -> Tensor:
     """`[B, R, N, r, D]`, index `[B, R', K] -> [B, R', N, K*r, D]`: the pixels of the selected regions, in order."""
-    picked = x_BRNrD.flatten(0, 1).index_select(0, _flat_index(index, x_BRNrD.shape[1]))  # [B*R'*K, N, r, D]
-    return picked.unflatten(0, index.shape).transpose(2, 3).flatten(3, 4)
+    (batch, regions, heads, pixels, head_dim), (_, queries, chosen) = x_BRNrD.shape, index.shape
+    flat = as_matrix(x_BRNrD, batch * regions, heads * pixels * head_dim)
+    picked = flat.index_select(0, _flat_index(index, regions))
+    picked = picked.reshape(batch, queries, chosen, heads, pixels * head_dim).transpose(2, 3)
+    picked = as_matrix(picked, batch * queries * heads, chosen * pixels * head_dim)
+    return picked.reshape(batch, queries, heads, chosen * pixels, head_dim)
 
 
 def scatter_add_regions(total_BRNrD: Tensor, index: Tensor, x: Tensor) -> None:
