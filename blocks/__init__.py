@@ -35,6 +35,7 @@ from .mixture_of_heads import HeadGates, MixtureOfHeads
 from .mlp import ConvGlu, DepthwiseMlp, Mlp
 from .neighborhood import NeighborhoodAttention
 from .position_temperature import PositionTemperature
+from .prototype_attention import PrototypeAttention
 from .registry import MIXERS, Place, TokenMixer, token_mixer
 from .residual import Residual, block, drop_path_rates
 from .shifted_window import ShiftedWindow
@@ -91,6 +92,7 @@ __all__ = [
     "Place",
     "PositionEmbedding",
     "PositionTemperature",
+    "PrototypeAttention",
     "Residual",
     "ScoreTokens",
     "SelectTokens",

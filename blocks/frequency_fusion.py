@@ -51,10 +51,10 @@ class FrequencyFusion(nn.Module):
     size, else from their sum on the fine grid, and the coarse map is first enlarged by its nearest cells. refine: the
     fine part is sharpened first, and the coarse part enlarged by the first kernel, else by its nearest cells.
     high_pass: sharpen the fine map; residual: add it to what is sharpened. window: multiply kernels by the window of
-    Hamming. groups, norm: of `resample`. direction: what the offsets are predicted of, the maps with their similarity to
-    neighbours ("sim_concat", the published module) or the similarity alone ("sim", the copy in the published SegNeXt).
-    border: see `reassemble`; "zeros" is the operator of all published figures. Raises ValueError for numbers that do
-    not fit.
+    Hamming. groups, norm: of `resample`. direction: what the offsets are predicted of, the maps with their similarity
+    to neighbours ("sim_concat", the published module) or the similarity alone ("sim", the copy in the published
+    SegNeXt). border: see `reassemble`; "zeros" is the operator of all published figures. Raises ValueError for numbers
+    that do not fit.
     """
 
     def __init__(

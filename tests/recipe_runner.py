@@ -57,6 +57,9 @@ NARROW_MASK2FORMER = {
     **{"feature_size": 64, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32},
     **{"encoder_layers": 1, "decoder_layers": 4, "dim_feedforward": 32, "num_queries": 10, "train_num_points": 128},
 }
+NARROW_PEM = {
+    key: value for key, value in NARROW_MASK2FORMER.items() if key not in ("encoder_layers", "encoder_feedforward_dim")
+}
 # small query detectors, apart from their widths
 LAYERS = {"num_queries": 20, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 NARROW_QUERIES: dict[str, dict[str, Any]] = {
@@ -122,6 +125,8 @@ def segment(recipe: Recipe, short: bool) -> dict[str, Any]:
         keys |= {"task.segment.test.crop": size, "task.segment.test.stride": size * 2 // 3}
     if short and options.decode_head["type"] == "Mask2Former":
         keys["task.segment.decode_head"] = {**options.decode_head, **NARROW_MASK2FORMER}
+    elif short and options.decode_head["type"] == "PEM":
+        keys["task.segment.decode_head"] = {**options.decode_head, **NARROW_PEM}
     elif short:
         keys |= {
             f"task.segment.{part}.channels": 8 for part in ("decode_head", "auxiliary_head") if getattr(options, part)

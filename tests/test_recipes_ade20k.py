@@ -151,7 +151,7 @@ def test_recipe_has_the_published_settings(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
     recipe = loaded(name)
-    assert recipe.task.segment.avg_non_ignore == name.startswith(("affnet", "mask2former"))
+    assert recipe.task.segment.avg_non_ignore == name.startswith(("affnet", "mask2former", "pem"))
     decays_all = (
         ("l2vit", "tessel_davit")
         if "upernet" in name
@@ -193,9 +193,10 @@ def here(images, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_with_the_familys_smallest_model(name, images, tmp_path):
     """The heads have fewer channels, but their type and inputs stay."""
-    narrow = {"channels": 8}
-    if loaded(name).task.segment.decode_head["type"] == "Mask2Former":
-        narrow = recipe_runner.NARROW_MASK2FORMER
+    head = loaded(name).task.segment.decode_head["type"]
+    narrow = {"Mask2Former": recipe_runner.NARROW_MASK2FORMER, "PEM": recipe_runner.NARROW_PEM}.get(
+        head, {"channels": 8}
+    )
     narrow = [f"task.segment.decode_head.{key}={value}" for key, value in narrow.items()]
     narrow += [f"model.name={smallest(name)}"]
     narrow += ["task.segment.neck.out_channels=8"] if loaded(name).task.segment.neck else []

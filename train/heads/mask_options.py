@@ -1,6 +1,6 @@
-"""The options of a mask-classification head."""
+"""The options of mask-classification heads."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -12,30 +12,19 @@ Width = Annotated[int, Field(ge=64, multiple_of=32)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Mask2FormerOptions:
-    """Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527), with the names of transformers' Mask2FormerConfig."""
+class MaskOptions:
+    """What all mask-classification heads take, with the names of transformers' Mask2FormerConfig."""
 
     num_queries: PositiveInt = 100
     """number of masks that the head predicts for an image"""
-    feature_size: Width = 256
-    """channels of the pixel decoder"""
     mask_feature_size: PositiveInt = 256
     """channels of the map whose product with a query is the query's mask"""
     hidden_dim: Annotated[int, Field(ge=8, multiple_of=8)] = 256
     """channels of the queries"""
     num_attention_heads: PositiveInt = 8
     """heads of every attention"""
-    encoder_layers: NonNegativeInt = 6
-    """layers of deformable attention in the pixel decoder"""
-    encoder_feedforward_dim: PositiveInt = 1024
-    """hidden width of their MLPs"""
-    decoder_layers: Annotated[int, Field(ge=4)] = 10
-    """predictions of the transformer decoder: one before its first layer, and one after each; three layers or more,
-    since each reads one of three maps"""
     dim_feedforward: PositiveInt = 2048
-    """hidden width of its MLPs"""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """dropout in both decoders"""
+    """hidden width of the MLPs of the transformer decoder"""
     no_object_weight: NonNegativeFloat = 0.1
     """weight of queries without an object in the cross entropy"""
     class_weight: NonNegativeFloat = 2.0
@@ -50,3 +39,32 @@ class Mask2FormerOptions:
     """times as many points are drawn, of which the most uncertain ones are taken"""
     importance_sample_ratio: Probability = 0.75
     """share of the points that are taken for their uncertainty; the others are random"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Mask2FormerOptions(MaskOptions):
+    """Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527)."""
+
+    feature_size: Width = 256
+    """channels of the pixel decoder"""
+    encoder_layers: NonNegativeInt = 6
+    """layers of deformable attention in the pixel decoder"""
+    encoder_feedforward_dim: PositiveInt = 1024
+    """hidden width of their MLPs"""
+    decoder_layers: Annotated[int, Field(ge=4)] = 10
+    """predictions of the transformer decoder: one before its first layer, and one after each; three layers or more,
+    since each reads one of three maps"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout in both decoders"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PemOptions(MaskOptions):
+    """PEM (Cavagnero et al., CVPR 2024, arXiv 2402.19422)."""
+
+    feature_size: Annotated[int, Field(ge=2, multiple_of=2)] = 128
+    """channels of the pixel decoder"""
+    decoder_layers: Annotated[int, Field(ge=4)] = 7
+    """predictions of the transformer decoder: one before its first layer, and one after each"""
+    rescue: Literal["query", "image"] = "query"
+    """what takes any pixel if no mask is left: the query itself, or as published all queries of an image together"""

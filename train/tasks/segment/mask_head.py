@@ -1,5 +1,6 @@
 """Mask classification as a decode head: each class that is in an image is one object, whose mask is learned."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from ...heads.library import parse_options
 from ...heads.mask_classifier import MaskClassifier, mask2former_config, mask2former_parts
 from ...heads.mask_inference import semantic_scores
 from ...heads.mask_loss import MaskLoss, MaskTarget
-from ...heads.mask_options import Mask2FormerOptions
-from .head_checks import FeatureSpecs
+from ...heads.mask_options import Mask2FormerOptions, MaskOptions, PemOptions
+from ...heads.pem import pem_parts
+from .head_checks import FeatureSpec, FeatureSpecs
 
 
 class MaskHead(MaskClassifier):
@@ -40,16 +42,34 @@ def semantic_target(mask: Tensor) -> MaskTarget:
 
 
 def build_mask2former_head(key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
-    options = parse_options(Mask2FormerOptions, kwargs, key)
-    specs = [spec for spec in features if spec is not None]
-    if len(specs) != 4:
-        raise UserError(f"{key}.type=Mask2Former reads four maps, but there are {len(specs)}")
+    options, specs = parse_options(Mask2FormerOptions, kwargs, key), four_maps(f"{key}.type=Mask2Former", features)
     config = mask2former_config(options, classes, [spec.stride for spec in specs])
     parts = mask2former_parts(config, [spec.channels for spec in specs])
     return MaskHead(*parts, width=options.hidden_dim, classes=classes, criterion=MaskLoss(options, classes))
 
 
+def build_pem_head(key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
+    options, specs = parse_options(PemOptions, kwargs, key), four_maps(f"{key}.type=PEM", features)
+    if options.hidden_dim % options.num_attention_heads:
+        raise UserError(
+            f"{key}: num_attention_heads={options.num_attention_heads} do not divide hidden_dim={options.hidden_dim}"
+        )
+    parts = pem_parts(options, [spec.channels for spec in specs])
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(MaskOptions)}
+    criterion = MaskLoss(Mask2FormerOptions(**shared), classes)
+    return MaskHead(*parts, width=options.hidden_dim, classes=classes, criterion=criterion)
+
+
+def four_maps(key: str, features: FeatureSpecs) -> list[FeatureSpec]:
+    """The specs of the maps. Raises UserError if there are not four."""
+    specs = [spec for spec in features if spec is not None]
+    if len(specs) != 4:
+        raise UserError(f"{key} reads four maps, but there are {len(specs)}")
+    return specs
+
+
 # decode heads that are not of mmsegmentation -> functions (key, config without type, specs of the maps, classes)
 MASK_HEADS: dict[str, Callable[[str, Mapping[str, Any], FeatureSpecs, int], MaskHead]] = {
-    "Mask2Former": build_mask2former_head
+    "Mask2Former": build_mask2former_head,
+    "PEM": build_pem_head,
 }
