@@ -24,6 +24,13 @@ FACTS = {
     "affnet_base_deeplabv3": ("ASPPHead", 63157, 16, 5e-4, 0.01, None, 38.4),
     "affnet_extra_tiny_deeplabv3": ("ASPPHead", 63157, 16, 5e-4, 0.01, None, 33.0),
     "affnet_tiny_deeplabv3": ("ASPPHead", 63157, 16, 5e-4, 0.01, None, 36.9),
+    "agent_pvt_tiny_fpn": ("FPNHead", 40000, 16, 2e-4, 1e-4, 0.1, 40.18),
+    "agent_pvt_small_fpn": ("FPNHead", 40000, 16, 2e-4, 1e-4, 0.1, 44.18),
+    "agent_pvt_medium_fpn": ("FPNHead", 40000, 16, 2e-4, 1e-4, 0.2, 44.3),
+    "agent_pvt_large_fpn": ("FPNHead", 40000, 16, 2e-4, 1e-4, 0.1, 46.52),
+    "agent_swin_tiny_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 46.68),
+    "agent_swin_small_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.3, 48.08),
+    "agent_swin_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.5, 48.73),
     "biformer_base_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.3, 49.9),
     "biformer_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.4, 51.0),
     "biformer_small_fpn": ("FPNHead", 80000, 32, 2e-4, 1e-4, 0.15, 48.9),
@@ -155,7 +162,7 @@ def test_recipe_follows_the_authors_code_in_loss_decay_and_batch_norm(name):
     decays_all = (
         ("l2vit", "tessel_davit")
         if "upernet" in name
-        else ("biformer", "crossformer", "cswin", "litv2", "uniformer", "van")
+        else ("agent", "biformer", "crossformer", "cswin", "litv2", "uniformer", "van")
     )
     assert recipe.optim.decay_norms == name.startswith(decays_all)
     assert recipe.parallel.sync_batch_norm != name.startswith(("l2vit", "tessel_davit"))

@@ -18,6 +18,12 @@ FAMILIES = {name: family for family in tessel.zoo.list_families() for name in fa
 # from the papers and their code, independently of the recipes, by model: peak lr, weight decay, and by schedule: drop
 # path rate, published box AP and mask AP; a recipe without a row is not compared
 MASK = {
+    "agent_pvt_tiny": (2e-4, 1e-4, {"1x": (0.1, 41.4, 38.7)}),
+    "agent_pvt_small": (2e-4, 1e-4, {"1x": (0.2, 44.5, 41.2)}),
+    "agent_pvt_medium": (2e-4, 1e-4, {"1x": (0.1, 45.9, 42.0)}),
+    "agent_pvt_large": (2e-4, 1e-4, {"1x": (0.2, 46.9, 42.8)}),
+    "agent_swin_tiny": (1e-4, 0.05, {"1x": (0.1, 44.6, 40.7), "3x": (0.1, 47.3, 42.7)}),
+    "agent_swin_small": (1e-4, 0.05, {"1x": (0.1, 47.2, 42.7), "3x": (0.1, 48.9, 43.8)}),
     "biformer_small": (1e-4, 0.05, {"1x": (0.2, 47.8, 43.2)}),
     "biformer_base": (1e-4, 0.05, {"1x": (0.3, 48.6, 43.7)}),
     "crossformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.4, 41.4), "3x": (0.2, 48.7, 43.9)}),
@@ -58,6 +64,10 @@ MASK = {
     "uniformer_base": (1e-4, 0.05, {"1x": (0.3, 47.4, 43.1), "3x": (0.3, 50.3, 44.8)}),
 }
 RETINA = {
+    "agent_pvt_tiny": (1e-4, 1e-4, {"1x": (0.1, 40.3)}),
+    "agent_pvt_small": (1e-4, 1e-4, {"1x": (0.2, 44.1)}),
+    "agent_pvt_medium": (1e-4, 1e-4, {"1x": (0.1, 45.8)}),
+    "agent_pvt_large": (1e-4, 1e-4, {"1x": (0.2, 46.8)}),
     "biformer_small": (1e-4, 1e-4, {"1x": (0.2, 45.9)}),
     "biformer_base": (1e-4, 1e-4, {"1x": (0.3, 47.1)}),
     "crossformer_small": (1e-4, 1e-4, {"1x": (0.2, 44.4)}),
@@ -136,7 +146,9 @@ def test_recipe_has_the_published_settings(name):
 def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name):
     recipe, model = load_recipe(f"coco/{name}"), architecture(name)
     retina = recipe.task.detect.detector == "retinanet"
-    decays_all = model.startswith(("crossformer", "l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ())))
+    decays_all = model.startswith(
+        ("agent_pvt", "crossformer", "l2vit", "tessel_davit", *(("biformer", "litv2") if retina else ()))
+    )
     assert recipe.optim.decay_norms == decays_all
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
     half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat"))
