@@ -17,7 +17,7 @@ from torch import nn
 import tessel
 import tessel.export.formats.torch_export
 import tessel.zoo
-from tessel.blocks import FlooredBiLevelRouting, Halo, Hierarchical, Window
+from tessel.blocks import FlooredBiLevelRouting, Halo, Hierarchical, ShiftedWindow, Window
 from tessel.export import ExportError, OneImageDetector, export, formats, load
 from tessel.export.comparison import difference
 from tessel.export.detectors import detection_difference
@@ -172,6 +172,15 @@ def test_programs_of_regions_of_one_pixel_run_with_larger_ones(tmp_path):
     block = FlooredBiLevelRouting(16, num_heads=2, n_win=4, topk=2).eval()
     report = export(block, tmp_path / "model", "torch-export", example=torch.randn(2, 16, 5, 5))
     assert max(shape[2:] for shape in report.errors) > (35, 22) and {shape[0] for shape in report.errors} == {1, 2, 3}
+
+
+@pytest.mark.slow
+def test_shifted_windows_export_to_onnx_with_open_sizes(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    block = ShiftedWindow(16, num_heads=2, window=4, shift=2).eval()
+    report = export(block, tmp_path / "model", "onnx", example=torch.randn(2, 16, 6, 9), dynamic=("batch", "size"))
+    assert max(shape[2:] for shape in report.errors) > (35, 22) and report.error < 1e-5
 
 
 def test_programs_of_halos_take_other_sizes(tmp_path):
