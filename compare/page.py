@@ -98,6 +98,6 @@ def draw_seeds(rows: Rows) -> Figure:
         axes.plot(row["accuracies"], [line] * len(row["accuracies"]), "o", color="C0", alpha=0.6, markersize=4)
         axes.plot(row["accuracy"], line, "|", color="black", markersize=9)
     axes.set_yticks(range(len(ordered)), [shorten(row["model"], 40) for row in ordered], fontsize=7)
-    axes.set(title="accuracy of each seed", xlabel=f"{ordered[0]['metric']} (a dot: one seed, a bar: the mean)")
+    axes.set(title="accuracy of each seed, a bar at their mean", xlabel=ordered[0]["metric"])
     axes.grid(axis="x", alpha=0.3)
     return figure
