@@ -159,10 +159,16 @@ def test_adaptive_pooling_stays_open(tmp_path):
     assert len(report.errors) > 3 and isinstance(model[1], nn.AdaptiveAvgPool2d), "the model itself is not changed"
 
 
-@pytest.mark.parametrize("kind", [Window, pytest.param(Hierarchical, marks=pytest.mark.slow)])
-def test_programs_of_one_window_run_with_several(kind, tmp_path):
+SLOW_BLOCKS = [pytest.param(Hierarchical, "torch-export", marks=pytest.mark.slow)]
+SLOW_BLOCKS += [pytest.param(Window, "openvino", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("kind", "format"), [(Window, "torch-export"), *SLOW_BLOCKS])
+def test_graphs_of_one_window_run_with_several(kind, format, tmp_path):
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
     block = kind(16, num_heads=2, window=4).eval()
-    report = export(block, tmp_path / "model", "torch-export", example=torch.randn(2, 16, 3, 4))
+    report = export(block, tmp_path / "model", format, example=torch.randn(2, 16, 3, 4))
     sizes = {shape[2:] for shape in report.errors}
     assert (3, 4) in sizes and max(sizes) > (35, 22) and {shape[0] for shape in report.errors} == {1, 2, 3}
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,16 @@ class Recording:
     open_axes: tuple[int, ...]
     metadata: str  # JSON
 
+    def oblivious(self) -> AbstractContextManager[Any]:
+        """While open sizes are recorded or converted: that one is 1 in the example has no influence on the graph."""
+        return fx_config.patch(backed_size_oblivious=bool(self.open_axes))  # type: ignore[attr-defined]
+
     def program(self) -> torch.export.ExportedProgram:
         """The model as recorded by torch.export."""
-        # as torch's ONNX exporter does: a size that is 1 in the example is no reason for a condition on it
-        oblivious = fx_config.patch(backed_size_oblivious=bool(self.open_axes))  # type: ignore[attr-defined]
         # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
         dims = {axis: torch.export.Dim.DYNAMIC if axis else torch.export.Dim("batch", min=2) for axis in self.open_axes}
         shapes = (dims,) if dims else None
-        with torch.no_grad(), oblivious:
+        with torch.no_grad(), self.oblivious():
             return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
 
 

@@ -13,7 +13,8 @@ from .base import METADATA_KEY, Format, Recording, Run
 def write(recording: Recording, path: Path) -> None:
     openvino: Any = importlib.import_module("openvino")
 
-    model = openvino.convert_model(recording.program())
+    with recording.oblivious():
+        model = openvino.convert_model(recording.program())
     # the front end leaves all axes of the input open
     sides = [-1 if axis in recording.open_axes else side for axis, side in enumerate(recording.example.shape)]
     model.reshape(openvino.PartialShape(sides))
