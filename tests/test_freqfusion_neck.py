@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tessel.train.errors import UserError
+from tessel.train.heads.freqfusion import build_freqfusion
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.detect.detectors import build_detector
@@ -77,3 +78,11 @@ def test_wrong_necks_of_detectors_are_named():
     ):
         with pytest.raises(UserError, match=fragment):
             load_recipe("demo/digit_detect", [f"task.detect.neck={neck}"])
+
+
+@pytest.mark.parametrize(("fuse", "window", "concat"), [("add", True, True), ("concat", False, False)])
+def test_defaults_are_those_of_the_published_necks(fuse, window, concat):
+    neck: Any = build_freqfusion("neck", {"fuse": fuse}, [32, 64])
+    (fusion,) = neck.fusions
+    assert bool((fusion.low_window != 1).any()) == window and fusion.resample.concat == concat
+    assert fusion.low.in_channels == (64 if fuse == "add" else 24) and fusion.resample.groups == 4
