@@ -107,7 +107,7 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))
-    if kind == "detect":
+    if kind in ("detect", "panoptic"):
         resizing: Any = model.transform
         options = {"size": resizing.min_size[-1], "padding": resizing.image_mean, **background}
         return Detector(network, cast(list[str], model.classes), **options)

@@ -123,8 +123,9 @@ class SourceSpec:
     """kind of sample -> function (section `data`, "train" or "val") -> map-style data set.
 
     Kinds: "labels" (image, class index), "label sets" (image, float32 [classes] of 0 and 1), "semantic masks" (image,
-    uint8 mask; see `data.segmentation`), "boxes" and "instance masks" (image, target; see `data.detection`); other
-    packages may add kinds. A data set has `classes: list[str]` if its samples have classes. One that reads image files
+    uint8 mask; see `data.segmentation`), "boxes" and "instance masks" (image, target; see `data.detection`), "panoptic
+    masks" (the same, with `things: list[bool]` by class; see `data.panoptic`); other packages may add kinds. A data set
+    has `classes: list[str]` if its samples have classes. One that reads image files
     has `pixel_format: PixelFormat`, which `open_dataset` sets, and passes it to `data.image_io.read_image`.
     One of "labels" or "label sets" reads them by its attribute `decode`, by default `read_image`, which `data.decoder`
     replaces. For messages, `tessel check` and reports it may also have

@@ -15,6 +15,7 @@ from pydantic import PositiveInt
 from ...recipe.registry import SourceSpec
 from ...recipe.schema import STRICT, Source
 from ..detection import Target
+from ..panoptic import panoptic_target
 from .digits import Digits, load_digits
 
 INK_THRESHOLD = 0.4  # of a digit's ink, from which a pixel belongs to the digit
@@ -110,6 +111,28 @@ class SceneBoxes:
         return scene.image, target | ({"masks": masks} if self.masks else {})
 
 
+class SceneSegments:
+    """(image, target) with a segment for each digit, a thing, and one for the background, stuff."""
+
+    def __init__(self, scenes: DigitScenes):
+        self.scenes = scenes
+        self.classes = ["background", *scenes.classes]
+        self.things = [False, *(True for _ in scenes.classes)]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        scene = self.scenes[index]
+        masks = scene.instances == np.arange(len(scene.labels) + 1)[:, None, None]
+        labels = np.concatenate([[0], 1 + scene.labels])
+        return scene.image, panoptic_target(masks, labels, np.zeros_like(labels))
+
+
+def open_segments(data: ScenesData, split: str) -> SceneSegments:
+    return SceneSegments(_scenes(data, split, MASK_HEIGHTS))
+
+
 def open_masks(data: ScenesData, split: str) -> SceneMasks:
     return SceneMasks(_scenes(data, split, MASK_HEIGHTS))
 
@@ -183,5 +206,10 @@ SPEC = SourceSpec(
     name="digit_scenes",
     summary="drawn scenes of handwritten digits, without a download",
     options=Scenes,
-    datasets={"semantic masks": open_masks, "boxes": open_boxes, "instance masks": open_instance_masks},
+    datasets={
+        "semantic masks": open_masks,
+        "boxes": open_boxes,
+        "instance masks": open_instance_masks,
+        "panoptic masks": open_segments,
+    },
 )
