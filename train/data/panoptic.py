@@ -94,7 +94,8 @@ class PanopticDataset:
 
 def panoptic_target(masks: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Target:
     """The target of masks [N, H, W] that each have a pixel, with the boxes around them."""
-    rows, columns = masks.any(2), masks.any(1)
+    rows: Any = masks.any(2)
+    columns: Any = masks.any(1)
     height, width = masks.shape[-2:]
     boxes = [
         columns.argmax(1), rows.argmax(1),
