@@ -87,6 +87,9 @@ def measure_published(name: str, title: str, folder: Path) -> dict[str, Any]:
 
 # parts of errors that say little, and what they mean
 EXPLANATIONS = {
+    "ONNXRuntimeError": (
+        "ONNX Runtime stops at images of another size than the example's, so the file is refused. Leave sizes fixed."
+    ),
     "unconverted_ops_report": "OpenVINO has no conversion rule for an operator of the program.",
     "Guard failed": (
         "torch.export decides by the size of the example whether a map has more than one window, and the file is "
