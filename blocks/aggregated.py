@@ -84,7 +84,9 @@ class Aggregated(nn.Module):
         nn.init.zeros_(self.learnable_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(*self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+        # only for a contiguous map the layer is a single operation
+        y = self.attend(*self.project(x)).contiguous()
+        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, H, W]` to q, k and v `[B, H, W, 3, heads, head_dim]`, and k and v of the pooled map."""

@@ -8,18 +8,28 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.precision import l2_normalize, without_autocast
+from ..kernels.recomputing import recomputed
 from ..kernels.recording import is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import BiasTable, Grid, cache_tensors, expand_bias
+from ..kernels.working_size import working_bytes
 from .explanation import Explanation, Pixel, qkv_attention
 from .registry import heads, token_mixer
 
-# the hidden layer of the position bias is computed in slices of this many elements: 4 MB of float32 fit into the cache
-_SLICE = 1 << 20
+# the hidden layer of the position bias is computed in slices of this many bytes on the CPU, which fit into the cache
+_SLICE = 4 << 20
 
 
 @cache_tensors
-def _distances(queries: int, keys: int, trained_size: int, device: torch.device, dtype: torch.dtype):
+def _distances(size: Grid, keys: Grid, trained_size: int, device: torch.device, dtype: torch.dtype):
+    """All different distances query - key, log-scaled, `[n, m, 2]`, and the indices of a `BiasTable` of them."""
+    (y, rows), (x, columns) = (
+        _distances_of_axis(n, k, trained_size, device, dtype) for n, k in zip(size, keys, strict=True)
+    )
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1), rows, columns
+
+
+def _distances_of_axis(queries: int, keys: int, trained_size: int, device: torch.device, dtype: torch.dtype):
     """All different distances query - key along one axis, log-scaled `[n]`, and the index of each pair's distance.
 
     The index is `[keys, queries]`. A key lies at the center of its bin of an adaptive average pool from `queries`
@@ -84,22 +94,26 @@ class LogPositionBias(nn.Module):
 
     def _table(self, size: Grid, keys: Grid) -> BiasTable:
         weight = self.fc1_weight
-        (y, rows), (x, columns) = (
-            _distances(n, k, self.trained_size, weight.device, weight.dtype) for n, k in zip(size, keys, strict=True)
-        )
+        distances, rows, columns = _distances(size, keys, self.trained_size, weight.device, weight.dtype)
         with without_autocast(weight):
-            # fc1 is linear: its output for (dy, dx) is the sum of a term of dy and a term of dx
-            vertical = torch.outer(y, weight[:, 0])
-            horizontal = torch.addcmul(self.fc1_bias, x[:, None], weight[:, 1])
-            size_is_open = is_open(vertical.shape[0]) or is_open(horizontal.shape[0])
-            slices = (vertical,) if size_is_open else vertical.split(max(1, _SLICE // horizontal.numel()))
-            parts = [self._fc2((part[:, None] + horizontal).relu_()) for part in slices]
-        return torch.cat(parts, 1), rows, columns
+            slices = self._slices(distances)
+            if len(slices) == 1:
+                return self._mlp(distances), rows, columns
+            # the hidden layer takes more memory than the rest of the block
+            return torch.cat([recomputed(self._mlp, part) for part in slices], 1), rows, columns
 
-    def _fc2(self, hidden: Tensor) -> Tensor:
-        """`[n, m, hidden] -> [heads, n, m]`."""
-        y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.flatten(0, 1).transpose(0, 1))
-        return y.unflatten(1, hidden.shape[:2])
+    def _slices(self, distances: Tensor) -> tuple[Tensor, ...]:
+        """Rows of distances whose hidden layers have the working size; all where a graph leaves their number open."""
+        if is_open(distances.shape[0]) or is_open(distances.shape[1]):
+            return (distances,)
+        size = _SLICE if torch.compiler.is_compiling() else working_bytes(distances.device, cpu=_SLICE)
+        return distances.split(max(1, size // (distances.shape[1] * self.fc1_bias.nbytes)))
+
+    def _mlp(self, distances: Tensor) -> Tensor:
+        """`[n, m, 2] -> [heads, n, m]`."""
+        hidden = F.linear(distances.flatten(0, 1), self.fc1_weight, self.fc1_bias).relu_()
+        y = torch.addmm(self.fc2_bias[:, None], self.fc2_weight, hidden.transpose(0, 1))
+        return y.unflatten(1, distances.shape[:2])
 
 
 def _resize(dense: Tensor, size: Grid, keys: Grid) -> BiasTable:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.recomputing import recomputed
+
 
 class Mlp(nn.Module):
     """`fc2(gelu(fc1(x)))` at every position of a feature map `[B, C, H, W]`, hidden width `ratio * C`."""
@@ -41,6 +43,11 @@ class DepthwiseMlp(nn.Module):
         return self.fc2(y).permute(0, 3, 1, 2)
 
 
+# the gate of ConvGlu is computed again in the backward pass where one image's hidden map is larger than this: in
+# dense prediction it takes more memory than the rest of a block
+RECOMPUTE_BYTES = 8 << 20
+
+
 class ConvGlu(nn.Module):
     """`fc2(norm(gelu(dwconv(gate(x))) * value(x)))`: `[B, C, H, W] -> [B, C, H, W]`, with a 3x3 depthwise convolution.
 
@@ -60,6 +67,10 @@ class ConvGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        gate = F.gelu(self.dwconv(self.gate(x).permute(0, 3, 1, 2)))
-        y = self.norm(gate * self.value(x).permute(0, 3, 1, 2))
-        return self.fc2(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        gate, value = (layer(x).permute(0, 3, 1, 2) for layer in (self.gate, self.value))
+        y = self.norm(recomputed(self._gated, gate, value, above=RECOMPUTE_BYTES))
+        # only for a contiguous map the layer is a single operation
+        return self.fc2(y.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+    def _gated(self, gate: Tensor, value: Tensor) -> Tensor:
+        return F.gelu(self.dwconv(gate)) * value

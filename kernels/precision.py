@@ -27,7 +27,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 def acc_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype for sums and statistics over `x`: its own, but at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def l2_normalize(x: Tensor, *, dim: int) -> Tensor:

@@ -5,6 +5,7 @@ from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from .recording import exporting
 
@@ -31,8 +32,8 @@ def cache_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 
     @wraps(make)
     def tensors(*args):
-        # Tensors of a tracer must not outlive the trace. Under a fake mode torch.empty returns a tensor subclass.
-        tracing = torch.compiler.is_compiling() or exporting() or type(torch.empty(0)) is not Tensor
+        # tensors of a tracer must not outlive the trace, nor those of a fake mode
+        tracing = torch.compiler.is_compiling() or exporting() or _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
         return make(*args) if tracing else cached(*args)
 
     return tensors

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_length_scaled_cosine import bias_by_pairs, bins, randomize, resized_by_pairs
 from torch import Tensor, nn
 
-from tessel.blocks import Aggregated
+from tessel.blocks import Aggregated, ConvGlu
 from tessel.blocks.length_scaled_cosine import LogPositionBias
 from tessel.blocks.pooling import bin_weights
 
@@ -93,6 +93,22 @@ def test_row_groups_do_not_change_output_and_gradients(monkeypatch):
     monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 12 * 7 * 2)  # two rows at a time
     for got, want in zip(run(), unsplit, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_shifts_at_once_do_not_change_output_and_gradients(monkeypatch, window):
+    """What runs on a GPU, where launches count, and what runs on the CPU."""
+    mixer = make(6, reduction=2, window=window)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        y = mixer(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])]
+
+    one_by_one = run()
+    monkeypatch.setattr("tessel.kernels.aggregated.reference.working_bytes", lambda device, cpu: 1 << 30)
+    for got, want in zip(run(), one_by_one, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "reduction"), [((4, 4), 2), ((3, 5), 2), ((1, 1), 1)])
@@ -194,3 +210,46 @@ def test_no_weight_decay_equals_the_published_list(transnext):
     assert names == published
     decayed = {"learnable_tokens", "learnable_bias"}
     assert decayed <= {name.rpartition(".")[2] for name, _ in transnext.named_parameters()}
+
+
+def test_recomputed_parts_do_not_change_output_and_gradients(monkeypatch):
+    """Softmax, position bias and gate, as in dense prediction; the backward pass keeps less for them."""
+    block = nn.Sequential(make(6, reduction=1), ConvGlu(6, ratio=8)).double()
+    x = torch.randn(2, 6, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    def run() -> tuple[int, list[Tensor]]:
+        kept: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = block(x)
+            size = sum(kept.values())
+        return size, [y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])]
+
+    whole, kept = run()
+    monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 256 * 16 * 4)  # four rows at a time
+    monkeypatch.setattr("tessel.blocks.length_scaled_cosine._SLICE", 1 << 16)
+    monkeypatch.setattr("tessel.blocks.mlp.RECOMPUTE_BYTES", 0)
+    less, recomputed = run()
+    assert less < 0.5 * whole
+    for got, want in zip(recomputed, kept, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_compiler_gets_one_graph_of_plain_operations(monkeypatch):
+    """Without operators of this package, and without parts that are computed again: it decides what to keep."""
+    monkeypatch.setattr("tessel.kernels.aggregated.reference.CHUNK_WEIGHTS", 2 * 256 * 16 * 4)
+    block = nn.Sequential(make(6, reduction=1), ConvGlu(6, ratio=8)).double()
+    x, targets = torch.randn(2, 6, 16, 16, dtype=torch.float64), []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x))
+    assert len(targets) > 50 and not any("tessel" in target or "checkpoint" in target for target in targets)

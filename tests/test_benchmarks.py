@@ -465,3 +465,10 @@ def test_measurement(benchmark, tmp_path):
     (tmp_path / "bad.py").write_text("raise ValueError('out of paper')")
     with pytest.raises(SystemExit, match="(?s)bad.py failed.*out of paper"):
         measurement.in_own_process(str(tmp_path / "bad.py"))
+
+
+@pytest.mark.slow
+def test_transnext_dispatches_less_than_four_times_swin(benchmark):
+    count = benchmark("dispatch_count").count
+    for ours, swin in zip(count("transnext_micro", 128), count("swin_tiny_patch4_window7_224", 128), strict=True):
+        assert ours < 4 * swin

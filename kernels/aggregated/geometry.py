@@ -15,18 +15,19 @@ def window_side(pixels: int) -> int:
 
 
 @cache_tensors
-def border_masks(
+def border_mask(
     size: Grid, window: int, pooled_keys: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the masks of window pixels outside the map, and ln(number of keys) of each query.
+) -> tuple[Tensor, Tensor]:
+    """Return the mask of window pixels outside the map, and ln(number of keys) of each query.
 
-    The masks are 0 inside the map and -inf outside: of window rows `[window, 1, H, 1]` and of window columns
-    `[window, 1, W]`. The third tensor is `[H * W]` and counts the window's pixels inside the map and the pooled keys.
+    The mask is `[K, H, W]`, 0 inside the map and -inf outside. The second tensor is `[H * W]` and counts the window's
+    pixels inside the map and the pooled keys.
     """
     inside = []
     for side in size:
         position = torch.arange(side, device=device) + torch.arange(window, device=device)[:, None] - window // 2
         inside.append((position >= 0) & (position < side))
-    rows, columns = (torch.zeros(i.shape, device=device, dtype=dtype).masked_fill(~i, -torch.inf) for i in inside)
+    both = (inside[0][:, None, :, None] & inside[1][:, None]).flatten(0, 1)
+    mask = torch.zeros(both.shape, device=device, dtype=dtype).masked_fill(~both, -torch.inf)
     keys = inside[0].sum(0)[:, None] * inside[1].sum(0) + pooled_keys
-    return rows[:, None, :, None], columns[:, None], keys.to(dtype).log().flatten()
+    return mask, keys.to(dtype).log().flatten()
