@@ -18,10 +18,12 @@ from openmm import config, draw_ade
 
 from tessel import zoo
 from tessel.train.errors import UserError
+from tessel.train.openmmlab.compat import import_yapf
 from tessel.zoo.dense import DenseBackbone
 
 # OpenMMLab's packages are no longer maintained and emit warnings that cannot be fixed here
 pytestmark = pytest.mark.filterwarnings("ignore")
+import_yapf()
 mmengine = pytest.importorskip("mmengine")
 
 

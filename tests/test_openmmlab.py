@@ -1,5 +1,6 @@
 """mmsegmentation on current torch: its heads work, and a missing operator or package is named."""
 
+import importlib
 import sys
 
 import pytest
@@ -39,3 +40,20 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmseg.models", None)
     with pytest.raises(UserError, match="tessel\\[dense\\]"):
         compat.mmseg_modules()
+
+
+def test_a_half_written_cache_of_yapf_is_read_again(monkeypatch):
+    """Another process is writing it, in its first import in a new environment."""
+    found, errors = [], [EOFError("Ran out of input")]
+    original = importlib.import_module
+
+    def import_module(name):
+        if name == "yapf" and errors:
+            raise errors.pop()
+        found.append(name)
+        return original(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(compat.time, "sleep", lambda seconds: None)
+    compat.import_yapf()
+    assert found == ["yapf"] and not errors

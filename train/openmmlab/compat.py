@@ -6,12 +6,14 @@ stub raises a UserError when it is called. `patch_runner()` makes MMEngine's Run
 it, tessel's trainer does not.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
@@ -26,6 +28,7 @@ from torch import nn
 from ..errors import UserError
 
 COMPILED_OPERATORS = "mmcv._ext"
+YAPF_ATTEMPTS = 20
 
 
 class _OperatorStub(ModuleType):
@@ -58,9 +61,24 @@ def install_mmcv_stub() -> None:
     sys.modules[COMPILED_OPERATORS] = module
 
 
+def import_yapf() -> None:
+    """Import yapf, which mmengine imports; do nothing if it is missing.
+
+    Its first import in an environment writes a cache, of which another process may read a half; then it tries again.
+    """
+    for _ in range(YAPF_ATTEMPTS):
+        try:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("yapf")
+            return
+        except (EOFError, UnpicklingError):
+            time.sleep(0.5)
+
+
 def mmseg_modules() -> ModuleType:
     """Import `mmseg.models`, which registers its heads and losses. Raises UserError if mmsegmentation is missing."""
     install_mmcv_stub()
+    import_yapf()
     try:
         with warnings.catch_warnings():
             # deprecation warnings of packages that are no longer maintained
