@@ -98,6 +98,8 @@ def draw_seeds(rows: Rows) -> Figure:
         axes.plot(row["accuracies"], [line] * len(row["accuracies"]), "o", color="C0", alpha=0.6, markersize=4)
         axes.plot(row["accuracy"], line, "|", color="black", markersize=9)
     axes.set_yticks(range(len(ordered)), [shorten(row["model"], 40) for row in ordered], fontsize=7)
-    axes.set(title="accuracy of each seed, a bar at their mean", xlabel=ordered[0]["metric"])
+    axes.set_xlabel(ordered[0]["metric"])
+    # of the figure, since the axes, beside the names of models, are too narrow for it
+    figure.suptitle("accuracy of each seed, a bar at their mean", x=0.02, ha="left", size="medium", weight="bold")
     axes.grid(axis="x", alpha=0.3)
     return figure
