@@ -6,14 +6,15 @@ A block that cannot run here is marked in the page, with the reason: `<!-- skip:
 
 import re
 import shlex
-from contextlib import suppress
+import subprocess
+import sys
 from pathlib import Path
-from unittest import SkipTest
 
 import click
 import pytest
+from doc_blocks import run_blocks
 from sybil import Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser
 
 import tessel
 from tessel.cli.application import tessel as tessel_command
@@ -29,6 +30,9 @@ MODULES = {
     "train.report",
     "checkpoints",
 }  # `python -m tessel.MODULE`
+
+# with OpenVINO's runtime in the process, a later test of the trainer ended with a segmentation fault
+OWN_PROCESS = {ROOT / "docs/upstream.md"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -46,9 +50,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not re.search(r"<!-- skip: \w+\s*-->", page.read_text()), "say why the block cannot run"
-    for example in Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page).examples():
-        with suppress(SkipTest):
-            example.evaluate()
+    if page in OWN_PROCESS:
+        command = [sys.executable, str(Path(__file__).with_name("doc_blocks.py")), str(page)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        run_blocks(page)
 
 
 @pages
