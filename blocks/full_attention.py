@@ -30,8 +30,8 @@ class FullAttention(nn.Module):
         lepe: nn.Module | None = None,
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"FullAttention: dim={dim} must be divisible by num_heads={num_heads}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{type(self).__name__}: dim={dim} must be divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.local, self.lepe = local, lepe

@@ -2,18 +2,18 @@
 
 import torch
 from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import compact, crop
-from .explanation import Explanation, Pixel, qkv_attention
+from .full_attention import FullAttention
 from .padding import pad_to_multiple
 from .registry import heads, token_mixer
 
 
 @token_mixer("hierarchical", num_heads=heads(32))
 @register_notrace_module
-class Hierarchical(nn.Module):
+class Hierarchical(FullAttention):
     """Full attention made constant between windows; `x: [B, C, H, W] -> [B, C, H, W]`.
 
     One linear layer gives q, k and v, and s = q k^T / sqrt(head_dim). In each head the weight of position j for the
@@ -35,21 +35,10 @@ class Hierarchical(nn.Module):
     """
 
     def __init__(self, dim: int, *, num_heads: int, window: int = 7):
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"Hierarchical: dim={dim} must be divisible by num_heads={num_heads}")
+        super().__init__(dim, num_heads=num_heads)
         if window < 1:
             raise ValueError(f"Hierarchical: window={window} must be at least 1")
-        self.num_heads, self.window = num_heads, window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
-
-    def project(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
-        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        self.window = window
 
     def attend(self, qkv: Tensor) -> Tensor:
         """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""
@@ -66,10 +55,6 @@ class Hierarchical(nn.Module):
         y = y.reshape(batch, rows, columns, side, side, heads * head_dim)
         y = compact(y.transpose(2, 3)).reshape(batch, rows * side, columns * side, heads, head_dim)
         return crop(y, height, width)
-
-    def explain(self, x: Tensor, query: Pixel) -> Explanation:
-        """The attention weights of the query."""
-        return qkv_attention(self.attend, self.project(x), query)
 
 
 def hierarchical_attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, *, batch: int, windows: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .completion import complete_models
-from .output import print_json, print_rows
+from .output import print_comparison
 
 
 def parse_sizes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -67,10 +67,5 @@ def compare(subjects: tuple[str, ...], lab: str, peers: bool, out: Path, as_json
             rows = run(
                 given, out, progress=lambda text, done: bar.update(task, description=text, completed=done), **options
             )
-        if as_json:
-            print_json(rows)
-        else:
-            head, *body = cells(rows)
-            print_rows([dict(zip(head, row, strict=True)) for row in body], head)
-            print(f"{out / 'index.html'}: written")
+        print_comparison(rows, cells(rows), out, as_json)
     return outcome.code

@@ -4,6 +4,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +35,18 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_
     for row in rows:
         table.add_row(*(cell(row[column]) for column in columns))
     _print(table, Console)
+
+
+def print_comparison(
+    rows: Sequence[Mapping[str, Any]], table: Sequence[Sequence[str]], out: Path, as_json: bool
+) -> None:
+    """The rows as JSON; else the table, whose first line are the headings, and where its page is."""
+    if as_json:
+        print_json(rows)
+        return
+    head, *body = table
+    print_rows([dict(zip(head, row, strict=True)) for row in body], head)
+    print(f"{out / 'index.html'}: written")
 
 
 def print_facts(facts: Mapping[str, Any], *, as_json: bool = False) -> None:

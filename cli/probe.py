@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .completion import complete_models
-from .output import nearest, print_json, print_rows
+from .output import nearest, print_comparison
 
 
 def parse_probes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
@@ -80,10 +80,5 @@ def probe(
                 progress=lambda text, done: bar.update(task, description=text, completed=done),
                 **options,
             )
-        if as_json:
-            print_json(rows)
-        else:
-            head, *body = cells(rows)
-            print_rows([dict(zip(head, row, strict=True)) for row in body], head)
-            print(f"{out / 'index.html'}: written")
+        print_comparison(rows, cells(rows), out, as_json)
     return outcome.code

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tessel.train.errors import UserError
 from tessel.train.heads import library as heads_library
 from tessel.train.heads.library import parse_options
-from tessel.train.heads.mask_classifier import MaskOutputs, build_mask2former, mask2former_config
+from tessel.train.heads.mask_classifier import MaskClassifier, MaskOutputs, mask2former_config, mask2former_parts
 from tessel.train.heads.mask_inference import semantic_scores
 from tessel.train.heads.mask_loss import MaskLoss, MaskTarget, modeling
 from tessel.train.heads.mask_options import Mask2FormerOptions
@@ -128,7 +128,8 @@ def test_half_precision_is_lifted():
 
 def test_initial_weights_are_those_of_the_published_code():
     chosen = Mask2FormerOptions(encoder_layers=1, decoder_layers=4)
-    model = build_mask2former(chosen, CLASSES, [48, 96, 192, 384], [4, 8, 16, 32])
+    parts = mask2former_parts(chosen, CLASSES, [48, 96, 192, 384], [4, 8, 16, 32])
+    model = MaskClassifier(*parts, width=chosen.hidden_dim, classes=CLASSES)
     state = model.state_dict()
     xavier = {
         "pixel_decoder.input_projections.0.0.weight": 2 / (384 + 256),

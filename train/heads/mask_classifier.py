@@ -24,7 +24,7 @@ class MaskOutputs(NamedTuple):
     classes: list[Tensor]
     """logits [B, Q, classes + 1]; the last column is "no object" """
     masks: list[Tensor]
-    """logits [B, Q, h, w] at the size of the finest map"""
+    """logits [B, Q, h, w], where h and w are the height and width of the finest map"""
 
 
 class MaskClassifier(nn.Module):
@@ -65,11 +65,14 @@ def mask2former_config(options: Mask2FormerOptions, classes: int, strides: Seque
         )
 
 
-def mask2former_parts(config: Any, channels: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+def mask2former_parts(
+    options: Mask2FormerOptions, classes: int, channels: Sequence[int], strides: Sequence[int]
+) -> tuple[nn.Module, nn.Module]:
     """transformers' pixel decoder and transformer decoder, with the initial weights of the published code.
 
-    channels: of the four maps of the backbone, from fine to coarse.
+    channels, strides: of the four maps of the backbone, from fine to coarse.
     """
+    config = mask2former_config(options, classes, strides)
     modeling = library("mask2former.modeling_mask2former")
 
     class Parts(modeling.Mask2FormerPreTrainedModel):
@@ -101,11 +104,3 @@ def initialize_pixel_decoder(decoder: Any) -> None:
         nn.init.xavier_uniform_(layer.fc2.weight)
     for part in (*decoder.lateral_convolutions, *decoder.output_convolutions, [decoder.mask_projection]):
         nn.init.kaiming_uniform_(part[0].weight, a=1)
-
-
-def build_mask2former(
-    options: Mask2FormerOptions, classes: int, channels: Sequence[int], strides: Sequence[int]
-) -> MaskClassifier:
-    """Mask2Former on four maps of these channels and strides, from fine to coarse."""
-    parts = mask2former_parts(mask2former_config(options, classes, strides), channels)
-    return MaskClassifier(*parts, width=options.hidden_dim, classes=classes)

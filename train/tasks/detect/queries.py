@@ -11,7 +11,7 @@ from torchvision.ops import box_convert
 from ....zoo.dense import DenseBackbone
 from ...heads.box_detector import KINDS, BoxDetector
 from ...heads.library import parse_options
-from ...heads.mask_classifier import MaskClassifier, mask2former_config, mask2former_parts
+from ...heads.mask_classifier import MaskClassifier, mask2former_parts
 from ...heads.mask_inference import instances
 from ...heads.mask_loss import MaskLoss, MaskTarget
 from ...heads.mask_options import Mask2FormerOptions
@@ -111,7 +111,7 @@ class MaskQueries(QueryDetector):
         super().__init__(body, size=size, max_size=detect.max_size)
         widths = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), detect.channels)
         options = parse_options(Mask2FormerOptions, {**widths, **detect.kwargs}, "task.detect.kwargs")
-        parts = mask2former_parts(mask2former_config(options, classes, body.strides), body.channels)
+        parts = mask2former_parts(options, classes, body.channels, body.strides)
         self.head = MaskClassifier(*parts, width=options.hidden_dim, classes=classes)
         self.criterion = MaskLoss(options, classes)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError
 from ...heads.library import parse_options
-from ...heads.mask_classifier import MaskClassifier, mask2former_config, mask2former_parts
+from ...heads.mask_classifier import MaskClassifier, mask2former_parts
 from ...heads.mask_inference import semantic_scores
 from ...heads.mask_loss import MaskLoss, MaskTarget
 from ...heads.mask_options import Mask2FormerOptions, MaskOptions, PemOptions
@@ -43,8 +43,8 @@ def semantic_target(mask: Tensor) -> MaskTarget:
 
 def build_mask2former_head(key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
     options, specs = parse_options(Mask2FormerOptions, kwargs, key), four_maps(f"{key}.type=Mask2Former", features)
-    config = mask2former_config(options, classes, [spec.stride for spec in specs])
-    parts = mask2former_parts(config, [spec.channels for spec in specs])
+    channels, strides = zip(*((spec.channels, spec.stride) for spec in specs), strict=True)
+    parts = mask2former_parts(options, classes, channels, strides)
     return MaskHead(*parts, width=options.hidden_dim, classes=classes, criterion=MaskLoss(options, classes))
 
 
