@@ -168,7 +168,7 @@ def file_name(step: Step) -> str:
 
 
 def is_done(out: Path, step: Step, where: Mapping[str, str | int]) -> bool:
-    """Whether the step ended well on this device with this commit."""
+    """Whether the record says that the step succeeded on this device and with this commit."""
     record = read(out / f"{file_name(step)}.json")
     return record.get("status") == "done" and all(record.get(key) == where[key] for key in ("device", "commit"))
 

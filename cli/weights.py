@@ -120,7 +120,7 @@ def reproduce(
 
 
 class Measured(NamedTuple):
-    """A metric of published weights. source: of the weights; record: the lines that record the value."""
+    """A measured metric. source: name or file of the weights; record: lines for the user to copy into our list."""
 
     source: str
     name: str

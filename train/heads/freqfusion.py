@@ -24,7 +24,8 @@ class FreqFusionOptions:
     out_channels: PositiveInt = 256
     """channels of the pyramid"""
     compressed: PositiveInt | None = None
-    """channels from which the kernels are predicted; null: 64, or with fuse=concat a quarter of those of both maps"""
+    """maps are reduced to this many channels to predict the kernels; null: 64, or with fuse=concat a quarter of the
+    channels of both maps together"""
     resample: bool = True
     """also predict where the coarse map is read"""
     groups: PositiveInt = 4
