@@ -16,7 +16,7 @@ from .matching import cost, matched
 from .measures import costs, field, speeds
 from .page import write_page
 from .subjects import Subject
-from .training import train
+from .training import recipe_digest, train
 
 FORMAT = 1
 FILE = "comparison.json"
@@ -104,7 +104,8 @@ def compare(
         runs = []
         for seed in range(seeds):
             begin(f"{subject.label}: training {seed + 1} of {seeds}")
-            runs.append(results.once(["train", *subject.key, recipe, seed], train, subject, recipe, seed, out / "runs"))
+            key = ["train", *subject.key, recipe, recipe_digest(recipe, subject.name), seed]
+            runs.append(results.once(key, train, subject, recipe, seed, out / "runs"))
         values = [run["value"] for run in runs]
         accuracy = {"accuracy": statistics.mean(values), "accuracies": values, "metric": runs[0]["metric"]}
         for row in rows:

@@ -1,9 +1,7 @@
 """`probe`: several models with several probes, kept in a file so that a comparison that was stopped goes on."""
 
 import itertools
-import json
 import statistics
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -22,7 +20,7 @@ from ..train.report.probe_maps import Field, probe_attention, probe_figure
 from ..train.report.runs import read_run
 from .comparison import Results
 from .page import Rows, accuracy, draw, table
-from .training import folder_name, train_run
+from .training import folder_name, recipe_digest, train_run
 
 FILE = "probes.json"
 COLUMNS: dict[str, Any] = {
@@ -57,18 +55,18 @@ def probe(
     out.mkdir(parents=True, exist_ok=True)
     results, done = Results(out / FILE), itertools.count()
     rows, total = [], len(models) * len(probes) * seeds
-    digest = f"{zlib.crc32(json.dumps([recipe, *overrides]).encode()):08x}"
     for model, kind in itertools.product(models, probes):
+        digest = recipe_digest(recipe, model, overrides)
         runs = [out / "runs" / f"{folder_name(model)}-{kind}-{digest}-seed{seed}" for seed in range(seeds)]
         found = []
         for seed, run in enumerate(runs):
             progress(f"{model}: {kind}, training {seed + 1} of {seeds}", next(done) / total)
             chosen = [f"model.name={model}", "model.pretrained=true", *overrides]
             chosen += [f"task.probe={kind}", f"run.seed={seed}", "log.progress=lines"]
-            key = [model, kind, recipe, *overrides, seed]
+            key = [model, kind, recipe, digest, *overrides, seed]
             found.append(results.once(["train", *key], train_run, recipe, chosen, run, "--recipe"))
         values = [one["value"] for one in found]
-        sizes = results.once(["parameters", model, kind, recipe, *overrides], parameters, runs[0])
+        sizes = results.once(["parameters", model, kind, recipe, digest, *overrides], parameters, runs[0])
         row = {"model": model, "probe": kind, **sizes, "accuracy": statistics.mean(values), "accuracies": values}
         rows.append({**row, "metric": found[0]["metric"], "run": str(runs[0])})
     results.write(rows)

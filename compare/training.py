@@ -2,12 +2,13 @@
 
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..train.errors import UserError
-from ..train.recipe.load import load_recipe
+from ..train.recipe.load import dump, load_recipe
 from ..train.recipe.registry import task_spec
 from .subjects import Subject
 
@@ -19,7 +20,14 @@ def train(subject: Subject, recipe: str, seed: int, out: Path) -> dict[str, Any]
         f"model.kwargs={json.dumps(dict(subject.options))}",
         *("model.pretrained=false", "model.init_from=null", f"run.seed={seed}"),
     ]
-    return train_run(recipe, overrides, out / f"{folder_name(subject.label)}-seed{seed}", "--train")
+    name = f"{folder_name(subject.label)}-{recipe_digest(recipe, subject.name)}-seed{seed}"
+    return train_run(recipe, overrides, out / name, "--train")
+
+
+def recipe_digest(recipe: str, model: str, overrides: Sequence[str] = ()) -> str:
+    """Eight hexadecimal digits that change with any value of the recipe, so that an edited recipe is trained anew."""
+    values = dump(load_recipe(recipe, [*overrides, f"model.name={model}"]))
+    return f"{zlib.crc32(values.encode()):08x}"
 
 
 def folder_name(label: str) -> str:

@@ -91,16 +91,22 @@ def test_a_comparison_writes_a_table_json_and_a_page_and_goes_on_after_a_stop(tm
 
 def test_models_are_trained_with_every_seed(tmp_path, capsys):
     data = {"source": "folder", "root": str(trainer.draw_folder(tmp_path / "images"))}
-    recipe = trainer.write_recipe(
-        tmp_path / "tiny.yaml", data=data, sched={"steps": 2, "warmup": 0}, model={"drop_path_rate": None}
-    )
-    assert run(tmp_path, "window", "--train", str(recipe), "--seeds", "2", "--seconds", "0") == 0
+    sections = {"data": data, "model": {"drop_path_rate": None}}
+    recipe = trainer.write_recipe(tmp_path / "tiny.yaml", sched={"steps": 2, "warmup": 0}, **sections)
+    arguments = ["window", "--train", str(recipe), "--seconds", "0"]
+    assert run(tmp_path, *arguments, "--seeds", "2") == 0
     (row,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert len(row["accuracies"]) == 2 and row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2)
-    assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == {"window-seed0", "window-seed1"}
+    runs = sorted(path.name for path in (tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 2 and re.fullmatch(r"window-[0-9a-f]{8}-seed0", runs[0]) and runs[1].endswith("-seed1")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "2 seeds" in page and "accuracy of each seed" in page
     assert not row.keys() & {"inference", "training"} and "<th>images/s</th>" not in page
+
+    trainer.write_recipe(tmp_path / "tiny.yaml", sched={"steps": 3, "warmup": 0}, **sections)
+    assert run(tmp_path, *arguments) == 0, "an edited recipe is trained in a folder of its own"
+    steps = [json.loads((path / "DONE").read_text())["step"] for path in (tmp_path / "out" / "runs").iterdir()]
+    assert sorted(steps) == [2, 2, 3]
 
 
 def test_models_that_refuse_a_size_are_named(capsys, tmp_path, monkeypatch):
