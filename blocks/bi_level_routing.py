@@ -90,8 +90,8 @@ class BiLevelRouting(nn.Module):
 
         `size` is (H, W) of the map before padding.
         """
-        means = self._means(qkv.detach()[..., : 2 * (qkv.shape[-1] // 3)], size)
-        q_mean, k_mean = means.flatten(1, 2).chunk(2, -1)
+        # of v too, since a part of qkv would be copied
+        q_mean, k_mean, _ = self._means(qkv.detach(), size).flatten(1, 2).chunk(3, -1)
         with without_autocast(qkv):
             affinity = q_mean @ k_mean.transpose(1, 2)
         return affinity.topk(self.topk, dim=-1).indices

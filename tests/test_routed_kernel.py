@@ -30,19 +30,29 @@ def value_and_grad(op, qkv, index, settings, **kwargs):
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     heads=st.integers(1, 3),
     group_bytes=st.sampled_from([1, 2000, 8 << 20]),
+    fused=st.booleans(),
     data=st.data(),
 )
-def test_grouped_equals_the_definition(region, grid, heads, group_bytes, data):
+def test_grouped_equals_the_definition(region, grid, heads, group_bytes, fused, data):
     topk = data.draw(st.integers(1, grid[0] * grid[1]))
     torch.manual_seed(0)
     size = (region[0] * grid[0], region[1] * grid[1])
     inputs = routed_inputs(size=size, grid=grid, heads=heads, topk=topk)
     expected = value_and_grad(routed_attention_reference, *inputs)
-    before, grouped.GROUP_BYTES = grouped.GROUP_BYTES, group_bytes
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "GROUP_BYTES", group_bytes)
+        # without fused attention, as on other devices than the CPU
+        patch.setattr(grouped, "keeps_statistics", lambda qkv: fused)
         torch.testing.assert_close(value_and_grad(routed_attention, *inputs), expected, rtol=1e-11, atol=1e-11)
-    finally:
-        grouped.GROUP_BYTES = before
+
+
+@pytest.mark.parametrize("topk, region, whole", [(12, 4, True), (3, 2, True), (3, 4, False), (2, 2, False)])
+def test_small_regions_attend_to_the_whole_map_under_a_mask(topk, region, whole):
+    qkv, index, options = routed_inputs(size=(4 * region, 3 * region), topk=topk)
+    _, grid, mask = grouped._whole_map(qkv, index, options["grid"])
+    assert (grid == (1, 1)) is whole and (mask is not None) is (whole and topk < 12)
+    expected = value_and_grad(routed_attention_reference, qkv, index, options)
+    torch.testing.assert_close(value_and_grad(routed_attention, qkv, index, options), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_regions_selected_by_none_or_by_all():
@@ -81,7 +91,7 @@ def test_opcheck():
     opcheck_pair(
         "routed_attention",
         (qkv, index, *settings),
-        lambda out, lse: (qkv, index, lse, lse, torch.randn_like(out), *settings),
+        lambda out, lse: (qkv, index, out, lse, torch.randn_like(out), *settings),
     )
 
 

@@ -36,15 +36,15 @@ def routed_attention(
 
     Args:
         qkv: `[B, H, W, 3, N, D]`, the projection's output; H and W divisible by the grid.
-        index: `[B, R, K]` integers in [0, R): the regions that each query region attends to, in any order. Regions
-            are numbered row by row.
+        index: `[B, R, K]` integers in [0, R): the regions that each query region attends to, each once, in any order.
+            Regions are numbered row by row.
         grid: (n_rows, n_cols), regions per column and per row of the map; R is their product.
         scale: factor of the logits.
         backend: `auto`, `triton` or `reference`; None means the environment variable `TESSEL_KERNELS`.
 
     Returns:
         `[B, H, W, N, D]`. Except on `reference`, the backward is deterministic and has no second derivative; it keeps
-        `qkv` and, on `triton`, the output and one float per query and head.
+        `qkv` and, on `triton` and on the CPU, the output and one float per query and head.
 
     Raises:
         ValueError: shapes that do not fit together. RuntimeError: `backend="triton"` where it cannot run.
@@ -88,22 +88,25 @@ def _check(qkv: Tensor, index: Tensor, grid: tuple[int, int]) -> None:
 
 @torch.library.custom_op("tessel::routed_attention", mutates_args=())
 def _forward_op(qkv: Tensor, index: Tensor, grid: Sequence[int], scale: float, triton: bool) -> tuple[Tensor, Tensor]:
-    """Return out `[B, H, W, N, D]` and lse: `[B, H, W, N]` from the Triton kernel, else empty."""
+    """Return out `[B, H, W, N, D]` and what the backward reads of the softmax: lse `[B, H, W, N]`, or empty."""
+    if not qkv.numel():
+        return _empty_outputs(qkv, index, grid, scale, triton)
     qkv, index = qkv.contiguous(), index.contiguous()
-    if triton and qkv.numel():
+    if triton:
         from .triton import forward
 
         return forward(qkv, index, grid, scale)
-    return grouped.forward(qkv, index, grid, scale), _empty_lse(qkv, triton)
+    return grouped.forward(qkv, index, grid, scale)
 
 
 @_forward_op.register_fake
-def _(qkv, index, grid, scale, triton):
-    return qkv.new_empty(qkv.shape[:3] + qkv.shape[4:]), _empty_lse(qkv, triton)
+def _empty_outputs(qkv, index, grid, scale, triton):
+    out = qkv.new_empty(qkv.shape[:3] + qkv.shape[4:])
+    return out, out.new_empty(out.shape[:4] if _keeps_lse(qkv, triton) else (0,), dtype=acc_dtype(qkv))
 
 
-def _empty_lse(qkv: Tensor, triton: bool) -> Tensor:
-    return qkv.new_empty(qkv.shape[:3] + qkv.shape[4:5] if triton else (0,), dtype=acc_dtype(qkv))
+def _keeps_lse(qkv: Tensor, triton: bool) -> bool:
+    return triton or grouped.keeps_statistics(qkv)
 
 
 @torch.library.custom_op("tessel::routed_attention_backward", mutates_args=())
@@ -117,13 +120,15 @@ def _backward_op(
     scale: float,
     triton: bool,
 ) -> Tensor:
-    """Return the gradient of qkv; `do` is the gradient of out. Plain PyTorch does not read `out` and `lse`."""
-    qkv, index, do = qkv.contiguous(), index.contiguous(), do.contiguous()
-    if triton and qkv.numel():
+    """Return the gradient of qkv; `do` is the gradient of out."""
+    if not qkv.numel():
+        return torch.zeros_like(qkv)
+    qkv, index, out, do = qkv.contiguous(), index.contiguous(), out.contiguous(), do.contiguous()
+    if triton:
         from .triton import backward
 
-        return backward(qkv, index, out.contiguous(), lse, do, grid, scale)
-    return grouped.backward(qkv, index, do, grid, scale)
+        return backward(qkv, index, out, lse, do, grid, scale)
+    return grouped.backward(qkv, index, out, lse, do, grid, scale)
 
 
 @_backward_op.register_fake
@@ -134,8 +139,7 @@ def _(qkv, index, out, lse, do, grid, scale, triton):
 def _save_for_backward(ctx, inputs, output):
     qkv, index, ctx.grid, ctx.scale, ctx.triton = inputs
     out, lse = output
-    # only the Triton kernels need the output again
-    ctx.save_for_backward(qkv, index, out if ctx.triton else lse, lse)
+    ctx.save_for_backward(qkv, index, out if _keeps_lse(qkv, ctx.triton) else lse, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # no zero tensor for lse; a gradient that is zero arrives as None
 

@@ -41,13 +41,6 @@ def gather_regions(x_BRNrD: Tensor, index: Tensor) -> Tensor:
     return picked.reshape(batch, queries, heads, chosen * pixels, head_dim)
 
 
-def scatter_add_regions(total_BRNrD: Tensor, index: Tensor, x: Tensor) -> None:
-    """Add `x` `[B, R', N, K*r, D]` into the selected regions of `total_BRNrD`: the adjoint of `gather_regions`."""
-    regions, _, pixels, _ = total_BRNrD.shape[1:]
-    x = x.unflatten(3, (index.shape[2], pixels)).transpose(2, 3).flatten(0, 2)
-    total_BRNrD.view(-1, *total_BRNrD.shape[2:]).index_add_(0, _flat_index(index, regions), x.to(total_BRNrD.dtype))
-
-
 def _flat_index(index: Tensor, regions: int) -> Tensor:
     """Index `[B, R', K]` of regions per image -> index `[B*R'*K]` of the regions of all images."""
     first = torch.arange(index.shape[0], device=index.device)[:, None, None] * regions
