@@ -120,6 +120,8 @@ def segmenters() -> str:
     lines = heading(columns)
     for path in sorted((PACKAGED / "ade20k").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
+        if recipe.task.kind != "segment":
+            continue
         paper, miou = re.search(r"arXiv (\d{4}\.\d{5})", head), re.search(r"mIoU ([\d.]+) % \(published", head)
         decoder = re.search(r"with (.*), ADE20K", head)
         if not (paper and decoder and (miou or "not published with this head" in head)):
@@ -133,6 +135,20 @@ def segmenters() -> str:
     return "\n".join(lines)
 
 
+def panoptic() -> str:
+    """One line a panoptic recipe."""
+    lines = heading("recipe, paper of the backbone, head, crop, steps, batch, peak lr, begins with, settings, ours")
+    for path in sorted(PACKAGED.glob("*/panoptic_*.yaml")):
+        recipe, head = load_recipe(path), path.read_text()
+        if not (paper := re.search(r"arXiv (\d{4}\.\d{5})", head)):
+            raise SystemExit(f"{path} does not open with the paper of its backbone")
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+        counts = f"{recipe.task.detect.detector} | {recipe.data.aug.crop_size} | {recipe.sched.steps}"
+        rates = f"{recipe.data.batch} | {recipe.optim.lr:g} | `{recipe.model.name}` | {settings(head)} | not run"
+        lines.append(f"| `{path.parent.name}/{path.stem}` | {link} | {counts} | {rates} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "keys": keys,
     "registered": registered,
@@ -140,6 +156,7 @@ TABLES = {
     "recipes": recipes,
     "segmenters": segmenters,
     "coco": coco,
+    "panoptic": panoptic,
 }
 
 

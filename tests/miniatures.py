@@ -37,16 +37,28 @@ def imagenet(root: Path, *, train: int = 6, val: int = 2) -> Path:
 
 
 def ade20k(root: Path, *, train: int = 6, val: int = 2) -> Path:
-    """Write ADE20K's layout, with four to six classes and unlabeled pixels in each mask."""
+    """Write ADE20K's layout, with four to six classes and unlabeled pixels in each mask, and its panoptic files."""
     for part, short, count in (("training", "train", train), ("validation", "val", val)):
+        images, annotations = [], []
         for number in range(count):
             width, height = SIZES[number % len(SIZES)]
-            save(root / "images" / part / f"ADE_{short}_{number:08d}.jpg", photo(width, height, seed=number))
+            name = f"ADE_{short}_{number:08d}"
+            save(root / "images" / part / f"{name}.jpg", photo(width, height, seed=number))
             rng = np.random.default_rng(number)
             blocks = Image.fromarray(rng.choice([0, 1, 2, 3, 40, 150], (4, 6)).astype(np.uint8))
-            path = root / "annotations" / part / f"ADE_{short}_{number:08d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            blocks.resize((width, height), Image.Resampling.NEAREST).save(path)
+            mask = blocks.resize((width, height), Image.Resampling.NEAREST)
+            # a segment for each class, whose id is 257 times the class: equal red and green
+            segments = Image.merge("RGB", (mask, mask, Image.new("L", mask.size)))
+            for folder, picture in (("annotations/" + part, mask), (f"ade20k_panoptic_{short}", segments)):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                picture.save(root / folder / f"{name}.png")
+            images.append({"id": name, "file_name": f"{name}.jpg", "height": height, "width": width})
+            present = sorted({*np.unique(np.asarray(mask)).tolist()} - {0})
+            info = [{"id": 257 * value, "category_id": value - 1, "iscrowd": 0} for value in present]
+            annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": info})
+        categories = [{"id": value, "name": f"class {value}", "isthing": int(value < 100)} for value in range(150)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"ade20k_panoptic_{short}.json").write_text(json.dumps(content))
     return root
 
 

@@ -99,7 +99,7 @@ def overrides(name: str, data: Path, out: Path, *, short: bool) -> list[str]:
         "ckpt.every": 1,
         "eval.every": STEPS,
         **schedule(recipe),
-        **{"classify": classify, "segment": segment, "detect": detect}[recipe.task.kind](recipe, short),
+        **{"classify": classify, "segment": segment}.get(recipe.task.kind, detect)(recipe, short),
     }
     if "img_size" in recipe.model.kwargs:
         changed["model.kwargs"] = {**recipe.model.kwargs, "img_size": changed["data.size"]}
@@ -140,6 +140,8 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
     keys: dict[str, Any] = {"data.size": size, "task.detect.max_size": 2 * size}
     if options.min_size:
         keys["task.detect.min_size"] = [size * side // recipe.data.size for side in options.min_size]
+    if recipe.data.aug.crop_size:
+        keys["data.aug.crop_size"] = size
     if options.detector == "mask_rcnn":
         samples, found = (32, 5) if short else (128, 20)
         fewer = {"box_batch_size_per_image": samples, "box_detections_per_img": found}

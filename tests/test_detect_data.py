@@ -291,6 +291,47 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
         assert shapes == {(40, 60), (64, 96), (80, 120)} and counts == {2}  # the third is limited by max_size
 
 
+def jitter(size):
+    keys = [f"crop_size={size}", "scale_jitter=[0.1, 2]", "hflip=0", "color_jitter=0"]
+    return ["task.detect.min_size=null", *(f"data.aug.{key}" for key in keys)]
+
+
+def test_scale_jitter_crops_and_pads_to_a_fixed_size(tmp_path):
+    transform, (image, target) = TrainTransform(recipe(tmp_path, None, MASKS, *jitter(96))), squares()
+    scales, padded = [], 0
+    for seed in range(40):
+        seed_all(seed)
+        pixels, found = transform(image, target)
+        assert pixels.shape == (3, 96, 96) and all(len(found["boxes"]) == len(value) for value in found.values())
+        for (x1, y1, x2, y2), label, mask in zip(found["boxes"], found["labels"], found["masks"], strict=True):
+            bright = (pixels[label] > 127) & (pixels[1 - label] < 64) & (pixels[2] < 64)
+            assert mask.any() and (mask.bool() ^ bright).sum() <= 2 * (y2 - y1 + x2 - x1)
+            assert not mask[:, int(x2.ceil()) :].any() and not mask[: int(y1)].any()
+            if x1 > 0 and y1 > 0 and x2 < 95 and y2 < 95:  # the rectangle is not cut
+                scales.append(float(y2 - y1) / (40, 30)[label])
+        gray = (pixels == 128).all(0)
+        padded += bool(gray[-1].all())
+        assert not gray[:, 0].all() and not gray[0].all()
+    # of an image with 120 columns, factors of 0.1 to 2 on the way to 96
+    assert 0.08 < min(scales) < 0.3 and 1 < max(scales) < 1.6 and 15 < padded < 40
+
+
+def test_objects_without_a_pixel_in_the_crop_are_dropped(tmp_path):
+    """A frame around the image, whose box covers crops that have no pixel of it."""
+    frame = np.zeros((1, 80, 120), np.uint8)
+    frame[:] = 1
+    frame[:, 15:-15, 15:-15] = 0
+    target = {"boxes": np.array([[0, 0, 120, 80]], np.float32), "labels": np.zeros(1, np.int64)}
+    target |= {"iscrowd": np.zeros(1, np.int64), "area": np.ones(1, np.float32), "masks": frame}
+    transform, counts = TrainTransform(recipe(tmp_path, None, MASKS, "data.aug.crop_size=16")), set()
+    for seed in range(40):
+        seed_all(seed)
+        found = transform(Image.fromarray(np.zeros((80, 120, 3), np.uint8)), target)[1]
+        counts.add(len(found["masks"]))
+        assert found["masks"].flatten(1).any(1).all() and len(found["boxes"]) == len(found["masks"])
+    assert counts == {0, 1}
+
+
 def test_crop_of_a_smaller_image_keeps_its_size():
     torch.manual_seed(0)
     assert RandomSizeCrop(90, 200)(torch.zeros(3, 60, 80)).shape == (3, 60, 80)
@@ -298,8 +339,9 @@ def test_crop_of_a_smaller_image_keeps_its_size():
     assert sizes == {(3, h, w) for h in (10, 11, 12) for w in (10, 11, 12)}
 
 
-def test_samples_depend_on_their_key_alone(coco, tmp_path):
-    config = recipe(tmp_path, coco, MASKS, "task.detect.crop=[40, 60]")
+@pytest.mark.parametrize("keys", [["task.detect.crop=[40, 60]"], jitter(64)])
+def test_samples_depend_on_their_key_alone(coco, tmp_path, keys):
+    config = recipe(tmp_path, coco, MASKS, *keys)
     data = SeededDataset(open_dataset(config, "train"), TrainTransform(config), seed=3)
     one, other, third = data[(1, 2)], data[(1, 2)], data[(2, 2)]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][key], other[1][key]) for key in one[1])
@@ -318,6 +360,8 @@ def test_samples_depend_on_their_key_alone(coco, tmp_path):
         ("task.detect.channels=32", ["task.detect.channels=32", "task.detect.detector=fcos", "at least 64"]),
         ("task.detect.channels=80", ["task.detect.channels=80", "task.detect.detector=fcos", "multiple of 32"]),
         ("task.detect.crop=[9, 3]", ["task.detect.crop=[9, 3]"]),
+        ("data.aug.scale_jitter=[0.1, 2]", ["data.aug.scale_jitter needs data.aug.crop_size"]),
+        ("data.aug.scale_jitter=[2, 0.1]", ["data.aug.scale_jitter=[2.0, 0.1]"]),
         ("task.kind=classify", ["task.detect has no effect", "task.kind=detect"]),
     ],
 )

@@ -12,6 +12,9 @@ from torchvision.transforms.v2 import functional as F
 from ...data.detection import Target, learnable
 from ...recipe.schema import Recipe
 
+PADDING = (
+    128  # gray, of images smaller than a crop of fixed size, as in Simple Copy-Paste (arXiv 2012.07177, section 3)
+)
 # short sides to which an image is resized before a random crop, as in DETR (arXiv 2005.12872, section 4)
 SIDES_BEFORE_CROP = [400, 500, 600]
 
@@ -19,18 +22,24 @@ SIDES_BEFORE_CROP = [400, 500, 600]
 class TrainTransform:
     """(PIL image, target) -> (uint8 [3, H, W], boxes [N, 4], labels [N] and masks [N, H, W] in a dict).
 
-    Flips, color jitter, random crop and random resize. Crowds and boxes without an area are removed.
+    Flips, color jitter, random crop and random resize. Crowds, boxes without an area and masks without a pixel are
+    removed.
     """
 
     def __init__(self, recipe: Recipe):
         aug, detect = recipe.data.aug, recipe.task.detect
         resize: Any = _random_resize(list(detect.min_size or (recipe.data.size,)), detect.max_size)
+        if aug.scale_jitter:
+            # with antialiasing, since it shrinks images to a tenth
+            resize = v2.ScaleJitter((aug.crop_size, aug.crop_size), aug.scale_jitter, antialias=True)
         if detect.crop:
             crop = v2.Compose(
                 [_random_resize(SIDES_BEFORE_CROP, detect.max_size), RandomSizeCrop(*detect.crop), resize]
             )
             resize = v2.RandomChoice([resize, crop])
         steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), resize]
+        if aug.crop_size:
+            steps += [RandomSizeCrop(aug.crop_size, aug.crop_size), PadToSize(aug.crop_size)]
         if jitter := aug.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]
@@ -47,6 +56,9 @@ class TrainTransform:
         if "masks" in target:
             objects["masks"] = tv_tensors.Mask(torch.from_numpy(target["masks"][chosen]))
         pixels, objects = self.steps(F.to_image(image), objects)
+        if "masks" in objects:  # of a box with an area, a crop may have left no pixel of the mask
+            present = objects["masks"].flatten(1).any(1).bool()
+            objects = {name: tensor[present] for name, tensor in objects.items()}
         return pixels.as_subclass(Tensor), {name: tensor.as_subclass(Tensor) for name, tensor in objects.items()}
 
 
@@ -76,6 +88,21 @@ class RandomSizeCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(F.crop, inpt, **params)
+
+
+class PadToSize(v2.Transform):
+    """Pads to `size` x `size` pixels at the right and at the bottom: gray in images, zeros in masks."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = F.get_size(flat_inputs[0])
+        return {"padding": [0, 0, max(0, self.size - width), max(0, self.size - height)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.pad, inpt, **params, fill=PADDING if isinstance(inpt, tv_tensors.Image) else 0)
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...recipe.schema import STRICT, Aug, Data, Dense, Recipe, Task
@@ -54,6 +54,10 @@ class Detect(Task):
 class DetectAug(Aug):
     color_jitter: NonNegativeFloat = 0.0
     """strength of random brightness, contrast and saturation"""
+    crop_size: PositiveInt | None = None
+    """side of a random square crop after resizing, in pixels; smaller images are padded at the right and the bottom"""
+    scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None
+    """large-scale jittering: an image is resized to fit into the crop, times a random factor between these two"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,3 +93,11 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
         yield f"task.detect.neck does not take {clash[0]}; task.detect.channels are the channels of the pyramid"
     if detect.crop and detect.crop[0] > detect.crop[1]:
         yield f"task.detect.crop={list(detect.crop)} must be two numbers, the smaller one first"
+    if jitter := recipe.data.aug.scale_jitter:
+        if jitter[0] > jitter[1]:
+            yield f"data.aug.scale_jitter={list(jitter)} must be two numbers, the smaller one first"
+        if not recipe.data.aug.crop_size:
+            yield "data.aug.scale_jitter needs data.aug.crop_size, for example 1024"
+        for key in ("min_size", "crop"):
+            if getattr(detect, key):
+                yield f"task.detect.{key} has no effect with data.aug.scale_jitter; remove one of them"
