@@ -64,6 +64,7 @@ NARROW_PEM = {
 LAYERS = {"num_queries": 20, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 NARROW_QUERIES: dict[str, dict[str, Any]] = {
     "mask2former": {key: value for key, value in NARROW_MASK2FORMER.items() if key not in WIDTHS},
+    "pem": {key: value for key, value in NARROW_PEM.items() if key not in WIDTHS},
     "rtdetrv2": {**LAYERS, "num_denoising": 10},
     "d_fine": {**LAYERS, "num_denoising": 10},
     "deformable_detr": {**LAYERS, "encoder_layers": 1},

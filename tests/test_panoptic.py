@@ -200,14 +200,16 @@ def test_faults_of_the_annotation_file_are_named(tmp_path, edit, message):
 
 
 def test_another_detector_is_refused(capsys):
-    with pytest.raises(UserError, match="task.kind=panoptic needs task.detect.detector=mask2former, not fcos"):
+    with pytest.raises(UserError, match="task.kind=panoptic needs task.detect.detector=mask2former or pem, not fcos"):
         load_recipe("demo/digit_panoptic", ["task.detect.detector=fcos", "task.detect.kwargs={}"])
+    with pytest.raises(UserError, match="task.detect.channels=12: task.detect.detector=pem needs a multiple of 8"):
+        load_recipe("demo/digit_panoptic", ["task.detect.detector=pem", "task.detect.channels=12"])
 
 
-def write_recipe(path, root):
+def write_recipe(path, root, kind="mask2former"):
     path.parent.mkdir(exist_ok=True)
-    options = {"detector": "mask2former", "channels": 64, "max_size": 120, "min_size": [40, 48]}
-    kwargs = recipe_runner.NARROW_QUERIES["mask2former"]
+    options = {"detector": kind, "channels": 64, "max_size": 120, "min_size": [40, 48]}
+    kwargs = recipe_runner.NARROW_QUERIES[kind]
     recipe = {
         "run": {"name": "tiny", "out": str(path.parent / "runs"), "device": "cpu"},
         "model": {"name": "test_convnext", "drop_path_rate": 0.1},
@@ -229,10 +231,12 @@ def write_recipe(path, root):
     return path
 
 
-@pytest.mark.slow
-def test_resume_is_exact_and_the_run_is_evaluated_drawn_and_predicts(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "kind", [pytest.param("mask2former", marks=pytest.mark.slow), pytest.param("pem", marks=pytest.mark.large)]
+)
+def test_resume_is_exact_and_the_run_is_evaluated_drawn_and_predicts(kind, tmp_path, capsys):
     root = write_coco(tmp_path / "coco")
-    straight, recipe = (write_recipe(tmp_path / name / "tiny.yaml", root) for name in ("straight", "resumed"))
+    straight, recipe = (write_recipe(tmp_path / name / "tiny.yaml", root, kind) for name in ("straight", "resumed"))
     assert check_main([str(straight)]) == 0
     assert trainer.train(straight) == 0
     with trainer.before_step(2):

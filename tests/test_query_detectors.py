@@ -1,4 +1,4 @@
-"""Mask2Former, RT-DETRv2, D-FINE and Deformable DETR as detectors: losses, boxes, masks, initial weights, runs."""
+"""Mask2Former, PEM, RT-DETRv2, D-FINE and Deformable DETR as detectors: losses, boxes, masks, initial weights, runs."""
 
 import copy
 import math
@@ -25,7 +25,8 @@ from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
 
 KINDS = list(recipe_runner.NARROW_QUERIES)
-BOXES = [kind for kind in KINDS if kind != "mask2former"]
+MASKS = ("mask2former", "pem")
+BOXES = [kind for kind in KINDS if kind not in MASKS]
 CLASSES = 5
 SHORT = {"sched": {"steps": 3, "warmup": 1}, "log": {"every": 1}, "ckpt": {"every": 1}, "eval": {"every": 3}}
 
@@ -65,7 +66,7 @@ def test_every_weight_is_trained_and_predictions_are_in_pixels(kind):
         assert objects["scores"].dtype == boxes.dtype == torch.float32 and len(boxes) <= 100
         assert (boxes >= 0).all() and boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
         assert objects["labels"].min() >= 0 and objects["labels"].max() < CLASSES
-        assert ("masks" in objects) == (kind == "mask2former")
+        assert ("masks" in objects) == (kind in MASKS)
         if "masks" in objects:
             assert objects["masks"].shape == (len(boxes), 1, height, width)
     sum(model.train()(images, targets).values()).backward()
@@ -173,6 +174,7 @@ def test_groups_of_losses(name, expected):
         ("rtdetrv2", {"queries": 3}, "task.detect.kwargs: queries is no setting of rtdetrv2, which takes activation"),
         ("d_fine", {"d_model": 32}, "d_model is no setting of d_fine"),
         ("deformable_detr", {"num_queries": "many"}, "task.detect.detector=deformable_detr cannot be built"),
+        ("pem", {"num_attention_heads": 3}, "task.detect.kwargs: num_attention_heads=3 do not divide hidden_dim=64"),
         ("mask2former", {"queries": 3}, "task.detect.kwargs has no option queries; it takes class_weight"),
     ],
 )
@@ -211,7 +213,7 @@ def test_resume_is_exact_and_the_run_is_evaluated_drawn_and_predicts(kind, tmp_p
     one, other = (path.parent / "runs/tiny" for path in (straight, recipe))
     trainer.assert_same_checkpoint(*(run / "checkpoints/step-00000003" for run in (one, other)))
     last = [record for record in trainer.metrics(one) if record["kind"] == "eval"][-1]
-    assert last["count"] == 6 and ("mask_ap" in last) == (kind == "mask2former")
+    assert last["count"] == 6 and ("mask_ap" in last) == (kind in MASKS)
     assert evaluate.main([str(one), "--overlays", "2"]) == 0
     assert f"box_ap {last['box_ap']:.2f}" in capsys.readouterr().out
     assert report([str(one)]) == 0 and "AP by class" in (one / "report/index.html").read_text()

@@ -73,7 +73,10 @@ class DeformableUp(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, h, w] -> the convolved map, and the one of 2 h x 2 w"""
         places = self.offset(x)
-        x = deform_conv2d(x, places[:, :18], self.weight, padding=(1, 1), mask=places[:, 18:].sigmoid())
+        # on a CPU the operator has no half precision
+        precise = torch.promote_types(x.dtype, torch.float32)
+        x, places, weight = (tensor.to(precise) for tensor in (x, places, self.weight))
+        x = deform_conv2d(x, places[:, :18], weight, padding=(1, 1), mask=places[:, 18:].sigmoid())
         x = self.norm(x).relu()
         return x, self.up_norm(self.up(x)).relu()
 

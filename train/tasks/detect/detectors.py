@@ -29,7 +29,7 @@ from ..export import load_weights, read_export
 from .mmdetection import AlignedRoIAlign, BatchAveragedHead
 from .options import DetectOptions
 from .published import load_published
-from .queries import QUERY_DETECTORS, BoxQueries, MaskQueries, QueryDetector
+from .queries import MASK_DETECTORS, QUERY_DETECTORS, BoxQueries, MaskQueries, QueryDetector
 
 RATIOS = ((0.5, 1.0, 2.0),) * 5  # height / width of the anchors of each level
 BACKBONE_PREFIX = "backbone.body."  # of the parameters of the DenseBackbone
@@ -149,11 +149,11 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     strides 8 to 32, and 64 and 128 by convolutions of the last map, of the backbone in RetinaNet and of the pyramid in
     FCOS. Training images come resized; in evaluation the short side is resized to `size`. Batches are padded to
     multiples of 32 pixels. With FreqFusion the level of stride 64 of an R-CNN is a convolution, which is fused too.
-    Detectors of transformers read the maps of the backbone itself: Mask2Former all four, the others those of strides 8
-    to 32.
+    Detectors with queries read the maps of the backbone itself: Mask2Former and PEM all four, the others those of
+    strides 8 to 32.
     """
     if detect.detector in QUERY_DETECTORS:
-        masks = detect.detector == "mask2former"
+        masks = detect.detector in MASK_DETECTORS
         body = build_backbone(model, dense, (0, 1, 2, 3) if masks else (1, 2, 3))
         load_initial_backbone(body, model, size)
         return (MaskQueryDetector if masks else BoxQueryDetector)(body, detect, classes, size=size)

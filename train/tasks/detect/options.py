@@ -9,16 +9,17 @@ from pydantic.dataclasses import dataclass
 
 from ...recipe.schema import STRICT, Aug, Data, Dense, Recipe, Task
 
-WITH_MASKS = ("mask_rcnn", "mask2former")  # detectors that learn instance masks
-WITHOUT_ANCHORS = ("fcos", "mask2former", "rtdetrv2", "d_fine", "deformable_detr")
+WITH_MASKS = ("mask_rcnn", "mask2former", "pem")  # detectors that learn instance masks
+WITHOUT_ANCHORS = ("fcos", "mask2former", "pem", "rtdetrv2", "d_fine", "deformable_detr")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DetectOptions:
     detector: Literal[
-        "faster_rcnn", "mask_rcnn", "retinanet", "fcos", "mask2former", "rtdetrv2", "d_fine", "deformable_detr"
+        "faster_rcnn", "mask_rcnn", "retinanet", "fcos", "mask2former", "pem", "rtdetrv2", "d_fine", "deformable_detr"
     ] = "fcos"
-    """detector of torchvision (the first four) or transformers; mask_rcnn and mask2former also learn instance masks"""
+    """detector of torchvision (the first four), of transformers, or PEM; mask_rcnn, mask2former and pem also learn
+    instance masks"""
     channels: PositiveInt = 256
     """channels of the feature pyramid and of the heads"""
     neck: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -82,6 +83,8 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
         # its group norms have 32 groups; groups of one value would be normalized to zero on a map of one pixel
         yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos needs a multiple of 32, at least 64"
+    if detect.detector == "pem" and detect.channels % 8:
+        yield f"task.detect.channels={detect.channels}: task.detect.detector=pem needs a multiple of 8"
     if detect.detector in ("mask2former", "deformable_detr") and (detect.channels % 32 or detect.channels < 64):
         needs = f"task.detect.detector={detect.detector} needs a multiple of 32, at least 64"
         yield f"task.detect.channels={detect.channels}: {needs}"

@@ -10,15 +10,15 @@ from torchvision.ops import box_convert
 
 from ....zoo.dense import DenseBackbone
 from ...heads.box_detector import KINDS, BoxDetector
-from ...heads.library import parse_options
-from ...heads.mask_classifier import MaskClassifier, mask2former_parts
+from ...heads.mask_classifier import MaskClassifier
 from ...heads.mask_inference import instances
-from ...heads.mask_loss import MaskLoss, MaskTarget
-from ...heads.mask_options import Mask2FormerOptions
+from ...heads.mask_kinds import mask2former, pem
+from ...heads.mask_loss import MaskTarget
 from .options import DetectOptions
 
 DETECTIONS = 100  # of an image, as COCO's evaluation counts
-QUERY_DETECTORS = ("mask2former", *KINDS)
+MASK_DETECTORS = {"mask2former": mask2former, "pem": pem}
+QUERY_DETECTORS = (*MASK_DETECTORS, *KINDS)
 
 
 class Body(nn.Module):
@@ -105,15 +105,16 @@ class BoxQueries(QueryDetector):
 
 
 class MaskQueries(QueryDetector):
-    """Mask2Former: instance masks, and the boxes around them."""
+    """Mask2Former and PEM: instance masks, and the boxes around them."""
 
     def __init__(self, body: DenseBackbone, detect: DetectOptions, classes: int, *, size: int):
         super().__init__(body, size=size, max_size=detect.max_size)
         widths = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), detect.channels)
-        options = parse_options(Mask2FormerOptions, {**widths, **detect.kwargs}, "task.detect.kwargs")
-        parts = mask2former_parts(options, classes, body.channels, body.strides)
-        self.head = MaskClassifier(*parts, width=options.hidden_dim, classes=classes)
-        self.criterion = MaskLoss(options, classes)
+        maps: dict[str, Any] = {"channels": body.channels, "strides": body.strides, "classes": classes}
+        build = MASK_DETECTORS[detect.detector]
+        parts = build({**widths, **detect.kwargs}, "task.detect.kwargs", **maps)
+        self.head = MaskClassifier(parts.pixel_decoder, parts.decoder, width=parts.width, classes=classes)
+        self.criterion = parts.criterion
 
     def losses(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], targets: list[dict[str, Tensor]]

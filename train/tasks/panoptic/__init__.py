@@ -1,4 +1,4 @@
-"""Panoptic segmentation: every pixel belongs to an object of a thing class, or to a stuff class. With Mask2Former.
+"""Panoptic segmentation: each pixel is of an object of a thing class, or of a stuff class. With Mask2Former or PEM.
 
 `load(path)` reads an exported model.
 """

@@ -1,4 +1,4 @@
-"""Mask2Former that predicts segments without overlap, and reading an exported model."""
+"""Mask2Former and PEM that predict segments without overlap, and reading an exported model."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -28,6 +28,6 @@ class Panoptic(Task):
 
 def conflicts(recipe: Recipe[Panoptic, DetectData]) -> Iterator[str]:
     """One sentence for each conflict between keys."""
-    if (kind := recipe.task.detect.detector) != "mask2former":
-        yield f"task.kind=panoptic needs task.detect.detector=mask2former, not {kind}"
+    if (kind := recipe.task.detect.detector) not in ("mask2former", "pem"):
+        yield f"task.kind=panoptic needs task.detect.detector=mask2former or pem, not {kind}"
     yield from detect_conflicts(recipe)  # type: ignore[arg-type]

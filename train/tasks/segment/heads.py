@@ -18,7 +18,7 @@ from ...errors import UserError, one_line
 from ...heads.freqfusion import FreqFusionNeck, build_freqfusion
 from ...openmmlab.compat import build, mmseg_modules
 from .head_checks import HEAD_ERRORS, FeatureSpec, FeatureSpecs, check_head, check_neck
-from .mask_head import MASK_HEADS
+from .mask_head import MASK_HEADS, build_mask_head
 
 NUM_STAGES = 4
 ALL_STAGES = list(range(NUM_STAGES))
@@ -164,7 +164,7 @@ def _build_mask_head(
     if class_weight is not None:
         raise UserError(f"task.segment.class_weight has no effect with {config.key}.type={config.type}; remove it")
     kwargs = {name: value for name, value in config.kwargs.items() if name != "type"}
-    return MASK_HEADS[config.type](config.key, kwargs, features, num_classes)
+    return build_mask_head(config.type, config.key, kwargs, features, num_classes)
 
 
 def _resolve_kwargs(config: HeadConfig, features: FeatureSpecs, num_classes: int) -> dict[str, Any]:

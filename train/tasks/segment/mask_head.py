@@ -1,19 +1,16 @@
 """Mask classification as a decode head: each class that is in an image is one object, whose mask is learned."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError
-from ...heads.library import parse_options
-from ...heads.mask_classifier import MaskClassifier, mask2former_parts
+from ...heads.mask_classifier import MaskClassifier
 from ...heads.mask_inference import semantic_scores
+from ...heads.mask_kinds import mask2former, pem
 from ...heads.mask_loss import MaskLoss, MaskTarget
-from ...heads.mask_options import Mask2FormerOptions, MaskOptions, PemOptions
-from ...heads.pem import pem_parts
 from .head_checks import FeatureSpec, FeatureSpecs
 
 
@@ -41,23 +38,14 @@ def semantic_target(mask: Tensor) -> MaskTarget:
     return MaskTarget(labels.long(), mask == labels[:, None, None])
 
 
-def build_mask2former_head(key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
-    options, specs = parse_options(Mask2FormerOptions, kwargs, key), four_maps(f"{key}.type=Mask2Former", features)
+def build_mask_head(kind: str, key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
+    """kind: of MASK_HEADS; kwargs: config without its type. Raises UserError naming `key` if it cannot be built."""
+    specs = four_maps(f"{key}.type={kind}", features)
     channels, strides = zip(*((spec.channels, spec.stride) for spec in specs), strict=True)
-    parts = mask2former_parts(options, classes, channels, strides)
-    return MaskHead(*parts, width=options.hidden_dim, classes=classes, criterion=MaskLoss(options, classes))
-
-
-def build_pem_head(key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
-    options, specs = parse_options(PemOptions, kwargs, key), four_maps(f"{key}.type=PEM", features)
-    if options.hidden_dim % options.num_attention_heads:
-        raise UserError(
-            f"{key}: num_attention_heads={options.num_attention_heads} do not divide hidden_dim={options.hidden_dim}"
-        )
-    parts = pem_parts(options, [spec.channels for spec in specs])
-    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(MaskOptions)}
-    criterion = MaskLoss(Mask2FormerOptions(**shared), classes)
-    return MaskHead(*parts, width=options.hidden_dim, classes=classes, criterion=criterion)
+    pixel_decoder, decoder, width, criterion = MASK_HEADS[kind](
+        kwargs, key, channels=channels, strides=strides, classes=classes
+    )
+    return MaskHead(pixel_decoder, decoder, width=width, classes=classes, criterion=criterion)
 
 
 def four_maps(key: str, features: FeatureSpecs) -> list[FeatureSpec]:
@@ -68,8 +56,5 @@ def four_maps(key: str, features: FeatureSpecs) -> list[FeatureSpec]:
     return specs
 
 
-# decode heads that are not of mmsegmentation -> functions (key, config without type, specs of the maps, classes)
-MASK_HEADS: dict[str, Callable[[str, Mapping[str, Any], FeatureSpecs, int], MaskHead]] = {
-    "Mask2Former": build_mask2former_head,
-    "PEM": build_pem_head,
-}
+# decode heads that are not of mmsegmentation
+MASK_HEADS = {"Mask2Former": mask2former, "PEM": pem}
