@@ -13,10 +13,10 @@ written. The recipes keep all their keys except:
 - how often: logging and checkpoints at every update, one evaluation (log.every, ckpt.every, eval.every)
 - input: classification at most 224 pixels, crops of segmenters 128, short sides of detectors 192 (data.size,
   data.img_scale, model.kwargs.img_size, task.segment.test, task.detect.min_size, task.detect.max_size)
-- samples: 128 instead of 512 boxes an image in Mask R-CNN, and 20 instead of 100 detections (task.detect.kwargs)
+- samples: 128 instead of 512 boxes an image in Mask R-CNNs, and 20 instead of 100 detections (task.detect.kwargs)
 - device: the CPU, hence fp32 (run.device, parallel.precision)
 
-With --short, which CI runs, inputs have 64 pixels, the heads of segmenters and detectors few channels, Mask R-CNN 32
+With --short, which CI runs, inputs have 64 pixels, the heads of segmenters and detectors few channels, Mask R-CNNs 32
 boxes an image, and pictures and report are left out. The exit code is 1 if a recipe failed; FOLDER/NAME.log has
 what it printed.
 """
@@ -143,7 +143,7 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
         keys["task.detect.min_size"] = [size * side // recipe.data.size for side in options.min_size]
     if recipe.data.aug.crop_size:
         keys["data.aug.crop_size"] = size
-    if options.detector == "mask_rcnn":
+    if options.detector.endswith("mask_rcnn"):
         samples, found = (32, 5) if short else (128, 20)
         fewer = {"box_batch_size_per_image": samples, "box_detections_per_img": found}
         keys["task.detect.kwargs"] = {**options.kwargs, **fewer}

@@ -12,7 +12,7 @@ from tessel.train.recipe.plan import plan
 
 COCO = 117_266  # training images with objects
 RECIPES = sorted(path.stem for path in (PACKAGED / "coco").glob("*.yaml"))
-TORCHVISION = [name for name in RECIPES if name.startswith(("mask_rcnn", "retinanet"))]
+TORCHVISION = [name for name in RECIPES if name.startswith(("mask_rcnn", "cascade_mask_rcnn", "retinanet"))]
 FAMILIES = {name: family for family in tessel.zoo.list_families() for name in family.variants}
 
 # from the papers and their code, independently of the recipes, by model: peak lr, weight decay, and by schedule: drop
@@ -63,6 +63,30 @@ MASK = {
     "uniformer_small": (1e-4, 0.05, {"1x": (0.2, 45.6, 41.6), "3x": (0.1, 48.2, 43.4)}),
     "uniformer_base": (1e-4, 0.05, {"1x": (0.3, 47.4, 43.1), "3x": (0.3, 50.3, 44.8)}),
 }
+CASCADE = {
+    "agent_swin_base": (1e-4, 0.05, {"3x": (0.4, 52.6, 45.3)}),
+    "agent_swin_small": (1e-4, 0.05, {"3x": (0.1, 52.6, 45.5)}),
+    "agent_swin_tiny": (1e-4, 0.05, {"1x": (0.1, 49.2, 42.7), "3x": (0.1, 51.4, 44.5)}),
+    "crossformer_small": (1e-4, 1e-4, {"3x": (0.2, 52.2, 45.2)}),
+    "cswin_base": (1e-4, 0.05, {"3x": (0.5, 53.9, 46.4)}),
+    "cswin_small": (1e-4, 0.05, {"3x": (0.4, 53.7, 46.4)}),
+    "cswin_tiny": (1e-4, 0.05, {"3x": (0.2, 52.5, 45.3)}),
+    "dinat_base": (7.5e-5, 0.05, {"3x": (0.6, 53.4, 46.2)}),
+    "dinat_large": (7.5e-5, 0.05, {"3x": (0.6, 55.3, 47.8)}),
+    "dinat_mini": (1e-4, 0.05, {"3x": (0.2, 51.2, 44.4)}),
+    "dinat_s_base": (7.5e-5, 0.05, {"3x": (0.6, 52.6, 45.3)}),
+    "dinat_s_large": (5e-5, 0.05, {"3x": (0.6, 54.8, 47.2)}),
+    "dinat_s_small": (1e-4, 0.05, {"3x": (0.5, 52.3, 45.2)}),
+    "dinat_s_tiny": (1e-4, 0.05, {"3x": (0.3, 51.0, 44.1)}),
+    "dinat_small": (1e-4, 0.05, {"3x": (0.5, 52.9, 45.8)}),
+    "dinat_tiny": (1e-4, 0.05, {"3x": (0.3, 52.2, 45.1)}),
+    "nat_base": (1e-4, 0.05, {"3x": (0.5, 52.3, 45.1)}),
+    "nat_mini": (1e-4, 0.05, {"3x": (0.2, 50.3, 43.6)}),
+    "nat_small": (1e-4, 0.05, {"3x": (0.3, 52.0, 44.9)}),
+    "nat_tiny": (1e-4, 0.05, {"3x": (0.3, 51.4, 44.5)}),
+    "uniformer_base": (1e-4, 0.05, {"3x": (0.4, 53.8, 46.4)}),
+    "uniformer_small": (1e-4, 0.05, {"3x": (0.2, 52.1, 45.2)}),
+}
 RETINA = {
     "agent_pvt_tiny": (1e-4, 1e-4, {"1x": (0.1, 40.3)}),
     "agent_pvt_small": (1e-4, 1e-4, {"1x": (0.2, 44.1)}),
@@ -91,7 +115,7 @@ RETINA = {
 }
 FACTS = {
     f"{detector}_{schedule}_{model}": (detector, model, schedule, lr, decay, *row)
-    for detector, table in (("mask_rcnn", MASK), ("retinanet", RETINA))
+    for detector, table in (("mask_rcnn", MASK), ("cascade_mask_rcnn", CASCADE), ("retinanet", RETINA))
     for model, (lr, decay, rows) in table.items()
     for schedule, row in rows.items()
 }
@@ -107,8 +131,8 @@ def family(name):
     return next(iter(FAMILIES[model].variants)) if model in FAMILIES else model
 
 
-# one recipe of each family with a detector of torchvision, for the default suite
-FEW = list({family(name): name for name in TORCHVISION}.values())
+# for the default suite, one recipe of each family with a detector of torchvision, and a cascade
+FEW = [*{family(name): name for name in TORCHVISION}.values(), "cascade_mask_rcnn_3x_nat_tiny"]
 
 
 def comments(name):
@@ -120,7 +144,7 @@ def comments(name):
 def test_recipe_names_itself_and_its_paper(name):
     recipe = load_recipe(f"coco/{name}")
     assert recipe.run.name == name and name.endswith(architecture(name))
-    assert name.startswith(recipe.task.detect.detector)
+    assert name.startswith(f"{recipe.task.detect.detector}_")
     assert recipe.model.pretrained != bool(recipe.model.init_from)
     assert f"coco/{name} data.root=" in comments(name)
     if architecture(name) in FAMILIES:
@@ -153,13 +177,17 @@ def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name)
     assert recipe.parallel.sync_batch_norm != model.startswith("litv2")
     half = model.startswith(("biformer", "litv2", "s2aformer", "cswin", "nat", "dinat"))
     half |= model in ("transnext_base", "uniformer_small", "uniformer_base")
+    half &= model != "dinat_large"
     assert (recipe.parallel.precision == "fp16") == half
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_recipe_has_mmdetections_conventions_where_torchvision_lets_it(name):
     detect = load_recipe(f"coco/{name}").task.detect
-    if detect.detector == "mask_rcnn":
+    if detect.detector == "cascade_mask_rcnn":
+        assert detect.roi_align == "mmdetection" and detect.box_head == "convolutions" and not detect.kwargs
+        assert "four convolutions with batch norm" in " ".join(comments(name).replace("#", "").split())
+    elif detect.detector == "mask_rcnn":
         assert detect.roi_align == "mmdetection" and detect.kwargs == {"rpn_post_nms_top_n_train": 1000}
         assert "the box losses are L1 (here smooth L1 with beta 1/9)" in " ".join(
             comments(name).replace("#", "").split()

@@ -17,7 +17,8 @@ def load(path: str | Path) -> "nn.Module":
     """The detector in the folder `RUN/export`, in evaluation mode on the CPU.
 
     It maps a list of images [3, H, W] in 0..1 to a list of boxes, labels, scores and, with mask_rcnn,
-    mask2former or pem, masks; `classes` names the labels. Raises UserError if the export cannot be read.
+    cascade_mask_rcnn, mask2former or pem, masks; `classes` names the labels. Raises UserError if the export cannot
+    be read.
     """
     from .detectors import load
 

@@ -26,8 +26,9 @@ from ...heads.freqfusion import build_freqfusion
 from ...recipe.schema import Dense, Model, Probability
 from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_export
+from . import cascade
 from .mmdetection import AlignedRoIAlign, BatchAveragedHead
-from .options import DetectOptions
+from .options import WITH_MASKS, DetectOptions
 from .published import load_published
 from .queries import MASK_DETECTORS, QUERY_DETECTORS, BoxQueries, MaskQueries, QueryDetector
 
@@ -121,6 +122,10 @@ class MaskRCNN(DetectorMixin, detection.MaskRCNN):
     first_label = 1
 
 
+class CascadeMaskRCNN(DetectorMixin, cascade.CascadeMaskRCNN):
+    first_label = 1
+
+
 class RetinaNet(DetectorMixin, detection.RetinaNet):
     pass
 
@@ -137,9 +142,14 @@ class MaskQueryDetector(DetectorMixin, MaskQueries):
     pass
 
 
-DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+DETECTORS: dict[str, Any] = {
+    **{"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "cascade_mask_rcnn": CascadeMaskRCNN},
+    **{"retinanet": RetinaNet, "fcos": FCOS},
+}
 # arguments that other keys of a recipe set
 RESERVED_KWARGS = {"num_classes", "min_size", "max_size"}
+# and those that are different in each stage of a cascade
+BY_STAGE = {"box_fg_iou_thresh", "box_bg_iou_thresh", "bbox_reg_weights"}
 
 
 def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: int, classes: int) -> nn.Module:
@@ -173,11 +183,13 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     backbone = BackboneWithFPN(body, detect.channels, extra, detect.neck)
     if detect.roi_align == "mmdetection":
         options["box_roi_pool"] = AlignedRoIAlign(body.strides, output_size=7)
-        if detect.detector == "mask_rcnn":
+        if detect.detector in WITH_MASKS:
             options["mask_roi_pool"] = AlignedRoIAlign(body.strides, output_size=14)
     if detect.loss_average == "batch":
         generator = options.setdefault("anchor_generator", _retinanet_anchors(32))
         options["head"] = BatchAveragedHead(detect.channels, generator.num_anchors_per_location()[0], classes)
+    if detect.detector == "cascade_mask_rcnn":
+        options["convolutions"] = detect.box_head == "convolutions"
     try:
         detector = detector_type(backbone, num_classes=classes + detector_type.first_label, **options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -185,12 +197,10 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
             f"task.detect.detector={detect.detector} cannot be built with task.detect.channels={detect.channels} and "
             f"task.detect.kwargs={detect.kwargs}: {error}"
         ) from error
-    heads = (
-        [detector.rpn.head, detector.roi_heads.box_predictor, detector.roi_heads.mask_predictor]
-        if two_stage
-        else [detector.head]
-    )
-    for head in filter(None, heads):
+    heads = [detector.head] if not two_stage else [detector.rpn.head]
+    for stage in getattr(detector.roi_heads, "stages", [detector.roi_heads]) if two_stage else ():
+        heads += filter(None, (stage.box_predictor, stage.mask_predictor))
+    for head in heads:
         # boxes are decoded in the dtype of the head's outputs; in bfloat16 they would be off by pixels
         head.register_forward_hook(lambda module, args, out: tree_map_only(Tensor, Tensor.float, out))
     return detector
@@ -202,10 +212,11 @@ def check_kwargs(detector: type[nn.Module], detect: DetectOptions) -> None:
     torchvision does not check most values; a wrong one would fail in the first evaluation, or silently do nothing.
     """
     torchvision_type = next(base for base in detector.__mro__ if base.__module__.startswith("torchvision."))
+    reserved = RESERVED_KWARGS | (BY_STAGE if detect.detector == "cascade_mask_rcnn" else set())
     types = {
         name: _kwarg_type(name, parameter.default)
         for name, parameter in inspect.signature(torchvision_type.__init__).parameters.items()
-        if name == "bbox_reg_weights" or (type(parameter.default) in (int, float) and name not in RESERVED_KWARGS)
+        if name not in reserved and (name == "bbox_reg_weights" or type(parameter.default) in (int, float))
     }
     for key, value in detect.kwargs.items():
         if key not in types:

@@ -9,17 +9,26 @@ from pydantic.dataclasses import dataclass
 
 from ...recipe.schema import STRICT, Aug, Data, Dense, Recipe, Task
 
-WITH_MASKS = ("mask_rcnn", "mask2former", "pem")  # detectors that learn instance masks
+WITH_MASKS = ("mask_rcnn", "cascade_mask_rcnn", "mask2former", "pem")  # detectors that learn instance masks
 WITHOUT_ANCHORS = ("fcos", "mask2former", "pem", "rtdetrv2", "d_fine", "deformable_detr")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DetectOptions:
     detector: Literal[
-        "faster_rcnn", "mask_rcnn", "retinanet", "fcos", "mask2former", "pem", "rtdetrv2", "d_fine", "deformable_detr"
+        "faster_rcnn",
+        "mask_rcnn",
+        "cascade_mask_rcnn",
+        "retinanet",
+        "fcos",
+        "mask2former",
+        "pem",
+        "rtdetrv2",
+        "d_fine",
+        "deformable_detr",
     ] = "fcos"
-    """detector of torchvision (the first four), of transformers, or PEM; mask_rcnn, mask2former and pem also learn
-    instance masks"""
+    """detector of torchvision's parts (the first five), of transformers, or PEM; mask_rcnn, cascade_mask_rcnn,
+    mask2former and pem also learn instance masks"""
     channels: PositiveInt = 256
     """channels of the feature pyramid and of the heads"""
     neck: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,6 +45,9 @@ class DetectOptions:
     """also train on images without objects; crowds do not count as objects"""
     roi_align: Literal["torchvision", "mmdetection"] = "torchvision"
     """how an R-CNN pools boxes: torchvision's default, or aligned and with a sample per pixel as in mmdetection"""
+    box_head: Literal["linear", "convolutions"] = "linear"
+    """box heads of cascade_mask_rcnn: two linear layers, one box for all classes and smooth L1 as in its paper; or four
+    convolutions with batch norm and a linear layer, a box per class and the GIoU loss as in papers since Swin"""
     loss_average: Literal["image", "batch"] = "image"
     """average RetinaNet's losses over the anchors of each image, or of the micro-batch as in mmdetection"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -78,6 +90,8 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
         yield f"task.detect.anchor has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.roi_align != "torchvision" and "rcnn" not in detect.detector:
         yield f"task.detect.roi_align has no effect with task.detect.detector={detect.detector}; remove it"
+    if detect.box_head != "linear" and detect.detector != "cascade_mask_rcnn":
+        yield f"task.detect.box_head has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.loss_average != "image" and detect.detector != "retinanet":
         yield f"task.detect.loss_average has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):

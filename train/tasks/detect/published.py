@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# mmdetection's names (a pattern for the whole name) and torchvision's
+from .cascade import BOX_WEIGHTS
+
+# mmdetection's names (a pattern for the whole name) and torchvision's, without the number of a stage; a head with
+# convolutions has another name for its linear layer than one without
 NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
     (r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
@@ -16,6 +19,9 @@ NAMES = (
     (r"rpn_head\.rpn_reg\.(\w+)", r"rpn.head.bbox_pred.\1"),
     (r"roi_head\.bbox_head\.shared_fcs\.0\.(\w+)", r"roi_heads.box_head.fc6.\1"),
     (r"roi_head\.bbox_head\.shared_fcs\.1\.(\w+)", r"roi_heads.box_head.fc7.\1"),
+    (r"roi_head\.bbox_head\.shared_convs\.(\d+)\.conv\.(\w+)", r"roi_heads.box_head.\1.0.\2"),
+    (r"roi_head\.bbox_head\.shared_convs\.(\d+)\.bn\.(\w+)", r"roi_heads.box_head.\1.1.\2"),
+    (r"roi_head\.bbox_head\.shared_fcs\.0\.(\w+)", r"roi_heads.box_head.5.\1"),
     (r"roi_head\.bbox_head\.fc_cls\.(\w+)", r"roi_heads.box_predictor.cls_score.\1"),
     (r"roi_head\.bbox_head\.fc_reg\.(\w+)", r"roi_heads.box_predictor.bbox_pred.\1"),
     (r"roi_head\.mask_head\.convs\.(\d+)\.conv\.(\w+)", r"roi_heads.mask_head.\1.0.\2"),
@@ -24,14 +30,16 @@ NAMES = (
 )
 
 # rows of zeros that the background has in torchvision's layers and not in mmdetection's
-BACKGROUND_ROWS = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1}
+BACKGROUND_ROWS = {"box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
+# mmdetection's factors of decoded boxes in the last stage of a cascade; in the other stages, they are 1 / BOX_WEIGHTS
+LAST_DEVIATIONS = (0.033, 0.033, 0.067, 0.067)
 
 
 def load_published(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the weights of a published Faster R-CNN or Mask R-CNN, with the paper's names for the backbone.
+    """Load the weights of a published Faster, Mask or Cascade Mask R-CNN, with the paper's names for the backbone.
 
     mmdetection's last class is the background, torchvision's first. Anchors stay torchvision's, rounded to whole
-    pixels.
+    pixels. The last stage of a cascade predicts the same boxes, though mmdetection encodes them a little differently.
 
     Raises ValueError naming weights that are missing, unknown or of another shape, and for the other detectors: in
     their pyramids, torchvision applies a ReLU that mmdetection does not.
@@ -42,14 +50,19 @@ def load_published(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {key: tensor for key, tensor in detector.state_dict().items() if not key.startswith("backbone.body.")}
     heads, unknown = {}, []
     for key, tensor in body.load_published(state).items():
-        name = torchvision_name(key.removeprefix("module."))
-        if name not in own:
+        name = next((name for name in torchvision_names(key.removeprefix("module.")) if name in own), None)
+        if name is None:
             unknown.append(key)
             continue
-        layer = name.rpartition(".")[0]
-        if layer == "roi_heads.box_predictor.cls_score":
+        layer = ".".join(name.split(".")[-3:-1])
+        if layer == "box_predictor.cls_score":
             tensor = tensor.roll(1, 0)
-        elif rows := BACKGROUND_ROWS.get(layer):
+        if name.startswith("roi_heads.stages.2.") and layer == "box_predictor.bbox_pred":
+            factors = tensor.new_tensor(BOX_WEIGHTS[2]) * tensor.new_tensor(LAST_DEVIATIONS)
+            tensor = tensor * factors.repeat(len(tensor) // 4).view(-1, *[1] * (tensor.ndim - 1))
+        rows = BACKGROUND_ROWS.get(layer, 0)
+        # a layer that predicts one box for all classes has none for the background
+        if rows and len(own[name]) > rows:
             tensor = torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
         heads[name] = tensor
     if unknown:
@@ -64,9 +77,12 @@ def load_published(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
     detector.load_state_dict(detector.state_dict() | heads)
 
 
-def torchvision_name(key: str) -> str:
-    """torchvision's name of a weight; empty if it has none."""
-    for pattern, name in NAMES:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(name)
-    return ""
+def torchvision_names(key: str) -> list[str]:
+    """torchvision's names of a weight, of which a detector has one at most."""
+    # mmdetection numbers the heads of a cascade, here its stages are numbered
+    prefix, number = "roi_heads.", re.match(r"roi_head\.(?:bbox|mask)_head\.(\d+)\.", key)
+    if number:
+        prefix = f"roi_heads.stages.{number[1]}."
+        key = key[: number.start(1)] + key[number.end() :]
+    found = [match.expand(name) for pattern, name in NAMES if (match := re.fullmatch(pattern, key))]
+    return [name.replace("roi_heads.", prefix) for name in found]
