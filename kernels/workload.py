@@ -14,7 +14,7 @@ class Workload(NamedTuple):
     """One call of an operator.
 
     head_dim: width D of the queries and keys; keys: number of keys of a query; queries: number of queries of all heads
-    and images; training: whether a backward pass may follow.
+    and images; training: whether a backward pass may follow; bias: whether an optional bias is given.
     """
 
     head_dim: int
@@ -22,15 +22,17 @@ class Workload(NamedTuple):
     queries: int
     dtype: torch.dtype
     training: bool
+    bias: bool = False
 
     @property
     def shape_class(self) -> str:
-        """Name of the class, for example `d32-k64-q32768`: head dim, and limits of keys and queries.
+        """Name of the class, for example `d32-k64-q32768`: head dim, limits of keys and queries; `-bias` with a bias.
 
         Sizes are only compared with the limits, so that torch.compile specializes a graph with open sizes on the class
         alone.
         """
-        return f"d{self.head_dim}-k{_limit(self.keys, KEYS)}-q{_limit(self.queries, QUERIES)}"
+        sizes = f"d{self.head_dim}-k{_limit(self.keys, KEYS)}-q{_limit(self.queries, QUERIES)}"
+        return f"{sizes}-bias" if self.bias else sizes
 
     @property
     def direction(self) -> str:
@@ -38,9 +40,9 @@ class Workload(NamedTuple):
         return "forward+backward" if self.training else "forward"
 
 
-def workload(q: Tensor, *, queries: int, keys: int) -> Workload:
+def workload(q: Tensor, *, queries: int, keys: int, bias: bool = False) -> Workload:
     """The workload of a call with the tensor `q: [..., D]`, which has the dtype and the device of the others."""
-    return Workload(q.shape[-1], keys, queries, q.dtype, torch.is_grad_enabled() and q.requires_grad)
+    return Workload(q.shape[-1], keys, queries, q.dtype, torch.is_grad_enabled() and q.requires_grad, bias)
 
 
 def _limit(size: int, limits: tuple[int, ...]) -> str:

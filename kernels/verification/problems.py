@@ -19,6 +19,7 @@ from .. import aggregated, halo, neighborhood, routed, window
 from ..halo.reference import split_blocks
 from ..halo.relative import reachable_logits
 from ..routed.regions import merge_regions, split_regions
+from ..window.tiles import Case
 from ..workload import Workload
 
 Run = Callable[..., Tensor]
@@ -185,21 +186,33 @@ class Window(Problem):
     op, op_reference = window.window_attention, window.window_attention_reference
 
     def __init__(self, case: tuple, dtype: torch.dtype, device: str):
-        batch, (height, width), heads, head_dim, self.windows, self.lepe = case
+        batch, (height, width), heads, head_dim, self.windows, self.lepe, self.bias, stride, start = Case(*case)
         channels = heads // len(self.windows) * head_dim
+        self.place = {"stride": stride, "start": start}
         self.tensors = [_leaf(batch, height, width, 3, heads, head_dim, dtype=dtype, device=device)]
         for _ in range(len(self.windows) * self.lepe):
             self.tensors.append(_leaf(channels, 1, 3, 3, dtype=dtype, device=device, std=1 / 3))
             self.tensors.append(_leaf(channels, dtype=dtype, device=device))
+        if self.bias != "none":
+            (h, w), exact = self.windows[0], torch.promote_types(dtype, torch.float32)
+            shape = (h * w, h * w) if self.bias == "dense" else (2 * h - 1, 2 * w - 1)
+            self.tensors.append(_leaf(heads, *shape, dtype=exact, device=device))
         self.dims = (head_dim, head_dim)
         self.queries = batch * height * width * heads
         self.keys = sum(h * w for h, w in self.windows) // len(self.windows)
 
     def apply(self, op: Run, tensors: Sequence[Tensor], **options) -> Tensor:
+        if self.bias != "none":
+            return op(tensors[0], windows=self.windows, bias=tensors[1], **self.place, **options)
         lepe = list(zip(tensors[1::2], tensors[2::2], strict=True)) or None
-        return op(tensors[0], windows=self.windows, lepe=lepe, **options)
+        return op(tensors[0], windows=self.windows, lepe=lepe, **self.place, **options)
+
+    def workload(self, *, training: bool) -> Workload:
+        return super().workload(training=training)._replace(bias=self.bias != "none")
 
     def parts(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.bias != "none":
+            return {**_split_qkv(grads[0]), "bias": grads[1]}
         names = [f"{name} {g}" for g in range(len(self.windows)) for name in ("weight", "bias")]
         return _split_qkv(grads[0]) | dict(zip(names, grads[1:], strict=False))
 
@@ -208,6 +221,8 @@ class Window(Problem):
 
     def _flex(self) -> Run:
         """The reference, with its windows packed into longer sequences with a block-diagonal mask."""
+        if self.bias != "none" or self.place != {"stride": 1, "start": None}:
+            raise NotImplementedError("a bias and windows that begin at a given pixel have no sequences to pack")
         batch, height, width = self.tensors[0].shape[:3]
         masks: dict[int, tuple[int, BlockMask]] = {}
         for h, w in self.windows:
@@ -401,6 +416,8 @@ INTERPRETED_CASES = {
     "window": {
         "stripes": (1, (3, 2), 2, 16, ((3, 1), (1, 2)), True),
         "squares-windows": (2, (2, 2), 1, 16, ((2, 2),), False),
+        "shifted": (1, (3, 4), 1, 16, ((2, 2),), False, "table", 1, 1),
+        "long": (1, (3, 4), 1, 16, ((2, 2),), False, "dense", 2, 0),
     },
     "halo": {"one-block": (1, (3, 4), 1, 16, 16, 4, 1, 1)},
     "aggregated": {"map": (1, (2, 3), (1, 2), 1, 8)},

@@ -1,4 +1,4 @@
-"""Window attention (CSWin, DaViT, LITv2): every pixel attends to the pixels of its window."""
+"""Window attention (CSWin, DaViT, LITv2, Swin, CrossFormer): every pixel attends to the pixels of its window."""
 
 from .functional import CASES, window_attention, window_attention_unsupported
 from .reference import window_attention_reference

@@ -3,13 +3,18 @@
 Shapes: B images, H x W pixels, N heads of width D in G equal groups, C' = N / G * D channels per group, windows of
 h x w pixels. Suffixes in this file: q_BHWC is [B, H, W, C'] and q_UhwC is [U, h, w, C'] with U windows of all images.
 
-For pixel p of window u and each head,
+For pixel p of window u and each head, with j over the pixels of u,
 
-    y[p] = sum_j softmax_j(scale * q[p] . k[j]) v[j]  +  bias + sum_t weight[t] v[p + t]        j over the pixels of u
+    y[p] = sum_j softmax_j(scale * q[p] . k[j] + b[p, j]) v[j]  +  bias + sum_t weight[t] v[p + t]
 
 The second part is optional (LePE): a depthwise 3x3 convolution whose taps t see zeros outside the window. If a window
 does not divide H or W, the map is zero-padded on both sides (an odd row or column goes to the end). Padding is not
 masked: its q = k = v = 0 stay in the softmax (CSWin, arXiv 2107.00652, sec. 3.2, as its dense-prediction models do it).
+
+b is an optional bias for each pair of places in a window (Swin, arXiv 2103.14030, sec. 3.2, eq. 4). With `stride` s a
+window has every s-th row and column: h * s rows of the map hold s windows (CrossFormer, arXiv 2108.00154, sec. 3.2).
+With `start` the first row and column of a window are given. Windows then reach over every border of the map, and only
+pixels of the map are keys, as in shifted windows (Swin, sec. 3.2) and in CrossFormer's dense-prediction models.
 """
 
 from collections.abc import Sequence
@@ -20,6 +25,7 @@ from torch import Tensor
 
 from ..recording import compact, crop, is_open
 from ..sdpa import fused_attention
+from .placed import Start, placed_attention
 
 # weight `[C', 1, 3, 3]` and bias `[C']` of the LePE convolution of each group of heads
 Lepe = Sequence[tuple[Tensor, Tensor]]
@@ -29,9 +35,19 @@ Window = tuple[int | None, int | None]
 
 
 def window_attention_reference(
-    qkv: Tensor, *, windows: Sequence[Window], lepe: Lepe | None = None, scale: float | None = None
+    qkv: Tensor,
+    *,
+    windows: Sequence[Window],
+    lepe: Lepe | None = None,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    start: Start | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Partition the map into windows, then ordinary attention and convolution; arguments as in `window_attention`."""
+    if bias is not None or stride > 1 or start is not None:
+        window = sides(windows[0], qkv)
+        return placed_attention(qkv, window=window, bias=bias, stride=stride, start=start, scale=scale)
     groups, head_dim = len(windows), qkv.shape[-1]
     # a single split for all groups: its backward then writes the packed gradient once
     chunks = qkv.flatten(3).chunk(3 * groups, -1)
@@ -95,6 +111,12 @@ def _attend(
     y = compact(y_UhwC.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3))
     y = y.reshape(batch, rows * win_h, cols * win_w, dim)
     return crop(y, height, width, top=top, left=left) if pads else y
+
+
+def sides(window: Window, qkv: Tensor) -> tuple[int, int]:
+    """Height and width of a window in pixels."""
+    height, width = window
+    return (qkv.shape[1] if height is None else height), (qkv.shape[2] if width is None else width)
 
 
 def _spans(window: int | None, side: int) -> bool:
