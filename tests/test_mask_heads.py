@@ -126,6 +126,18 @@ def test_half_precision_is_lifted():
     assert all(value.dtype == torch.float32 and value.isfinite() for value in values.values())
 
 
+def test_a_pixel_decoder_without_layers_has_no_weight_that_is_not_trained():
+    """Such a weight has no state in the optimizer, which then cannot be resumed."""
+    chosen = options(encoder_layers=0)
+    parts = mask2former_parts(chosen, CLASSES, [8, 16, 24, 32], [4, 8, 16, 32])
+    model = MaskClassifier(*parts, width=chosen.hidden_dim, classes=CLASSES)
+    maps = [torch.randn(2, width, 8 // 2**level, 8 // 2**level) for level, width in enumerate((8, 16, 24, 32))]
+    sum(MaskLoss(chosen, CLASSES)(model(maps), targets(2, 1)).values()).backward()
+    idle = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert idle == {"pixel_decoder.level_embed"} and not parts[0].level_embed.requires_grad
+    assert mask2former_parts(options(), CLASSES, [8, 16, 24, 32], [4, 8, 16, 32])[0].level_embed.requires_grad
+
+
 def test_initial_weights_are_those_of_the_published_code():
     chosen = Mask2FormerOptions(encoder_layers=1, decoder_layers=4)
     parts = mask2former_parts(chosen, CLASSES, [48, 96, 192, 384], [4, 8, 16, 32])

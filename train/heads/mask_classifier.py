@@ -88,6 +88,8 @@ def mask2former_parts(
         # `post_init` passes over modules without parameters of their own, if a class is not of transformers
         parts.apply(parts._init_weights)
     initialize_pixel_decoder(parts.pixel_decoder)
+    # read by the layers of the pixel decoder only; a parameter without a gradient would stop DDP and resuming
+    parts.pixel_decoder.level_embed.requires_grad_(options.encoder_layers > 0)
     return parts.pixel_decoder, parts.decoder
 
 
