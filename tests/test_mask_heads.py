@@ -91,6 +91,23 @@ def test_layers_are_matched_each_by_its_own_costs():
     assert any(not torch.equal(matches[0][0][0], other[0][0]) for other in matches[1:])
 
 
+def test_costs_of_the_matching_are_those_of_transformers(monkeypatch):
+    """Also for masks and objects that are sampled between 0 and 1, and for large logits."""
+    chosen, found, (wanted,) = options(), outputs(2), targets(4)
+    with torch.no_grad():
+        found.masks[1].mul_(30)
+    seen = []
+    record = lambda cost: seen.append(cost) or linear_sum_assignment(cost)  # noqa: E731
+    monkeypatch.setattr(modeling(), "linear_sum_assignment", record)
+    matcher = modeling().Mask2FormerLoss(mask2former_config(chosen, CLASSES), {}).matcher
+    for masks, classes in zip(found.masks, found.classes, strict=True):
+        torch.manual_seed(3)
+        matcher(masks[:1], classes[:1], [wanted.masks], [wanted.labels])
+    torch.manual_seed(3)
+    ours = MaskLoss(chosen, CLASSES).costs(found, 0, wanted)
+    torch.testing.assert_close(ours, torch.stack(seen), rtol=1e-4, atol=1e-4)
+
+
 def test_the_loss_is_the_sum_over_layers():
     loss, wanted = MaskLoss(options(), CLASSES), targets(3, 2)
     one = outputs(1)

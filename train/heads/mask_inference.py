@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
+from ...kernels.recording import exporting
 from .mask_classifier import MaskOutputs
 
 
@@ -24,12 +25,14 @@ def semantic_scores(outputs: MaskOutputs, size: Sequence[int]) -> Tensor:
 
     Mask2Former, section 3.1 of MaskFormer (arXiv 2107.06278): "no object" is left out, so scores do not sum to 1.
     """
-    classes = outputs.classes[-1].float().softmax(-1)[..., :-1]
+    classes, masks = outputs.classes[-1].float().softmax(-1)[..., :-1], outputs.masks[-1]
+    if exporting():  # a loop over images would fix their number in the graph
+        return torch.einsum("bqc,bqhw->bchw", classes, upsampled(masks, size).sigmoid())
     # one image after the other, since all masks of a batch at full size would fill the memory
     return torch.stack(
         [
-            torch.einsum("qc,qhw->chw", one, upsampled(masks, size).sigmoid())
-            for one, masks in zip(classes, outputs.masks[-1], strict=True)
+            torch.einsum("qc,qhw->chw", one, upsampled(mask, size).sigmoid())
+            for one, mask in zip(classes, masks, strict=True)
         ]
     )
 

@@ -77,7 +77,9 @@ class MaskLoss:
         true = parts.sample_point(target.masks[None].float(), points, align_corners=False)[0]
         found = parts.sample_point(masks[None], points, align_corners=False)[0]
         cost = -options.class_weight * classes[:, target.labels]
-        cost += options.mask_weight * parts.pair_wise_sigmoid_cross_entropy_loss(found, true)
+        # the cross entropy of x and y is softplus(x) - x y, so that all pairs need one product
+        entropy = F.softplus(found).sum(1, keepdim=True) - found @ true.T
+        cost += options.mask_weight / options.train_num_points * entropy
         cost += options.dice_weight * parts.pair_wise_dice_loss(found, true)
         # a model that diverged has a loss that is not finite, where the trainer stops
         largest = torch.finfo(cost.dtype).max
