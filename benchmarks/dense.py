@@ -166,7 +166,7 @@ def compare(case: Case, names: list[str], peers: list[str], *, train: bool, args
     """A row for each model, timed in turns; `ratio` is the speed of the model over that of the first peer."""
     batch = max(args.batch, case.min_batch) if train else args.batch
     kind = {"train": train, "batch": batch, "device": args.device}
-    everyone, title = [*names, *peers], f"{case.task}, {PASSES[train]}"
+    everyone, title = list(dict.fromkeys([*names, *peers])), f"{case.task}, {PASSES[train]}"
     # first, while this process is small: all models together may need the whole memory of the machine
     peaks = {n: peak_mib(case, n, dry=args.dry_run, **kind) for n in tqdm(everyone, f"memory, {title}", disable=None)}
     prepared = {name: prepare(case, name, **kind) for name in everyone}

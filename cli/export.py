@@ -63,7 +63,7 @@ def export(
     from ..train.errors import UserError, report_errors
 
     with report_errors() as outcome:
-        from ..export import ExportError, OneImageDetector
+        from ..export import BatchDetector, ExportError, OneImageDetector
         from ..export import export as export_module
         from ..predict import load
 
@@ -73,8 +73,10 @@ def export(
             raise UserError(f"{model} is an exported file; give the run or the model that it was made of")
         try:
             module = network.module
+            if predictor.task == "detect":
+                module = (BatchDetector if hasattr(module, "batched") else OneImageDetector)(module)
             report = export_module(
-                OneImageDetector(module) if predictor.task == "detect" else module,
+                module,
                 out or default_path(model),
                 format=format_,
                 size=size or getattr(predictor.model, "size", None),

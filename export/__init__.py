@@ -9,10 +9,20 @@ tolerance is not written. Files carry the preprocessing and the class names (see
 of what works.
 """
 
-from .detectors import OneImageDetector
+from .detectors import BatchDetector, OneImageDetector
 from .errors import ExportError
 from .exporting import ExportReport, export
 from .formats import Format, formats
 from .loading import ExportedModel, load
 
-__all__ = ["ExportError", "ExportReport", "ExportedModel", "Format", "OneImageDetector", "export", "formats", "load"]
+__all__ = [
+    "BatchDetector",
+    "ExportError",
+    "ExportReport",
+    "ExportedModel",
+    "Format",
+    "OneImageDetector",
+    "export",
+    "formats",
+    "load",
+]

@@ -29,6 +29,32 @@ class OneImageDetector(nn.Module):
         return self.detector([images[0]])[0]
 
 
+class BatchDetector(nn.Module):
+    """A detector of transformers: images `[B, 3, H, W]` in 0..1, of a fixed size, to a dict of tensors.
+
+    How many objects it finds is fixed, so that torch.export records it. See `QueryDetector.batched` of the trainer.
+    """
+
+    in_chans = 3
+
+    def __init__(self, detector: Any):
+        super().__init__()
+        self.detector = detector
+        self.classes = getattr(detector, "classes", None)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.detector.batched(images)
+
+
+def detections_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest `detection_difference` of the images of a batch."""
+    images = zip(*found.values(), strict=True), zip(*expected.values(), strict=True)
+    pairs = zip(*images, strict=True)
+    return max(
+        detection_difference(dict(zip(found, a, strict=True)), dict(zip(expected, b, strict=True))) for a, b in pairs
+    )
+
+
 def detection_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference of scores and masks, and of boxes relative to the largest; infinite if one is missing.
 

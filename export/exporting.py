@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from .comparison import difference
-from .detectors import OneImageDetector, detection_difference
+from .detectors import BatchDetector, OneImageDetector, detection_difference, detections_difference
 from .errors import ExportError, first_line
 from .formats import Format, Recording, formats
 from .loading import load, require
@@ -97,6 +97,10 @@ def export(
     if isinstance(model, OneImageDetector):
         dynamic = () if dynamic is None else dynamic
         _check_detector(format, dynamic)
+    if isinstance(model, BatchDetector):
+        dynamic = () if dynamic is None else dynamic
+        if "size" in dynamic:
+            raise ValueError(f"dynamic={tuple(dynamic)}: a detector is exported for a fixed size; use ('batch',) or ()")
     kind = _choose(format, dynamic)
     dynamic = tuple(axis for axis in AXES if axis in (kind.dynamic if dynamic is None else dynamic))
     require(kind)
@@ -237,6 +241,8 @@ def _compare(
             ) from error
         if isinstance(model, OneImageDetector) and isinstance(found, dict):
             error = detection_difference(found, expected)
+        elif isinstance(model, BatchDetector) and isinstance(found, dict) and "scores" in found:
+            error = detections_difference(found, expected)
         else:
             outputs = list(found.values()) if isinstance(found, dict) else [found]
             error = max(difference(a, b) for a, b in zip(outputs, tree_leaves(expected), strict=True))

@@ -1,5 +1,6 @@
 """`load`: from a name or a path to a `Predictor`."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,6 +111,8 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
     if kind in ("detect", "panoptic"):
         resizing: Any = model.transform
         options = {"size": resizing.min_size[-1], "padding": resizing.image_mean, **background}
+        if kind == "panoptic":
+            options["panoptic"] = {"things": model.things, **dataclasses.asdict(cast(Any, model.options))}
         return Detector(network, cast(list[str], model.classes), **options)
     if kind == "segment":
         return _segmenter(network, recipe, path, **background)
@@ -185,8 +188,10 @@ def _from_file(path: Path, size: int | None) -> TaskModel:
             options: dict[str, Any] = {key: facts.get(key) for key in keys}
             return Segmenter(network, facts["class_names"], **options, fixed_size=fixed, **background)
         if task == "detect":
-            place = {"size": facts["size"], "padding": facts["padding"]}
-            return Detector(ExportedDetector(network, facts["padding"]), facts["class_names"], **place, **background)
+            rules = facts.get("panoptic")
+            place = {"size": facts["size"], "padding": facts["padding"], "panoptic": rules}
+            exported = ExportedDetector(network, facts["padding"], rules)
+            return Detector(exported, facts["class_names"], **place, **background)
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(

@@ -1,6 +1,6 @@
 """Where a network computes: a PyTorch module on a device, or an exported file in its runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,17 @@ class ExportedNetwork:
 
 
 class ExportedDetector:
-    """A detector in a file, for one image of a fixed size: a list of images [3, H, W] in 0..1 to a list of dicts.
+    """A detector in a file, for images of a fixed size: a list of images [3, H, W] in 0..1 to a list of dicts.
 
     An image is resized so that it fits, its ratio kept, and lies in the upper left corner; the rest has the color
-    `padding`. Boxes and masks are those of the image as given.
+    `padding`. Boxes and masks are those of the image as given. panoptic: the arguments things, min_score and
+    min_overlap of `panoptic`, if a file with the logits of queries is to give segments that do not overlap.
     """
 
-    def __init__(self, network: ExportedNetwork, padding: Sequence[float]):
+    def __init__(self, network: ExportedNetwork, padding: Sequence[float], panoptic: Mapping[str, Any] | None = None):
         if network.size is None:
             raise UserError(f"{network.path} has an open size; a detector is exported with a fixed one")
-        self.network, self.size, self.device = network, network.size, network.device
+        self.network, self.size, self.device, self.panoptic = network, network.size, network.device, panoptic
         self.padding = torch.tensor(padding)[:, None, None]
 
     def __call__(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -111,9 +112,25 @@ class ExportedDetector:
         found = self.network.run(canvas[None])
         if not isinstance(found, dict):
             raise UserError(f"{self.network.path} has one output; those of a detector are boxes, labels and scores")
+        if "classes" in found:
+            return self._masks(found, (height, width), sides)
+        if found["boxes"].dim() == 3:  # a detector with queries, whose tensors have an axis for the batch
+            found = {name: tensor[0] for name, tensor in found.items()}
         ratio = torch.tensor([sides[1] / width, sides[0] / height]).repeat(2)
         limits = torch.tensor([sides[1], sides[0]]).repeat(2)
         placed = {**found, "boxes": (found["boxes"] * ratio).clamp_min(0).minimum(limits)}
         if "masks" in found:
             placed["masks"] = resize(found["masks"][..., :height, :width], list(sides), antialias=True)
         return placed
+
+    def _masks(self, found: Mapping[str, Tensor], size: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
+        """The objects of an image from the logits of its queries. size: of the image in the file's input."""
+        from ..train.heads.mask_classifier import MaskOutputs
+        from ..train.heads.mask_inference import instances, panoptic
+        from ..train.tasks.detect.queries import DETECTIONS
+
+        outputs = MaskOutputs([found["classes"]], [found["masks"]])
+        places = {"canvas": [-(-side // 32) * 32 for side in self.size], "size": size, "wanted": sides}
+        if self.panoptic is not None:
+            return panoptic(outputs, 0, **places, **self.panoptic)
+        return instances(outputs, 0, **places, count=DETECTIONS)

@@ -213,7 +213,8 @@ class Detector:
     """`network`: a list of images [3, H, W] in 0..1 to a list of dicts with boxes, labels, scores and maybe masks.
 
     size: side to which it resizes the short side of an image. padding: color, in 0..1, of pixels that are added to an
-    image so that it has a fixed size. background: see `Classifier`.
+    image so that it has a fixed size. panoptic: how queries become segments, see `ExportedDetector`. background: see
+    `Classifier`.
     """
 
     task = "detect"
@@ -225,9 +226,11 @@ class Detector:
         *,
         size: int,
         padding: Sequence[float],
+        panoptic: Mapping[str, Any] | None = None,
         background: Color = RGB.background,
     ):
         self.network, self.classes, self.size, self.padding = network, list(classes), size, list(padding)
+        self.panoptic = panoptic
         self.pixel_format = PixelFormat(background=background)
 
     def metadata(self) -> dict[str, Any]:
@@ -237,6 +240,7 @@ class Detector:
             "class_names": self.classes,
             "size": self.size,
             "padding": self.padding,
+            **({} if self.panoptic is None else {"panoptic": dict(self.panoptic)}),
             "background": list(self.pixel_format.background),
         }
 

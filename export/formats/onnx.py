@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +17,38 @@ def write(recording: Recording, path: Path) -> None:
     if isinstance(recording.model, OneImageDetector):
         _write_traced(recording, path)
         return
+    program = _recorded(recording, optimize=True)
+    if not _complete(program.model):
+        # onnxscript's optimizer removed a node that another one reads, as it does in Deformable DETR
+        program = _recorded(recording, optimize=False)
+    program.model.metadata_props[METADATA_KEY] = recording.metadata
+    weights = sum(tensor.nbytes for tensor in recording.model.state_dict().values())
+    program.save(path, external_data=weights > _MOST_BYTES)
+
+
+def _recorded(recording: Recording, *, optimize: bool) -> Any:
+    """The program of torch's exporter."""
     open_axes = dict.fromkeys(recording.open_axes, torch.export.Dim.DYNAMIC)
     with torch.no_grad():
-        program = torch.onnx.export(
+        return torch.onnx.export(
             recording.model,
             (recording.example,),
             dynamo=True,
             dynamic_shapes=(open_axes,) if open_axes else None,
             input_names=["images"],
             verbose=False,
+            optimize=optimize,
         )
-    assert program is not None
-    program.model.metadata_props[METADATA_KEY] = recording.metadata
-    weights = sum(tensor.nbytes for tensor in recording.model.state_dict().values())
-    program.save(path, external_data=weights > _MOST_BYTES)
+
+
+def _complete(model: Any) -> bool:
+    """Whether every value that a node of the graph reads comes from another node, an input or a weight."""
+    known = {*model.graph.inputs, *model.graph.initializers.values(), None}
+    for node in model.graph:
+        if not known.issuperset(node.inputs):
+            return False
+        known.update(node.outputs)
+    return True
 
 
 def _write_traced(recording: Recording, path: Path) -> None:

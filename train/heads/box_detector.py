@@ -6,14 +6,19 @@ backbone is no part of the library's model, which would draw its weights anew an
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from ...kernels.recording import exporting
 from ..errors import UserError, one_line
 from .library import library, quiet
 
@@ -76,7 +81,8 @@ class BoxDetector(nn.Module):
         images: [B, 3, H, W], normalized; pixel_mask: [B, H, W], 1 on images and 0 on padding.
         """
         self.check_places(images)
-        found = self.library(pixel_values=images, pixel_mask=pixel_mask)
+        with recordable(self.library) if exporting() else nullcontext():
+            found = self.library(pixel_values=images, pixel_mask=pixel_mask)
         return found.logits.float(), found.pred_boxes.float()
 
     def losses(self, images: Tensor, pixel_mask: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -113,6 +119,25 @@ class BoxDetector(nn.Module):
         """Names of the embeddings of queries, of levels and of denoising classes."""
         names = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
         return names | {name for name, _ in self.named_parameters() if name.endswith("level_embed")}
+
+
+@contextmanager
+def recordable(model: nn.Module) -> Iterator[None]:
+    """While a graph is recorded: the library's code without what runtimes do not have, or what fixes the batch.
+
+    Its checks of sizes become operations that no runtime has, and `len` of a tensor is a number for the recorder.
+    """
+    modeling: Any = sys.modules[type(model).__module__]
+    with (
+        patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),
+        patch.object(modeling, "len", length, create=True),
+    ):
+        yield
+
+
+def length(x: Any) -> int:
+    """`len`, but of a tensor the size of its first axis, which may be open."""
+    return x.shape[0] if isinstance(x, Tensor) else len(x)
 
 
 def is_box_arithmetic(name: str) -> bool:

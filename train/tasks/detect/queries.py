@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -50,6 +51,22 @@ class QueryDetector(nn.Module):
         sizes = [tuple(image.shape[-2:]) for image in images]
         return self.predictions(batch.tensors, batch.image_sizes, sizes)
 
+    def batched(self, images: Tensor) -> dict[str, Tensor]:
+        """Images [B, 3, H, W] in 0..1, which are not resized, to tensors of a fixed shape: what an export computes.
+
+        Boxes [B, N, 4] in pixels, labels and scores [B, N]; of Mask2Former the logits `classes` [B, Q, classes + 1] and
+        `masks` [B, Q, h, w] at a quarter of the size of the padded image.
+        """
+        transform: Any = self.transform
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
+        height, width = images.shape[-2:]
+        padded = F.pad((images - mean) / std, (0, -width % 32, 0, -height % 32))
+        return self.fixed_predictions(padded, height, width)
+
+    def fixed_predictions(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        """images: [B, 3, H, W], normalized and padded; height, width: without padding. See `batched`."""
+        raise NotImplementedError
+
     def losses(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
@@ -90,18 +107,22 @@ class BoxQueries(QueryDetector):
     def predictions(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, ...]]
     ) -> list[dict[str, Tensor]]:
-        logits, boxes = self.head(images, pixel_mask(images, sizes))
-        classes = logits.shape[-1]
-        scores, order = logits.sigmoid().flatten(1).topk(min(DETECTIONS, logits[0].numel()))
+        boxes, labels, scores = best_queries(*self.head(images, pixel_mask(images, sizes)))
         found = []
         for number, (size, to) in enumerate(zip(sizes, wanted, strict=True)):
-            queries, labels = order[number] // classes, order[number] % classes
             # from shares of the padded image to pixels of the given one
             factors = [images.shape[side] * to[side - 2] / size[side - 2] for side in (3, 2)]
-            corners = box_convert(boxes[number, queries], "cxcywh", "xyxy") * boxes.new_tensor(factors * 2)
+            corners = boxes[number] * boxes.new_tensor(factors * 2)
             corners = corners.clamp(min=0).minimum(corners.new_tensor([to[1], to[0]] * 2))
-            found.append({"boxes": corners, "labels": labels, "scores": scores[number]})
+            found.append({"boxes": corners, "labels": labels[number], "scores": scores[number]})
         return found
+
+    def fixed_predictions(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        whole = images.shape[-2:]
+        mask = F.pad(torch.ones_like(images[:, 0, :height, :width]), (0, whole[1] - width, 0, whole[0] - height))
+        boxes, labels, scores = best_queries(*self.head(images, mask))
+        corners = (boxes * boxes.new_tensor([whole[1], whole[0]] * 2)).clamp(min=0)
+        return {"boxes": corners.minimum(corners.new_tensor([width, height] * 2)), "labels": labels, "scores": scores}
 
 
 class MaskQueries(QueryDetector):
@@ -130,6 +151,21 @@ class MaskQueries(QueryDetector):
             instances(outputs, number, canvas=images.shape[-2:], size=size, wanted=to, count=DETECTIONS)
             for number, (size, to) in enumerate(zip(sizes, wanted, strict=True))
         ]
+
+    def fixed_predictions(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        outputs = self.head(self.backbone(images))
+        return {"classes": outputs.classes[-1], "masks": outputs.masks[-1]}
+
+
+def best_queries(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pairs of a query and a class: boxes [B, N, 4] as corners, labels and scores [B, N], the best first.
+
+    logits: [B, Q, classes]; boxes: [B, Q, 4] as center, width and height.
+    """
+    queries, classes = logits.shape[1:]
+    scores, order = logits.sigmoid().flatten(1).topk(min(DETECTIONS, queries * classes))
+    chosen = boxes.gather(1, (order // classes)[..., None].expand(-1, -1, 4))
+    return box_convert(chosen, "cxcywh", "xyxy"), order % classes, scores
 
 
 def pixel_mask(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
