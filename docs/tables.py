@@ -1,11 +1,13 @@
-"""Write the generated tables of README.md and docs/models.md; with --check only compare them with the files.
+"""Write the generated tables of README.md, docs/models.md and docs/heads.md.
 
-    python docs/tables.py [--check]
+    python docs/tables.py [--check]    --check: only compare them with the files
 
-The data come from the registry (parameters and multiply-adds are counted on the meta device) and from the manifest of
-published weights. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+The data come from the registry (parameters and multiply-adds are counted on the meta device), from the manifest of
+published weights, and from the results of benchmarks/dense.py. A table stands between `<!-- table: NAME -->` and
+`<!-- end -->`.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,7 +21,11 @@ from tessel.checkpoints import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = "its authors published none"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "heads.md")
+HEADS = {
+    "fpn": "FPNHead", "freqfusion": "FPNHead on FreqFusion", "pem": "PEM", "mask2former": "Mask2Former", "fcos": "FCOS",
+    "rtdetrv2": "RT-DETRv2", "d_fine": "D-FINE", "deformable_detr": "Deformable DETR",
+}  # fmt: skip
 
 
 def cost(name: str) -> tuple[float, float, int]:
@@ -73,7 +79,28 @@ def _begin(name: str) -> str:
     return f"| `{name}` | {parameters:.2f} | {macs:.2f} | {size} |"
 
 
-TABLES = {"families": families, "models": models}
+def heads() -> str:
+    """One line per head and backbone of benchmarks/results/heads_cpu.json: its cost in inference and training."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())["rows"]
+    passes = {(row["task"], row["model"], row["pass"]): row for row in rows}
+    head = "| head | backbone | pixels | parameters (M) | GMACs | seconds for an image, inference | training |"
+    lines = [f"{head} peak MiB, inference | training | share of matching and losses |", "|---" * 10 + "|"]
+    for task, title in HEADS.items():
+        for name in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
+            used, trained = (passes[task, name, kind] for kind in ("inference", "training"))
+            seconds, peaks = (
+                " | ".join(f"{value(row):.{digits}f}" for row in (used, trained))
+                for value, digits in ((lambda row: 1 / row["images_per_second"], 1), (lambda row: row["peak_mib"], 0))
+            )
+            share = trained["loss_share"]
+            lines.append(
+                f"| {title} | `{name}` | {used['height']} x {used['width']} | {used['parameters']:.1f} | "
+                f"{used['gmacs']:.1f} | {seconds} | {peaks} | {'' if share is None else f'{share:.1%}'} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = {"families": families, "models": models, "heads": heads}
 
 
 if __name__ == "__main__":

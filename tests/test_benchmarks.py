@@ -435,6 +435,20 @@ def test_dense_dry_run(script, tmp_path):
     assert added[:6] == rows[2:] and [row["model"] for row in added[6:]] == ["cswin_atto", "convnext_atto"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mask2former", "pem", "freqfusion", "rtdetrv2", "d_fine", "deformable_detr", "fcos"])
+def test_dense_heads_dry_run(task, script, tmp_path):
+    pytest.importorskip("mmseg")
+    dry = ("--dry-run", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path / "heads"), "--clock", "cpu")
+    model = ("--models", "convnext_atto", "--peers", "convnext_atto")
+    script("dense.py", *dry, "--heads", "--tasks", task, "--batch", "2", *model)
+    found = json.loads((tmp_path / "heads.json").read_text())
+    used, trained = found["rows"]
+    assert found["clock"] == "cpu" and (used["pass"], trained["pass"]) == ("inference", "training")
+    assert used["loss_share"] is None and used["gmacs"] > 0 and trained["peak_mib"] > 50
+    assert trained["loss_share"] is None if task in ("freqfusion", "fcos") else 0 < trained["loss_share"] < 1
+
+
 def test_peak_is_the_highest_level_within_the_run(benchmark, monkeypatch):
     measurement = benchmark("measurement")
     level, seen = 40, threading.Event()

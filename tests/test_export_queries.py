@@ -6,9 +6,7 @@ Every cell of the table of heads in docs/export.md is tested here.
 import pytest
 import recipe_runner
 import torch
-from click.testing import CliRunner
 
-from tessel.cli.export import export as export_command
 from tessel.export import BatchDetector, export, formats, load
 from tessel.export.detectors import detections_difference
 from tessel.predict.networks import ExportedDetector, ExportedNetwork
@@ -84,28 +82,34 @@ def test_detections_of_a_batch_are_compared_by_image():
     assert detections_difference(moved, one) > 0.1
 
 
-# format, open axes, and whether CI runs it; the others are run by hand
+# head, format and open axes of each cell; the first ones run in CI, the others by hand
 DETECTORS = [
-    ("mask2former", "torch-export", ("batch",)),
     ("rtdetrv2", "torch-export", ("batch",)),
-    ("d_fine", "torch-export", ("batch",)),
+    ("deformable_detr", "onnx", ()),
     ("deformable_detr", "torch-export", ("batch",)),
     ("mask2former", "onnx", ()),
     ("rtdetrv2", "onnx", ()),
     ("d_fine", "onnx", ()),
+    ("mask2former", "openvino", ()),
+    ("rtdetrv2", "openvino", ()),
 ]
 SEGMENTERS = [
     ("Mask2Former", "torch-export", ("batch",)),
+    ("PEM", "torch-export", ("batch", "size")),
     ("Mask2Former", "onnx", ()),
     ("Mask2Former", "onnx", ("batch",)),
-    ("PEM", "torch-export", ("batch", "size")),
+    ("Mask2Former", "openvino", ()),
     ("PEM", "onnx", ("batch",)),
     ("PEM", "onnx", ("batch", "size")),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "format", "dynamic"), DETECTORS)
+def marked(cells):
+    """Two of the cells run in CI."""
+    return [pytest.param(*cell, marks=pytest.mark.slow if i < 2 else pytest.mark.large) for i, cell in enumerate(cells)]
+
+
+@pytest.mark.parametrize(("kind", "format", "dynamic"), marked(DETECTORS))
 def test_detectors_with_queries_export(kind, format, dynamic, tmp_path):
     if missing := formats()[format].missing():
         pytest.skip(f"needs {', '.join(missing)}")
@@ -118,8 +122,7 @@ def test_detectors_with_queries_export(kind, format, dynamic, tmp_path):
         export(model, tmp_path / "model", format, example=example, dynamic=("size",))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("head", "format", "dynamic"), SEGMENTERS)
+@pytest.mark.parametrize(("head", "format", "dynamic"), marked(SEGMENTERS))
 def test_segmenters_by_mask_classification_export(head, format, dynamic, tmp_path):
     if missing := formats()[format].missing():
         pytest.skip(f"needs {', '.join(missing)}")
