@@ -54,7 +54,7 @@ class QueryDetector(nn.Module):
     def batched(self, images: Tensor) -> dict[str, Tensor]:
         """Images [B, 3, H, W] in 0..1, which are not resized, to tensors of a fixed shape: what an export computes.
 
-        Boxes [B, N, 4] in pixels, labels and scores [B, N]; of Mask2Former the logits `classes` [B, Q, classes + 1] and
+        Boxes [B, N, 4] in pixels, labels and scores [B, N]; of Mask2Former and PEM the logits `classes` [B, Q, classes + 1] and
         `masks` [B, Q, h, w] at a quarter of the size of the padded image.
         """
         transform: Any = self.transform
