@@ -54,8 +54,8 @@ class QueryDetector(nn.Module):
     def batched(self, images: Tensor) -> dict[str, Tensor]:
         """Images [B, 3, H, W] in 0..1, which are not resized, to tensors of a fixed shape: what an export computes.
 
-        Boxes [B, N, 4] in pixels, labels and scores [B, N]; of Mask2Former and PEM the logits `classes` [B, Q, classes + 1] and
-        `masks` [B, Q, h, w] at a quarter of the size of the padded image.
+        Boxes [B, N, 4] in pixels, labels and scores [B, N]; of Mask2Former and PEM the logits `classes`
+        [B, Q, classes + 1] and `masks` [B, Q, h, w] at a quarter of the size of the padded image.
         """
         transform: Any = self.transform
         mean, std = (images.new_tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
