@@ -2,6 +2,7 @@
 
     python benchmarks/dense.py                                     one model of each family beside Swin-T and ConvNeXt-T
     python benchmarks/dense.py --heads                             heads below one model, Swin-T and ConvNeXt-T
+    python benchmarks/dense.py --heads --count                     their parameters and multiply-adds only
     python benchmarks/dense.py --models cswin_tiny --tasks upernet --passes inference
     python benchmarks/dense.py --device cuda --batch 2             bfloat16
     python benchmarks/dense.py --dry-run                           tiny models and images, in seconds
@@ -174,30 +175,35 @@ def compare(case: Case, names: list[str], peers: list[str], *, train: bool, args
     times = side_by_side({name: one.run for name, one in prepared.items()}, seconds=args.seconds, **timing)
     losses = {name: alone for name, one in prepared.items() if train and (alone := loss_alone(one))}
     loss_times = side_by_side(losses, seconds=args.seconds, **timing) if losses else {}
-    rows = []
-    for name in everyone:
-        parameters, gmacs = cost(case, name)
-        values = (
-            case.task, name, round(parameters, 2), round(gmacs, 3), case.height, case.width, batch,
-            PASSES[train], round(batch / statistics.median(times[name]), 4),
-            round(ratio(times, name, peers[0]), 3), round(peaks[name], 1),
-            round(statistics.median(loss_times[name]) / statistics.median(times[name]), 4) if losses else None,
-        )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    rows = counted(case, everyone)
+    for name, row in zip(everyone, rows, strict=True):
+        median = statistics.median(times[name])
+        share = round(statistics.median(loss_times[name]) / median, 4) if losses else None
+        row |= {"batch": batch, "pass": PASSES[train], "images_per_second": round(batch / median, 4)}
+        row |= {"ratio": round(ratio(times, name, peers[0]), 3), "peak_mib": round(peaks[name], 1), "loss_share": share}
     return rows
+
+
+def counted(case: Case, names: list[str]) -> list[dict]:
+    """A row for each model with its parameters and multiply-adds, and without what has to be timed."""
+    rows = []
+    for name in tqdm(names, f"count, {case.task}", disable=None):
+        parameters, gmacs = cost(case, name)
+        row = {"task": case.task, "model": name, "parameters": round(parameters, 2), "gmacs": round(gmacs, 3)}
+        rows.append(dict.fromkeys(COLUMNS) | row | {"height": case.height, "width": case.width, "pass": "count"})
+    return rows
+
+
+FORMS: dict[str, Callable[[float], str]] = {"loss_share": "{:.1%}".format, "ratio": "{:.2f}".format}
 
 
 def table(rows: list[dict], peer: str) -> str:
     head = ("task", "model", "M parameters", "GMACs", "size", "batch", "pass", "images/s", f"speed of {peer} = 1")
     lines = ["| " + " | ".join((*head, "peak MiB", "share of the loss")) + " |", "|" + "---|" * (len(head) + 2)]
     for row in rows:
-        share = row["loss_share"]
-        values = {
-            **row,
-            "loss_share": "" if share is None else f"{share:.1%}",
-            "height": f"{row['height']}x{row['width']}",
-            "ratio": f"{row['ratio']:.2f}",
-        }
+        values = {key: "" if value is None else value for key, value in row.items()}
+        values["height"] = f"{row['height']}x{row['width']}"
+        values |= {key: form(row[key]) for key, form in FORMS.items() if row[key] is not None}
         lines.append("| " + " | ".join(str(values[c]) for c in COLUMNS if c != "width") + " |")
     return "\n".join(lines) + "\n"
 
@@ -212,9 +218,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="+", choices=CASES, help="default: upernet, mask_rcnn; with --heads all others"
     )
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, help="default 1, with --heads 2")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--count", action="store_true", help="parameters and multiply-adds only")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each model and pass (default 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is measured (default wall)")
     parser.add_argument("--rounds", type=int, default=3, help="minimum number of rounds after the warm-up (default 3)")
@@ -223,6 +230,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.batch = args.batch or (2 if args.heads else 1)
+    args.passes = ["count"] if args.count else args.passes
     args.tasks = args.tasks or (list(HEADS) if args.heads else ["upernet", "mask_rcnn"])
     if args.clock == "cpu" and args.device != "cpu":
         parser.error("--clock cpu measures the time of the CPU; leave it out for another device")
@@ -245,14 +254,17 @@ def main() -> None:
     out = args.out or RESULTS / (f"{kind}_dry_run" if args.dry_run else f"{kind}_{args.device}")
     measured = {(case.task, direction) for case in cases for direction in args.passes}
     rows = json.loads(out.with_suffix(".json").read_text())["rows"] if args.add else []
-    rows = [{"loss_share": None, **row} for row in rows]
+    rows = [dict.fromkeys(COLUMNS) | row for row in rows]
     rows = [row for row in rows if (row["task"], row["pass"]) not in measured]
     where |= {"clock": args.clock}
     heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, clock: {args.clock}\n\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for direction in args.passes:
-            rows += compare(case, args.models, args.peers, train=direction == "training", args=args)
+            if args.count:
+                rows += counted(case, list(dict.fromkeys([*args.models, *args.peers])))
+            else:
+                rows += compare(case, args.models, args.peers, train=direction == "training", args=args)
             # written after each case, since a later one may run out of memory
             out.with_suffix(".json").write_text(
                 json.dumps({**where, "dry_run": args.dry_run, "rows": rows}, indent=1) + "\n"

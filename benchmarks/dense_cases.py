@@ -61,8 +61,8 @@ def detector(
 ) -> Any:
     """kwargs: task.detect.kwargs of a recipe."""
     arguments, norms = options(name, height, width)
-    if "img_size" in arguments and kind != "mask_rcnn":
-        arguments = {"img_size": (height, width)}
+    if kind != "mask_rcnn":  # the others read three maps
+        norms = norms and norms[1:]
     detect = DetectOptions(detector=kind, max_size=width, channels=channels, kwargs=kwargs)
     model = Model(name=name, kwargs=arguments)
     return build_detector(model, detect, dense=Dense(norms=norms), size=height, classes=classes)

@@ -83,20 +83,19 @@ def heads() -> str:
     """One line per head and backbone of benchmarks/results/heads_cpu.json: its cost in inference and training."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())["rows"]
     passes = {(row["task"], row["model"], row["pass"]): row for row in rows}
-    head = "| head | backbone | pixels | parameters (M) | GMACs | seconds for an image, inference | training |"
-    lines = [f"{head} peak MiB, inference | training | share of matching and losses |", "|---" * 10 + "|"]
-    for task, title in HEADS.items():
-        for name in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
-            used, trained = (passes[task, name, kind] for kind in ("inference", "training"))
-            seconds, peaks = (
-                " | ".join(f"{value(row):.{digits}f}" for row in (used, trained))
-                for value, digits in ((lambda row: 1 / row["images_per_second"], 1), (lambda row: row["peak_mib"], 0))
-            )
-            share = trained["loss_share"]
-            lines.append(
-                f"| {title} | `{name}` | {used['height']} x {used['width']} | {used['parameters']:.1f} | "
-                f"{used['gmacs']:.1f} | {seconds} | {peaks} | {'' if share is None else f'{share:.1%}'} |"
-            )
+    lines = [
+        "| head | backbone | pixels | parameters (M) | GMACs | seconds per image, inference | training | "
+        "peak MiB, inference | training | share of matching and losses |",
+        "|---" * 10 + "|",
+    ]
+    for task, model in dict.fromkeys((row["task"], row["model"]) for row in rows):
+        found = [passes.get((task, model, kind)) for kind in ("inference", "training")]
+        row = next(row for row in (*found, passes.get((task, model, "count"))) if row)
+        seconds = [f"{1 / row['images_per_second']:.1f}" if row else "-" for row in found]
+        peaks = [f"{row['peak_mib']:.0f}" if row else "-" for row in found]
+        share = f"{found[1]['loss_share']:.1%}" if found[1] and found[1]["loss_share"] is not None else "-"
+        facts = (f"{row['height']} x {row['width']}", f"{row['parameters']:.1f}", f"{row['gmacs']:.1f}")
+        lines.append("| " + " | ".join((HEADS[task], f"`{model}`", *facts, *seconds, *peaks, share)) + " |")
     return "\n".join(lines)
 
 

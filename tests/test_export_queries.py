@@ -3,16 +3,22 @@
 Every cell of the table of heads in docs/export.md is tested here.
 """
 
+import json
+
+import numpy as np
 import pytest
 import recipe_runner
 import torch
+from PIL import Image
 
+from tessel.cli.application import main
 from tessel.export import BatchDetector, export, formats, load
 from tessel.export.detectors import detections_difference
 from tessel.predict.networks import ExportedDetector, ExportedNetwork
 from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.export import export_model
 from tessel.train.tasks.panoptic.model import build as build_panoptic
 from tessel.train.tasks.panoptic.options import PanopticOptions
 from tessel.train.tasks.segment.model import build_segmenter
@@ -82,16 +88,50 @@ def test_detections_of_a_batch_are_compared_by_image():
     assert detections_difference(moved, one) > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detect", "panoptic"])
+def test_commands_export_a_run_and_predict_with_the_file(task, tmp_path, capsys):
+    kind = "mask2former" if task == "panoptic" else "rtdetrv2"
+    facts = {"size": 64, "classes": CLASSES, "background": [0, 0, 0]}
+    sections = {"dense": Dense(), "detect": options(kind)}
+    if task == "panoptic":
+        facts["things"] = [True, True, False, False, False]
+        sections["options"] = PanopticOptions(min_score=0.0, min_overlap=0.0)
+    run, file = tmp_path / "run", tmp_path / "model.pt2"
+    state = detector(kind, "s2aformer_atto").state_dict()
+    export_model(run, state, task=task, model=Model(name="s2aformer_atto"), sections=sections, **facts)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "image.png")
+    assert main(["export", str(run), "--format", "torch-export", "--out", str(file)]) == 0
+    assert "torch-export, float32" in capsys.readouterr().out
+    results = []
+    for model in (file, run):
+        argv = [str(model), str(tmp_path / "image.png"), "--json", "--min-score", "0", "--device", "cpu"]
+        assert main(["predict", *argv]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    found, wanted = (one["objects"] for one in results)
+    assert [one["label"] for one in found] == [one["label"] for one in wanted] and found
+    for one, other in zip(found, wanted, strict=True):
+        assert one["box"] == pytest.approx(other["box"], abs=0.01) and one.get("mask") == other.get("mask")
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
 # head, format and open axes of each cell; the first ones run in CI, the others by hand
 DETECTORS = [
     ("rtdetrv2", "torch-export", ("batch",)),
     ("deformable_detr", "onnx", ()),
     ("deformable_detr", "torch-export", ("batch",)),
+    ("mask2former", "torch-export", ("batch",)),
+    ("d_fine", "torch-export", ("batch",)),
     ("mask2former", "onnx", ()),
+    ("mask2former", "onnx", ("batch",)),
+    ("d_fine", "onnx", ("batch",)),
+    ("deformable_detr", "openvino", ()),
     ("rtdetrv2", "onnx", ()),
+    ("rtdetrv2", "onnx", ("batch",)),
     ("d_fine", "onnx", ()),
     ("mask2former", "openvino", ()),
     ("rtdetrv2", "openvino", ()),
+    ("d_fine", "openvino", ()),
 ]
 SEGMENTERS = [
     ("Mask2Former", "torch-export", ("batch",)),
@@ -99,6 +139,7 @@ SEGMENTERS = [
     ("Mask2Former", "onnx", ()),
     ("Mask2Former", "onnx", ("batch",)),
     ("Mask2Former", "openvino", ()),
+    ("PEM", "openvino", ()),
     ("PEM", "onnx", ("batch",)),
     ("PEM", "onnx", ("batch", "size")),
 ]
