@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 
-SCENES := demo-segment demo-detect
+SCENES := demo-segment demo-detect demo-panoptic
 
 # the recipes that `make recipes` runs; patterns with spaces between
 RECIPES ?= *
@@ -30,7 +30,9 @@ help:
 	@echo "                     again: continues; FRESH=1 starts from scratch and renames the old run; SEED=1"
 	@echo "make demo-segment    transfer it to the segmentation of scenes of digits; FRESH=1 as above"
 	@echo "make demo-detect     transfer it to finding digits in scenes; FRESH=1 as above"
-	@echo "make demo-segment-scratch, demo-detect-scratch    the same from random weights, beside the former in one report"
+	@echo "make demo-panoptic   transfer it to both at once: a mask for each digit, and one for the background; FRESH=1 as above"
+	@echo "make demo-segment-scratch, demo-detect-scratch, demo-panoptic-scratch    the same from random weights, beside the"
+	@echo "                     former in one report"
 	@echo "make test            the test suite; make test-slow runs what takes longer"
 	@echo "make gpu             everything that wants a GPU, within 25 minutes: checks, verdict on the kernels, benchmarks"
 	@echo "make soak            kill and fuzz the trainer for MINUTES=10, with new seeds that are printed"

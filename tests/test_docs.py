@@ -61,7 +61,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 @pages
 def test_commands_exist(page):
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    scenes = {"demo-segment", "demo-detect"}
+    scenes = {"demo-segment", "demo-detect", "demo-panoptic"}
     targets |= scenes | {f"{name}-scratch" for name in scenes}
     for line in "\n".join(blocks(page, "sh")).splitlines():
         words = shlex.split(line, comments=True)
