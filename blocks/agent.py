@@ -40,6 +40,13 @@ class AgentBias(nn.Module):
         for parameter in self.parameters():
             trunc_normal_(parameter, std=0.02)
 
+    def resized_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Rows or columns of another `trained_size`, resized linearly to ours, as the published fine-tuning does."""
+        own = getattr(self, name)
+        if name not in ("rows", "columns") or weight.shape[:-1] != own.shape[:-1]:
+            return weight
+        return F.interpolate(weight, own.shape[-1], mode="linear")
+
     def forward(self, size: Grid, agents: Grid) -> Tensor:
         """The bias for a map of `size` and agents on a grid of `agents`."""
         table, rows, columns = (self._by_agents(t, agents) for t in (self.table, self.rows, self.columns))

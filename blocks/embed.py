@@ -1,6 +1,7 @@
 """Strided convolutions, for stems and for downsampling between stages; learned position embeddings."""
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -93,3 +94,12 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         on_map = self.table.unflatten(1, (self.trained_size, self.trained_size)).permute(0, 3, 1, 2)
         return x + F.interpolate(on_map, x.shape[2:], mode=self.mode)
+
+    def resized_weight(self, name: str, weight: Tensor) -> Tensor:
+        """The table of another `trained_size`, resized bicubically to ours, as the published fine-tuning does."""
+        side = isqrt(weight.shape[1]) if weight.ndim == 3 else 0
+        if side**2 != weight.shape[1] or weight.shape[::2] != self.table.shape[::2]:
+            return weight
+        on_map = weight.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        size = (self.trained_size, self.trained_size)
+        return F.interpolate(on_map, size, mode="bicubic").flatten(2).transpose(1, 2)

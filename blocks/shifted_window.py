@@ -1,6 +1,9 @@
 """Shifted window attention (Swin): attention within windows, with a learned bias for each relative position."""
 
+from math import isqrt
+
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
@@ -56,6 +59,15 @@ class ShiftedWindow(nn.Module):
 
     def reset_parameters(self) -> None:
         trunc_normal_(self.bias_table, std=0.02)
+
+    def resized_weight(self, name: str, weight: Tensor) -> Tensor:
+        """The bias table of another window, resized bicubically to ours, as the published fine-tuning does."""
+        side = isqrt(weight.shape[0])
+        if name != "bias_table" or side**2 != weight.shape[0] or weight.shape[1:] != self.bias_table.shape[1:]:
+            return weight
+        on_map = weight.t().unflatten(1, (side, side))[None]
+        size = (2 * self.window - 1, 2 * self.window - 1)
+        return F.interpolate(on_map, size, mode="bicubic")[0].flatten(1).t()
 
     def forward(self, x: Tensor) -> Tensor:
         (batch, dim, height, width), side, heads = x.shape, self.window, self.num_heads

@@ -42,9 +42,11 @@ FACTS = {
     "agent_swin_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.7),
     "agent_swin_small_288": (288, 512, 300, 20, 5e-4, 5e-6, 0.05, 0.3, 5.0, None, 1, 84.1),
     "agent_swin_base": (224, 512, 300, 20, 5e-4, 5e-6, 0.05, 0.5, 5.0, None, 1, 84.0),
+    "agent_swin_base_384": (384, 256, 30, 5, 1e-5, 1e-7, 1e-8, 0.5, 5.0, None, 1, 84.9),
     "agent_cswin_tiny": (224, 1024, 310, 20, 1e-3, 2e-5, 0.05, 0.2, None, 0.99984, 1, 83.1),
     "agent_cswin_small": (224, 1024, 310, 20, 1e-3, 2e-5, 0.05, 0.4, None, 0.99984, 1, 83.9),
     "agent_cswin_base": (224, 512, 310, 20, 5e-4, 1e-5, 0.1, 0.5, None, 0.99992, 1, 84.7),
+    "agent_cswin_base_384": (384, 256, 30, 0, 2.5e-6, 2.5e-7, 1e-8, 0.7, None, 0.9998, 1, 85.8),
     "attnet_xxs": (224, 4096, 300, 5, 4e-3, 1e-6, 0.015, 0.0, None, 0.99995, 3, None),
     "attnet_xs": (224, 4096, 300, 5, 4e-3, 1e-6, 0.025, 0.02, None, 0.99995, 3, None),
     "attnet_s": (224, 4096, 300, 5, 4e-3, 1e-6, 0.025, 0.05, None, 0.99995, 3, None),
@@ -81,9 +83,11 @@ FACTS = {
     "inline_swin_tiny": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.2, 5.0, None, 1, 82.4),
     "inline_swin_small": (224, 1024, 300, 20, 1e-3, 1e-5, 0.05, 0.3, 5.0, None, 1, 83.6),
     "inline_swin_base": (224, 512, 300, 20, 5e-4, 5e-6, 0.05, 0.5, 5.0, None, 1, 84.1),
+    "inline_swin_base_384": (384, 256, 30, 5, 1e-5, 1e-7, 1e-8, 0.5, 5.0, None, 1, None),
     "inline_cswin_tiny": (224, 1024, 310, 20, 1e-3, 2e-5, 0.05, 0.2, None, 0.9999, 1, 83.2),
     "inline_cswin_small": (224, 1024, 310, 20, 1e-3, 2e-5, 0.05, 0.4, None, 0.9999, 1, 83.8),
     "inline_cswin_base": (224, 512, 310, 20, 5e-4, 1e-5, 0.1, 0.5, None, 0.99995, 1, 84.5),
+    "inline_cswin_base_384": (384, 256, 30, 0, 2.5e-6, 2.5e-7, 1e-8, 0.7, None, 0.999975, 1, 85.7),
     "l2vit_tiny": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.1, None, 0.9999, 1, 83.1),
     "l2vit_small": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.2, None, 0.9999, 1, 84.1),
     "l2vit_base": (224, 4096, 300, 20, 4e-3, 1e-6, 0.05, 0.3, None, 0.9999, 1, 84.4),
@@ -168,6 +172,10 @@ FACTS = {
     "van_b6": (224, 1024, 310, 5, 1e-3, 1e-6, 0.05, 0.4, None, None, 1, None),
 }
 FINE_TUNES = {
+    "agent_cswin_base_384": "local-dir:runs/agent_cswin_base/export",
+    "agent_swin_base_384": "local-dir:runs/agent_swin_base/export",
+    "inline_cswin_base_384": "local-dir:runs/inline_cswin_base/export",
+    "inline_swin_base_384": "local-dir:runs/inline_swin_base/export",
     "cswin_base_384": "cswin_base.in1k",
     "cswin_large": "cswin_large.in22k",
     "cswin_large_384": "cswin_large.in22k",
@@ -180,8 +188,6 @@ FINE_TUNES = {
     "transnext_base_384": "transnext_base.in1k",
     "transnext_small_384": "transnext_small.in1k",
 }
-# fine-tuned from weights of another image size, whose position biases would have to be resized
-WITHOUT_RECIPE = {"agent_cswin_base_384", "agent_swin_base_384"}
 # for the slow suite: of each family the first variant with a recipe; variants are listed from small to large
 SMALLEST = {next((name for name in f.variants if name in RECIPES), None) for f in tessel.zoo.list_families()} - {None}
 
@@ -204,7 +210,7 @@ def head(name):
 
 def test_every_published_row_has_its_recipe():
     published = {w.model for w in load_manifest().values() if w.published_top1}
-    assert published - WITHOUT_RECIPE <= set(RECIPES) >= set(FACTS)
+    assert published <= set(RECIPES) >= set(FACTS)
     assert {name for name in RECIPES if loaded(name).model.init_from} >= set(FINE_TUNES)
 
 

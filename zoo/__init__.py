@@ -33,6 +33,7 @@ from ._conversion import from_published, to_published
 from ._cost import Cost, cost_of, model_cost
 from ._family import list_families, list_models
 from ._pretrained import has_weights
+from ._resizing import resized_weights
 from ._swap import swap
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "model_cost",
     "moh",
     "nat",
+    "resized_weights",
     "s2aformer",
     "spectformer",
     "swap",

@@ -9,6 +9,7 @@ from torch import Tensor
 from ._family import configuration, families, make_model
 from ._keymap import KeyMap, KeyRule, MissingKeys, UnknownKeys
 from ._pretrained import check_finite, check_shapes, classifier_keys
+from ._resizing import resized_weights
 from ._swap import specified_mixers
 
 
@@ -72,8 +73,9 @@ def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor]
     """timm's checkpoint filter: convert a checkpoint of `name` to our keys, and check it.
 
     The checkpoint may have published keys, those of another known layout, or ours. With `whole` it must hold every
-    weight, else it may lack the classifier where timm makes a new one. Raises ValueError for unknown and missing keys,
-    other shapes, and values that are not finite.
+    weight, else it may lack the classifier where timm makes a new one. In a model with other arguments than its
+    variant, weights that depend on the size of images or windows are resized. Raises ValueError for unknown and missing
+    keys, other shapes, and values that are not finite.
     """
     classifier = classifier_keys(model.pretrained_cfg)
     published = _key_maps(name, cfg)[0]
@@ -98,6 +100,9 @@ def checkpoint_filter(name: str, cfg: Any, whole: bool, state: dict[str, Tensor]
         needed &= set(model.state_dict()) - (frozenset() if _needs_classifier(model) else classifier)
     if missing := sorted(needed - set(state)):
         raise MissingKeys(f"{name}: the checkpoint lacks {len(missing)} keys: {', '.join(missing[:5])}")
+    if cfg != families[name].variants[name]:
+        # the model was made for another image or window size than that of the weights
+        state = resized_weights(model, state)
     check_shapes(name, state, model)
     check_finite(name, state)
     return state

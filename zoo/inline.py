@@ -183,7 +183,8 @@ def cswin_key_mapping(cfg: InLineCSWinConfig) -> Sequence[KeyRule]:
     return cswin_keys(rules)
 
 
-SHARED = {"first_conv": "stem.conv", "paper_ids": "arXiv:2412.06590"}
+# published with images that are warped to a square
+SHARED = {"first_conv": "stem.conv", "paper_ids": "arXiv:2412.06590", "crop_mode": "squash"}
 
 register(
     Family(

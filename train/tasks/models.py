@@ -165,11 +165,12 @@ def batch_norm_errors(images: int, remedy: str) -> Iterator[None]:
 def load_initial_weights(model: Any, options: Model, size: int) -> None:
     """Load the weights that `model.init_from` names, with the classifier if it has as many classes.
 
-    Raises UserError if they do not fit.
+    Position embeddings and biases of another image or window size are resized. Raises UserError if the weights do not
+    fit.
     """
     source = create_source(options, size, model.num_classes)
     try:
-        model.load_state_dict(source.state_dict())
+        model.load_state_dict(zoo.resized_weights(model, source.state_dict()))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise weights_mismatch(options, reason) from error
