@@ -3,13 +3,18 @@
     python benchmarks/models.py                                    one model of each family (about 25 M parameters)
     python benchmarks/models.py --models cswin_tiny litv2_small --peers swin_tiny_patch4_window7_224 --batch 1,8
     python benchmarks/models.py --variants eager --train           float32 alone, inference and training
+    python benchmarks/models.py --set small --resume               the smallest published model of each family
+    python benchmarks/models.py --set hosts --variants eager       agent and InLine attention beside other mixers
     python benchmarks/models.py --device cuda --batch 64 --train   bfloat16, kernels on and off, eager and compiled
 
 The variants are how a model runs. On the CPU: eager in float32, eager under bfloat16 autocast (bf16), and compiled in
 float32. On a GPU all are in bfloat16. A model and those that it is compared with run alternately in one process, in all
 variants, so that other work on the machine affects all of them. Memory is the peak of a run minus the level before it;
 on the CPU each model has its own process. Results are written to benchmarks/results/models_DEVICE.{json,md,png} or to
-the path given by --out, after every batch size.
+the path given by --out, after every batch size; --resume keeps those of the same version and measures the rest.
+
+The hosts are layouts of agent and InLine attention beside the same layout with full or window attention, at sizes where
+a map has more than 1,000 tokens. --clock cpu measures the CPU time of the process, which other work disturbs less.
 """
 
 import argparse
@@ -38,6 +43,19 @@ TIMM = (
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
+# models with other mixers in the layout of each host, and the image size of the comparison
+HOSTS = {
+    "agent_deit_tiny": (("deit_tiny_patch16_224",), 512),
+    "inline_deit_tiny": (("deit_tiny_patch16_224",), 512),
+    "agent_pvt_tiny": (("pvt_v2_b1",), 224),
+    "inline_pvt_tiny": (("pvt_v2_b1",), 224),
+    "agent_swin_tiny": (("swin_tiny_patch4_window7_224",), 224),
+    "inline_swin_tiny": (("swin_tiny_patch4_window7_224",), 224),
+    "agent_cswin_tiny": (("cswin_tiny",), 224),
+    "inline_cswin_tiny": (("cswin_tiny",), 224),
+}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+COMPILE_SECONDS = 60  # about what compiling a model takes
 COLUMNS = (
     "model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "to_eager", "peak_mib",
 )  # fmt: skip
@@ -58,6 +76,16 @@ def default_models(parameters: float = 25e6) -> list[str]:
         return abs(sum(p.numel() for p in model.parameters()) - parameters)
 
     return [min(family.variants, key=distance) for family in tessel.zoo.list_families()]
+
+
+def small_models() -> list[str]:
+    """Of each family the smallest model that is published; those named atto are for tests."""
+
+    def parameters(name: str) -> int:
+        return sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
+
+    published = ([name for name in f.variants if not name.endswith("_atto")] for f in tessel.zoo.list_families())
+    return [min(names, key=parameters) for names in published]
 
 
 def build(name: str, size: int) -> nn.Module:
@@ -153,10 +181,15 @@ def peak_mib(name: str, size: int, batch: int, setting: Setting) -> float:
     return (peak - before) / 2**20
 
 
-def compare(name: str, others: list[str], size: int, batch: int, settings: list[Setting], seconds: float) -> list[dict]:
+def compare(
+    name: str, others: list[str], size: int, batch: int, settings: list[Setting], args: argparse.Namespace
+) -> list[dict]:
     """Measurements of the model and of each of its peers that accepts images of this size, in all settings."""
+    # otherwise a limit on the number of compiled models is reached, and a second batch size compiles for any
+    torch.compiler.reset()
     runs: dict[str, Callable] = {}
     keys = [(n, s) for s in settings for n in [name, *others] if has_variant(n, s.variant)]
+    keys = [(n, s) for n, s in keys if n == name or s.variant in args.peer_variants]
     for n, setting in keys:
         try:
             runs[f"{n} {setting.name}"] = setting.prepare(n, size, batch)
@@ -164,7 +197,7 @@ def compare(name: str, others: list[str], size: int, batch: int, settings: list[
             if n == name:
                 raise
             print(f"{n} is left out: {type(error).__name__} at {size} px: {error}", file=sys.stderr)
-    times = side_by_side(runs, seconds=seconds, device=settings[0].device)
+    times = side_by_side(runs, seconds=args.seconds, device=settings[0].device, clock=CLOCKS[args.clock])
     del runs
     rows = []
     for n, setting in keys:
@@ -242,7 +275,14 @@ def plot(groups: dict[str, list[dict]], facts: dict, path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="models (default: one of each family)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="models (default: those of --set)")
+    parser.add_argument(
+        "--set",
+        choices=("medium", "small", "hosts"),
+        default="medium",
+        help="of each family the model nearest to 25 M "
+        "parameters (medium, default) or the smallest, or the hosts of agent and InLine attention",
+    )
     parser.add_argument(
         "--peers", nargs="*", metavar="NAME", help="models to compare with (default: timm's nearest in size)"
     )
@@ -252,6 +292,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="also forward and backward")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each model, batch and setting (default 5)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="how to run them (default: all, see above)")
+    parser.add_argument("--peer-variants", nargs="+", metavar="NAME", help="how to run the other models (default: all)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is measured (default wall)")
+    parser.add_argument("--resume", action="store_true", help="keep the results of this version, measure the others")
     parser.add_argument("--budget", type=float, default=float("inf"), help="begin nothing new after so many seconds")
     parser.add_argument("--out", type=Path, help="path of the results without suffix")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
@@ -261,12 +304,36 @@ def parse() -> argparse.Namespace:
     except ValueError:
         parser.error(f"--batch {args.batch} must be whole numbers with commas, as 1,8")
     known = VARIANTS[args.device]
-    if unknown := [variant for variant in args.variants or () if variant not in known]:
-        parser.error(f"--variants {unknown[0]!r} is unknown with --device {args.device}; it has {', '.join(known)}")
+    for option in ("variants", "peer_variants"):
+        if unknown := [variant for variant in getattr(args, option) or () if variant not in known]:
+            flag = f"--{option.replace('_', '-')}"
+            parser.error(f"{flag} {unknown[0]!r} is unknown with --device {args.device}; it has {', '.join(known)}")
+    if args.clock == "cpu" and args.device != "cpu":
+        parser.error("--clock cpu measures the time of the CPU; leave it out for another device")
     args.variants = args.variants or known
-    args.models = args.models or ([] if args.one else default_models())
+    args.peer_variants = args.peer_variants or args.variants
+    sets = {"medium": default_models, "small": small_models, "hosts": lambda: list(HOSTS)}
+    args.models = args.models or ([] if args.one else sets[args.set]())
     check(parser, args)
     return args
+
+
+def previous(where: dict, out: Path) -> dict[str, list[dict]]:
+    """The results at `out` if they were measured by this version on this device, else none."""
+    path = out.with_suffix(".json")
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found["groups"] if all(found.get(key) == value for key, value in where.items()) else {}
+
+
+def estimate(jobs: int, args: argparse.Namespace) -> float:
+    """Seconds that so many comparisons take, by the number of models in each; a rough guide."""
+    peer_count = 2 if args.peers is None else len(args.peers)
+    total = 0.0
+    for variants, models in ((args.variants, 1), (args.peer_variants, peer_count)):
+        for variant in variants:
+            # a model is timed, and started again in a process of its own for its memory
+            total += models * (args.seconds + 10 + 2 * COMPILE_SECONDS * variant.startswith("compiled"))
+    return jobs * total
 
 
 def write(groups: dict[str, list[dict]], where: dict, out: Path) -> None:
@@ -282,17 +349,21 @@ def main() -> None:
         setting = Setting("cpu", args.variants[0], train=args.train)
         print(peak_of(setting.prepare(args.one, args.size, args.batch[0])) / 2**20)
         return
-    groups: dict[str, list[dict]] = {}
-    where, out = facts(args.device), args.out or RESULTS / f"models_{args.device}"
-    jobs = [(n, b, t) for n in args.models for b in args.batch for t in ((False, True) if args.train else (False,))]
-    for name, batch, train in tqdm(jobs, "measuring", disable=None):
+    where, out = {**facts(args.device), "clock": args.clock}, args.out or RESULTS / f"models_{args.device}"
+    groups = previous(where, out) if args.resume else {}
+    done = {(n, row["batch"], row["setting"].split(",")[0]) for n, rows in groups.items() for row in rows}
+    passes = ("inference", "training") if args.train else ("inference",)
+    jobs = [(n, b, p) for n in args.models for b in args.batch for p in passes if (n, b, p) not in done]
+    print(f"{len(jobs)} comparisons, in about {estimate(len(jobs), args) / 60:.0f} minutes", file=sys.stderr)
+    for name, batch, direction in tqdm(jobs, "measuring", disable=None):
         if time.time() - start > args.budget:
             print(f"no time was left for {name} at batch {batch}", file=sys.stderr)
             continue
-        size = args.size or timm.get_pretrained_cfg(name).input_size[-1]
-        others = peers(name, size) if args.peers is None else args.peers
-        settings = [Setting(args.device, variant, train=train) for variant in args.variants]
-        groups.setdefault(name, []).extend(compare(name, others, size, batch, settings, args.seconds))
+        peers_of, size = HOSTS[name] if args.set == "hosts" and name in HOSTS else (None, None)
+        size = args.size or size or timm.get_pretrained_cfg(name).input_size[-1]
+        others = args.peers if args.peers is not None else list(peers_of or peers(name, size))
+        settings = [Setting(args.device, variant, train=direction == "training") for variant in args.variants]
+        groups.setdefault(name, []).extend(compare(name, others, size, batch, settings, args))
         write(groups, where, out)
     plot(groups, where, out.with_suffix(".png"))
     print(table(groups))

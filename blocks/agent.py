@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.sdpa import fused_attention
+from ..kernels.sdpa import attention_to_few, fused_attention
 from ..kernels.tables import Grid
 from .pooling import adaptive_pool
 from .registry import by_stage, heads, token_mixer
@@ -126,7 +126,7 @@ class Agent(nn.Module):
         agents = adaptive_pool(as_map(q[:, first:], size), self.agent_grid).flatten(2).transpose(1, 2)
         q, k, values, agents = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, agents))
         gathered = fused_attention(agents, k, values, self.gather_bias(size, self.agent_grid)[None])
-        y = fused_attention(q, agents, gathered, self.read_bias(size, self.agent_grid).transpose(1, 2)[None])
+        y = attention_to_few(q, agents, gathered, self.read_bias(size, self.agent_grid)[None])
         local = self.local(as_map(v[:, first:], size)).permute(0, 2, 3, 1).flatten(1, 2)
         y = y.transpose(1, 2).flatten(2) + F.pad(local, (0, 0, first, 0))
         return self.proj(y).unflatten(1, shape).permute(0, 3, 1, 2)

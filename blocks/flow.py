@@ -48,15 +48,15 @@ class Flow(nn.Module):
         exact = acc_dtype(q)
         with without_autocast(q):
             q, k, v = q.to(exact).sigmoid(), k.to(exact).sigmoid(), v.to(exact)
-            # eps is added once to each factor; products with one vector are matrix products, which keep no copies
-            sinks, sources = q + self.eps, k + self.eps
-            inverse_in = 1 / self._dot(sinks, k.sum(-2, keepdim=True))  # [B, heads, N, 1]
-            inverse_out = 1 / self._dot(sources, q.sum(-2, keepdim=True))
-            gate = self._dot(sinks, inverse_out.transpose(-2, -1) @ k).sigmoid()
-            outflow = self._dot(sources, inverse_in.transpose(-2, -1) @ q).clamp(-1, 1)
+            inverse_in = 1 / self._dot(q, k.sum(-2, keepdim=True))  # [B, heads, N, 1]
+            inverse_out = 1 / self._dot(k, q.sum(-2, keepdim=True))
+            gate = self._dot(q, inverse_out.transpose(-2, -1) @ k).sigmoid()
+            outflow = self._dot(k, inverse_in.transpose(-2, -1) @ q).clamp(-1, 1)
             weight = outflow.softmax(-2) * k.shape[-2]
             return gate * inverse_in * (q @ (k.transpose(-2, -1) @ (weight * v)))
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """(a, b) of `a: [..., N, d]`, which has eps added, and `b: [..., 1, d]`, as `[..., N, 1]`."""
-        return a @ (b + self.eps).transpose(-2, -1) + self.eps
+        """`(a, b)` of `a: [..., N, d]` and `b: [..., 1, d]`, as `[..., N, 1]`."""
+        b = b + self.eps
+        # (a + eps) b + eps, without a map of a + eps
+        return a @ b.transpose(-2, -1) + (self.eps * b.sum(-1, keepdim=True) + self.eps)

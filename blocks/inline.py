@@ -64,6 +64,6 @@ def injective_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`mean(v) + q (k - mean(k))^T v / (N sqrt(d))` of `q, k, v: [B, heads, N, d]`; sums are in float32 or wider."""
     with without_autocast(k):
         exact, wide = k.to(acc_dtype(k)), v.to(acc_dtype(k))
-        centered = (exact - exact.mean(2, keepdim=True)) * k.shape[3] ** -0.5 / k.shape[2]
-        covariance, mean = centered.transpose(2, 3) @ wide, wide.mean(2, keepdim=True)
+        centered, mean = exact - exact.mean(2, keepdim=True), wide.mean(2, keepdim=True)
+        covariance = centered.transpose(2, 3) @ wide * k.shape[3] ** -0.5 / k.shape[2]
         return mean.to(q.dtype) + q @ covariance.to(q.dtype)

@@ -1,13 +1,17 @@
-"""`F.scaled_dot_product_attention` for batches that are larger than one launch on a GPU allows."""
+"""`F.scaled_dot_product_attention` for batches that are larger than one launch on a GPU allows, and for few keys."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import acc_dtype
 from .recording import exporting
 
 # CUDA limits a grid axis to 65,535 blocks, and the fused kernels put the batch on such an axis
 MAX_BATCH = 65535
+
+# with fewer keys, PyTorch's fused attention on the CPU takes up to seven times as long as two products and a softmax
+FEW_KEYS = 16
 
 
 def fused_attention(
@@ -36,3 +40,22 @@ def fused_attention(
         chunk_bias = bias if bias is None or bias.shape[0] == 1 else bias[chunk]
         outputs.append(F.scaled_dot_product_attention(q[chunk], k[chunk], v[chunk], chunk_bias, scale=scale))
     return torch.cat(outputs)
+
+
+def attention_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`softmax(q k^T / sqrt(D) + bias^T) v` for many queries and a number of keys that is the same for all maps.
+
+    Args:
+        q: `[U, N, L, D]`.
+        k: `[U, N, M, D]`.
+        v: `[U, N, M, E]`.
+        bias: `[1, N, M, L]`, the keys first.
+
+    Returns:
+        `[U, N, L, E]`.
+    """
+    if q.device.type != "cpu" or exporting() or k.shape[2] >= FEW_KEYS:
+        return fused_attention(q, k, v, bias.transpose(2, 3))
+    # with the keys first, every step runs along the queries
+    scores = (k * k.shape[3] ** -0.5) @ q.transpose(2, 3) + bias
+    return scores.softmax(2, dtype=acc_dtype(scores)).to(v.dtype).transpose(2, 3) @ v

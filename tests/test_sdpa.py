@@ -48,3 +48,18 @@ def test_split_batch_gives_the_same_result(biased, batch_sizes):
 def test_every_mixer_splits_its_batch(mixer, batch_sizes):
     mixer(torch.randn(7, 16, 8, 8))
     assert max(batch_sizes) == 5
+
+
+@pytest.mark.parametrize("keys", [1, 9, 16])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_attention_to_few_keys(keys, dtype, tolerance):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (50, keys, keys))
+    bias = torch.randn(1, 3, keys, 50, dtype=dtype, requires_grad=True)
+    found = attention_to_few(q, k, v, bias)
+    expected = ((q.double() @ k.double().mT) * 8**-0.5 + bias.double().mT).softmax(-1) @ v.double()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    found, expected = (torch.autograd.grad(y.double().square().sum(), (q, k, v, bias)) for y in (found, expected))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).double().norm() <= tolerance * theirs.double().norm()
