@@ -56,7 +56,7 @@ def test_attention_to_few_keys(keys, dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (50, keys, keys))
     bias = torch.randn(1, 3, keys, 50, dtype=dtype, requires_grad=True)
-    found = attention_to_few(q, k, v, bias)
+    found = sdpa.attention_to_few(q, k, v, bias)
     expected = ((q.double() @ k.double().mT) * 8**-0.5 + bias.double().mT).softmax(-1) @ v.double()
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
