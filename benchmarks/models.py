@@ -79,13 +79,8 @@ def default_models(parameters: float = 25e6) -> list[str]:
 
 
 def small_models() -> list[str]:
-    """Of each family the smallest model that is published; those named atto are for tests."""
-
-    def parameters(name: str) -> int:
-        return sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
-
-    published = ([name for name in f.variants if not name.endswith("_atto")] for f in tessel.zoo.list_families())
-    return [min(names, key=parameters) for names in published]
+    """Of each family the smallest model that is published: the first, since those named atto are for tests."""
+    return [next(n for n in family.variants if not n.endswith("_atto")) for family in tessel.zoo.list_families()]
 
 
 def build(name: str, size: int) -> nn.Module:

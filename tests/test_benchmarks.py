@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+
+import tessel.zoo
 
 OPERATORS = ("routed", "window", "halo", "aggregated", "neighborhood")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -353,6 +356,29 @@ def test_models_dry_run(script, tmp_path):
     assert convnext["parameters"] == 3.7 and convnext["gmacs"] == pytest.approx(0.55 * (64 / 224) ** 2, abs=0.01)
     assert "| **biformer_atto** |" in (tmp_path / "models.md").read_text()
     assert (tmp_path / "models.png").stat().st_size > 1000
+    script("models.py", "--models", "biformer_atto", "--peers", *small, *variants, "--resume")
+    assert json.loads((tmp_path / "models.json").read_text()) == found, "everything was measured already"
+
+
+def test_models_clock_and_variants_of_the_peers(script, tmp_path):
+    small = ("--size", "64", "--batch", "1", "--seconds", "0", "--out", str(tmp_path / "models"))
+    names = ("--models", "biformer_atto", "--peers", "convnext_atto")
+    script("models.py", *names, *small, "--variants", "eager", "bf16", "--peer-variants", "eager", "--clock", "cpu")
+    found = json.loads((tmp_path / "models.json").read_text())
+    assert found["clock"] == "cpu"
+    assert [(row["model"], row["setting"]) for row in found["groups"]["biformer_atto"]] == [
+        ("biformer_atto", "inference, eager"),
+        ("convnext_atto", "inference, eager"),
+        ("biformer_atto", "inference, bf16"),
+    ]
+
+
+def test_models_of_the_sets_exist(benchmark):
+    models, families = benchmark("models"), tessel.zoo.list_families()
+    small = models.small_models()
+    assert [name in family.variants for name, family in zip(small, families, strict=True)] == [True] * len(families)
+    assert "biformer_tiny" in small and "litv2_small" in small and not any(name.endswith("_atto") for name in small)
+    assert all(timm.is_model(name) for host, (peers, _) in models.HOSTS.items() for name in (host, *peers))
 
 
 def test_models_rejects_unknown_models_and_batch_sizes(script, capsys):
@@ -360,6 +386,7 @@ def test_models_rejects_unknown_models_and_batch_sizes(script, capsys):
         ("--models", "biformer_huge"): "biformer_huge is not a registered model",
         ("--batch", "1;2"): "--batch 1;2 must be whole numbers with commas",
         ("--variants", "fast"): "--variants 'fast' is unknown with --device cpu; it has eager, bf16, compiled",
+        ("--peer-variants", "fast"): "--peer-variants 'fast' is unknown with --device cpu",
     }.items():
         with pytest.raises(SystemExit):
             script("models.py", *arguments)
