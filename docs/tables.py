@@ -80,22 +80,29 @@ def _begin(name: str) -> str:
 
 
 def heads() -> str:
-    """One line per head and backbone of benchmarks/results/heads_cpu.json: its cost in inference and training."""
+    """One line per head of benchmarks/results/heads_cpu.json: its cost below each backbone, and that of training."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())["rows"]
-    passes = {(row["task"], row["model"], row["pass"]): row for row in rows}
-    lines = [
-        "| head | backbone | pixels | parameters (M) | GMACs | seconds per image, inference | training | "
-        "peak MiB, inference | training | share of matching and losses |",
-        "|---" * 10 + "|",
-    ]
-    for task, model in dict.fromkeys((row["task"], row["model"]) for row in rows):
-        found = [passes.get((task, model, kind)) for kind in ("inference", "training")]
-        row = next(row for row in (*found, passes.get((task, model, "count"))) if row)
-        seconds = [f"{1 / row['images_per_second']:.1f}" if row else "-" for row in found]
-        peaks = [f"{row['peak_mib']:.0f}" if row else "-" for row in found]
-        share = f"{found[1]['loss_share']:.1%}" if found[1] and found[1]["loss_share"] is not None else "-"
-        facts = (f"{row['height']} x {row['width']}", f"{row['parameters']:.1f}", f"{row['gmacs']:.1f}")
-        lines.append("| " + " | ".join((HEADS[task], f"`{model}`", *facts, *seconds, *peaks, share)) + " |")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    columns = ["head", "pixels", *(f"below `{name}`" for name in names)]
+    columns += ["training, seconds per image", "peak MiB", "matching and losses"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for task, title in HEADS.items():
+        own = [row for row in rows if row["task"] == task]
+        costs = [
+            next(f"{row['parameters']:.1f} M, {row['gmacs']:.1f} G" for row in own if row["model"] == name)
+            for name in names
+        ]
+        timed = next((row for row in own if row["pass"] == "training"), None)
+        training = ["-"] * 3
+        if timed:
+            share = timed["loss_share"]
+            training = [
+                f"{1 / timed['images_per_second']:.1f}",
+                f"{timed['peak_mib']:.0f}",
+                f"{share:.1%}" if share else "-",
+            ]
+        size = f"{own[0]['height']} x {own[0]['width']}"
+        lines.append("| " + " | ".join((title, size, *costs, *training)) + " |")
     return "\n".join(lines)
 
 
