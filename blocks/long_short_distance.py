@@ -6,9 +6,11 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels import window_attention
 from ..kernels.recording import compact, crop, is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import Grid, cache_tensors, expand_bias
+from ..kernels.window import window_kernels_run
 from .padding import pad_to_multiple
 from .registry import by_stage, heads, token_mixer
 from .residual import block
@@ -86,11 +88,20 @@ class LongShortDistance(nn.Module):
             # a graph with both cases, since a comparison here would narrow it to one
             small: Any = torch.sym_min(height, width) <= self.group
             y = torch.cond(small, self._as_one_group, self._in_squares, (compact(x),))
-        elif min(height, width) <= self.group:
-            y = self._as_one_group(x)
         else:
-            y = self._in_squares(x)
+            small = min(height, width) <= self.group
+            window = (height, width) if small else (self.group, self.group)
+            if window_kernels_run(x, num_heads=self.num_heads, window=window):
+                y = self._attend_in_place(x, window, 1 if small else self.interval)
+            else:
+                y = self._as_one_group(x) if small else self._in_squares(x)
         return y.permute(0, 3, 1, 2)
+
+    def _attend_in_place(self, x: Tensor, window: Grid, interval: int) -> Tensor:
+        """The same for the map `x: [B, H, W, C]`, which is neither padded nor divided into groups."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        bias = self.position(window, x)
+        return self.proj(window_attention(qkv, windows=(window,), bias=bias, stride=interval, start=0).flatten(3))
 
     def _as_one_group(self, x: Tensor) -> Tensor:
         return compact(self._attend(x, (x.shape[1], x.shape[2], 1)))

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels import window_attention
 from ..kernels.recording import compact, crop, is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import cache_tensors
+from ..kernels.window import window_kernels_run
 from .padding import pad_to_multiple
 from .registry import heads, token_mixer
 
@@ -75,6 +77,8 @@ class ShiftedWindow(nn.Module):
         windows, area = rows * columns, side**2
         x = pad_to_multiple(x.permute(0, 2, 3, 1), side, side)
         shift = self._shift(height, width, x)
+        if isinstance(shift, int) and window_kernels_run(x, num_heads=heads, window=(side, side)):
+            return crop(self._attend_in_place(x, shift), height, width).permute(0, 3, 1, 2)
         cells = compact(roll(x, -shift).reshape(batch, rows, side, columns, side, dim).transpose(2, 3))
         qkv = self.qkv(cells.reshape(batch, windows, area, dim)).view(batch, windows, area, 3, heads, dim // heads)
         # windows and heads are one axis, so that one bias serves all images
@@ -86,6 +90,13 @@ class ShiftedWindow(nn.Module):
         y = self.proj(y.reshape(batch, windows, area, dim)).view(batch, rows, columns, side, side, dim)
         y = compact(y.transpose(2, 3)).reshape(batch, rows * side, columns * side, dim)
         return crop(roll(y, shift), height, width).permute(0, 3, 1, 2)
+
+    def _attend_in_place(self, x: Tensor, shift: int) -> Tensor:
+        """The same for the padded map `x: [B, H, W, C]`, which is neither moved nor divided into windows."""
+        side, heads = self.window, self.num_heads
+        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))
+        table = self.bias_table.T.unflatten(1, (2 * side - 1, 2 * side - 1))
+        return self.proj(window_attention(qkv, windows=((side, side),), bias=table, start=shift).flatten(3))
 
     def _shift(self, height: int, width: int, like: Tensor) -> int | Tensor:
         """The shift of a map of this size; a tensor where the graph being exported leaves the size open."""

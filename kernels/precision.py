@@ -11,12 +11,18 @@ _AUTOCAST_DEVICES = frozenset(
 )
 
 
-def cast_to_autocast(x: Tensor) -> Tensor:
-    """Cast `x` to the autocast dtype of its device if autocast is on. float64 tensors are returned as they are."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype of the device of `x` if autocast is on, else that of `x`; float64 stays float64."""
     device = x.device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def cast_to_autocast(x: Tensor) -> Tensor:
+    """Cast `x` to the autocast dtype of its device if autocast is on. float64 tensors are returned as they are."""
+    dtype = autocast_dtype(x)
+    return x if dtype == x.dtype else x.to(dtype)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

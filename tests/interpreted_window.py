@@ -1,10 +1,14 @@
 """Triton kernels in the CPU interpreter against the float64 definition; run by test_kernels.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from interpreter import TOLERANCE, error, opcheck_pair, poisoned_memory  # noqa: F401  (a fixture)
 
-from tessel.kernels import window_attention, window_attention_reference
+from tessel.blocks import LongShortDistance, ShiftedWindow
+from tessel.kernels import dispatch, window_attention, window_attention_reference
+from tessel.kernels.window import triton
 from tessel.kernels.window.tiles import Case
 
 # (B, (H, W), heads, head_dim, windows, with LePE), then as in window.tiles.Case: bias, stride, start
@@ -228,6 +232,33 @@ def test_the_bias_compiles_with_dynamic_sizes():
         tensors = inputs((1, size, *SHIFTED[2:]), torch.float64)
         got, want = (torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (compiled, call))
         torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
+BLOCKS = {
+    "shifted": (partial(ShiftedWindow, window=2, shift=1), (3, 4)),
+    "long distance": (partial(LongShortDistance, group=2, interval=2), (3, 5)),
+}
+
+
+@pytest.mark.parametrize(("make", "size"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_take_the_kernels(monkeypatch, make, size):
+    block = make(16, num_heads=1).double()
+    x = torch.randn(1, 16, *size, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *block.parameters()]
+
+    def value_and_gradients(block):
+        y = block(x)
+        return y, *torch.autograd.grad(y.square().sum(), tensors)
+
+    want = value_and_gradients(block)
+    calls, forward = [], triton.forward
+    monkeypatch.setattr(triton, "forward", lambda *args: calls.append(args) or forward(*args))
+    monkeypatch.setattr(dispatch, "default_backend", "triton")
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        calls.clear()
+        torch.testing.assert_close(value_and_gradients(run), want, rtol=1e-9, atol=1e-9)
+        assert calls
     torch._dynamo.reset()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tessel.zoo
 from tessel.blocks import CrossScale, DynamicPositionBias, LongShortDistance
+from tessel.blocks import long_short_distance as module
 
 
 def position(bias: DynamicPositionBias, rows: int, columns: int) -> Tensor:
@@ -68,6 +69,19 @@ def test_gradcheck(size, group, interval):
     mixer = LongShortDistance(32, num_heads=2, group=group, interval=interval).double()
     x = torch.randn(1, 32, *size, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("size", "interval"), [((4, 8), 1), ((5, 7), 1), ((8, 8), 2), ((7, 9), 3), ((2, 5), 2)])
+def test_in_place_where_the_kernels_run(monkeypatch, size, interval):
+    """The form that the kernels take gives the same, gradients included."""
+    mixer = LongShortDistance(32, num_heads=2, group=2, interval=interval).double()
+    x = torch.randn(2, 32, *size, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *mixer.parameters()]
+    y = mixer(x)
+    want = y, *torch.autograd.grad(y.square().sum(), tensors)
+    monkeypatch.setattr(module, "window_kernels_run", lambda *_, **__: True)
+    y = mixer(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), tensors)), want, rtol=1e-9, atol=1e-9)
 
 
 def test_a_small_map_does_not_change_how_the_next_one_is_computed():

@@ -9,6 +9,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 
 from tessel.blocks import ShiftedWindow
+from tessel.blocks import shifted_window as module
 from tessel.export import export
 
 
@@ -70,6 +71,20 @@ def test_equals_timms_block():
         torch.testing.assert_close(
             mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), block._attn(x), rtol=1e-10, atol=1e-10
         )
+
+
+@pytest.mark.parametrize(("size", "shift"), [((7, 8), 0), ((7, 8), 2), ((9, 12), 1), ((3, 9), 1)])
+def test_in_place_where_the_kernels_run(monkeypatch, size, shift):
+    """The form that the kernels take gives the same, gradients included."""
+    mixer = ShiftedWindow(16, num_heads=2, window=4, shift=shift).double()
+    torch.nn.init.normal_(mixer.bias_table)
+    x = torch.randn(2, 16, *size, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *mixer.parameters()]
+    y = mixer(x)
+    want = y, *torch.autograd.grad(y.square().sum(), tensors)
+    monkeypatch.setattr(module, "window_kernels_run", lambda *_, **__: True)
+    y = mixer(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), tensors)), want, rtol=1e-9, atol=1e-9)
 
 
 def test_gradcheck():

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import dispatch
 from ..dispatch import choose_backend, common_unsupported_reasons
-from ..precision import acc_dtype, cast_to_autocast
+from ..precision import acc_dtype, autocast_dtype, cast_to_autocast
 from ..recording import exporting
-from ..workload import workload
+from ..workload import Workload, workload
 from .placed import Start
 from .position import bias_gradient, dense_bias
 from .reference import Lepe, Window, sides, window_attention_reference
@@ -106,19 +107,39 @@ def window_attention(
     if lepe is not None:
         lepe = [(cast_to_autocast(weight), cast_to_autocast(bias)) for weight, bias in lepe]
     reasons = window_attention_unsupported(qkv, windows=windows, lepe=lepe, start=start)
-    batch, height, width, _, heads, _ = qkv.shape
-    pixels = [side for window in windows for side in sides(window, qkv)]
-    keys = sum(h * w for h, w in zip(pixels[::2], pixels[1::2], strict=True)) // len(windows)
-    work = workload(qkv, queries=batch * height * width * heads, keys=keys, bias=bias is not None)
+    work = _workload(qkv, windows, bias=bias is not None)
     if choose_backend("window_attention", backend, reasons, work) == "triton":
         scale = qkv.shape[-1] ** -0.5 if scale is None else scale
         exact = None if bias is None else bias.to(acc_dtype(qkv))
+        pixels = [side for window in windows for side in sides(window, qkv)]
         place = -1 if start is None else int(start)
         out, _ = _forward_op(qkv, [x for pair in lepe or () for x in pair], exact, pixels, stride, place, scale)
         return out
     return window_attention_reference(
         qkv, windows=windows, lepe=lepe, bias=bias, stride=stride, start=start, scale=scale
     )
+
+
+def _workload(qkv: Tensor, windows: Sequence[Window], *, bias: bool) -> Workload:
+    keys = sum(math.prod(sides(window, qkv)) for window in windows) // len(windows)
+    return workload(qkv, queries=math.prod(qkv.shape[:3]) * qkv.shape[4], keys=keys, bias=bias)
+
+
+def window_kernels_run(x: Tensor, *, num_heads: int, window: Window) -> bool:
+    """Whether the Triton kernels run in a call with a bias whose qkv is a projection of `x: [B, H, W, C]`.
+
+    Blocks ask before they project: plain PyTorch copies the windows, and x is a third as wide as qkv. Raises
+    RuntimeError where the default backend is `triton` and cannot run.
+    """
+    anywhere = dispatch.default_backend == "triton" or dispatch.interpreting()
+    if exporting() or not (x.is_cuda or anywhere):
+        return False
+    batch, height, width, channels = x.shape
+    scalar = x.new_empty((), dtype=autocast_dtype(x))
+    qkv = scalar.expand(batch, height, width, 3, num_heads, channels // num_heads)
+    reasons = window_attention_unsupported(qkv, windows=(window,))
+    work = _workload(qkv, (window,), bias=True)._replace(training=torch.is_grad_enabled() and x.requires_grad)
+    return choose_backend("window_attention", None, reasons, work) == "triton"
 
 
 def window_attention_unsupported(
