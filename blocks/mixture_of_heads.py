@@ -1,12 +1,16 @@
 """Mixture-of-head attention (MoH): the heads of an attention are weighted for each position, some of them by zero."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype
+from ..kernels.recording import exporting
+from ..kernels.tables import cache_tensors
 from .auxiliary import AuxiliaryLoss
 from .full_attention import FullAttention
+from .plain import is_plain
 from .registry import Place, heads, token_mixer
 
 
@@ -44,25 +48,44 @@ class HeadGates(AuxiliaryLoss):
         self.group_router = nn.Linear(dim, 2, bias=False) if routed and shared else None
 
     def forward(self, u: Tensor) -> Tensor:
-        shared = torch.ones_like(u[..., :1])
-        if self.shared_router is not None:
-            shared = self.shared * probabilities(self.shared_router(u))
-        if self.routed_router is None:
-            return shared
-        routed = self._select(probabilities(self.routed_router(u)))
-        if self.group_router is None:
-            return routed
-        groups = 2 * probabilities(self.group_router(u))
-        return torch.cat([groups[..., :1] * shared, groups[..., 1:] * routed], -1)
+        shared, routed, groups = self._logits(u)
+        if routed is None:
+            return torch.ones_like(u[..., :1]) if shared is None else self.shared * probabilities(shared)
+        routed = self._select(routed)
+        if groups is None:
+            return self.routed * routed
+        # the factors S and k of the two groups are applied to the two weights of the groups
+        (factors,) = _factors(max(1, self.shared), self.routed, u.device)
+        first, second = (probabilities(groups) * factors).split(1, -1)
+        return torch.cat([first if shared is None else first * probabilities(shared), second * routed], -1)
 
-    def _select(self, p: Tensor) -> Tensor:
-        """Keep the largest `routed` of the last axis, scaled to the sum `routed`."""
-        selected = torch.zeros_like(p).scatter(-1, p.topk(self.routed, -1).indices, 1.0)
+    def _logits(self, u: Tensor) -> list[Tensor | None]:
+        """The logits of the shared heads, of the routed heads and of the two groups; None where there is no router."""
+        routers = [self.shared_router, self.routed_router, self.group_router]
+        present = [router for router in routers if router is not None]
+        if len(present) > 1 and is_plain(*present) and not exporting():
+            # one product, since each is small
+            weight = torch.cat([router.weight for router in present])
+            parts = iter(F.linear(u, weight).split([len(router.weight) for router in present], -1))
+        else:
+            parts = (router(u) for router in present)
+        return [None if router is None else next(parts) for router in routers]
+
+    def _select(self, logits: Tensor) -> Tensor:
+        """p of the largest `routed` of the last axis, scaled to the sum 1, and 0 of the others."""
+        top, indices = logits.topk(self.routed, -1)
+        weights = probabilities(top)  # the factor that softmax over all heads would add cancels
+        zeros = torch.zeros_like(logits, dtype=weights.dtype)
         if self.training:
-            shares = p.mean((0, 1, 2)) * selected.mean((0, 1, 2))
-            self.add_loss(self.balance * p.shape[-1] * shares.sum())
-        kept = p * selected
-        return self.routed * kept / kept.sum(-1, keepdim=True)
+            shares = zeros.scatter(-1, indices, 1.0).mean((0, 1, 2))
+            mean = probabilities(logits).mean((0, 1, 2))
+            self.add_loss(mean @ shares * (self.balance * len(mean)))
+        return zeros.scatter(-1, indices, weights)
+
+
+@cache_tensors
+def _factors(shared: int, routed: int, device: torch.device) -> tuple[Tensor]:
+    return (torch.tensor([2.0 * shared, 2.0 * routed], device=device),)
 
 
 def _full_attention(place: Place) -> FullAttention:
