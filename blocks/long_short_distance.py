@@ -37,8 +37,7 @@ class DynamicPositionBias(nn.Module):
     def forward(self, group: Grid, like: Tensor) -> Tensor:
         """The bias `[heads, N, N]` of queries and keys of a group of N = rows * columns, on the device of `like`."""
         rows, columns = group
-        y, x, from_row, from_column = _offsets(rows, columns, like.device, like.dtype)
-        offsets = torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1)
+        offsets, from_row, from_column = _offsets(rows, columns, like.device, like.dtype)
         table = self.layers(self.embed(offsets)).permute(2, 0, 1)
         # [heads, keys_y, rows, keys_x, columns]
         return expand_bias(table, from_row, from_column).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
@@ -46,10 +45,12 @@ class DynamicPositionBias(nn.Module):
 
 @cache_tensors
 def _offsets(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """All different offsets of rows and of columns, and the index of each pair's offset, `[key, query]`."""
+    """All different offsets `[2 rows - 1, 2 columns - 1, 2]`, and the index of each pair's offset, `[key, query]`."""
     y, x = (torch.arange(1 - n, n, device=device).to(dtype) for n in (rows, columns))
+    # not by `expand`: torch.export cannot save a sum of open sizes within a branch
+    offsets = torch.stack([y[:, None] + 0 * x, 0 * y[:, None] + x], -1)
     i, j = (torch.arange(n, device=device) for n in (rows, columns))
-    return y, x, i[None] - i[:, None] + rows - 1, j[None] - j[:, None] + columns - 1
+    return offsets, i[None] - i[:, None] + rows - 1, j[None] - j[:, None] + columns - 1
 
 
 @token_mixer("long_short_distance", num_heads=heads(32), interval=by_stage(8, 4, 2, 1))

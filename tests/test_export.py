@@ -17,7 +17,15 @@ from torch import nn
 import tessel
 import tessel.export.formats.torch_export
 import tessel.zoo
-from tessel.blocks import FlooredBiLevelRouting, Halo, Hierarchical, ShiftedWindow, Window
+from tessel.blocks import (
+    FlooredBiLevelRouting,
+    Halo,
+    Hierarchical,
+    LongShortDistance,
+    NeighborhoodAttention,
+    ShiftedWindow,
+    Window,
+)
 from tessel.export import ExportError, OneImageDetector, export, formats, load
 from tessel.export.comparison import difference
 from tessel.export.detectors import detection_difference
@@ -149,6 +157,35 @@ def test_several_outputs_have_names(tmp_path):
     for key, value in expected.items():
         torch.testing.assert_close(outputs[key], value, rtol=1e-4, atol=1e-5)
     assert {shape[0] for shape in report.errors} >= {1, 2, 3} and len({shape[2:] for shape in report.errors}) > 2
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_an_example_of_one_image_leaves_the_batch_open(format, tmp_path):
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    report = export(Doubled(), tmp_path / "model", format, example=torch.randn(1, 3, 12, 16), dynamic=("batch", "size"))
+    assert {shape[0] for shape in report.errors} == {1, 3}
+
+
+@pytest.mark.slow
+def test_neighborhoods_in_onnx_grow_from_one_tile(tmp_path):
+    if missing := formats()["onnx"].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    block = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=2).eval()
+    report = export(block, tmp_path / "model", "onnx", example=torch.randn(2, 8, 6, 8))
+    assert max(shape[2:] for shape in report.errors) > (35, 22) and report.error < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.parametrize("side", [3, 8])
+def test_groups_of_long_distance_leave_sizes_open(side, format, tmp_path):
+    """Recorded with a map that is a single group, and with one that groups divide."""
+    if missing := formats()[format].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    block = LongShortDistance(8, num_heads=2, group=4, interval=2).eval()
+    report = export(block, tmp_path / "model", format, example=torch.randn(2, 8, side, 16))
+    assert max(shape[2:] for shape in report.errors) > (35, 22) and report.error < 1e-5
 
 
 def test_adaptive_pooling_stays_open(tmp_path):

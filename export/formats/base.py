@@ -50,8 +50,10 @@ class Recording:
 
     def program(self) -> torch.export.ExportedProgram:
         """The model as recorded by torch.export."""
-        # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
-        dims = {axis: torch.export.Dim.DYNAMIC if axis else torch.export.Dim("batch", min=2) for axis in self.open_axes}
+        dims: dict[int, Any] = dict.fromkeys(self.open_axes, torch.export.Dim.DYNAMIC)
+        if 0 in dims and self.example.shape[0] > 1:
+            # with a minimum of 2, which programs do not check, the batch has no conditions that tell 1 from other sizes
+            dims[0] = torch.export.Dim("batch", min=2)
         shapes = (dims,) if dims else None
         with torch.no_grad(), self.oblivious():
             return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)

@@ -17,28 +17,21 @@ def write(recording: Recording, path: Path) -> None:
     if isinstance(recording.model, OneImageDetector):
         _write_traced(recording, path)
         return
-    program = _recorded(recording, optimize=True)
+    # recorded here, since torch.onnx's own recording takes a map of one pixel or one window in the example for fixed
+    recorded = recording.program()
+    program = _converted(recorded, optimize=True)
     if not _complete(program.model):
         # onnxscript's optimizer removed a node that another one reads, as it does in Deformable DETR
-        program = _recorded(recording, optimize=False)
+        program = _converted(recorded, optimize=False)
     program.model.metadata_props[METADATA_KEY] = recording.metadata
     weights = sum(tensor.nbytes for tensor in recording.model.state_dict().values())
     program.save(path, external_data=weights > _MOST_BYTES)
 
 
-def _recorded(recording: Recording, *, optimize: bool) -> Any:
-    """The program of torch's exporter."""
-    open_axes = dict.fromkeys(recording.open_axes, torch.export.Dim.DYNAMIC)
+def _converted(recorded: torch.export.ExportedProgram, *, optimize: bool) -> Any:
+    """The ONNX program of torch's exporter."""
     with torch.no_grad():
-        return torch.onnx.export(
-            recording.model,
-            (recording.example,),
-            dynamo=True,
-            dynamic_shapes=(open_axes,) if open_axes else None,
-            input_names=["images"],
-            verbose=False,
-            optimize=optimize,
-        )
+        return torch.onnx.export(recorded, dynamo=True, input_names=["images"], verbose=False, optimize=optimize)
 
 
 def _complete(model: Any) -> bool:
