@@ -80,29 +80,16 @@ def _begin(name: str) -> str:
 
 
 def heads() -> str:
-    """One line per head of benchmarks/results/heads_cpu.json: its cost below each backbone, and that of training."""
+    """One line per head of benchmarks/results/heads_cpu.json: parameters and multiply-adds below each backbone."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())["rows"]
     names = list(dict.fromkeys(row["model"] for row in rows))
-    columns = ["head", "pixels", *(f"below `{name}`" for name in names)]
-    columns += ["training, seconds per image", "peak MiB", "matching and losses"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    found = {(row["task"], row["model"]): row for row in rows}
+    lines = ["| head | pixels | " + " | ".join(f"below `{name}`" for name in names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
     for task, title in HEADS.items():
-        own = [row for row in rows if row["task"] == task]
-        costs = [
-            next(f"{row['parameters']:.1f} M, {row['gmacs']:.1f} G" for row in own if row["model"] == name)
-            for name in names
-        ]
-        timed = next((row for row in own if row["pass"] == "training"), None)
-        training = ["-"] * 3
-        if timed:
-            share = timed["loss_share"]
-            training = [
-                f"{1 / timed['images_per_second']:.1f}",
-                f"{timed['peak_mib']:.0f}",
-                f"{share:.1%}" if share else "-",
-            ]
-        size = f"{own[0]['height']} x {own[0]['width']}"
-        lines.append("| " + " | ".join((title, size, *costs, *training)) + " |")
+        own = [found[task, name] for name in names]
+        costs = [f"{row['parameters']:.1f} M, {row['gmacs']:.1f} G" for row in own]
+        lines.append("| " + " | ".join((title, f"{own[0]['height']} x {own[0]['width']}", *costs)) + " |")
     return "\n".join(lines)
 
 
