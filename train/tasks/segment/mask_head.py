@@ -40,6 +40,8 @@ def semantic_target(mask: Tensor) -> MaskTarget:
 
 def build_mask_head(kind: str, key: str, kwargs: Mapping[str, Any], features: FeatureSpecs, classes: int) -> MaskHead:
     """kind: of MASK_HEADS; kwargs: config without its type. Raises UserError naming `key` if it cannot be built."""
+    if "in_index" in kwargs:
+        raise UserError(f"{key} has no option in_index: {kind} reads all four maps; remove it")
     specs = four_maps(f"{key}.type={kind}", features)
     channels, strides = zip(*((spec.channels, spec.stride) for spec in specs), strict=True)
     pixel_decoder, decoder, width, criterion = MASK_HEADS[kind](
