@@ -100,16 +100,17 @@ def compare(
             }
             for subject, row in zip(subjects, measured, strict=True)
         ]
-    for subject in subjects if recipe else ():
-        runs = []
-        for seed in range(seeds):
-            begin(f"{subject.label}: training {seed + 1} of {seeds}")
-            key = ["train", *subject.key, recipe, recipe_digest(recipe, subject.name), seed]
-            runs.append(results.once(key, train, subject, recipe, seed, out / "runs"))
-        values = [run["value"] for run in runs]
-        accuracy = {"accuracy": statistics.mean(values), "accuracies": values, "metric": runs[0]["metric"]}
-        for row in rows:
-            row.update(accuracy if row["model"] == subject.label else {})
+    if recipe:
+        for subject in subjects:
+            digest, runs = recipe_digest(recipe, subject.name), []
+            for seed in range(seeds):
+                begin(f"{subject.label}: training {seed + 1} of {seeds}")
+                key = ["train", *subject.key, recipe, digest, seed]
+                runs.append(results.once(key, train, subject, recipe, seed, out / "runs"))
+            values = [run["value"] for run in runs]
+            accuracy = {"accuracy": statistics.mean(values), "accuracies": values, "metric": runs[0]["metric"]}
+            for row in rows:
+                row.update(accuracy if row["model"] == subject.label else {})
     results.write(rows)
     write_page(rows, out, title="Comparison", recipe=recipe)
     return rows

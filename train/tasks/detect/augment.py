@@ -12,9 +12,8 @@ from torchvision.transforms.v2 import functional as F
 from ...data.detection import Target, learnable
 from ...recipe.schema import Recipe
 
-PADDING = (
-    128  # gray, of images smaller than a crop of fixed size, as in Simple Copy-Paste (arXiv 2012.07177, section 3)
-)
+# gray, of images smaller than a crop of fixed size, as in Simple Copy-Paste (arXiv 2012.07177, section 3)
+PADDING = 128
 # short sides to which an image is resized before a random crop, as in DETR (arXiv 2005.12872, section 4)
 SIDES_BEFORE_CROP = [400, 500, 600]
 
