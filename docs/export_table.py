@@ -159,7 +159,9 @@ def record() -> Iterator[dict[str, Any]]:
     """The record, to be changed in place; several processes may do so."""
     with FileLock(Path(tempfile.gettempdir()) / "tessel-export-table.lock"):
         content = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        content = {"cells": {}, "published": {}} | content | {"versions": versions()}
+        content = {"cells": {}, "published": {}} | content
+        # of a package that is not installed here, the version that measured its cells
+        content["versions"] = content.get("versions", {}) | versions()
         yield content
         RECORD.write_text(json.dumps(content, indent=1) + "\n")
 
