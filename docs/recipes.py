@@ -143,7 +143,7 @@ def panoptic() -> str:
         if not (paper := re.search(r"arXiv (\d{4}\.\d{5})", head)):
             raise SystemExit(f"{path} does not open with the paper of its backbone")
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
-        counts = f"{recipe.task.detect.detector} | {recipe.data.aug.crop_size} | {recipe.sched.steps}"
+        counts = f"{recipe.task.detect.detector} | {recipe.data.aug.crop} | {recipe.sched.steps}"
         rates = f"{recipe.data.batch} | {recipe.optim.lr:g} | `{recipe.model.name}` | {settings(head)} | not run"
         lines.append(f"| `{path.parent.name}/{path.stem}` | {link} | {counts} | {rates} |")
     return "\n".join(lines)

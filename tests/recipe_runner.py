@@ -141,8 +141,8 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
     keys: dict[str, Any] = {"data.size": size, "task.detect.max_size": 2 * size}
     if options.min_size:
         keys["task.detect.min_size"] = [size * side // recipe.data.size for side in options.min_size]
-    if recipe.data.aug.crop_size:
-        keys["data.aug.crop_size"] = size
+    if recipe.data.aug.crop:
+        keys["data.aug.crop"] = size
     if options.detector.endswith("mask_rcnn"):
         samples, found = (32, 5) if short else (128, 20)
         fewer = {"box_batch_size_per_image": samples, "box_detections_per_img": found}

@@ -292,7 +292,7 @@ def test_boxes_and_masks_stay_with_the_image(tmp_path, aug, crop):
 
 
 def jitter(size):
-    keys = [f"crop_size={size}", "scale_jitter=[0.1, 2]", "hflip=0", "color_jitter=0"]
+    keys = [f"crop={size}", "scale_jitter=[0.1, 2]", "hflip=0", "color_jitter=0"]
     return ["task.detect.min_size=null", *(f"data.aug.{key}" for key in keys)]
 
 
@@ -323,7 +323,7 @@ def test_objects_without_a_pixel_in_the_crop_are_dropped(tmp_path):
     frame[:, 15:-15, 15:-15] = 0
     target = {"boxes": np.array([[0, 0, 120, 80]], np.float32), "labels": np.zeros(1, np.int64)}
     target |= {"iscrowd": np.zeros(1, np.int64), "area": np.ones(1, np.float32), "masks": frame}
-    transform, counts = TrainTransform(recipe(tmp_path, None, MASKS, "data.aug.crop_size=16")), set()
+    transform, counts = TrainTransform(recipe(tmp_path, None, MASKS, "data.aug.crop=16")), set()
     for seed in range(40):
         seed_all(seed)
         found = transform(Image.fromarray(np.zeros((80, 120, 3), np.uint8)), target)[1]
@@ -360,7 +360,7 @@ def test_samples_depend_on_their_key_alone(coco, tmp_path, keys):
         ("task.detect.channels=32", ["task.detect.channels=32", "task.detect.detector=fcos", "at least 64"]),
         ("task.detect.channels=80", ["task.detect.channels=80", "task.detect.detector=fcos", "multiple of 32"]),
         ("task.detect.crop=[9, 3]", ["task.detect.crop=[9, 3]"]),
-        ("data.aug.scale_jitter=[0.1, 2]", ["data.aug.scale_jitter needs data.aug.crop_size"]),
+        ("data.aug.scale_jitter=[0.1, 2]", ["data.aug.scale_jitter needs data.aug.crop"]),
         ("data.aug.scale_jitter=[2, 0.1]", ["data.aug.scale_jitter=[2.0, 0.1]"]),
         ("task.kind=classify", ["task.detect has no effect", "task.kind=detect"]),
     ],

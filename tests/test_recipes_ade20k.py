@@ -160,7 +160,7 @@ def test_the_panoptic_recipe_has_mask2formers_settings():
     planned, detect = plan(recipe, samples=IMAGES, world_size=8), recipe.task.detect
     assert (planned.steps, recipe.data.batch, planned.lr, recipe.optim.clip) == (160000, 16, 1e-4, 0.01)
     assert detect.min_size == tuple(64 * step for step in range(5, 21)) and detect.max_size == 2560
-    assert recipe.data.size == recipe.data.aug.crop_size == 640 and not detect.kwargs
+    assert recipe.data.size == recipe.data.aug.crop == 640 and not detect.kwargs
 
 
 @pytest.mark.parametrize("name", RECIPES)

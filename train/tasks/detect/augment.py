@@ -30,15 +30,15 @@ class TrainTransform:
         resize: Any = _random_resize(list(detect.min_size or (recipe.data.size,)), detect.max_size)
         if aug.scale_jitter:
             # with antialiasing, since it shrinks images to a tenth
-            resize = v2.ScaleJitter((aug.crop_size, aug.crop_size), aug.scale_jitter, antialias=True)
+            resize = v2.ScaleJitter((aug.crop, aug.crop), aug.scale_jitter, antialias=True)
         if detect.crop:
             crop = v2.Compose(
                 [_random_resize(SIDES_BEFORE_CROP, detect.max_size), RandomSizeCrop(*detect.crop), resize]
             )
             resize = v2.RandomChoice([resize, crop])
         steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), resize]
-        if aug.crop_size:
-            steps += [RandomSizeCrop(aug.crop_size, aug.crop_size), PadToSize(aug.crop_size)]
+        if aug.crop:
+            steps += [RandomSizeCrop(aug.crop, aug.crop), PadToSize(aug.crop)]
         if jitter := aug.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]

@@ -67,7 +67,7 @@ class Detect(Task):
 class DetectAug(Aug):
     color_jitter: NonNegativeFloat = 0.0
     """strength of random brightness, contrast and saturation"""
-    crop_size: PositiveInt | None = None
+    crop: PositiveInt | None = None
     """side of a random square crop after resizing, in pixels; smaller images are padded at the right and the bottom"""
     scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None
     """large-scale jittering: an image is resized to fit into the crop, times a random factor between these two"""
@@ -113,8 +113,8 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
     if jitter := recipe.data.aug.scale_jitter:
         if jitter[0] > jitter[1]:
             yield f"data.aug.scale_jitter={list(jitter)} must be two numbers, the smaller one first"
-        if not recipe.data.aug.crop_size:
-            yield "data.aug.scale_jitter needs data.aug.crop_size, for example 1024"
+        if not recipe.data.aug.crop:
+            yield "data.aug.scale_jitter needs data.aug.crop, for example 1024"
         for key in ("min_size", "crop"):
             if getattr(detect, key):
                 yield f"task.detect.{key} has no effect with data.aug.scale_jitter; remove one of them"
