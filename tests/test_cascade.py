@@ -207,7 +207,7 @@ def test_a_run_resumes_exactly_and_its_export_finds_boxes_and_masks(tmp_path, co
     assert len(found["boxes"]) == 5 and found["masks"].shape == (5, 1, 40, 50)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("head", HEADS)
 def test_it_learns_a_square(head):
     """One image with a bright square: after training the best box and its mask are those of the square."""
