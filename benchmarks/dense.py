@@ -26,7 +26,6 @@ import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from dense_cases import CASES, DRY_CASES, HEADS, Case, criterion, masks, objects
-from measurement import DEVICES, allocated, check, facts, in_own_process, precision, ratio, side_by_side
+from measurement import CLOCKS, DEVICES, allocated, check, facts, in_own_process, precision, ratio, side_by_side
 from models import default_models
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,7 +51,6 @@ COLUMNS = (
     "task", "model", "parameters", "gmacs", "height", "width", "batch", "pass", "images_per_second", "ratio",
     "peak_mib", "loss_share",
 )  # fmt: skip
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def convolved(x: Any, weight: Any, *rest: Any, out_shape: Any, **more: Any) -> int:

@@ -19,6 +19,7 @@ from tessel.compare.timing import synchronize as synchronize
 from tessel.train.distributed.device import accelerator, has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 STATM = Path("/proc/self/statm")  # of Linux
 # return freed memory to the system at once, so that the resident set equals the memory in use

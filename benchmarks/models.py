@@ -28,7 +28,18 @@ from pathlib import Path
 import matplotlib
 import timm
 import torch
-from measurement import DEVICES, allocated, check, facts, in_own_process, peak_of, precision, ratio, side_by_side
+from measurement import (
+    CLOCKS,
+    DEVICES,
+    allocated,
+    check,
+    facts,
+    in_own_process,
+    peak_of,
+    precision,
+    ratio,
+    side_by_side,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -54,7 +65,6 @@ HOSTS = {
     "agent_cswin_tiny": (("cswin_tiny",), 224),
     "inline_cswin_tiny": (("cswin_tiny",), 224),
 }
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 COMPILE_SECONDS = 60  # about what compiling a model takes
 COLUMNS = (
     "model", "parameters", "gmacs", "size", "batch", "setting", "images_per_second", "ratio", "to_eager", "peak_mib",

@@ -12,6 +12,7 @@ from ..kernels.recording import compact, crop, is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import cache_tensors
 from ..kernels.window import window_kernels_run
+from ..kernels.window.placed import roll
 from .padding import pad_to_multiple
 from .registry import heads, token_mixer
 
@@ -116,20 +117,6 @@ class ShiftedWindow(nn.Module):
             return bias.expand(height // side * (width // side), -1, -1, -1)
         (mask,) = shift_mask(height, width, side, shift, x.device, bias.dtype)
         return bias + mask
-
-
-def roll(x: Tensor, shift: int | Tensor) -> Tensor:
-    """Move a map `[B, H, W, C]` down and right by `shift` pixels, around the border."""
-    if isinstance(shift, int):
-        return x.roll((shift, shift), (1, 2)) if shift else x
-    rows, columns = (_around(torch.arange(side, device=x.device) - shift, side) for side in x.shape[1:3])
-    return x.index_select(1, rows).index_select(2, columns)
-
-
-def _around(position: Tensor, side: int) -> Tensor:
-    """Positions modulo `side` that are less than one side away; ONNX has no remainder by an open size."""
-    position = torch.where(position < 0, position + side, position)
-    return torch.where(position >= side, position - side, position)
 
 
 @cache_tensors

@@ -12,7 +12,7 @@ _AUTOCAST_DEVICES = frozenset(
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The autocast dtype of the device of `x` if autocast is on, else that of `x`; float64 stays float64."""
+    """The dtype of `x`, or the autocast dtype of its device if autocast is on and `x` is not float64."""
     device = x.device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -54,7 +54,7 @@ def placed_attention(
     shift = 0 if start is None else start
     moves = not isinstance(shift, int) or shift > 0
     if moves:
-        # windows over the border of the map become whole: their parts come from opposite sides, and a mask parts them
+        # a window over the border becomes whole; a mask keeps apart its pixels from opposite sides of the map
         qkv = roll(qkv.flatten(3), -shift).unflatten(3, (3, heads, head_dim))
     mask = None
     if start is not None and (pads or moves):
@@ -119,7 +119,7 @@ def _split(x: Tensor, layout: _Layout) -> Tensor:
 def roll(x: Tensor, shift: Start) -> Tensor:
     """Move a map `[B, H, W, C]` down and right by `shift` pixels, around the border."""
     if isinstance(shift, int):
-        return x.roll((shift, shift), (1, 2))
+        return x.roll((shift, shift), (1, 2)) if shift else x
     rows, columns = (_around(torch.arange(side, device=x.device) - shift, side) for side in x.shape[1:3])
     return x.index_select(1, rows).index_select(2, columns)
 

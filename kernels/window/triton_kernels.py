@@ -12,9 +12,8 @@ STRIDE is the distance between the pixels of a window. With PLACED the windows b
 pixels outside of the map are no keys; else they are keys of value 0.
 
 Layout: qkv [B, H, W, 3, N, D], o and do [B, H, W, N, D], all contiguous; lse and delta [B, H, W, N]; weight [C', 3, 3]
-and bias [C'] of a group of heads; partial sums [programs, taps + 1, D] with the bias last; `pairs` is the
-bias of each pair [N, h * w, h * w]. `dim` is N * D: q, k and v
-of a pixel lie `dim` elements apart.
+and bias [C'] of a group of heads; partial sums [programs, taps + 1, D] with the bias last; `pairs` is the bias of each
+pair [N, h * w, h * w]. `dim` is N * D: q, k and v of a pixel lie `dim` elements apart.
 """
 
 import triton
