@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .manifest import Weight, find_weight, load_manifest
+from .manifest import (
+    DenseWeight,
+    Weight,
+    WeightFile,
+    find_dense_weight,
+    find_weight,
+    load_dense_manifest,
+    load_manifest,
+)
 from .store import fetch_weight, imported_path, read_state, sha256_of, unknown_of, verify, write_state
 
 
@@ -31,10 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tessel weights", description="Published weights of tessel's models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    text = "list the published weights: size, license, ImageNet-1K top-1, and whether they can be downloaded"
+    text = (
+        "list the published weights of classifiers, with their ImageNet-1K top-1, and of the segmenters and detectors "
+        "that recipes build: size, license, and whether they can be downloaded"
+    )
     command = commands.add_parser("list", help=text, description=text)
     command.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="list only matching names, such as 'cswin_*'"
+        "pattern",
+        nargs="?",
+        default="*",
+        metavar="PATTERN",
+        help="list only matching names, such as 'cswin_*', 'coco/*'",
     )
     command.add_argument("--json", action="store_true", help="print all fields of the manifest as JSON")
     command.set_defaults(run=_list)
@@ -73,43 +88,57 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(args: argparse.Namespace) -> None:
-    weights = [weight for name, weight in load_manifest().items() if fnmatchcase(name, args.pattern)]
+    weights = [weight for name, weight in _all_weights().items() if fnmatchcase(name, args.pattern)]
     if not weights:
         raise ValueError(f"no published weights match {args.pattern!r}; without a pattern all are listed")
     if args.json:
         print(json.dumps([dataclasses.asdict(weight) for weight in weights], indent=1))
         return
-    table = [("name", "size", "license", "published", "reproduced", "available"), *map(_cells, weights)]
+    table = [("name", "size", "license", "metric", "published", "reproduced", "available"), *map(_cells, weights)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _cells(weight: Weight) -> tuple[str, ...]:
+def _all_weights() -> dict[str, Weight | DenseWeight]:
+    return {**load_manifest(), **load_dense_manifest()}
+
+
+def _find(name: str) -> Weight | DenseWeight:
+    """The row of a classifier, or of the recipe of a segmenter or detector."""
+    return find_dense_weight(name) if "/" in name else find_weight(name)
+
+
+def _cells(weight: Weight | DenseWeight) -> tuple[str, ...]:
+    if isinstance(weight, DenseWeight):
+        metric, published, reproduced = weight.metric, weight.published, weight.reproduced
+    else:
+        metric, published, reproduced = "top-1", weight.published_top1, weight.reproduced_top1
     return (
         weight.name,
         f"{weight.size / 1e6:.1f} MB" if weight.size else "-",
         weight.license,
-        "-" if weight.published_top1 is None else f"{weight.published_top1:.2f}",
-        "-" if weight.reproduced_top1 is None else f"{weight.reproduced_top1:.2f}",
+        metric,
+        "-" if published is None else f"{published:.2f}",
+        "-" if reproduced is None else f"{reproduced:.2f}",
         "imported" if imported_path(weight).is_file() else "yes" if weight.url else f"no: {weight.why_no_url}",
     )
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    weight = find_weight(args.name)
+    weight = _find(args.name)
     _report(fetch_weight(weight, cache_dir=args.cache_dir), weight)
 
 
 def _verify(args: argparse.Namespace) -> None:
-    _report(args.file, find_weight(args.name) if args.name else None)
+    _report(args.file, _find(args.name) if args.name else None)
 
 
-def _report(path: Path, weight: Weight | None) -> None:
+def _report(path: Path, weight: WeightFile | None) -> None:
     sha256 = sha256_of(path)
     print(f"file    {path}\nsha256  {sha256}\nsize    {path.stat().st_size}")
     if weight is None:
-        same = [row.name for row in load_manifest().values() if row.sha256 == sha256]
+        same = [row.name for row in _all_weights().values() if row.sha256 == sha256]
         print(f"weights {', '.join(same) or 'no weights in the manifest have this sha256'}")
         if not same:
             _report_unknown(path)

@@ -1,4 +1,5 @@
-"""Reading and checking of `manifest.toml`, the list of published weights."""
+"""Reading and checking of the lists of published weights: `manifest.toml` of classifiers, `dense.toml` of whole
+segmenters and detectors."""
 
 import dataclasses
 import difflib
@@ -10,21 +11,24 @@ from functools import cache
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 MANIFEST = Path(__file__).with_name("manifest.toml")
+DENSE_MANIFEST = Path(__file__).with_name("dense.toml")
 _BOUNDS = {
     "size": (0, math.inf),
     "published_top1": (0, 100),
     "reproduced_top1": (0, 100),
+    "published": (0, 100),
+    "reproduced": (0, 100),
     "crop_pct": (0.1, 1),
     "num_classes": (1, math.inf),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
-    """A row of `manifest.toml`: one published weight file. The comment at the top of that file explains the fields."""
+class WeightFile:
+    """A published weight file: what the rows of both lists have. The comments at their tops explain the fields."""
 
     name: str
     url: str
@@ -33,6 +37,14 @@ class Weight:
     size: int
     license: str
     source: str
+    state_key: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight(WeightFile):
+    """A row of `manifest.toml`: weights of a classifier."""
+
     published_top1: float | None = None
     reproduced_top1: float | None = None
     input_size: tuple[int, int, int]
@@ -42,9 +54,7 @@ class Weight:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int
-    state_key: str
     options: dict[str, float | int] = field(default_factory=dict)
-    note: str = ""
 
     @property
     def model(self) -> str:
@@ -55,12 +65,29 @@ class Weight:
         return self.name.partition(".")[2]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseWeight(WeightFile):
+    """A row of `dense.toml`: weights of a whole segmenter or detector. It is named like the recipe that builds it."""
+
+    metric: str
+    published: float
+    reproduced: float | None = None
+
+
+Row = TypeVar("Row", bound=WeightFile)
+
+
 def load_manifest(path: str | Path | None = None) -> dict[str, Weight]:
     """The rows of the manifest at `path` (default: the package's) by name, in the order of the file.
 
     Raises ValueError naming the row and the field if one is unknown, missing or wrong.
     """
-    return dict(_read(Path(path or MANIFEST)))
+    return dict(_read(Path(path or MANIFEST), Weight))
+
+
+def load_dense_manifest(path: str | Path | None = None) -> dict[str, DenseWeight]:
+    """The same of the segmenters and detectors."""
+    return dict(_read(Path(path or DENSE_MANIFEST), DenseWeight))
 
 
 def find_weight(name: str) -> Weight:
@@ -74,20 +101,31 @@ def find_weight(name: str) -> Weight:
     raise ValueError(f"no published weights are named {name!r}; {hint}")
 
 
+def find_dense_weight(recipe: str) -> DenseWeight:
+    """The row of the segmenter or detector that `recipe` builds. Raises ValueError if there is none."""
+    rows = load_dense_manifest()
+    if recipe in rows:
+        return rows[recipe]
+    raise ValueError(
+        f"the list has no published weights for {recipe}: give a file of them with --weights, or weights=... in "
+        "Python; `tessel weights list '*/*'` shows the recipes that have some"
+    )
+
+
 @cache
-def _read(path: Path) -> dict[str, Weight]:
+def _read(path: Path, kind: type[Row]) -> dict[str, Row]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
-    return {name: _row(name, table, path) for name, table in tables.items()}
+    return {name: _row(name, table, path, kind) for name, table in tables.items()}
 
 
-def _row(name: str, table: Any, path: Path) -> Weight:
+def _row(name: str, table: Any, path: Path, kind: type[Row]) -> Row:
     where = f"{path}, row {name!r}"
     if not isinstance(table, dict):
         raise ValueError(f"{where}: {table!r} is not a table")
-    fields = {f.name: f for f in dataclasses.fields(Weight) if f.name != "name"}
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "name"}
     for key, value in table.items():
         if key not in fields:
             raise ValueError(f"{where}: unknown field {key!r}; known: {', '.join(fields)}")
@@ -97,7 +135,7 @@ def _row(name: str, table: Any, path: Path) -> Weight:
         if key not in table and f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: field {key!r} is missing")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    weight = Weight(name=name, **values)
+    weight = kind(name=name, **values)
     if problem := _problem(weight):
         raise ValueError(f"{where}: {problem}")
     return weight
@@ -114,8 +152,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _problem(weight: Weight) -> str | None:
-    if not weight.model or not weight.tag:
+def _problem(weight: WeightFile) -> str | None:
+    if isinstance(weight, Weight) and not (weight.model and weight.tag):
         return "the name must read model.tag"
     if weight.url and not weight.url.startswith("https://"):
         return f"field 'url' = {weight.url!r} must start with https:// or be empty"
@@ -126,7 +164,7 @@ def _problem(weight: Weight) -> str | None:
     if not weight.license or not weight.source:
         return "the fields 'license' and 'source' must be filled"
     for key, (low, high) in _BOUNDS.items():
-        value = getattr(weight, key)
+        value = getattr(weight, key, None)
         if value is not None and not low <= value <= high:
             return f"field {key!r} = {value} must lie in [{low}, {high}]"
     return None

@@ -28,12 +28,12 @@ from filelock import FileLock
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .manifest import Weight
+from .manifest import WeightFile
 
 _CHUNK = 1 << 17
 _TIMEOUT = 30.0
 _MIRROR = "TESSEL_WEIGHTS_URL"
-_BY_HAND = "pass it with pretrained_cfg_overlay=dict(file=...)"
+_BY_HAND = "pass its path: pretrained_cfg_overlay=dict(file=...) in Python, --weights on the command line"
 # keys under which trainers store the weights. EMA copies are not among them: only the manifest's `state_key` knows
 # whether the published accuracy belongs to the EMA weights (BiFormer's belongs to `model`, not to `model_ema`).
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
@@ -93,8 +93,8 @@ def fetch(
     return path
 
 
-def fetch_weight(weight: Weight, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """`fetch` the file of a manifest row; the imported file, if there is one (see `keep_imported`).
+def fetch_weight(weight: WeightFile, *, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
+    """`fetch` the file of a row of either manifest; the imported file, if there is one (see `keep_imported`).
 
     Raises ValueError with the reason if the row has no url and TESSEL_WEIGHTS_URL names no mirror.
     """
@@ -114,17 +114,17 @@ def fetch_weight(weight: Weight, *, cache_dir: str | Path | None = None, progres
     )
 
 
-def imported_path(weight: Weight, *, cache_dir: str | Path | None = None) -> Path:
+def imported_path(weight: WeightFile, *, cache_dir: str | Path | None = None) -> Path:
     """Where the cache keeps the weights of a row that were imported: a safetensors file with our keys."""
     return _cache(cache_dir) / f"{weight.name}.safetensors"
 
 
-def is_available(weight: Weight, *, cache_dir: str | Path | None = None) -> bool:
+def is_available(weight: WeightFile, *, cache_dir: str | Path | None = None) -> bool:
     """Whether `fetch_weight` has a file to return or a url to try."""
     return bool(weight.url or os.environ.get(_MIRROR)) or imported_path(weight, cache_dir=cache_dir).is_file()
 
 
-def find_local(weight: Weight, *, cache_dir: str | Path | None = None) -> Path | None:
+def find_local(weight: WeightFile, *, cache_dir: str | Path | None = None) -> Path | None:
     """The file of a row in the cache, imported or downloaded; None if there is none."""
     paths = [imported_path(weight, cache_dir=cache_dir)]
     if weight.url:
@@ -132,7 +132,7 @@ def find_local(weight: Weight, *, cache_dir: str | Path | None = None) -> Path |
     return next((path for path in paths if path.is_file()), None)
 
 
-def keep_imported(weight: Weight, state: Mapping[str, Tensor], *, cache_dir: str | Path | None = None) -> Path:
+def keep_imported(weight: WeightFile, state: Mapping[str, Tensor], *, cache_dir: str | Path | None = None) -> Path:
     """Keep `state`, the weights of a row with our keys, in the cache; `fetch_weight` returns this file from now on.
 
     An earlier import of the row is replaced. Raises OSError if the file cannot be written.

@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Models with published weights, with and without the tag, and files."""
-    manifest = (ROOT / "checkpoints" / "manifest.toml").read_text(encoding="utf-8")
-    names = re.findall(r'^\["(([^."]+)\.[^"]+)"\]', manifest, re.MULTILINE)
+    """Models with published weights, with and without the tag, recipes with published weights, and files."""
+    folder = ROOT / "checkpoints"
+    tables = "".join((folder / file).read_text(encoding="utf-8") for file in ("manifest.toml", "dense.toml"))
+    names = re.findall(r'^\["(([^."]+)[^"]*)"\]', tables, re.MULTILINE)
     return _offered({name for pair in names for name in pair}, incomplete)
 
 

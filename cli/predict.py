@@ -38,7 +38,8 @@ def predict(
     batch_size: int,
     device: str,
 ) -> int:
-    """Predict images with MODEL: a model's name, a finished run, its export, or a file of `tessel export`.
+    """Predict images with MODEL: the name of a model, or of a recipe whose segmenter or detector is published; a
+    finished run, its export, or a file of `tessel export`.
 
     A classifier prints its most probable classes, a segmenter the share of each class, a detector the objects that it
     found. With --out DIR, the folder gets predictions.jsonl, and for each image a picture with the result drawn on it
@@ -47,6 +48,7 @@ def predict(
 
     \b
     tessel predict cswin_tiny cat.jpg https://example.org/dog.jpg
+    tessel predict coco/mask_rcnn_3x_nat_tiny street.jpg --out predicted
     tessel predict runs/digits 'scans/*.png' --topk 1 --json
     tessel predict runs/street photos/ --out predicted
     """

@@ -99,6 +99,7 @@ def reproduce(
 
     \b
     tessel weights reproduce cswin_tiny.in1k --data IMAGENET
+    tessel weights reproduce coco/mask_rcnn_3x_nat_tiny --data COCO
     tessel weights reproduce ade20k/van_b2_upernet --data ADE20K --weights van_b2_upernet.pth
     """
     from ..train.errors import UserError, report_errors
@@ -145,18 +146,17 @@ def _of_model(model: str, keys: list[str], file: Path | None) -> Measured:
 
 
 def _of_recipe(recipe: str, keys: list[str], file: Path | None) -> Measured:
-    from ..train.errors import UserError
+    from ..predict.published import fetch_published
     from ..train.reproduce import evaluate_published
 
-    if file is None:
-        raise UserError(
-            f"{recipe} is a recipe, and the list has no weights of segmenters and detectors: give --weights"
-        )
-    metrics, names, expected, published = evaluate_published(recipe, keys, file)
+    weights, state_key = (file, "") if file is not None else fetch_published(recipe)
+    metrics, names, expected, published = evaluate_published(recipe, keys, weights, state_key=state_key)
     (name, value), *_ = values = [(title, metrics[key]) for key, title in names.items()]
     line = ", ".join(f"{title} {number:.1f}" for title, number in values)
-    record = [f"in {recipe}:", f"# expected:   {expected}", f"# reproduced: {line}, with the weights {file.name}"]
-    return Measured(file.name, name, value, metrics["count"], published, record)
+    record = [f"in {recipe}:", f"# expected:   {expected}", f"# reproduced: {line}, with the weights {weights.name}"]
+    if file is None:
+        record += [f'in checkpoints/dense.toml, ["{recipe}"]:', f"reproduced = {value:.3f}"]
+    return Measured(weights.name, name, value, metrics["count"], published, record)
 
 
 @weights.command(short_help="Put a classifier on the Hugging Face hub.")

@@ -13,6 +13,7 @@ from torch import nn
 from ..train.errors import UserError
 from .networks import ExportedDetector, ExportedNetwork, TorchNetwork, pick_device
 from .predictor import Predictor, TaskModel
+from .published import build_published, is_recipe
 from .tasks import Classifier, Detector, MultiLabelClassifier, Segmenter
 
 RECIPE = "recipe.yaml"  # of a run
@@ -30,12 +31,13 @@ def load(
 ) -> Predictor:
     """A model that is ready to predict, in evaluation mode.
 
-    source: the name of a model of timm or tessel with published weights ("cswin_tiny", "hf-hub:OWNER/NAME"); a finished
-        run, or its `export/`; or a file of `tessel export`, which computes on the CPU.
+    source: the name of a model of timm or tessel with published weights ("cswin_tiny", "hf-hub:OWNER/NAME"); that of a
+        recipe whose segmenter or detector is published ("ade20k/nat_tiny_upernet"); a finished run, or its `export/`;
+        or a file of `tessel export`, which computes on the CPU.
     device: "auto" (the accelerator that torch finds, else the CPU) or a device of torch.
-    weights: a file with the weights of the model `source`, instead of the published ones.
+    weights: a file with the weights of the model or recipe `source`, instead of the published ones.
     size: side of the images that a classifier gets, instead of the one it was trained with.
-    pretrained: False gives a model's name random weights.
+    pretrained: False gives the name of a model or recipe random weights.
 
     Raises UserError if there is no such model, run or file, or it cannot be read.
     """
@@ -47,6 +49,9 @@ def load(
         model = _from_folder(path, device, size)
     elif path.is_file():
         model = _from_file(path, size)
+    elif is_recipe(str(source)):
+        recipe, network = build_published(str(source), weights, pretrained=pretrained)
+        model = _dense(network, recipe.task.kind, recipe, path, device, size)
     else:
         model = _from_name(str(source), device, weights, size, pretrained)
     return Predictor(str(source), model)
@@ -105,6 +110,15 @@ def _from_folder(path: Path, device: str, size: int | None) -> TaskModel:
         plain = _classifier(model, device, size)
         thresholds = config["thresholds"]
         return MultiLabelClassifier(plain.network, plain.classes, plain.config, thresholds=thresholds, **background)
+    return _dense(model, kind, recipe, path, device, size, **background)
+
+
+def _dense(
+    model: Any, kind: str, recipe: Any, path: Path, device: str, size: int | None, **background: Any
+) -> TaskModel:
+    """A segmenter or detector, that of a recipe or of the export at `path` without one."""
+    from ..train.recipe.registry import TASKS
+
     if size is not None:
         raise UserError(f"size={size} has no effect with task.kind={kind}; remove it")
     network = TorchNetwork(model, pick_device(device))

@@ -1,12 +1,16 @@
 """Helpers of the mmsegmentation tests: a folder with ADE20K's layout, and a small config for MMEngine's Runner."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 from PIL import Image
+from torch import Tensor
 
 from tessel.train.data.sources.digit_scenes import DigitScenes
+from tessel.zoo import to_published
 from tessel.zoo.dense import DenseBackbone
 
 
@@ -77,3 +81,13 @@ def config(root: Path, work: Path, **overrides: Any) -> dict[str, Any]:
         "log_level": "ERROR",
         **overrides,
     }
+
+
+def published_backbone(own: Mapping[str, Tensor], prefix: str, name: str = "van_atto") -> dict[str, Tensor]:
+    """The weights of a dense VAN below `prefix`, with the paper's names."""
+    body = {k.removeprefix(f"{prefix}body."): t for k, t in own.items() if k.startswith(f"{prefix}body.")}
+    classifier = timm.create_model(name, num_classes=2).state_dict()
+    state = to_published(name, classifier | body)
+    assert not any(key.startswith(f"{prefix}norms.") for key in own)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    return {f"backbone.{key}": tensor.clone() for key, tensor in state.items()}

@@ -13,7 +13,7 @@ import torch
 
 import tessel.zoo  # noqa: F401  (registers the models)
 from tessel.checkpoints import __main__ as cli
-from tessel.checkpoints import fetch_weight, find_weight, load_manifest, manifest, read_state
+from tessel.checkpoints import fetch_weight, find_weight, load_dense_manifest, load_manifest, manifest, read_state
 
 PAYLOAD = bytes(range(256)) * 16
 DIGEST = hashlib.sha256(PAYLOAD).hexdigest()
@@ -172,16 +172,17 @@ def run(capsys, *argv: str, fails: bool = False) -> str:
 
 def test_list_command(capsys):
     lines = run(capsys, "list").splitlines()
-    assert [line.split()[0] for line in lines] == ["name", *load_manifest()]
+    assert [line.split()[0] for line in lines] == ["name", *load_manifest(), *load_dense_manifest()]
     lines = run(capsys, "list", "biformer_sm*").splitlines()
     assert len(lines) == 2
-    assert lines[1].split()[:6] == ["biformer_small.in1k", "-", "MIT", "83.80", "-", "no:"]
+    assert lines[1].split()[:7] == ["biformer_small.in1k", "-", "MIT", "top-1", "83.80", "-", "no:"]
     assert "published only as a share link" in lines[1]
     assert "'nothing*'" in run(capsys, "list", "nothing*", fails=True)
 
 
 def test_list_command_shows_size_and_accuracy(own_manifest, capsys):
-    assert run(capsys, "list").splitlines()[1].split() == ["some_tiny.in1k", "0.0", "MB", "MIT", "81.50", "-", "yes"]
+    row = ["some_tiny.in1k", "0.0", "MB", "MIT", "top-1", "81.50", "-", "yes"]
+    assert run(capsys, "list").splitlines()[1].split() == row
 
 
 def test_fetch_command(own_manifest, tmp_path, capsys, monkeypatch):

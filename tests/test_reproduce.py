@@ -3,9 +3,9 @@
 import re
 
 import detection
+import openmm
 import pytest
 import scenery
-import timm
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -18,7 +18,6 @@ from tessel.train.recipe.schema import Dense, Model
 from tessel.train.reproduce import evaluate_published, expectation
 from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
-from tessel.zoo import to_published
 
 CLASSES = 3
 
@@ -59,17 +58,7 @@ def in_mmdetection(detector):
         state[f"roi_head.bbox_head.fc_cls.{p}"] = torch.cat([scores[1:], scores[:1]])
         state[f"roi_head.bbox_head.fc_reg.{p}"] = own[f"{box}bbox_pred.{p}"][4:]
         state[f"roi_head.mask_head.conv_logits.{p}"] = own[f"{mask}mask_fcn_logits.{p}"][1:]
-    return state | published_backbone(own, "backbone.body.")
-
-
-def published_backbone(own, prefix):
-    """The weights of a dense VAN with the paper's names."""
-    body = {k.removeprefix(f"{prefix}body."): t for k, t in own.items() if k.startswith(f"{prefix}body.")}
-    classifier = timm.create_model("van_atto", num_classes=2).state_dict()
-    state = to_published("van_atto", classifier | body)
-    assert not any(key.startswith(f"{prefix}norms.") for key in own)
-    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-    return {f"backbone.{key}": tensor.clone() for key, tensor in state.items()}
+    return state | openmm.published_backbone(own, "backbone.body.")
 
 
 @pytest.mark.slow
@@ -145,7 +134,7 @@ def test_a_published_segmenter_is_evaluated_by_its_recipe(tmp_path):
     own = model.state_dict()
     heads = {k: t.contiguous() for k, t in own.items() if k.startswith("decode_head.")}
     file = tmp_path / "published.safetensors"
-    save_file(heads | {k: t.contiguous() for k, t in published_backbone(own, "backbone.").items()}, file)
+    save_file(heads | {k: t.contiguous() for k, t in openmm.published_backbone(own, "backbone.").items()}, file)
     found = evaluate_published(str(recipe), ["parallel.precision=fp32"], file)
     metrics = task.metrics()
     for batch in task.eval_batches():

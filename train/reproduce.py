@@ -27,8 +27,8 @@ class Reproduction(NamedTuple):
     published: float | None
 
 
-def evaluate_published(source: str, overrides: list[str], weights: Path) -> Reproduction:
-    """Evaluate the weights in the file `weights` on the validation split of the recipe `source`.
+def evaluate_published(source: str, overrides: list[str], weights: Path, *, state_key: str = "") -> Reproduction:
+    """Evaluate the weights in the file `weights`, at `state_key`, on the validation split of the recipe `source`.
 
     The file has mmsegmentation's or mmdetection's names for the heads and the paper's for the backbone. Raises
     UserError if it does not fit the recipe.
@@ -44,7 +44,7 @@ def evaluate_published(source: str, overrides: list[str], weights: Path) -> Repr
             raise UserError(f"{source} has task.kind={recipe.task.kind}; give a recipe of segmentation or detection")
         with world.raise_on_all_ranks():
             try:
-                model.load_published(read_state(weights))
+                model.load_published(read_state(weights, state_key=state_key))
             except (ValueError, OSError) as error:
                 raise UserError(f"{weights} does not fit the model of {source}: {error}") from error
         prepare_model(model, recipe.parallel, world)
