@@ -105,7 +105,7 @@ def test_a_published_detector_is_evaluated_by_its_recipe(tmp_path, capsys):
     recipe = write(tmp_path / "recipe.yaml", sections, "box AP 61.0, mask AP 40.0 (published)")
     argv = ["weights", "reproduce", str(recipe), "--data", str(root), "run.device=cpu"]
     assert main(argv) == 1
-    assert "has no weights of segmenters and detectors: give --weights" in capsys.readouterr().err
+    assert "recipe.yaml: give a file of them with --weights" in capsys.readouterr().err
     argv += ["--weights", str(tmp_path / "published.safetensors")]
     assert main(argv) == 1
     printed, error = capsys.readouterr()
