@@ -69,9 +69,13 @@ def correlate(x: Tensor, kernels: Tensor, side: int) -> Tensor:
 def correlate_by_groups(x: Tensor, kernels: Tensor, side: int) -> Tensor:
     """`correlate` as a convolution of B*C groups."""
     batch, height, width, dim = x.shape
-    maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
+    if x.device.type == "cpu":
+        # the images become channels of one map, channels last: transposing the map took longer than convolving it
+        maps = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
+    else:
+        maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
     y = F.conv2d(maps, kernels.reshape(batch * dim, 1, side, side), padding=side // 2, groups=batch * dim)
-    return y.view(batch, dim, height, width).permute(0, 2, 3, 1)
+    return y[0].unflatten(0, (batch, dim)).permute(0, 2, 3, 1)
 
 
 def correlate_by_shifts(x: Tensor, kernels: Tensor, side: int) -> Tensor:
