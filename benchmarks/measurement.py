@@ -113,10 +113,14 @@ def peak_of(run: Callable) -> int:
     return max(highest, resident()) - before
 
 
-def in_own_process(script: str, *arguments: str) -> str:
-    """Run `script` in a new process and return its output; exit with its error output if it fails."""
-    command = [sys.executable, script, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=RETURNING)
+def in_own_process(script: str, *arguments: str, returning: bool = True) -> str:
+    """Run `script` in a new process and return its output; exit with its error output if it fails.
+
+    returning: whether freed memory returns to the system at once, as `peak_of` needs it. Then each allocation of 64 KiB
+    or more asks the system for new pages, so such a process must not measure time.
+    """
+    command, environment = [sys.executable, script, *arguments], RETURNING if returning else None
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
     return run.stdout

@@ -320,7 +320,7 @@ def test_report(benchmark):
 def script(benchmark, monkeypatch):
     """Run a benchmark script in this process, including the runs for which it would start new processes."""
 
-    def run(name: str, *arguments: str) -> str:
+    def run(name: str, *arguments: str, returning: bool = True) -> str:
         module = benchmark(Path(name).stem)
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
             patch.setattr(sys, "argv", [name, *arguments])
@@ -405,6 +405,9 @@ def test_scaling_dry_run(benchmark, script, monkeypatch, tmp_path):
     for rows in found["mixers"].values():
         assert [row["side"] for row in rows] == [8, 12, 16]
         assert all(0 < row["ms"] <= row["median_ms"] and row["mib"] >= 0 for row in rows)
+    assert [row["mflops"] for row in found["mixers"]["FullAttention"]] == [
+        2 * (4 * 64 * 64 * n + 2 * 64 * n**2) / 1e6 for n in (64, 144, 256)
+    ]
     assert found["families_at_512_mib"].keys() == {"biformer_atto"}
     text = (tmp_path / "scaling.md").read_text()
     assert "| FullAttention | N^2 |" in text and "| biformer_atto |" in text
@@ -419,10 +422,33 @@ def test_exponent(benchmark):
 
 def test_scaling_fails_where_linear_is_not(benchmark, script, monkeypatch, tmp_path):
     scaling = benchmark("scaling")
-    monkeypatch.setattr(scaling, "measure", lambda *_: [{"side": n, "ms": n**3, "mib": 1.0} for n in (8, 16)])
+    monkeypatch.setattr(scaling, "SIDES", (8, 16))
+    monkeypatch.setattr(scaling, "measure", lambda *_: [{"side": n, "ms": n**exponent} for n in (8, 16)])
+    monkeypatch.setattr(scaling, "memory", lambda *_: [1.0, 1.0])
     monkeypatch.setattr(scaling, "family_memory", dict)
-    with pytest.raises(SystemExit, match=r"exponents of time are not below 1\.15: \{'Window': 1\.5\}"):
-        script("scaling.py", "--mixers", "Window", "FullAttention", "--out", str(tmp_path / "scaling"))
+    arguments = ("--mixers", "InLine", "FullAttention", "--out", str(tmp_path / "scaling"))
+    exponent = 3
+    with pytest.raises(SystemExit, match=r"exponents of time exceed 1\.1: \{'InLine': 1\.5\}"):
+        script("scaling.py", *arguments)
+    exponent = 2
+    monkeypatch.setattr(scaling, "mflops", lambda *_: [1.0, 16.0])
+    with pytest.raises(SystemExit, match=r"exponents of FLOPs exceed 1\.1: \{'InLine': 2\.0\}"):
+        script("scaling.py", *arguments)
+
+
+def test_scaling_has_every_mixer(benchmark):
+    with torch.device("meta"):
+        measured = {type(make()) for make, _ in benchmark("scaling").MIXERS.values()}
+    assert measured == {mixer.kind for mixer in tessel.blocks.MIXERS.values()}
+
+
+@pytest.mark.parametrize("name", ["N", "N log N"])
+def test_flops_of_linear_mixers_grow_as_the_tokens(benchmark, name):
+    scaling = benchmark("scaling")
+    linear = [mixer for mixer, (_, cost) in scaling.MIXERS.items() if cost == name]
+    for mixer in linear:
+        rows = [{"side": n, "mflops": count} for n, count in zip(scaling.SIDES, scaling.mflops(mixer), strict=True)]
+        assert scaling.exponent(rows, "mflops") <= 1.1, mixer
 
 
 def test_hilo_dry_run(script, tmp_path):
@@ -503,6 +529,9 @@ def test_measurement(benchmark, tmp_path):
     assert calls == list("ababab") and [len(seconds) for seconds in times.values()] == [2, 2]
     (tmp_path / "good.py").write_text("import os, sys; print(sys.argv[1], os.environ['MALLOC_TRIM_THRESHOLD_'])")
     assert measurement.in_own_process(str(tmp_path / "good.py"), "x") == "x 65536\n"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    with pytest.raises(SystemExit, match="KeyError"):
+        measurement.in_own_process(str(tmp_path / "good.py"), "x", returning=False)
     (tmp_path / "bad.py").write_text("raise ValueError('out of paper')")
     with pytest.raises(SystemExit, match="(?s)bad.py failed.*out of paper"):
         measurement.in_own_process(str(tmp_path / "bad.py"))
