@@ -3,13 +3,14 @@
     python benchmarks/scaling.py [--mixers NAME ...] [--clock cpu] [--out PATH]
 
 Mixers have 64 channels and run on square maps of 16 to 128 pixels a side, on one CPU thread. The exponent e is the
-least-squares slope of log(value) over log(tokens): cost grows as tokens**e. The script fails if the time of a mixer
-that its paper calls linear has an exponent above 1.1, or its FLOPs have. FLOPs are those of matrix products, convolutions and fused
+least-squares slope of log(value) over log(tokens): cost grows as tokens**e. The script fails if an exponent of a mixer
+that its paper calls linear exceeds 1.1, in time or in FLOPs. FLOPs are those of matrix products, convolutions and fused
 attention in a forward pass; they do not depend on the machine. Memory is the peak of a forward and backward pass minus
-the level before it. Each mixer is timed in a process of its own, and its memory is measured in another: there freed
-memory returns to the system at once, so that a call asks for it again, which takes up to half of the time of a mixer.
---clock cpu measures the CPU time of the process, which other work disturbs less. Results:
-benchmarks/results/scaling.{json,md,png}.
+the level before it.
+
+Each mixer is timed in a process of its own, and its memory is measured in another: there freed memory returns to the
+system at once, and a call that asks for it again takes up to twice as long. --clock cpu measures the CPU time of the
+process, which other work disturbs less. Results: benchmarks/results/scaling.{json,md,png}.
 """
 
 import argparse
