@@ -16,6 +16,7 @@ from pathlib import Path
 
 from generated import main
 
+from tessel.checkpoints import load_dense_manifest
 from tessel.train.recipe.explain import describe_type
 from tessel.train.recipe.load import PACKAGED, load_recipe
 from tessel.train.recipe.plan import plan
@@ -78,6 +79,12 @@ def settings(head: str) -> str:
     return ("ours or stand-ins" if unsure[1] else "published in part") if unsure else "published"
 
 
+def trained(folder: str, path: Path) -> str:
+    """A link to the published weights of the whole model that a recipe trains, if they have one."""
+    row = load_dense_manifest().get(f"{folder}/{path.stem}")
+    return f"[file]({row.url})" if row else ""
+
+
 def recipes() -> str:
     """One line a recipe for ImageNet-1K."""
     columns = "recipe, paper, input, epochs, batch, optimizer, peak lr, begins with, settings, published top-1, ours"
@@ -98,8 +105,8 @@ def recipes() -> str:
 
 def coco() -> str:
     """One line a recipe for COCO."""
-    columns = "recipe, detector, schedule, optimizer, peak lr, decay, begins with, published box AP, mask AP, ours"
-    lines = heading(columns)
+    columns = "recipe, detector, schedule, optimizer, peak lr, decay, begins with, published box AP, mask AP"
+    lines = heading(f"{columns}, trained model, ours")
     for path in sorted((PACKAGED / "coco").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         box, mask = (re.search(rf"^# expected: .*{kind} AP ([\d.]+)", head, re.MULTILINE) for kind in ("box", "mask"))
@@ -109,15 +116,15 @@ def coco() -> str:
         decays = "/".join(f"{milestone:g}" for milestone in recipe.sched.milestones or ())
         schedule = f"{recipe.sched.epochs:g} epochs, steps at {decays}"
         rates = f"{recipe.optim.name} | {recipe.optim.lr:g} | {recipe.optim.weight_decay:g} | `{begin}`"
-        results = f"{box[1] if box else ''} | {mask[1] if mask else ''} | not run"
+        results = f"{box[1] if box else ''} | {mask[1] if mask else ''} | {trained('coco', path)} | not run"
         lines.append(f"| `coco/{path.stem}` | {recipe.task.detect.detector} | {schedule} | {rates} | {results} |")
     return "\n".join(lines)
 
 
 def segmenters() -> str:
     """One line a recipe for ADE20K."""
-    columns = "recipe, paper, decoder, crop, length, batch, peak lr, begins with, settings, published mIoU, ours"
-    lines = heading(columns)
+    columns = "recipe, paper, decoder, crop, length, batch, peak lr, begins with, settings, published mIoU"
+    lines = heading(f"{columns}, trained model, ours")
     for path in sorted((PACKAGED / "ade20k").glob("*.yaml")):
         recipe, head = load_recipe(path), path.read_text()
         if recipe.task.kind != "segment":
@@ -130,7 +137,7 @@ def segmenters() -> str:
         length = f"{recipe.sched.steps} steps" if recipe.sched.steps else f"{recipe.sched.epochs:g} epochs"
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
         counts = f"{decoder[1]} | {recipe.data.size} | {length} | {recipe.data.batch} | {recipe.optim.lr:g}"
-        rest = f"`{begin}` | {settings(head)} | {miou[1] if miou else ''} | not run"
+        rest = f"`{begin}` | {settings(head)} | {miou[1] if miou else ''} | {trained('ade20k', path)} | not run"
         lines.append(f"| `ade20k/{path.stem}` | {link} | {counts} | {rest} |")
     return "\n".join(lines)
 
