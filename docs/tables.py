@@ -80,17 +80,36 @@ def _begin(name: str) -> str:
 
 
 def heads() -> str:
-    """One line per head of benchmarks/results/heads_cpu.json: parameters and multiply-adds below each backbone."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())["rows"]
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    found = {(row["task"], row["model"]): row for row in rows}
-    lines = ["| head | pixels | " + " | ".join(f"below `{name}`" for name in names) + " |"]
-    lines.append("|---" * (len(names) + 2) + "|")
+    """One line per head and backbone of benchmarks/results/heads_cpu.json, and what they were measured with."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "heads_cpu.json").read_text())
+    found = {(row["task"], row["model"], row["pass"]): row for row in results["rows"]}
+    head = ("head", "backbone", "pixels", "parameters (M)", "GMACs", "inference", "training", "memory (GiB)", "loss")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task, title in HEADS.items():
-        own = [found[task, name] for name in names]
-        costs = [f"{row['parameters']:.1f} M, {row['gmacs']:.1f} G" for row in own]
-        lines.append("| " + " | ".join((title, f"{own[0]['height']} x {own[0]['width']}", *costs)) + " |")
-    return "\n".join(lines)
+        for name in dict.fromkeys(row["model"] for row in results["rows"]):
+            count, inference, training = (
+                found.get((task, name, part), {}) for part in ("count", "inference", "training")
+            )
+            cells = (
+                title,
+                f"`{name}`",
+                f"{count['height']} x {count['width']}",
+                f"{count['parameters']:.1f}",
+                f"{count['gmacs']:.1f}",
+                _cell("{:.2f}", inference.get("images_per_second")),
+                _cell("{:.3f}", training.get("images_per_second")),
+                _cell("{:.1f}", training.get("peak_mib", 0) / 1024),
+                _cell("{:.1%}", training.get("loss_share")),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    clock = {"cpu": "images per second of CPU time", "wall": "images per second"}[results["clock"]]
+    where = f"{results['device']}, {results['threads']} threads, torch {results['torch']}"
+    return "\n".join([*lines, "", f"Measured on {where}, two images at a time; inference and training: {clock}."])
+
+
+def _cell(form: str, value: float | None) -> str:
+    """Empty for what was not measured."""
+    return form.format(value) if value else ""
 
 
 TABLES = {"families": families, "models": models, "heads": heads}

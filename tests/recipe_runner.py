@@ -149,6 +149,8 @@ def detect(recipe: Recipe, short: bool) -> dict[str, Any]:
         keys["task.detect.kwargs"] = {**options.kwargs, **fewer}
     if options.detector in NARROW_QUERIES:
         narrow = {"task.detect.channels": 64, "task.detect.kwargs": NARROW_QUERIES[options.detector]}
+        if "num_queries" in options.kwargs:  # of which small images have fewer places
+            keys["task.detect.kwargs"] = {**options.kwargs, "num_queries": 100}
         return keys | (narrow if short else {})
     return keys | ({"task.detect.channels": 32} if short else {})
 

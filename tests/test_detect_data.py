@@ -316,6 +316,21 @@ def test_scale_jitter_crops_and_pads_to_a_fixed_size(tmp_path):
     assert 0.08 < min(scales) < 0.3 and 1 < max(scales) < 1.6 and 15 < padded < 40
 
 
+def test_distorted_colors_leave_objects_and_padding(tmp_path):
+    keys = ["data.aug.hflip=0", "data.aug.color_jitter=0", "data.aug.crop=130", "task.detect.min_size=[80]"]
+    plain, distorted = (
+        TrainTransform(recipe(tmp_path, None, MASKS, *keys, f"data.aug.photometric={on}")) for on in ("false", "true")
+    )
+    (before, objects), changed = plain(*squares()), 0
+    for seed in range(12):
+        seed_all(seed)
+        after, found = distorted(*squares())
+        assert after.dtype == torch.uint8 and all(torch.equal(found[name], value) for name, value in objects.items())
+        assert (after[:, 80:] == 128).all() and (after[:, :, 120:] == 128).all()
+        changed += not torch.equal(after, before)
+    assert changed > 6
+
+
 def test_objects_without_a_pixel_in_the_crop_are_dropped(tmp_path):
     """A frame around the image, whose box covers crops that have no pixel of it."""
     frame = np.zeros((1, 80, 120), np.uint8)

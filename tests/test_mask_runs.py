@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 
 import tessel
+from tessel.cli.application import main
 from tessel.train import evaluate
+from tessel.train.report.__main__ import main as report
 from tessel.train.tasks.segment import load
 
 STEPS = 4
@@ -106,6 +108,16 @@ def test_a_run_is_evaluated_drawn_and_predicts(straight, tmp_path, capsys):
     Image.new("RGB", (50, 37), "gray").save(tmp_path / "image.png")
     (result,) = tessel.load(straight).predict(tmp_path / "image.png")
     assert result.mask.shape == (37, 50)
+    assert report([str(straight)]) == 0 and "IoU by class" in (straight / "report/index.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter warns about its own code
+def test_an_exported_run_predicts_the_same(straight, tmp_path):
+    file, image = tmp_path / "model.pt2", tmp_path / "image.png"
+    assert main(["export", str(straight), "--format", "torch-export", "--size", "64", "--out", str(file)]) == 0
+    Image.effect_noise((64, 64), 80).convert("RGB").save(image)
+    found, wanted = (tessel.load(model).predict(image)[0].mask for model in (file, straight))
+    assert (found == wanted).mean() > 0.99
 
 
 def test_bfloat16_and_another_backbone(recipe):

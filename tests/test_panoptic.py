@@ -220,7 +220,7 @@ def write_recipe(path, root, kind="mask2former"):
         },
         "data": {"source": "coco_panoptic", "root": str(root), "size": 40, "batch": 4, "micro_batch": 2}
         | {"aug": {"hflip": 0.5}},
-        "optim": {"lr": 2e-3, "clip": 1.0},
+        "optim": {"lr": 2e-3, "clip": 1.0, "layer_decay": 0.9},
         "sched": {"steps": 3, "warmup": 1},
         "ema": {"decay": 0.9},
         "log": {"every": 1},
@@ -256,6 +256,13 @@ def test_resume_is_exact_and_the_run_is_evaluated_drawn_and_predicts(kind, tmp_p
     assert model.things == [True, True, False] and model.classes == ["person", "dog", "sky"]
     (result,) = tessel.load(one).predict(root / "val2017/000000000000.jpg", min_score=0.0)
     assert len(result.labels) and result.masks.sum(0).max() == 1 and result.save(tmp_path / "drawn.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_in_bfloat16(tmp_path):
+    recipe = write_recipe(tmp_path / "run" / "tiny.yaml", write_coco(tmp_path / "coco"))
+    assert trainer.train(recipe, "parallel.precision=bf16", "sched.steps=2", "eval.every=2") == 0
+    assert all(tensor.isfinite().all() for tensor in load(recipe.parent / "runs/tiny/export").state_dict().values())
 
 
 @pytest.mark.large

@@ -18,11 +18,13 @@ from tessel.train.errors import UserError
 from tessel.train.heads.box_detector import group_of
 from tessel.train.heads.mask_classifier import MaskOutputs
 from tessel.train.heads.mask_inference import instances
-from tessel.train.recipe.schema import Dense, Model
+from tessel.train.optim.optimizer import build_optimizer
+from tessel.train.recipe.schema import Dense, Model, Optim
 from tessel.train.report.__main__ import main as report
 from tessel.train.tasks import detect
 from tessel.train.tasks.detect.detectors import build_detector
 from tessel.train.tasks.detect.options import DetectOptions
+from tessel.train.tasks.detect.queries import best_queries
 
 KINDS = list(recipe_runner.NARROW_QUERIES)
 MASKS = ("mask2former", "pem")
@@ -109,6 +111,25 @@ def test_a_perfect_query_finds_its_box_in_the_given_image(kind, monkeypatch):
     assert canvas[0] > 64 or canvas[1] > 96
     assert objects["labels"][0] == 4 and objects["scores"][0] > 0.99
     torch.testing.assert_close(objects["boxes"][0], torch.tensor([10.0, 15.0, 30.0, 25.0]))
+
+
+def test_equal_boxes_are_not_suppressed():
+    logits, boxes = torch.full((1, 4, CLASSES), -9.0), torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, 4, 4)
+    logits[0, 1:3, 2] = torch.tensor([3.0, 4.0])
+    found, labels, scores = best_queries(logits, boxes)
+    assert labels[0, :2].tolist() == [2, 2] and torch.equal(found[0, 0], found[0, 1])
+    torch.testing.assert_close(scores[0, :3], torch.tensor([4.0, 3.0, -9.0]).sigmoid())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_decay_slows_the_backbone_and_not_the_head(kind):
+    model = detector(kind)
+    groups = build_optimizer(model, Optim(layer_decay=0.5), 1.0).param_groups
+    scales = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
+    named = {name: scales[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+    stem = next(scale for name, scale in named.items() if name.startswith("backbone."))
+    head = {scale for name, scale in named.items() if name.startswith("head.")}
+    assert stem == min(named.values()) < 0.3 and head == {1.0}
 
 
 def test_instances_have_their_masks_scores_and_boxes():
@@ -223,6 +244,19 @@ def test_resume_is_exact_and_the_run_is_evaluated_drawn_and_predicts(kind, tmp_p
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "image.png")
     (result,) = tessel.load(one).predict(tmp_path / "image.png", min_score=0.0)
     assert len(result.boxes) and result.save(tmp_path / "drawn.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask2former", "rtdetrv2"])
+def test_a_run_in_bfloat16_with_layer_decay(kind, tmp_path):
+    recipe = write_recipe(tmp_path / "run/tiny.yaml", detection.draw_coco(tmp_path / "coco"), kind)
+    assert trainer.train(recipe, "parallel.precision=bf16", "optim.layer_decay=0.8", "eval.every=null") == 0
+    assert all(
+        record["loss"] > 0 for record in trainer.metrics(recipe.parent / "runs/tiny") if record["kind"] == "train"
+    )
+    assert all(
+        tensor.isfinite().all() for tensor in detect.load(recipe.parent / "runs/tiny/export").state_dict().values()
+    )
 
 
 @pytest.mark.large

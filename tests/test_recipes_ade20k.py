@@ -67,6 +67,8 @@ FACTS = {
     "litv2_base_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.3, 47.2),
     "litv2_medium_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 45.7),
     "litv2_small_fpn": ("FPNHead", 80000, 16, 1e-4, 1e-4, 0.2, 44.3),
+    "mask2former_transnext_base": ("Mask2Former", 160000, 16, 1e-4, 0.05, 0.6, 54.7),
+    "mask2former_transnext_small": ("Mask2Former", 160000, 16, 1e-4, 0.05, 0.5, 54.1),
     "mask2former_transnext_tiny": ("Mask2Former", 160000, 16, 1e-4, 0.05, 0.3, 53.4),
     "nat_base_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.5, 48.5),
     "nat_mini_upernet": ("UPerHead", 160000, 16, 6e-5, 0.01, 0.2, 45.1),
@@ -159,8 +161,30 @@ def test_the_panoptic_recipe_has_mask2formers_settings():
     recipe = loaded("panoptic_mask2former_transnext_tiny")
     planned, detect = plan(recipe, samples=IMAGES, world_size=8), recipe.task.detect
     assert (planned.steps, recipe.data.batch, planned.lr, recipe.optim.clip) == (160000, 16, 1e-4, 0.01)
+    assert recipe.data.aug.photometric and recipe.optim.lr_factors == {r"^backbone\.": 0.1}
+    assert (
+        recipe.optim.weight_decay == 0.05 and recipe.task.panoptic.min_score == recipe.task.panoptic.min_overlap == 0.8
+    )
     assert detect.min_size == tuple(64 * step for step in range(5, 21)) and detect.max_size == 2560
     assert recipe.data.size == recipe.data.aug.crop == 640 and not detect.kwargs
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "min_lr", "share"),
+    [
+        ("mask2former_cswin_tiny", 16, 1e-4, 0, 1),
+        ("mask2former_transnext_base", 16, 1e-4, 0, 0.75),
+        ("pem_cswin_tiny", 32, 4e-4, 1e-6, 1),
+    ],
+)
+def test_recipe_of_mask_classification_has_the_published_settings(name, batch, lr, min_lr, share):
+    """share: of a crop that one class may cover at most; TransNeXt's authors limit it, Mask2Former and PEM do not."""
+    recipe = loaded(name)
+    aug, optim, sched = recipe.data.aug, recipe.optim, recipe.sched
+    assert (plan(recipe, samples=IMAGES, world_size=8).steps, recipe.data.batch, optim.lr) == (160000, batch, lr)
+    assert (aug.resize, aug.cat_max_ratio, aug.photometric, aug.hflip) == ((0.5, 2.0), share, True, 0.5)
+    assert (optim.weight_decay, optim.clip, optim.lr_factors) == (0.05, 0.01, {r"^backbone\.": 0.1})
+    assert (sched.warmup, sched.min_lr) == (0, min_lr) and recipe.task.segment.decode_head.keys() == {"type"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

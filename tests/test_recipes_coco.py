@@ -166,6 +166,25 @@ def test_recipe_has_the_published_settings(name):
     assert all(re.search(rf"\b{re.escape(str(value))}\b", comments(name)) for value in results)
 
 
+def test_the_recipe_of_mask2former_has_its_published_settings():
+    recipe = load_recipe("coco/mask2former_cswin_tiny")
+    planned, aug = plan(recipe, samples=COCO, world_size=8), recipe.data.aug
+    assert (recipe.data.batch, planned.lr, recipe.optim.weight_decay, recipe.optim.clip) == (16, 1e-4, 0.05, 0.01)
+    shares = [milestone / planned.steps for milestone in planned.milestones]
+    assert shares == pytest.approx([327778 / 368750, 355092 / 368750], abs=1e-4)
+    assert (aug.crop, aug.scale_jitter, aug.hflip, recipe.data.size) == (1024, (0.1, 2.0), 0.5, 800)
+    assert recipe.optim.lr_factors == {r"^backbone\.": 0.1} and not recipe.task.detect.kwargs
+
+
+def test_the_recipe_of_rtdetrv2_has_the_settings_of_dino():
+    recipe = load_recipe("coco/rtdetrv2_transnext_tiny")
+    detect, optim = recipe.task.detect, recipe.optim
+    assert (recipe.sched.epochs, recipe.sched.milestones, recipe.data.batch) == (12, (11,), 16)
+    assert (optim.lr, optim.weight_decay, optim.clip, optim.lr_factors) == (1e-4, 0.05, 0.1, {r"^backbone\.": 0.1})
+    assert detect.min_size == tuple(range(480, 801, 32)) and detect.crop == (384, 600) and detect.empty
+    assert detect.kwargs == {"num_queries": 900, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_recipe_follows_the_authors_code_in_decay_precision_and_batch_norm(name):
     recipe, model = load_recipe(f"coco/{name}"), architecture(name)

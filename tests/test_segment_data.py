@@ -13,16 +13,15 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from tessel.train.data.loader import FallbackSample, SeededDataset
+from tessel.train.data.photometric import photometric, scale_saturation
 from tessel.train.data.sources.digit_scenes import open_masks
 from tessel.train.errors import UserError
 from tessel.train.recipe.registry import SOURCES
 from tessel.train.tasks.segment.augment import (
     Normalizer,
     eval_transform,
-    photometric,
     random_crop,
     rescaled_size,
-    scale_saturation,
     train_transform,
 )
 from tessel.train.tasks.segment.options import SegmentAug, SegmentData, SegmentTest

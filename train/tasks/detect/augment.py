@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ...data.detection import Target, learnable
+from ...data.photometric import photometric
 from ...recipe.schema import Recipe
 
 # gray, of images smaller than a crop of fixed size, as in Simple Copy-Paste (arXiv 2012.07177, section 3)
@@ -21,7 +22,7 @@ SIDES_BEFORE_CROP = [400, 500, 600]
 class TrainTransform:
     """(PIL image, target) -> (uint8 [3, H, W], boxes [N, 4], labels [N] and masks [N, H, W] in a dict).
 
-    Flips, color jitter, random crop and random resize. Crowds, boxes without an area and masks without a pixel are
+    Flips, random colors, random crop and random resize. Crowds, boxes without an area and masks without a pixel are
     removed.
     """
 
@@ -38,7 +39,11 @@ class TrainTransform:
             resize = v2.RandomChoice([resize, crop])
         steps = [v2.RandomHorizontalFlip(aug.hflip), v2.RandomVerticalFlip(aug.vflip), resize]
         if aug.crop:
-            steps += [RandomSizeCrop(aug.crop, aug.crop), PadToSize(aug.crop)]
+            steps.append(RandomSizeCrop(aug.crop, aug.crop))
+        if aug.photometric:
+            steps.append(Photometric())
+        if aug.crop:
+            steps.append(PadToSize(aug.crop))
         if jitter := aug.color_jitter:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]
@@ -102,6 +107,15 @@ class PadToSize(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(F.pad, inpt, **params, fill=PADDING if isinstance(inpt, tv_tensors.Image) else 0)
+
+
+class Photometric(v2.Transform):
+    """Distorts the colors of the image, see `photometric`."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(photometric(inpt), like=inpt)
 
 
 def to_float(image: Tensor) -> Tensor:

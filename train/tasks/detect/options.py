@@ -67,6 +67,8 @@ class Detect(Task):
 class DetectAug(Aug):
     color_jitter: NonNegativeFloat = 0.0
     """strength of random brightness, contrast and saturation"""
+    photometric: bool = False
+    """random brightness, contrast, saturation and hue (mmsegmentation's PhotoMetricDistortion)"""
     crop: PositiveInt | None = None
     """side of a random square crop after resizing, in pixels; smaller images are padded at the right and the bottom"""
     scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ...data.loader import Transform
+from ...data.photometric import photometric, uniform
 from ...data.segmentation import IGNORE_INDEX
 from .options import SegmentAug, SegmentData, SegmentTest
 
@@ -126,7 +127,7 @@ def random_resize(
 ) -> tuple[Tensor, Tensor]:
     """Image [3, H, W] and mask [H, W] resized to `img_scale` times a random factor from the range `factors`."""
     low, high = factors
-    factor = low if low == high else _uniform(low, high)
+    factor = low if low == high else uniform(low, high)
     size = rescaled_size(tuple(image.shape), img_scale, factor)
     if tuple(image.shape[-2:]) == size:
         return image, mask
@@ -150,43 +151,6 @@ def random_crop(image: Tensor, mask: Tensor, size: int, cat_max_ratio: float) ->
         if (counts > 0).sum() > 1 and counts.max() < cat_max_ratio * counts.sum():
             break
     return F.crop(image, top, left, rows, columns), window
-
-
-def photometric(image: Tensor) -> Tensor:
-    """Distort brightness, contrast, saturation and hue of a uint8 image [3, H, W], each with probability 1/2.
-
-    This is mmsegmentation's `PhotoMetricDistortion`, which differs from torchvision's ColorJitter: brightness is an
-    offset, contrast multiplies the pixels (without their mean) before or after saturation and hue, and each step clips
-    to 0..255.
-    """
-    pixels = image.as_subclass(Tensor).float()
-    if _coin_flip():
-        pixels = (pixels + _uniform(-32, 32)).clamp(0, 255)
-    contrast, contrast_last = _uniform(0.5, 1.5) if _coin_flip() else 1.0, _coin_flip()
-    if not contrast_last:
-        pixels = (pixels * contrast).clamp(0, 255)
-    if _coin_flip():
-        pixels = scale_saturation(pixels, _uniform(0.5, 1.5))
-    if _coin_flip():
-        pixels = F.adjust_hue(pixels / 255, _uniform(-0.1, 0.1)) * 255  # a tenth of the color circle: 36 degrees
-    if contrast_last:
-        pixels = (pixels * contrast).clamp(0, 255)
-    return pixels.round().to(torch.uint8)
-
-
-def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
-    """[3, H, W] with the HSV saturation multiplied by `factor` and clipped to 1; hue and value do not change."""
-    value = pixels.amax(0, keepdim=True)
-    chroma = (value - pixels.amin(0, keepdim=True)).clamp(min=1e-6)
-    return value - (value - pixels) * (value / chroma).clamp(max=factor)
-
-
-def _coin_flip() -> bool:
-    return bool(torch.rand(()) < 0.5)
-
-
-def _uniform(low: float, high: float) -> float:
-    return float(torch.empty(()).uniform_(low, high))
 
 
 def pad_to_size(pixels: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
