@@ -115,7 +115,7 @@ class Photometric(v2.Transform):
     _transformed_types = (tv_tensors.Image,)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.wrap(photometric(inpt), like=inpt)
+        return tv_tensors.Image(photometric(inpt))
 
 
 def to_float(image: Tensor) -> Tensor:
