@@ -14,7 +14,7 @@ from tessel.train.heads import library as heads_library
 from tessel.train.heads.library import parse_options
 from tessel.train.heads.mask_classifier import MaskClassifier, MaskOutputs, mask2former_config, mask2former_parts
 from tessel.train.heads.mask_inference import semantic_scores
-from tessel.train.heads.mask_loss import MaskLoss, MaskTarget, modeling
+from tessel.train.heads.mask_loss import MaskLoss, MaskTarget, at_shared_points, modeling
 from tessel.train.heads.mask_options import Mask2FormerOptions
 from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.segment.mask_head import semantic_target
@@ -106,6 +106,14 @@ def test_costs_of_the_matching_are_those_of_transformers(monkeypatch):
     torch.manual_seed(3)
     ours = MaskLoss(chosen, CLASSES).costs(found, 0, wanted)
     torch.testing.assert_close(ours, torch.stack(seen), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_at_shared_points_are_those_of_transformers():
+    masks = torch.randn(5, 7, 4)
+    corners = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 0.999]])
+    points = torch.cat([torch.rand(200, 2), corners])
+    wanted = modeling().sample_point(masks[None], points[None], align_corners=False)[0]
+    torch.testing.assert_close(at_shared_points(masks, points), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_is_the_sum_over_layers():

@@ -22,6 +22,24 @@ def modeling() -> Any:
     return library("mask2former.modeling_mask2former")
 
 
+def at_shared_points(masks: Tensor, points: Tensor) -> Tensor:
+    """The values [N, P] of masks [N, h, w] at points [P, 2], the same ones for all: shares of width and height.
+
+    Bilinear, with zeros outside, as transformers' `sample_point`. Since the masks share the points, it reads rows of N
+    neighbouring numbers, which takes half the time of `grid_sample` on a CPU.
+    """
+    height, width = masks.shape[-2:]
+    rows = F.pad(masks, (1, 1, 1, 1)).flatten(1).T.contiguous()  # [(h + 2) * (w + 2), N]
+    places = points * points.new_tensor([width, height]) + 0.5
+    corners = places.floor()
+    (right, below), (column, row) = (places - corners).unbind(-1), corners.long().unbind(-1)
+    first, line = row * (width + 2) + column, width + 2
+    neighbours = torch.stack([first, first + 1, first + line, first + line + 1], -1)
+    left, above = 1 - right, 1 - below
+    shares = torch.stack([left * above, right * above, left * below, right * below], -1)
+    return F.embedding_bag(neighbours, rows, per_sample_weights=shares, mode="sum").T
+
+
 class MaskTarget(NamedTuple):
     """The objects of one image."""
 
@@ -75,7 +93,7 @@ class MaskLoss:
         points = torch.rand(1, options.train_num_points, 2, device=masks.device)
         # as channels of one image, all masks share the points
         true = parts.sample_point(target.masks[None].float(), points, align_corners=False)[0]
-        found = parts.sample_point(masks[None], points, align_corners=False)[0]
+        found = at_shared_points(masks, points[0])
         cost = -options.class_weight * classes[:, target.labels]
         # the cross entropy of x and y is softplus(x) - x y, so that all pairs need one product
         entropy = F.softplus(found).sum(1, keepdim=True) - found @ true.T
