@@ -13,8 +13,9 @@ variants, so that other work on the machine affects all of them. Memory is the p
 on the CPU each model has its own process. Results are written to benchmarks/results/models_DEVICE.{json,md,png} or to
 the path given by --out, after every batch size; --resume keeps those of the same version and measures the rest.
 
-The hosts are layouts of agent and InLine attention beside the same layout with full or window attention, at sizes where
-a map has more than 1,000 tokens. --clock cpu measures the CPU time of the process, which other work disturbs less.
+The hosts are layouts of agent and InLine attention, at sizes where a map has more than 1,000 tokens, beside the same
+layout with full or window attention and beside a well-known model. --clock cpu measures the CPU time of the process,
+which other work disturbs less.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import tessel.zoo
+from tessel.blocks import Agent, InLine
 from tessel.kernels import dispatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,16 +56,19 @@ TIMM = (
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
-# models with other mixers in the layout of each host, and the image size of the comparison
+# what each host is compared with, and the image size of the comparison. "NAME with MIXER" is NAME with another mixer in
+# place of its agent or InLine attention. Mixers with other inputs than a map cannot be replaced: those of DeiT, for which
+# timm has the layout, and InLine's of CSWin, whose layout is that of agent attention
 HOSTS = {
     "agent_deit_tiny": (("deit_tiny_patch16_224",), 512),
     "inline_deit_tiny": (("deit_tiny_patch16_224",), 512),
-    "agent_pvt_tiny": (("pvt_v2_b1",), 224),
-    "inline_pvt_tiny": (("pvt_v2_b1",), 224),
-    "agent_swin_tiny": (("swin_tiny_patch4_window7_224",), 224),
-    "inline_swin_tiny": (("swin_tiny_patch4_window7_224",), 224),
-    "agent_cswin_tiny": (("cswin_tiny",), 224),
-    "inline_cswin_tiny": (("cswin_tiny",), 224),
+    "agent_deit_small": (("deit_small_patch16_224",), 512),
+    "agent_pvt_tiny": (("agent_pvt_tiny with full_attention", "pvt_v2_b1"), 224),
+    "inline_pvt_tiny": (("inline_pvt_tiny with full_attention", "pvt_v2_b1"), 224),
+    "agent_swin_tiny": (("agent_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"), 224),
+    "inline_swin_tiny": (("inline_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"), 224),
+    "agent_cswin_tiny": (("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"), 224),
+    "inline_cswin_tiny": (("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"), 224),
 }
 COMPILE_SECONDS = 60  # about what compiling a model takes
 COLUMNS = (
@@ -94,10 +99,15 @@ def small_models() -> list[str]:
 
 
 def build(name: str, size: int) -> nn.Module:
-    """The model for square images of `size` pixels."""
+    """The model for square images of `size` pixels; see `HOSTS` for names with a mixer."""
+    name, _, mixer = name.partition(" with ")
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size and config.input_size[-1] != size
-    return timm.create_model(name, **({"img_size": size} if fixed else {}))
+    model = timm.create_model(name, **({"img_size": size} if fixed else {}))
+    if mixer:
+        own = {path: m for path, m in model.named_modules() if isinstance(m, (Agent, InLine))}
+        tessel.zoo.swap(model, {p.split(".")[1]: f"{mixer}(num_heads={m.num_heads})" for p, m in own.items()})
+    return model
 
 
 def cost(name: str, size: int) -> tuple[float, float]:

@@ -128,7 +128,7 @@ class Agent(nn.Module):
         gathered = fused_attention(agents, k, values, self.gather_bias(size, self.agent_grid)[None])
         y = attention_to_few(q, agents, gathered, self.read_bias(size, self.agent_grid)[None])
         local = self.local(as_map(v[:, first:], size)).permute(0, 2, 3, 1).flatten(1, 2)
-        y = y.transpose(1, 2).flatten(2) + F.pad(local, (0, 0, first, 0))
+        y = y.transpose(1, 2).flatten(2) + (F.pad(local, (0, 0, 1, 0)) if self.class_token else local)
         return self.proj(y).unflatten(1, shape).permute(0, 3, 1, 2)
 
 

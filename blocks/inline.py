@@ -56,7 +56,8 @@ class InLine(nn.Module):
         local = correlate(values, taps.unflatten(1, (-1, 9)), 3)
         if self.local is not None:
             local = local + self.local(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = y + F.pad(local.flatten(1, 2), (0, 0, first, 0))
+        local = local.flatten(1, 2)
+        y = y + (local if size is None else F.pad(local, (0, 0, 1, 0)))
         return self.proj(y).unflatten(1, shape).permute(0, 3, 1, 2)
 
 

@@ -378,7 +378,18 @@ def test_models_of_the_sets_exist(benchmark):
     small = models.small_models()
     assert [name in family.variants for name, family in zip(small, families, strict=True)] == [True] * len(families)
     assert "biformer_tiny" in small and "litv2_small" in small and not any(name.endswith("_atto") for name in small)
-    assert all(timm.is_model(name) for host, (peers, _) in models.HOSTS.items() for name in (host, *peers))
+    names = {name for host, (peers, _) in models.HOSTS.items() for name in (host, *peers)}
+    assert all(timm.is_model(name.partition(" with ")[0]) for name in names)
+
+
+def test_hosts_with_other_mixers(benchmark):
+    models = benchmark("models")
+    with torch.device("meta"):
+        model = models.build("agent_pvt_tiny with full_attention", 224)
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert (kinds.count("FullAttention"), kinds.count("Agent")) == (8, 0)
+    heads = [module.num_heads for module in model.modules() if hasattr(module, "num_heads")]
+    assert heads == [1, 1, 2, 2, 5, 5, 8, 8]
 
 
 def test_models_rejects_unknown_models_and_batch_sizes(script, capsys):
