@@ -57,7 +57,7 @@ TIMM = (
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
 # what each host is compared with, and the image size of the comparison. "NAME with MIXER" is NAME with another mixer in
-# place of its agent or InLine attention. Mixers with other inputs than a map cannot be replaced: those of DeiT, for which
+# place of its agent or InLine attention. Mixers that take more than a map cannot be replaced: those of DeiT, for which
 # timm has the layout, and InLine's of CSWin, whose layout is that of agent attention
 HOSTS = {
     "agent_deit_tiny": (("deit_tiny_patch16_224",), 512),
