@@ -1,6 +1,6 @@
 """Time, FLOPs and memory of each token mixer by number of tokens, and peak memory of each family at 512 x 512.
 
-    python benchmarks/scaling.py [--mixers NAME ...] [--clock cpu] [--out PATH]
+    python benchmarks/scaling.py [--mixers NAME ...] [--families NAME ...] [--clock cpu] [--resume] [--out PATH]
 
 Mixers have 64 channels and run on square maps of 16 to 128 pixels a side, on one CPU thread. The exponent e is the
 least-squares slope of log(value) over log(tokens): cost grows as tokens**e. The script fails if an exponent of a mixer
@@ -8,9 +8,10 @@ that its paper calls linear exceeds 1.1, in time or in FLOPs. FLOPs are those of
 attention in a forward pass; they do not depend on the machine. Memory is the peak of a forward and backward pass minus
 the level before it.
 
-Each mixer is timed in a process of its own, and its memory is measured in another: there freed memory returns to the
-system at once, and a call that asks for it again takes up to twice as long. --clock cpu measures the CPU time of the
-process, which other work disturbs less. Results: benchmarks/results/scaling.{json,md,png}.
+Time and memory are measured in different processes: where memory is measured, what is freed returns to the system at
+once, and a call that asks for it again takes up to twice as long. --clock cpu measures the CPU time of the process,
+which other work disturbs less. Results: benchmarks/results/scaling.{json,md,png}, written after some mixers; --resume
+keeps those of the same device and versions and measures the rest.
 """
 
 import argparse
@@ -35,6 +36,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SIDES = (16, 24, 32, 48, 64, 96, 128)
 DIM, HEADS = 64, 2
 LIMIT = 1.1
+# mixers in one process, since starting one takes longer than measuring a mixer
+GROUP = 6
 # the largest side, of mixers that hold a number for each pair of positions
 LARGEST = {"LengthScaledCosine": 64}
 # name -> (module, its cost in the number of tokens N according to the paper)
@@ -138,12 +141,15 @@ def mflops(name: str) -> list[float]:
     return counts
 
 
-def results_of(name: str, seconds: float, clock: str) -> list[dict[str, float]]:
-    """For each size, time, memory and FLOPs of the mixer."""
-    timing = in_own_process(__file__, "--one", name, "--seconds", str(seconds), "--clock", clock, returning=False)
-    peaks = json.loads(in_own_process(__file__, "--one", name, "--memory"))
-    rows = zip(json.loads(timing), peaks, mflops(name), strict=True)
-    return [{**row, "mib": mib, "mflops": count} for row, mib, count in rows]
+def results_of(names: list[str], seconds: float, clock: str) -> dict[str, list[dict[str, float]]]:
+    """For each mixer and size, time, memory and FLOPs."""
+    timing = in_own_process(__file__, "--time", *names, "--seconds", str(seconds), "--clock", clock, returning=False)
+    times, peaks = json.loads(timing), json.loads(in_own_process(__file__, "--memory", *names))
+    results = {}
+    for name in names:
+        rows = zip(times[name], peaks[name], mflops(name), strict=True)
+        results[name] = [{**row, "mib": mib, "mflops": count} for row, mib, count in rows]
+    return results
 
 
 def exponent(rows: list[dict[str, float]], key: str) -> float:
@@ -151,13 +157,10 @@ def exponent(rows: list[dict[str, float]], key: str) -> float:
     return float(np.polyfit(tokens, np.log([max(row[key], 1e-3) for row in rows]), 1)[0])
 
 
-def family_memory() -> dict[str, float]:
-    """Peak MiB of a forward and backward pass of one image of 512 x 512, for one model of each family."""
+def family_memory(name: str) -> float:
+    """Peak MiB of a forward and backward pass of one image of 512 x 512."""
     script = str(Path(__file__).with_name("models.py"))
-    peaks = {}
-    for name in tqdm(default_models(), "families at 512", disable=None):
-        peaks[name] = float(in_own_process(script, "--one", name, "--size", "512", "--batch", "1", "--train"))
-    return peaks
+    return float(in_own_process(script, "--one", name, "--size", "512", "--batch", "1", "--train"))
 
 
 def table(results: dict[str, list[dict]], families: dict[str, float]) -> str:
@@ -197,27 +200,48 @@ def plot(results: dict[str, list[dict]], where: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def previous(where: dict, out: Path) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """Mixers and families at `out`, if they were measured with the same device, versions and clock."""
+    path = out.with_suffix(".json")
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    same = all(found.get(key) == value for key, value in where.items() if key != "commit")
+    return (found["mixers"], found["families_at_512_mib"]) if same else ({}, {})
+
+
+def write(results: dict[str, list[dict]], families: dict[str, float], where: dict, out: Path) -> None:
+    report = {**where, "mixers": results, "families_at_512_mib": families}
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(results, families))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="NAME", help="default: all"
     )
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="models for the memory at 512 px (default: all)")
+    parser.add_argument("--resume", action="store_true", help="keep the results at --out, measure the others")
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per mixer and size (default 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is measured (default wall)")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="path of the results without suffix")
-    parser.add_argument("--one", metavar="NAME", choices=MIXERS, help=argparse.SUPPRESS)
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--time", nargs="+", metavar="NAME", choices=MIXERS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs="+", metavar="NAME", choices=MIXERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(memory(args.one) if args.memory else measure(args.one, args.seconds, args.clock)))
+    if args.time or args.memory:
+        found = {name: measure(name, args.seconds, args.clock) for name in args.time or ()}
+        print(json.dumps(found or {name: memory(name) for name in args.memory}))
         return
-    results = {name: results_of(name, args.seconds, args.clock) for name in tqdm(args.mixers, "mixers", disable=None)}
-    families = family_memory()
-    where = {**facts(), "threads": 1, "clock": args.clock}
-    report = {**where, "dim": DIM, "heads": HEADS, "mixers": results, "families_at_512_mib": families}
+    where = {**facts(), "threads": 1, "clock": args.clock, "dim": DIM, "heads": HEADS}
+    results, families = previous(where, args.out) if args.resume else ({}, {})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(results, families))
+    left = [name for name in args.mixers if name not in results]
+    for start in tqdm(range(0, len(left), GROUP), "mixers", disable=None):
+        results |= results_of(left[start : start + GROUP], args.seconds, args.clock)
+        write(results, families, where, args.out)
+    chosen = default_models() if args.families is None else args.families
+    for name in tqdm([name for name in chosen if name not in families], "families at 512", disable=None):
+        families[name] = family_memory(name)
+        write(results, families, where, args.out)
     plot(results, where, args.out.with_suffix(".png"))
     print(table(results, families))
     linear = [name for name in results if MIXERS[name][1] in ("N", "N log N")]

@@ -436,8 +436,7 @@ def test_scaling_fails_where_linear_is_not(benchmark, script, monkeypatch, tmp_p
     monkeypatch.setattr(scaling, "SIDES", (8, 16))
     monkeypatch.setattr(scaling, "measure", lambda *_: [{"side": n, "ms": n**exponent} for n in (8, 16)])
     monkeypatch.setattr(scaling, "memory", lambda *_: [1.0, 1.0])
-    monkeypatch.setattr(scaling, "family_memory", dict)
-    arguments = ("--mixers", "InLine", "FullAttention", "--out", str(tmp_path / "scaling"))
+    arguments = ("--mixers", "InLine", "FullAttention", "--families", "--out", str(tmp_path / "scaling"))
     exponent = 3
     with pytest.raises(SystemExit, match=r"exponents of time exceed 1\.1: \{'InLine': 1\.5\}"):
         script("scaling.py", *arguments)
