@@ -53,7 +53,7 @@ def test_operator_and_its_gradients_equal_the_loop(kernel, dilation, more, chunk
     bias = torch.randn(2, 2 * kernel - 1, 2 * kernel - 1, dtype=torch.float64, requires_grad=True)
     expected = by_loops(qkv, bias, dilation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "CHUNK_BYTES", chunk)
+        patch.setattr(reference, "CPU_CHUNK_BYTES", chunk)
         y = neighborhood_attention(qkv, bias, dilation=dilation)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     grad = torch.randn_like(y)

@@ -22,6 +22,8 @@ from .geometry import AxisTiles, axis_tiles
 
 # Rows of tiles are computed in chunks whose biases take about this many bytes: memory does not grow with the height.
 CHUNK_BYTES = 8 << 20
+# on the CPU they stay in the cache
+CPU_CHUNK_BYTES = 1 << 20
 
 
 def neighborhood_attention_reference(qkv: Tensor, bias: Tensor, *, dilation: int = 1) -> Tensor:
@@ -43,7 +45,8 @@ def _chunks(rows: AxisTiles, table: Tensor) -> list[AxisTiles]:
     """Split the rows of tiles; a recorded graph has one chunk."""
     if torch.compiler.is_compiling() or exporting():
         return [rows]
-    step = max(1, CHUNK_BYTES // (table[:, 0].nbytes * rows.bias[0].numel()))
+    limit = CPU_CHUNK_BYTES if table.device.type == "cpu" else CHUNK_BYTES
+    step = max(1, limit // (table[:, 0].nbytes * rows.bias[0].numel()))
     parts = zip(rows.queries.split(step), rows.keys.split(step), rows.bias.split(step), strict=True)
     return [AxisTiles(*part, rows.places) for part in parts]
 
