@@ -132,6 +132,7 @@ DETECTORS = [
     ("mask2former", "openvino", ()),
     ("rtdetrv2", "openvino", ()),
     ("d_fine", "openvino", ()),
+    ("rtdetrv2", "aoti", ("batch",)),
 ]
 SEGMENTERS = [
     ("Mask2Former", "torch-export", ("batch",)),
@@ -142,6 +143,8 @@ SEGMENTERS = [
     ("PEM", "openvino", ()),
     ("PEM", "onnx", ("batch",)),
     ("PEM", "onnx", ("batch", "size")),
+    ("Mask2Former", "aoti", ("batch",)),
+    ("PEM", "aoti", ("batch", "size")),
 ]
 
 
