@@ -1,7 +1,10 @@
-"""RoIAlign and the loss average of mmdetection in torchvision's detectors, against definitions written out here."""
+"""What torchvision's detectors have like mmdetection's, against definitions written out here."""
+
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -9,7 +12,7 @@ from tessel.train.errors import UserError
 from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.schema import Dense, Model
 from tessel.train.tasks.detect.detectors import build_detector
-from tessel.train.tasks.detect.mmdetection import AlignedRoIAlign, BatchAveragedHead
+from tessel.train.tasks.detect.mmdetection import AlignedRoIAlign, BatchAveragedHead, LastLevels
 from tessel.train.tasks.detect.options import DetectOptions
 
 STRIDES = (4, 8, 16, 32)
@@ -66,6 +69,18 @@ def test_without_boxes_every_map_still_gets_a_gradient():
     assert all(found.grad is not None and not found.grad.any() for found in maps.values())
 
 
+def test_the_last_level_has_no_relu_below():
+    torch.manual_seed(0)
+    levels = LastLevels(6, 4)
+    p, c = [torch.randn(2, 4, 12, 10)], [torch.randn(2, 6, 12, 10)]
+    found, names = levels(p, c, ["0"])
+    conv = partial(F.conv2d, stride=2, padding=1)
+    p6 = conv(c[0], levels.p6.weight, levels.p6.bias)
+    p7 = conv(p6, levels.p7.weight, levels.p7.bias)
+    assert (p6 < 0).any() and names == ["0", "p6", "p7"]
+    torch.testing.assert_close(found, [*p, p6, p7])
+
+
 def head_inputs():
     """Targets, anchors and matches of three images with 2, 0 and 5 positive anchors."""
     torch.manual_seed(3)
@@ -103,7 +118,10 @@ def built(detector, **keys):
 @pytest.mark.parametrize(
     "detector, keys",
     [("mask_rcnn", {"roi_align": "mmdetection"}), ("faster_rcnn", {"roi_align": "mmdetection"})]
-    + [("retinanet", {"loss_average": "batch"}), ("retinanet", {"loss_average": "batch", "anchor": 16})],
+    + [
+        ("retinanet", {"loss_average": "batch", "last_level": "mmdetection"}),
+        ("retinanet", {"loss_average": "batch", "anchor": 16}),
+    ],
 )
 def test_initial_weights_and_anchors_do_not_depend_on_the_conventions(detector, keys):
     anchor = {key: keys[key] for key in keys if key == "anchor"}
@@ -123,8 +141,10 @@ def test_initial_weights_and_anchors_do_not_depend_on_the_conventions(detector, 
     assert all(loss.isfinite() for loss in losses.values())
 
 
-@pytest.mark.parametrize("detector, key", [("retinanet", "roi_align"), ("mask_rcnn", "loss_average")])
+@pytest.mark.parametrize(
+    "detector, key", [("retinanet", "roi_align"), ("mask_rcnn", "loss_average"), ("mask_rcnn", "last_level")]
+)
 def test_keys_of_another_detector_are_refused(detector, key):
-    value = {"roi_align": "mmdetection", "loss_average": "batch"}[key]
+    value = {"loss_average": "batch"}.get(key, "mmdetection")
     with pytest.raises(UserError, match=f"task.detect.{key} has no effect with task.detect.detector={detector}"):
         load_recipe(f"coco/{detector}_1x_litv2_small", [f"task.detect.{key}={value}"])

@@ -212,7 +212,8 @@ def test_recipe_has_mmdetections_conventions_where_torchvision_lets_it(name):
             comments(name).replace("#", "").split()
         )
     else:
-        assert detect.loss_average == "batch" and detect.kwargs == {"detections_per_img": 100}
+        assert detect.loss_average == "batch" and detect.last_level == "mmdetection"
+        assert detect.kwargs == {"detections_per_img": 100}
     assert "rounded to whole pixels" in " ".join(comments(name).replace("#", "").split())
 
 

@@ -27,7 +27,7 @@ from ...recipe.schema import Dense, Model, Probability
 from ..dense_backbone import build_backbone, load_initial_backbone
 from ..export import load_weights, read_export
 from . import cascade
-from .mmdetection import AlignedRoIAlign, BatchAveragedHead
+from .mmdetection import AlignedRoIAlign, BatchAveragedHead, LastLevels
 from .options import WITH_MASKS, DetectOptions
 from .published import load_published
 from .queries import MASK_DETECTORS, QUERY_DETECTORS, BoxQueries, MaskQueries, QueryDetector
@@ -106,7 +106,7 @@ class DetectorMixin(nn.Module):
         self.backbone.body.set_grad_checkpointing(enable)
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights of a published R-CNN, with mmdetection's names. Raises ValueError if they do not fit."""
+        """Load published weights with mmdetection's names, as `load_published` of `published` does."""
         load_published(self, state)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -173,7 +173,8 @@ def build_detector(model: Model, detect: DetectOptions, *, dense: Dense, size: i
     extra: ExtraFPNBlock = LastLevelMaxPool()
     if not two_stage:
         from_backbone = detect.detector == "retinanet"
-        extra = LastLevelP6P7(body.channels[-1] if from_backbone else detect.channels, detect.channels)
+        levels = LastLevels if detect.last_level == "mmdetection" else LastLevelP6P7
+        extra = levels(body.channels[-1] if from_backbone else detect.channels, detect.channels)
         # torchvision compares the numbers of channels, which can be equal by chance
         extra.use_P5 = not from_backbone
     check_kwargs(detector_type, detect)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 FINEST_SIDE = 56  # boxes below twice this side are pooled from the finest map (Lin et al., arXiv 1612.03144)
 
@@ -36,6 +37,15 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
             found = roi_align(x[name], rois[chosen], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
             pooled[chosen] = found.to(pooled.dtype)
         return pooled
+
+
+class LastLevels(LastLevelP6P7):
+    """The maps of strides 64 and 128 as in mmdetection's RetinaNet: torchvision has a ReLU between the two."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Maps [B, C, H, W] of the pyramid `p` and of the backbone `c` -> those of the pyramid and two more."""
+        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
 class BatchAveragedHead(RetinaNetHead):

@@ -50,6 +50,9 @@ class DetectOptions:
     convolutions with batch norm and a linear layer, a box per class and the GIoU loss as in papers since Swin"""
     loss_average: Literal["image", "batch"] = "image"
     """average RetinaNet's losses over the anchors of each image, or of the micro-batch as in mmdetection"""
+    last_level: Literal["torchvision", "mmdetection"] = "torchvision"
+    """RetinaNet's map of stride 128: a convolution of that of stride 64, after a ReLU as in torchvision, or without one
+    as in mmdetection and in published weights"""
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of torchvision's detector, for example {score_thresh: 0.1}, or settings of transformers', for
     example {num_queries: 300}"""
@@ -96,6 +99,8 @@ def conflicts(recipe: Recipe[Detect, DetectData]) -> Iterator[str]:
         yield f"task.detect.box_head has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.loss_average != "image" and detect.detector != "retinanet":
         yield f"task.detect.loss_average has no effect with task.detect.detector={detect.detector}; remove it"
+    if detect.last_level != "torchvision" and detect.detector != "retinanet":
+        yield f"task.detect.last_level has no effect with task.detect.detector={detect.detector}; remove it"
     if detect.detector == "fcos" and (detect.channels % 32 or detect.channels < 64):
         # its group norms have 32 groups; groups of one value would be normalized to zero on a map of one pixel
         yield f"task.detect.channels={detect.channels}: task.detect.detector=fcos needs a multiple of 32, at least 64"

@@ -1,4 +1,4 @@
-"""Weights of published detectors, with mmdetection's names, for torchvision's R-CNNs."""
+"""Weights of published detectors, with mmdetection's names, for torchvision's R-CNNs and RetinaNet."""
 
 import re
 from collections.abc import Mapping
@@ -6,14 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
 
 from .cascade import BOX_WEIGHTS
+from .mmdetection import LastLevels
 
 # mmdetection's names (a pattern for the whole name) and torchvision's, without the number of a stage; a head with
 # convolutions has another name for its linear layer than one without
 NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
     (r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+    (r"neck\.fpn_convs\.3\.conv\.(\w+)", r"backbone.fpn.extra_blocks.p6.\1"),
+    (r"neck\.fpn_convs\.4\.conv\.(\w+)", r"backbone.fpn.extra_blocks.p7.\1"),
+    (r"bbox_head\.cls_convs\.(\d+)\.conv\.(\w+)", r"head.classification_head.conv.\1.0.\2"),
+    (r"bbox_head\.reg_convs\.(\d+)\.conv\.(\w+)", r"head.regression_head.conv.\1.0.\2"),
+    (r"bbox_head\.retina_cls\.(\w+)", r"head.classification_head.cls_logits.\1"),
+    (r"bbox_head\.retina_reg\.(\w+)", r"head.regression_head.bbox_reg.\1"),
     (r"rpn_head\.rpn_conv\.(\w+)", r"rpn.head.conv.0.0.\1"),
     (r"rpn_head\.rpn_cls\.(\w+)", r"rpn.head.cls_logits.\1"),
     (r"rpn_head\.rpn_reg\.(\w+)", r"rpn.head.bbox_pred.\1"),
@@ -36,16 +44,26 @@ LAST_DEVIATIONS = (0.033, 0.033, 0.067, 0.067)
 
 
 def load_published(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the weights of a published Faster, Mask or Cascade Mask R-CNN, with the paper's names for the backbone.
+    """Load the weights of a published RetinaNet or R-CNN (Faster, Mask, Cascade Mask), with the paper's backbone names.
 
-    mmdetection's last class is the background, torchvision's first. Anchors stay torchvision's, rounded to whole
-    pixels. The last stage of a cascade predicts the same boxes, though mmdetection encodes them a little differently.
+    The last class of mmdetection's R-CNNs is the background, torchvision's first. Anchors stay torchvision's, rounded
+    to whole pixels. The last stage of a cascade predicts the same boxes, though mmdetection encodes them a little
+    differently.
 
-    Raises ValueError naming weights that are missing, unknown or of another shape, and for the other detectors: in
-    their pyramids, torchvision applies a ReLU that mmdetection does not.
+    Raises ValueError naming weights that are missing, unknown or of another shape, for a RetinaNet with torchvision's
+    last level, and for the other detectors. mmdetection's FCOS, for one, scales the boxes of each level by a weight
+    that torchvision's does not have.
     """
-    if not hasattr(detector, "roi_heads"):
-        raise ValueError(f"published weights of {type(detector).__name__} are not read, only those of R-CNNs")
+    retinanet = isinstance(detector, RetinaNet)
+    if not retinanet and not hasattr(detector, "roi_heads"):
+        raise ValueError(
+            f"published weights of {type(detector).__name__} are not read, only those of R-CNNs and RetinaNet"
+        )
+    if retinanet and not any(isinstance(module, LastLevels) for module in detector.modules()):
+        raise ValueError(
+            "published RetinaNets have no ReLU below their last level; add the argument "
+            "task.detect.last_level=mmdetection"
+        )
     body: Any = detector.get_submodule("backbone.body")
     own = {key: tensor for key, tensor in detector.state_dict().items() if not key.startswith("backbone.body.")}
     heads, unknown = {}, []
