@@ -52,6 +52,7 @@ IN_CI = {
     "ONNX, batch and size": FIRST,
     "torch.export, batch and size": FIRST - {"transnext_atto"},
     "TorchScript, batch": set(ATTOS),
+    "AOTInductor, batch and size": {"van_atto"},
     "OpenVINO": {"attnet_atto", "crossformer_atto", "s2aformer_atto"},
     "ExecuTorch": {"s2aformer_atto"},
 }
@@ -168,11 +169,13 @@ def test_an_example_of_one_image_leaves_the_batch_open(format, tmp_path):
 
 
 @pytest.mark.slow
-def test_neighborhoods_in_onnx_grow_from_one_tile(tmp_path):
-    if missing := formats()["onnx"].missing():
+@pytest.mark.parametrize("format", ["onnx", "torch-export", "openvino"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_neighborhoods_grow_from_one_tile(dilation, format, tmp_path):
+    if missing := formats()[format].missing():
         pytest.skip(f"needs {', '.join(missing)}")
-    block = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=2).eval()
-    report = export(block, tmp_path / "model", "onnx", example=torch.randn(2, 8, 6, 8))
+    block = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=dilation).eval()
+    report = export(block, tmp_path / "model", format, example=torch.randn(2, 8, 3 * dilation, 8))
     assert max(shape[2:] for shape in report.errors) > (35, 22) and report.error < 1e-5
 
 

@@ -14,7 +14,7 @@ def write(recording: Recording, path: Path) -> None:
     openvino: Any = importlib.import_module("openvino")
 
     with recording.oblivious():
-        model = openvino.convert_model(recording.program())
+        model = openvino.convert_model(recording.program(), extension=_larger_size())
     # the front end leaves all axes of the input open
     sides = [-1 if axis in recording.open_axes else side for axis, side in enumerate(recording.example.shape)]
     model.reshape(openvino.PartialShape(sides))
@@ -22,6 +22,17 @@ def write(recording: Recording, path: Path) -> None:
     model.set_rt_info(recording.metadata, METADATA_KEY)
     # the default stores weights in half precision
     openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _larger_size() -> Any:
+    """The rule for the larger of two open sizes, which the front end lacks; it knows operators by how they print."""
+    pytorch: Any = importlib.import_module("openvino.frontend.pytorch")
+    operators: Any = importlib.import_module("openvino.opset13")
+
+    def convert(node: Any) -> Any:
+        return operators.maximum(node.get_input(0), node.get_input(1)).outputs()
+
+    return pytorch.ConversionExtension(str(torch.sym_max), convert)
 
 
 def _separate_transposes(model: Any) -> None:

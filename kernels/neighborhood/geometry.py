@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording import is_open
+from ..recording import compact, is_open
 from ..tables import cache_tensors
 
 
@@ -39,8 +39,8 @@ def _axis_tiles(length: int, kernel: int, dilation: int, device: torch.device) -
     # comparing an open size would narrow the graph
     width = 2 * kernel - 1 if is_open(longest) else min(2 * kernel - 1, longest)
     # not by division of a number of the tile: ONNX has no remainder by an open size
-    residue = torch.arange(dilation, device=device)[:, None].expand(-1, tiles).flatten()[:, None]
-    first = (torch.arange(tiles, device=device) * kernel).expand(dilation, -1).flatten()[:, None]
+    residue = compact(torch.arange(dilation, device=device)[:, None].expand(-1, tiles)).flatten()[:, None]
+    first = compact((torch.arange(tiles, device=device) * kernel).expand(dilation, -1)).flatten()[:, None]
     # classes differ by one position at most; places that only a longer class has repeat the last position
     size = (length - residue + dilation - 1) // dilation
     query = torch.minimum(first + torch.arange(kernel, device=device), size - 1)
