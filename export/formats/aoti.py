@@ -8,7 +8,7 @@ from .base import METADATA_KEY, Format, Recording, Run, runner
 
 
 def write(recording: Recording, path: Path) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), recording.oblivious():
         torch._inductor.aoti_compile_and_package(
             recording.program(),
             package_path=str(path),
