@@ -114,23 +114,8 @@ def test_a_run_is_evaluated_drawn_and_predicts(straight, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")  # the exporter warns about its own code
 def test_an_exported_run_predicts_the_same(straight, tmp_path):
     file, image = tmp_path / "model.pt2", tmp_path / "image.png"
-    assert (
-        main(
-            [
-                "export",
-                str(straight),
-                "--format",
-                "torch-export",
-                "--size",
-                "36",
-                "--dynamic",
-                "batch",
-                "--out",
-                str(file),
-            ]
-        )
-        == 0
-    )
+    argv = ["export", str(straight), "--format", "torch-export", "--size", "36", "--dynamic", "batch"]
+    assert main([*argv, "--out", str(file)]) == 0
     Image.effect_noise((36, 36), 80).convert("RGB").save(image)
     found, wanted = (tessel.load(model).predict(image)[0].mask for model in (file, straight))
     assert (found == wanted).mean() > 0.99
