@@ -1,9 +1,13 @@
 """Rules for reduced precision: when to follow autocast, when to leave it, and which dtype to accumulate in."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .recomputing import derivative
+from .recording import exporting, transformed
 
 # device types with autocast (meta has none); looked up once, since torch.compile of torch 2.11 cannot trace the call
 _AUTOCAST_DEVICES = frozenset(
@@ -39,5 +43,36 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 def l2_normalize(x: Tensor, *, dim: int) -> Tensor:
     """Return `x / max(|x|, 1e-12)` along `dim`, in `acc_dtype(x)`; the shape stays."""
     x = x.to(acc_dtype(x))
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or transformed(x):
+        return x * _inverse_norm(x, dim)
+    return _L2Normalize.apply(x, dim)
+
+
+def _inverse_norm(x: Tensor, dim: int) -> Tensor:
     # F.normalize is slow if dim is not the last one. The clamp also stops the gradient of a zero vector.
-    return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
+    return x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
+_LARGEST_SCALE = 0.999e12  # where the clamp acts the scale is a constant
+
+
+class _L2Normalize(torch.autograd.Function):
+    """y = x / |x|, with the backward (g - y (g y)) / |x|: a third of the operations that autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        scale = _inverse_norm(x, dim)
+        y = x * scale
+        ctx.save_for_backward(x, y, scale)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, y, scale = ctx.saved_tensors
+        (g,) = gradients
+        if torch.is_grad_enabled():  # for a second derivative
+            (dx,) = derivative(lambda x: x * _inverse_norm(x, ctx.dim), (x,), (), g)
+            return dx, None
+        along = (g * y).sum(ctx.dim, keepdim=True).masked_fill(scale > _LARGEST_SCALE, 0)
+        return torch.addcmul(g, y, along, value=-1) * scale, None

@@ -117,7 +117,9 @@ def test_gradcheck(size, reduction):
     mixer.position = LogPositionBias(2, trained_size=3, hidden=4).double()
     randomize(mixer.position)
     x = torch.randn(1, 4, *size, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
+    inputs = (x, *mixer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: mixer(x), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: mixer(x), inputs, fast_mode=True)
 
 
 def test_zero_input_has_finite_gradients():
