@@ -69,11 +69,11 @@ def aggregated_attention_reference(
     return y.unflatten(3, (height, full))[..., :width].permute(0, 3, 4, 1, 2).to(qkv.dtype)
 
 
-def _shifts_at_once(q: Tensor, window: int) -> bool:
-    """Whether the products of all shifts of the map are computed by one operation, which saves launches on a GPU."""
+def _images_at_once(q: Tensor, window: int) -> int:
+    """Of how many images the products of all shifts are computed by one operation, which saves launches on a GPU."""
     if torch.compiler.is_compiling() or exporting():
-        return False  # a compiler fuses single shifts
-    return window**2 * q.nbytes <= working_bytes(q.device, cpu=0)
+        return 0  # a compiler fuses single shifts
+    return working_bytes(q.device, cpu=0) // max(1, window**2 * q[:1].nbytes)
 
 
 def _in_place(q: Tensor) -> bool:
@@ -81,8 +81,13 @@ def _in_place(q: Tensor) -> bool:
     return q.device.type == "cpu" and not (torch.compiler.is_compiling() or exporting() or transformed(q))
 
 
-def _all_shifts(x: Tensor, length: int, full: int, window: int) -> Tensor:
-    """All shifts of maps with a border as a view, `[B, N, D, window, window, length]`."""
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _all_shifts(x: Tensor, like: Tensor, full: int, window: int) -> Tensor:
+    """All shifts of maps with a border as a view, `[B, N, D, window, window, L]`, with L of `like: [..., L]`."""
+    length = like.shape[-1]
     return x.unfold(3, length + window - 1, full).unfold(4, length, 1)[:, :, :, :window]
 
 
@@ -93,10 +98,13 @@ def _shifts(x: Tensor, length: int, full: int, window: int) -> list[Tensor]:
 
 def _window_scores(q: Tensor, k: Tensor, full: int, window: int) -> Tensor:
     """q `[B, N, D, L]` and keys with a border, in rows of `full` pixels -> scores `[B, N, K, L]`."""
+    if images := _images_at_once(q, window):
+        parts = zip(q.split(images), k.split(images), strict=True)
+        return _joined([(q[:, :, :, None, None] * _all_shifts(k, q, full, window)).sum(2) for q, k in parts]).flatten(
+            2, 3
+        )
     if _in_place(q):
         return _WindowScores.apply(q, k, full, window)
-    if _shifts_at_once(q, window):
-        return (q[:, :, :, None, None] * _all_shifts(k, q.shape[3], full, window)).sum(2).flatten(2, 3)
     return _scores_by_shift(q, k, full, window)
 
 
@@ -107,11 +115,12 @@ def _scores_by_shift(q: Tensor, k: Tensor, full: int, window: int) -> Tensor:
 
 def _add_window_values(y: Tensor, weights: Tensor, v: Tensor, full: int, window: int) -> Tensor:
     """`y + weighted sum of the window's values`, `[B, N, D, L]`, for values with a border in rows of `full` pixels."""
+    if images := _images_at_once(y, window):
+        weights = weights.unflatten(2, (window, window))[:, :, None]
+        parts = zip(weights.split(images), v.split(images), strict=True)
+        return y + _joined([(weight * _all_shifts(v, weight, full, window)).sum((3, 4)) for weight, v in parts])
     if _in_place(y):
         return _AddWindowValues.apply(y, weights, v, full, window)
-    if _shifts_at_once(y, window):
-        weights = weights.unflatten(2, (window, window))[:, :, None]
-        return y + (weights * _all_shifts(v, y.shape[3], full, window)).sum((3, 4))
     return _add_values_by_shift(y, weights, v, full, window)
 
 
