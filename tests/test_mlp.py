@@ -7,11 +7,11 @@ from torch import nn
 from tessel.blocks import ConvGlu, DepthwiseMlp, Mlp
 
 
-def rows_of_each_call(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list to which each call of the last layer adds its number of images; not by a hook, which prevents parts."""
+def images_of_each_call(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each call of the layer adds its number of images; not by a hook, which prevents parts."""
     seen: list[int] = []
-    forward = model.fc2.forward
-    monkeypatch.setattr(model.fc2, "forward", lambda x: (seen.append(len(x)), forward(x))[1])
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: (seen.append(len(x)), forward(x))[1])
     return seen
 
 
@@ -21,7 +21,7 @@ def test_images_are_computed_in_parts_without_gradients(make, monkeypatch):
     model = make(6, ratio=3.0).double().eval()
     x = torch.randn(7, 6, 5, 3, dtype=torch.float64)
     expected = model(x).detach()
-    seen = rows_of_each_call(model, monkeypatch)
+    seen = images_of_each_call(model.fc2, monkeypatch)
     monkeypatch.setattr(
         "tessel.blocks.mlp.PART_BYTES", 2 * 5 * 3 * model.fc2.in_features * 8 // torch.get_num_threads()
     )
