@@ -149,7 +149,7 @@ def _gather_(y: Tensor, weights: Tensor, v: Tensor, full: int, window: int) -> T
 
 def _scattered(weights: Tensor, x: Tensor, like: Tensor, full: int, window: int) -> Tensor:
     """What `_gather_` does to the gradient x of y: each pixel times its weights, added to the values of its window."""
-    out = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    out = torch.zeros_like(like, dtype=weights.dtype, memory_format=torch.contiguous_format)
     for weight, shifted in zip(weights.unbind(2), _shifts(out, x.shape[3], full, window), strict=True):
         shifted.addcmul_(weight[:, :, None], x)
     return out
@@ -180,7 +180,8 @@ class _AddWindowValues(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weights: Tensor, v: Tensor, full: int, window: int) -> Tensor:
         ctx.save_for_backward(y, weights, v)
         ctx.sizes = full, window
-        return _gather_(y.clone(), weights, v, full, window)
+        # the sum has the type of the weights, at least float32
+        return _gather_(y.to(weights.dtype, copy=True), weights, v, full, window)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
