@@ -111,34 +111,13 @@ def test_shifts_at_once_do_not_change_output_and_gradients(monkeypatch, window):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_values_in_bfloat16_are_added_in_float32(monkeypatch):
-    torch.manual_seed(0)
-    mixer = make(6, reduction=2).bfloat16()
-    x = torch.randn(2, 6, 5, 7, dtype=torch.bfloat16, requires_grad=True)
-
-    def run() -> list[Tensor]:
-        y = mixer(x)
-        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *mixer.parameters()])]
-
-    in_place = run()
-    monkeypatch.setattr("tessel.kernels.aggregated.reference._in_place", lambda q: False)
-    one_by_one = run()
-    # the sums are rounded once, at the end
-    torch.testing.assert_close(in_place[0], one_by_one[0], rtol=2**-8, atol=0)
-    assert [g.dtype for g in in_place] == [g.dtype for g in one_by_one]
-    for got, want in zip(in_place, one_by_one, strict=True):
-        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
-
-
 @pytest.mark.parametrize(("size", "reduction"), [((4, 4), 2), ((3, 5), 2), ((1, 1), 1)])
 def test_gradcheck(size, reduction):
     mixer = make(4, reduction=reduction)
     mixer.position = LogPositionBias(2, trained_size=3, hidden=4).double()
     randomize(mixer.position)
     x = torch.randn(1, 4, *size, dtype=torch.float64, requires_grad=True)
-    inputs = (x, *mixer.parameters())
-    assert torch.autograd.gradcheck(lambda x, *_: mixer(x), inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda x, *_: mixer(x), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, *_: mixer(x), (x, *mixer.parameters()), fast_mode=True)
 
 
 def test_zero_input_has_finite_gradients():

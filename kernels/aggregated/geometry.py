@@ -1,7 +1,6 @@
 """What follows from the size of the map and of the window alone."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..tables import Grid, cache_tensors
@@ -17,12 +16,12 @@ def window_side(pixels: int) -> int:
 
 @cache_tensors
 def border_mask(
-    size: Grid, window: int, pooled_keys: int, margin: int, device: torch.device, dtype: torch.dtype
+    size: Grid, window: int, pooled_keys: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the mask of window pixels outside the map, and ln(number of keys) of each query.
 
-    The mask is `[K, H * (W + margin)]`, 0 inside the map and -inf outside. The second tensor is `[H * (W + margin)]`
-    and counts the window's pixels inside the map and the pooled keys. Both are 0 in the `margin` places after each row.
+    The mask is `[K, H, W]`, 0 inside the map and -inf outside. The second tensor is `[H * W]` and counts the window's
+    pixels inside the map and the pooled keys.
     """
     inside = []
     for side in size:
@@ -31,5 +30,4 @@ def border_mask(
     both = (inside[0][:, None, :, None] & inside[1][:, None]).flatten(0, 1)
     mask = torch.zeros(both.shape, device=device, dtype=dtype).masked_fill(~both, -torch.inf)
     keys = inside[0].sum(0)[:, None] * inside[1].sum(0) + pooled_keys
-    mask, log_keys = (F.pad(x, (0, margin)).flatten(-2) for x in (mask, keys.to(dtype).log()))
-    return mask, log_keys
+    return mask, keys.to(dtype).log().flatten()

@@ -50,7 +50,7 @@ def prepare_operands(
     q, k, v = qkv.unbind(3)
     pooled_key, pooled_value = pooled.flatten(1, 2).unbind(2)
     q = l2_normalize(q, dim=-1)
-    _, log_keys = border_mask((height, width), 3, pooled_key.shape[1], 0, q.device, q.dtype)
+    _, log_keys = border_mask((height, width), 3, pooled_key.shape[1], q.device, q.dtype)
     scale = F.softplus(temperature).view(heads, 1) * log_keys.view(height, width, 1, 1)
     query = (q + query_embedding.view(heads, head_dim)) * scale
     # filters first, pixels last: the product needs no copy of the map, and the kernels read runs of pixels
