@@ -6,7 +6,7 @@ Mixers have 64 channels and run on square maps of 16 to 128 pixels a side, on on
 least-squares slope of log(value) over log(tokens): cost grows as tokens**e. The script fails if an exponent of a mixer
 that its paper calls linear exceeds 1.1, in time or in FLOPs. FLOPs are those of matrix products, convolutions and fused
 attention in a forward pass; they do not depend on the machine. Memory is the peak of a forward and backward pass minus
-the level before it.
+the level before it; its exponent is that of peaks of at least 1 MiB.
 
 Time and memory are measured in different processes: where memory is measured, what is freed returns to the system at
 once, and a call that asks for it again takes up to twice as long. --clock cpu measures the CPU time of the process,
@@ -153,6 +153,9 @@ def results_of(names: list[str], seconds: float, clock: str) -> dict[str, list[d
 
 
 def exponent(rows: list[dict[str, float]], key: str) -> float:
+    # the resident set, in pages and with parts that are used again, does not resolve smaller peaks
+    resolved = [row for row in rows if key != "mib" or row["mib"] >= 1]
+    rows = resolved if len(resolved) > 1 else rows
     tokens = np.log([row["side"] ** 2 for row in rows])
     return float(np.polyfit(tokens, np.log([max(row[key], 1e-3) for row in rows]), 1)[0])
 

@@ -429,6 +429,8 @@ def test_exponent(benchmark):
     scaling = benchmark("scaling")
     rows = [{"side": side, "ms": (side**2) ** 1.5} for side in (8, 16, 32)]
     assert scaling.exponent(rows, "ms") == pytest.approx(1.5)
+    peaks = [{"side": side, "mib": mib} for side, mib in ((8, 0.0), (16, 2.0), (32, 8.0))]
+    assert scaling.exponent(peaks, "mib") == pytest.approx(1)
 
 
 def test_scaling_fails_where_linear_is_not(benchmark, script, monkeypatch, tmp_path):
