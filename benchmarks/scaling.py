@@ -212,6 +212,7 @@ def previous(where: dict, out: Path) -> tuple[dict[str, list[dict]], dict[str, f
 
 
 def write(results: dict[str, list[dict]], families: dict[str, float], where: dict, out: Path) -> None:
+    results = {name: results[name] for name in MIXERS if name in results}
     report = {**where, "mixers": results, "families_at_512_mib": families}
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     out.with_suffix(".md").write_text(table(results, families))
