@@ -225,12 +225,8 @@ def test_exports():
 
 @pytest.mark.large
 def test_compiles():
-    parts, example = Parts().eval(), maps(13, 9)
-    found, wanted = torch.compile(parts)(*example), parts(*example)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    gradients = [
-        torch.autograd.grad(masks.square().sum(), list(parts.parameters()), allow_unused=True)
-        for masks in (found, wanted)
-    ]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    module = PrototypeAttention(8, num_heads=2)
+    arguments = torch.randn(2, 3, 8), torch.randn(2, 8, 5, 7), torch.randn(2, 3, 5, 7)
+    found = torch.compile(module.eval())(*arguments)
+    torch.testing.assert_close(found, module(*arguments))
+    found.sum().backward()
