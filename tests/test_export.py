@@ -180,8 +180,9 @@ def test_neighborhoods_grow_from_one_tile(dilation, format, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "torch-export"])
-@pytest.mark.parametrize("side", [3, 8])
+@pytest.mark.parametrize(
+    ("side", "format"), [(3, "onnx"), (8, "onnx"), (3, "torch-export"), (8, "torch-export"), (3, "openvino")]
+)
 def test_groups_of_long_distance_leave_sizes_open(side, format, tmp_path):
     """Recorded with a map that is a single group, and with one that groups divide."""
     if missing := formats()[format].missing():

@@ -1,6 +1,7 @@
 """OpenVINO, converted from a program of torch.export: a file .xml and one .bin beside it."""
 
 import importlib
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def write(recording: Recording, path: Path) -> None:
     openvino: Any = importlib.import_module("openvino")
 
     with recording.oblivious():
-        model = openvino.convert_model(recording.program(), extension=_larger_size())
+        model = openvino.convert_model(recording.program(), extension=_size_operators())
     # the front end leaves all axes of the input open
     sides = [-1 if axis in recording.open_axes else side for axis, side in enumerate(recording.example.shape)]
     model.reshape(openvino.PartialShape(sides))
@@ -24,15 +25,19 @@ def write(recording: Recording, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _larger_size() -> Any:
-    """The rule for the larger of two open sizes, which the front end lacks; it knows operators by how they print."""
+def _size_operators() -> list[Any]:
+    """Rules for operators of open sizes that the front end has none for; it knows operators by how they print."""
     pytorch: Any = importlib.import_module("openvino.frontend.pytorch")
     operators: Any = importlib.import_module("openvino.opset13")
 
-    def convert(node: Any) -> Any:
-        return operators.maximum(node.get_input(0), node.get_input(1)).outputs()
+    def rule(function: Any, name: str) -> Any:
+        def convert(node: Any) -> Any:
+            return getattr(operators, name)(node.get_input(0), node.get_input(1)).outputs()
 
-    return pytorch.ConversionExtension(str(torch.sym_max), convert)
+        return pytorch.ConversionExtension(str(function), convert)
+
+    names = {torch.sym_max: "maximum", torch.sym_min: "minimum", operator.le: "less_equal"}
+    return [rule(*pair) for pair in names.items()]
 
 
 def _separate_transposes(model: Any) -> None:
