@@ -2,32 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..kernels.recomputing import recomputed
-from ..kernels.recording import exporting, transformed
-
-# without gradients, hidden maps on the CPU have about this many bytes for each thread, which stay in its cache
-PART_BYTES = 4 << 20
-
-
-def in_parts(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-    """`compute(x)` of a map `[B, H, W, C]`, some images at a time where its hidden maps of `width` channels are large.
-
-    At once on other devices, where gradients are computed or a graph is recorded, and where `module` is in training
-    mode or has a hook, which must see the whole batch.
-    """
-    if isinstance(x, Proxy) or torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting():
-        return compute(x)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
-    if x.device.type != "cpu" or transformed(x) or module.training or hooked:
-        return compute(x)
-    # a layer takes longer for few rows: less than four parts gain nothing
-    parts = x.shape[:3].numel() * width * x.element_size() // (torch.get_num_threads() * PART_BYTES)
-    return compute(x) if parts < 3 else torch.cat([compute(part) for part in x.tensor_split(min(parts + 1, len(x)))])
 
 
 class Mlp(nn.Module):
@@ -41,11 +19,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_parts(self, self._compute, x.permute(0, 2, 3, 1), self.fc1.out_features).permute(0, 3, 1, 2)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]`."""
-        return self.fc2(self.act(self.fc1(x)))
+        y = self.fc2(self.act(self.fc1(x.permute(0, 2, 3, 1))))
+        return y.permute(0, 3, 1, 2)
 
 
 class DepthwiseMlp(nn.Module):
@@ -63,12 +38,9 @@ class DepthwiseMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_parts(self, self._compute, x.permute(0, 2, 3, 1), self.fc1.out_features).permute(0, 3, 1, 2)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]`."""
-        y = self.fc1(x).permute(0, 3, 1, 2)
-        return self.fc2(self.act(self.dwconv(y)).permute(0, 2, 3, 1))
+        y = self.fc1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.act(self.dwconv(y)).permute(0, 2, 3, 1)
+        return self.fc2(y).permute(0, 3, 1, 2)
 
 
 # the gate of ConvGlu is computed again in the backward pass where one image's hidden map is larger than this: in
@@ -94,14 +66,11 @@ class ConvGlu(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_parts(self, self._compute, x.permute(0, 2, 3, 1), self.gate.out_features).permute(0, 3, 1, 2)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]`."""
+        x = x.permute(0, 2, 3, 1)
         gate, value = (layer(x).permute(0, 3, 1, 2) for layer in (self.gate, self.value))
         y = self.norm(recomputed(self._gated, gate, value, above=RECOMPUTE_BYTES))
         # only for a contiguous map the layer is a single operation
-        return self.fc2(y.permute(0, 2, 3, 1).contiguous())
+        return self.fc2(y.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
     def _gated(self, gate: Tensor, value: Tensor) -> Tensor:
         return F.gelu(self.dwconv(gate)) * value

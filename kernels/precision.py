@@ -57,7 +57,7 @@ _LARGEST_SCALE = 0.999e12  # where the clamp acts the scale is a constant
 
 
 class _L2Normalize(torch.autograd.Function):
-    """y = x / |x|, with the backward (g - y (g y)) / |x|: a third of the operations that autograd would take."""
+    """y = x / |x|, with the backward (g - y (g y)) / |x|, fewer operations than autograd takes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
