@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import tessel.zoo
-from tessel.blocks import Agent, InLine
+from tessel.blocks import Agent, InLine, ShiftedWindow
 from tessel.kernels import dispatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -107,6 +107,10 @@ def build(name: str, size: int) -> nn.Module:
     if mixer:
         own = {path: m for path, m in model.named_modules() if isinstance(m, (Agent, InLine))}
         tessel.zoo.swap(model, {p.split(".")[1]: f"{mixer}(num_heads={m.num_heads})" for p, m in own.items()})
+        for path, m in model.named_modules():
+            if isinstance(m, ShiftedWindow):  # every second block shifts its windows, as in Swin
+                _, _, _, block, *_ = path.split(".")
+                m.shift = m.window // 2 * (int(block) % 2)
     return model
 
 
