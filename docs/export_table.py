@@ -91,6 +91,9 @@ EXPLANATIONS = {
         "ONNX Runtime stops at images of another size than the example's, so the file is refused. Leave sizes fixed."
     ),
     "unconverted_ops_report": "OpenVINO has no conversion rule for an operator of the program.",
+    "Failed to load method forward, error: 0x:14": (
+        "ExecuTorch's runtime has no kernel of `sort`, by which these models select pixels."
+    ),
     "Guard failed": (
         "torch.export decides by the size of the example whether a map has more than one window, and the file is "
         "refused. Leave only the batch open, or use ONNX, whose graph has no such condition."
