@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recomputing import derivative
 from .recording import exporting, transformed
 
 # device types with autocast (meta has none); looked up once, since torch.compile of torch 2.11 cannot trace the call
@@ -72,7 +71,8 @@ class _L2Normalize(torch.autograd.Function):
         x, y, scale = ctx.saved_tensors
         (g,) = gradients
         if torch.is_grad_enabled():  # for a second derivative
-            (dx,) = derivative(lambda x: x * _inverse_norm(x, ctx.dim), (x,), (), g)
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(x * _inverse_norm(x, ctx.dim), x, g, create_graph=True)
             return dx, None
         along = (g * y).sum(ctx.dim, keepdim=True).masked_fill(scale > _LARGEST_SCALE, 0)
         return torch.addcmul(g, y, along, value=-1) * scale, None

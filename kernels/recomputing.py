@@ -25,9 +25,3 @@ def recomputed(part: Callable, first: Tensor, *others: Any, above: int = 0) -> A
     if first.nbytes <= above * first.shape[0]:
         return part(first, *others)
     return checkpoint(part, first, *others, use_reentrant=False, preserve_rng_state=False)
-
-
-def derivative(part: Callable, inputs: tuple[Tensor, ...], others: tuple, gradient: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of `part(*inputs, *others)` by its inputs, with a graph, so that they can be differentiated."""
-    inputs = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in inputs)
-    return torch.autograd.grad(part(*inputs, *others), inputs, gradient, create_graph=True)

@@ -26,10 +26,9 @@ def build_published(name: str, weights: str | Path | None, *, pretrained: bool =
     recipe = without_initial_weights(load_recipe(name))
     if (recipe.task.kind, recipe.data.source) not in BUILDERS:
         raise UserError(f"{name} is a recipe with task.kind={recipe.task.kind}; give the name of its model or a run")
-    # before the model is built, which takes longer than to find out that there is no file
-    file, state_key = (
-        (Path(weights), "") if weights is not None else fetch_published(name) if pretrained else (None, "")
-    )
+    file, state_key = weights, ""
+    if weights is None and pretrained:  # before the model is built, which takes longer
+        file, state_key = fetch_published(name)
     model: Any = BUILDERS[recipe.task.kind, recipe.data.source](recipe)
     if file is None:
         return recipe, model.eval()
