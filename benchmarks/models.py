@@ -13,9 +13,9 @@ variants, so that other work on the machine affects all of them. Memory is the p
 on the CPU each model has its own process. Results are written to benchmarks/results/models_DEVICE.{json,md,png} or to
 the path given by --out, after every batch size; --resume keeps those of the same version and measures the rest.
 
-The hosts are layouts of agent and InLine attention, at sizes where a map has more than 1,000 tokens, beside the same
-layout with full or window attention and beside a well-known model. --clock cpu measures the CPU time of the process,
-which other work disturbs less.
+The hosts are layouts of agent and InLine attention, at 512 x 512 pixels, beside the same layout with full or window
+attention and beside a well-known model. --clock cpu measures the CPU time of the process, which other work disturbs
+less.
 """
 
 import argparse
@@ -56,19 +56,21 @@ TIMM = (
     "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
     "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_150", "resnet50",
 )  # fmt: skip
-# what each host is compared with, and the image size of the comparison. "NAME with MIXER" is NAME with another mixer in
-# place of its agent or InLine attention. Mixers that take more than a map cannot be replaced: those of DeiT, for which
-# timm has the layout, and InLine's of CSWin, whose layout is that of agent attention
+# at this size the first three stages of a hierarchical host have more than 1,000 tokens, as have all blocks of DeiT
+HOST_SIZE = 512
+# what each host is compared with. "NAME with MIXER" is NAME with another mixer in place of its agent or InLine
+# attention. Mixers that take more than a map cannot be replaced: those of DeiT, for which timm has the layout, and
+# InLine's of CSWin, whose layout is that of agent attention
 HOSTS = {
-    "agent_deit_tiny": (("deit_tiny_patch16_224",), 512),
-    "inline_deit_tiny": (("deit_tiny_patch16_224",), 512),
-    "agent_deit_small": (("deit_small_patch16_224",), 512),
-    "agent_pvt_tiny": (("agent_pvt_tiny with full_attention", "pvt_v2_b1"), 224),
-    "inline_pvt_tiny": (("inline_pvt_tiny with full_attention", "pvt_v2_b1"), 224),
-    "agent_swin_tiny": (("agent_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"), 224),
-    "inline_swin_tiny": (("inline_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"), 224),
-    "agent_cswin_tiny": (("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"), 224),
-    "inline_cswin_tiny": (("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"), 224),
+    "agent_deit_tiny": ("deit_tiny_patch16_224",),
+    "inline_deit_tiny": ("deit_tiny_patch16_224",),
+    "agent_deit_small": ("deit_small_patch16_224",),
+    "agent_pvt_tiny": ("agent_pvt_tiny with full_attention", "pvt_v2_b1"),
+    "inline_pvt_tiny": ("inline_pvt_tiny with full_attention", "pvt_v2_b1"),
+    "agent_swin_tiny": ("agent_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"),
+    "inline_swin_tiny": ("inline_swin_tiny with shifted_window", "swin_tiny_patch4_window7_224"),
+    "agent_cswin_tiny": ("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"),
+    "inline_cswin_tiny": ("agent_cswin_tiny with cross_shaped_window", "cswin_tiny"),
 }
 COMPILE_SECONDS = 60  # about what compiling a model takes
 COLUMNS = (
@@ -84,18 +86,23 @@ VARIANTS = {
 
 
 def default_models(parameters: float = 25e6) -> list[str]:
-    """Of each family the model whose size is nearest to `parameters`."""
+    """Of each family the published model whose size is nearest to `parameters`."""
 
     def distance(name: str) -> float:
         model = timm.create_model(name, device="meta")
         return abs(sum(p.numel() for p in model.parameters()) - parameters)
 
-    return [min(family.variants, key=distance) for family in tessel.zoo.list_families()]
+    return [min(names, key=distance) for names in published_models()]
 
 
 def small_models() -> list[str]:
-    """Of each family the smallest model that is published: the first, since those named atto are for tests."""
-    return [next(n for n in family.variants if not n.endswith("_atto")) for family in tessel.zoo.list_families()]
+    """Of each family the smallest published model: the first."""
+    return [names[0] for names in published_models()]
+
+
+def published_models() -> list[list[str]]:
+    """The models of each family, without the one named atto, which is for tests."""
+    return [[n for n in family.variants if not n.endswith("_atto")] for family in tessel.zoo.list_families()]
 
 
 def build(name: str, size: int) -> nn.Module:
@@ -285,7 +292,7 @@ def plot(groups: dict[str, list[dict]], facts: dict, path: Path) -> None:
         axis.set_xlabel("images/s")
         axis.set_title(f"{setting}, batch {batch}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.01)
     axes[0, 0].invert_yaxis()
     figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
     figure.tight_layout()
@@ -378,7 +385,7 @@ def main() -> None:
         if time.time() - start > args.budget:
             print(f"no time was left for {name} at batch {batch}", file=sys.stderr)
             continue
-        peers_of, size = HOSTS[name] if args.set == "hosts" and name in HOSTS else (None, None)
+        peers_of, size = (HOSTS.get(name), HOST_SIZE) if args.set == "hosts" else (None, None)
         size = args.size or size or timm.get_pretrained_cfg(name).input_size[-1]
         others = args.peers if args.peers is not None else list(peers_of or peers(name, size))
         settings = [Setting(args.device, variant, train=direction == "training") for variant in args.variants]

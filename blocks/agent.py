@@ -8,12 +8,20 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.sdpa import attention_to_few, fused_attention
-from ..kernels.tables import Grid
+from ..kernels.tables import Grid, cache_tensors
 from .pooling import adaptive_pool
 from .registry import by_stage, heads, token_mixer
 
 # side of the coarse table of the position bias
 _TABLE = 7
+
+
+@cache_tensors
+def linear_weights(old: int, new: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
+    """The weights of linear interpolation from `old` to `new` samples, `[new, old]`."""
+    position = (torch.arange(new, device=device, dtype=dtype) + 0.5) * old / new - 0.5
+    distance = position.clamp(0, old - 1)[:, None] - torch.arange(old, device=device, dtype=dtype)
+    return ((1 - distance.abs()).clamp_min(0),)
 
 
 class AgentBias(nn.Module):
@@ -50,9 +58,13 @@ class AgentBias(nn.Module):
     def forward(self, size: Grid, agents: Grid) -> Tensor:
         """The bias for a map of `size` and agents on a grid of `agents`."""
         table, rows, columns = (self._by_agents(t, agents) for t in (self.table, self.rows, self.columns))
-        vertical = F.interpolate(rows.unsqueeze(-1), (size[0], 1), mode="bilinear")
-        horizontal = F.interpolate(columns.unsqueeze(-2), (1, size[1]), mode="bilinear")
-        bias = (F.interpolate(table, size, mode="bilinear") + vertical + horizontal).flatten(2)
+        vertical, horizontal = (
+            F.interpolate(t, side, mode="linear") for t, side in zip((rows, columns), size, strict=True)
+        )
+        down, across = (linear_weights(_TABLE, side, table.device, table.dtype)[0] for side in size)
+        # faster than `F.interpolate` of the table; each row of `down` sums to 1, so the column terms can be added first
+        on_rows = table @ across.T + horizontal.unsqueeze(-2)
+        bias = (down @ on_rows + vertical.unsqueeze(-1)).flatten(2)
         return bias if self.token is None else torch.cat([self._by_agents(self.token, agents), bias], 2)
 
     def _by_agents(self, x: Tensor, agents: Grid) -> Tensor:

@@ -10,8 +10,11 @@ from .recording import exporting
 # CUDA limits a grid axis to 65,535 blocks, and the fused kernels put the batch on such an axis
 MAX_BATCH = 65535
 
-# with fewer keys, PyTorch's fused attention on the CPU takes up to seven times as long as two products and a softmax
-FEW_KEYS = 16
+# with so many keys or fewer, PyTorch's fused attention on the CPU takes longer than two products and a softmax: seven
+# times as long with 9 keys, 1.2 times with 49
+FEW_KEYS = 64
+# the scores of several images may take so many bytes on the CPU, which fit into the cache
+_SCORES = 1 << 20
 
 
 def fused_attention(
@@ -54,8 +57,15 @@ def attention_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     Returns:
         `[U, N, L, E]`.
     """
-    if q.device.type != "cpu" or exporting() or k.shape[2] >= FEW_KEYS:
+    if q.device.type != "cpu" or exporting() or k.shape[2] > FEW_KEYS:
         return fused_attention(q, k, v, bias.transpose(2, 3))
+    if torch.compiler.is_compiling() or q.shape[0] <= (images := max(1, _SCORES // bias.nbytes)):
+        return _attention_in_products(q, k, v, bias)
+    parts = zip(q.split(images), k.split(images), v.split(images), strict=True)
+    return torch.cat([_attention_in_products(*part, bias) for part in parts])
+
+
+def _attention_in_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     # with the keys first, every step runs along the queries
     scores = (k * k.shape[3] ** -0.5) @ q.transpose(2, 3) + bias
     return scores.softmax(2, dtype=acc_dtype(scores)).to(v.dtype).transpose(2, 3) @ v

@@ -113,9 +113,9 @@ def test_gradcheck(size, pool_side, class_token):
 
 
 def test_biases_are_not_changed_at_the_trained_size():
-    bias = AgentBias(2, agents=9, trained_size=7)
+    bias = AgentBias(2, agents=9, trained_size=7).double()
     expected = bias.table + bias.rows[..., None] + bias.columns[:, :, None]
-    torch.testing.assert_close(bias((7, 7), (3, 3)), expected.flatten(2), rtol=0, atol=0)
+    torch.testing.assert_close(bias((7, 7), (3, 3)), expected.flatten(2), rtol=0, atol=1e-16)
 
 
 def test_each_window_is_an_image_of_its_own():

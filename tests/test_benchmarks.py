@@ -379,7 +379,7 @@ def test_models_of_the_sets_exist(benchmark):
     small = models.small_models()
     assert [name in family.variants for name, family in zip(small, families, strict=True)] == [True] * len(families)
     assert "biformer_tiny" in small and "litv2_small" in small and not any(name.endswith("_atto") for name in small)
-    names = {name for host, (peers, _) in models.HOSTS.items() for name in (host, *peers)}
+    names = {name for host, peers in models.HOSTS.items() for name in (host, *peers)}
     assert all(timm.is_model(name.partition(" with ")[0]) for name in names)
 
 
