@@ -45,14 +45,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn about their 
 
 
 ATTOS = [name for name in tessel.zoo.list_models() if name.endswith("_atto")]
-FIRST = {f"{name}_atto" for name in ("affnet", "biformer", "cswin", "litv2", "s2aformer", "transnext", "nat", "van")}
+FIRST = {f"{name}_atto" for name in ("affnet", "biformer", "cswin", "litv2", "s2aformer", "van")}
 
 # the cells that CI runs; the others take many minutes
 IN_CI = {
     "ONNX, batch and size": FIRST,
-    "torch.export, batch and size": FIRST - {"transnext_atto"},
+    "torch.export, batch and size": FIRST,
     "TorchScript, batch": set(ATTOS),
-    "AOTInductor, batch and size": {"van_atto"},
+    "AOTInductor, batch and size": {"s2aformer_atto"},
     "OpenVINO": {"attnet_atto", "crossformer_atto", "s2aformer_atto"},
     "ExecuTorch": {"s2aformer_atto"},
 }
