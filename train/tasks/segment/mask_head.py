@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...data.segmentation import IGNORE_INDEX
 from ...errors import UserError
-from ...heads.mask_classifier import MaskClassifier
+from ...heads.mask_classifier import MaskClassifier, MaskOutputs
 from ...heads.mask_inference import semantic_scores
 from ...heads.mask_kinds import mask2former, pem
 from ...heads.mask_loss import MaskLoss, MaskTarget
@@ -27,8 +28,13 @@ class MaskHead(MaskClassifier):
 
     def loss(self, features: Sequence[Tensor], samples: Sequence[Any], train_cfg: Any) -> dict[str, Tensor]:
         """The losses for the masks `gt_sem_seg.data` [1, H, W] of the samples."""
-        targets = [semantic_target(sample.gt_sem_seg.data[0]) for sample in samples]
-        return self.criterion(self(features), targets)
+        return compare(self.criterion, self(features), samples)
+
+
+@torch.compiler.disable(reason="it would be compiled again for each new number of classes in an image")
+def compare(criterion: MaskLoss, outputs: MaskOutputs, samples: Sequence[Any]) -> dict[str, Tensor]:
+    """The losses of these predictions."""
+    return criterion(outputs, [semantic_target(sample.gt_sem_seg.data[0]) for sample in samples])
 
 
 def semantic_target(mask: Tensor) -> MaskTarget:
