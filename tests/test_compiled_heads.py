@@ -31,17 +31,18 @@ def learned(model: Any, run: Any, *batch: Tensor) -> tuple[Tensor, dict[str, Ten
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(("options", "graphs"), [(PEM, 2), (FREQFUSION, 4)], ids=["PEM", "FreqFusion"])
-def test_losses_and_gradients_are_those_of_eager_execution(options, graphs):
+@pytest.mark.parametrize("options", [PEM, FREQFUSION], ids=["PEM", "FreqFusion"])
+def test_losses_and_gradients_are_those_of_eager_execution(options):
     torch.manual_seed(0)
     model: Any = build_segmenter(Model(name="test_convnext"), options, dense=Dense(), classes=list("abcdef"), size=64)
     torch.compiler.reset()
     counters.clear()
-    compiled = torch.compile(model)
+    compiled, graphs = torch.compile(model), []
     for count in (3, 6):  # another number of objects compiles nothing anew
         batch = torch.randn(2, 3, 97, 67), torch.randint(count, (2, 97, 67))
         (loss, gradients), (found, ours) = learned(model, model, *batch), learned(model, compiled, *batch)
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
         for name, want in gradients.items():
             assert float((ours[name] - want).norm() / (want.norm() + 1e-3)) < 1e-3, name
-    assert counters["stats"]["unique_graphs"] == graphs
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
