@@ -1,9 +1,10 @@
-"""Exports of heads with queries: segmenters by mask classification, and detectors whose results have a fixed shape.
+"""Exports of heads: of segmenters, and of detectors with queries, whose results have a fixed shape.
 
 Every cell of the table of heads in docs/export.md is tested here.
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_commands_export_a_run_and_predict_with_the_file(task, tmp_path, capsys)
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
-# head, format and open axes of each cell; the first ones run in CI, the others by hand
+# head, format and open axes of each cell
 DETECTORS = [
     ("rtdetrv2", "torch-export", ("batch",)),
     ("deformable_detr", "onnx", ()),
@@ -133,7 +134,14 @@ DETECTORS = [
     ("rtdetrv2", "openvino", ()),
     ("d_fine", "openvino", ()),
     ("rtdetrv2", "aoti", ("batch",)),
+    ("d_fine", "aoti", ("batch",)),
+    ("deformable_detr", "aoti", ("batch",)),
+    ("deformable_detr", "onnx", ("batch",)),
+    ("mask2former", "aoti", ("batch",)),
+    *(("pem", format, ("batch",)) for format in ("onnx", "torch-export", "aoti")),
+    *(("pem", format, ()) for format in ("onnx", "openvino")),
 ]
+CONVOLUTIONS = ("FPNHead", "UPerHead", "FPNHead on FreqFusion")
 SEGMENTERS = [
     ("Mask2Former", "torch-export", ("batch",)),
     ("PEM", "torch-export", ("batch", "size")),
@@ -145,12 +153,21 @@ SEGMENTERS = [
     ("PEM", "onnx", ("batch", "size")),
     ("Mask2Former", "aoti", ("batch",)),
     ("PEM", "aoti", ("batch", "size")),
+    ("PEM", "onnx", ()),
+    ("PEM", "torch-export", ("batch",)),
+    ("PEM", "aoti", ("batch",)),
+    *((head, format, ()) for head in CONVOLUTIONS for format in ("onnx", "openvino")),
+    *((head, format, ("batch",)) for head in CONVOLUTIONS for format in ("onnx", "torch-export", "aoti")),
+    *((head, format, ("batch", "size")) for head in CONVOLUTIONS for format in ("onnx", "torch-export")),
+    *((head, "aoti", ("batch", "size")) for head in ("FPNHead", "UPerHead")),
 ]
 
 
+IN_CI = [*DETECTORS[:2], *SEGMENTERS[:2], ("UPerHead", "torch-export", ("batch", "size"))]
+
+
 def marked(cells):
-    """Two of the cells run in CI."""
-    return [pytest.param(*cell, marks=pytest.mark.slow if i < 2 else pytest.mark.large) for i, cell in enumerate(cells)]
+    return [pytest.param(*cell, marks=pytest.mark.slow if cell in IN_CI else pytest.mark.large) for cell in cells]
 
 
 @pytest.mark.parametrize(("kind", "format", "dynamic"), marked(DETECTORS))
@@ -166,12 +183,23 @@ def test_detectors_with_queries_export(kind, format, dynamic, tmp_path):
         export(model, tmp_path / "model", format, example=example, dynamic=("size",))
 
 
+SECTIONS: dict[str, dict[str, Any]] = {
+    "Mask2Former": {"decode_head": {"type": "Mask2Former", **recipe_runner.NARROW_MASK2FORMER}},
+    "PEM": {"decode_head": {"type": "PEM", **recipe_runner.NARROW_PEM}},
+    "FPNHead": {"decode_head": {"type": "FPNHead", "channels": 16}, "neck": {"type": "FPN", "out_channels": 16}},
+    "UPerHead": {"decode_head": {"type": "UPerHead", "channels": 16}},
+    "FPNHead on FreqFusion": {
+        "decode_head": {"type": "FPNHead", "channels": 16},
+        "neck": {"type": "FreqFusion", "out_channels": 16, "compressed": 8},
+    },
+}
+
+
 @pytest.mark.parametrize(("head", "format", "dynamic"), marked(SEGMENTERS))
-def test_segmenters_by_mask_classification_export(head, format, dynamic, tmp_path):
+def test_segmenters_export(head, format, dynamic, tmp_path):
     if missing := formats()[format].missing():
         pytest.skip(f"needs {', '.join(missing)}")
-    narrow = {"Mask2Former": recipe_runner.NARROW_MASK2FORMER, "PEM": recipe_runner.NARROW_PEM}[head]
-    config = SegmentOptions(decode_head={"type": head, **narrow})
+    config = SegmentOptions(**SECTIONS[head])
     model = disturbed(build_segmenter(Model(name="s2aformer_atto"), config, dense=Dense(), classes=CLASSES))
     report = export(model, tmp_path / "model", format, example=torch.randn(2, 3, 96, 128), dynamic=dynamic)
     assert report.error < 1e-4 and {shape[0] for shape in report.errors} == ({1, 2, 3} if dynamic else {2})
