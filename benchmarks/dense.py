@@ -49,7 +49,7 @@ PASSES = ("inference", "training")
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny")
 COLUMNS = (
     "task", "model", "parameters", "gmacs", "height", "width", "batch", "pass", "images_per_second", "ratio",
-    "peak_mib", "loss_share",
+    "peak_mib", "loss_share", "device",
 )  # fmt: skip
 
 
@@ -197,7 +197,10 @@ FORMS: dict[str, Callable[[float], str]] = {"loss_share": "{:.1%}".format, "rati
 
 def table(rows: list[dict], peer: str) -> str:
     head = ("task", "model", "M parameters", "GMACs", "size", "batch", "pass", "images/s", f"speed of {peer} = 1")
-    lines = ["| " + " | ".join((*head, "peak MiB", "share of the loss")) + " |", "|" + "---|" * (len(head) + 2)]
+    lines = [
+        "| " + " | ".join((*head, "peak MiB", "share of the loss", "device")) + " |",
+        "|" + "---|" * (len(head) + 3),
+    ]
     for row in rows:
         values = {key: "" if value is None else value for key, value in row.items()}
         values["height"] = f"{row['height']}x{row['width']}"
@@ -255,14 +258,16 @@ def main() -> None:
     rows = [dict.fromkeys(COLUMNS) | row for row in rows]
     rows = [row for row in rows if (row["task"], row["pass"]) not in measured]
     where |= {"clock": args.clock}
-    heading = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, clock: {args.clock}\n\n"
+    heading = f"torch {where['torch']}, clock: {args.clock}\n\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for direction in args.passes:
             if args.count:
-                rows += counted(case, list(dict.fromkeys([*args.models, *args.peers])))
+                new = counted(case, list(dict.fromkeys([*args.models, *args.peers])))
             else:
-                rows += compare(case, args.models, args.peers, train=direction == "training", args=args)
+                new = compare(case, args.models, args.peers, train=direction == "training", args=args)
+            # --add keeps rows that were measured elsewhere
+            rows += [row | {"device": f"{where['device']}, {where['threads']} threads"} for row in new]
             # written after each case, since a later one may run out of memory
             out.with_suffix(".json").write_text(
                 json.dumps({**where, "dry_run": args.dry_run, "rows": rows}, indent=1) + "\n"

@@ -103,8 +103,14 @@ def heads() -> str:
             )
             lines.append("| " + " | ".join(cells) + " |")
     clock = {"cpu": "images per second of CPU time", "wall": "images per second"}[results["clock"]]
-    where = f"{results['device']}, {results['threads']} threads, torch {results['torch']}"
-    return "\n".join([*lines, "", f"Measured on {where}, two images at a time; inference and training: {clock}."])
+    timed: dict[str, dict[str, None]] = {}  # an ordered set for each device
+    for row in results["rows"]:
+        if row["pass"] != "count":
+            timed.setdefault(row["device"], {})[f"{row['pass']} of {HEADS[row['task']]}"] = None
+    *others, most = sorted(timed, key=lambda device: len(timed[device]))
+    where = "; ".join([most, *(f"{', '.join(timed[device])}: {device}" for device in others)])
+    how = f"torch {results['torch']}, two images at a time; inference and training: {clock}"
+    return "\n".join([*lines, "", f"Measured with {how}. Device: {where}."])
 
 
 def _cell(form: str, value: float | None) -> str:
