@@ -19,9 +19,10 @@ _TABLE = 7
 @cache_tensors
 def linear_weights(old: int, new: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
     """The weights of linear interpolation from `old` to `new` samples, `[new, old]`."""
-    position = (torch.arange(new, device=device, dtype=dtype) + 0.5) * old / new - 0.5
-    distance = position.clamp(0, old - 1)[:, None] - torch.arange(old, device=device, dtype=dtype)
-    return ((1 - distance.abs()).clamp_min(0),)
+    exact = torch.promote_types(dtype, torch.float32)
+    position = (torch.arange(new, device=device, dtype=exact) + 0.5) * old / new - 0.5
+    distance = position.clamp(0, old - 1)[:, None] - torch.arange(old, device=device, dtype=exact)
+    return ((1 - distance.abs()).clamp_min(0).to(dtype),)
 
 
 class AgentBias(nn.Module):

@@ -118,6 +118,13 @@ def test_biases_are_not_changed_at_the_trained_size():
     torch.testing.assert_close(bias((7, 7), (3, 3)), expected.flatten(2), rtol=0, atol=1e-16)
 
 
+def test_a_large_map_in_bfloat16_has_the_bias_of_single_precision():
+    torch.manual_seed(0)
+    bias = AgentBias(1, agents=4, trained_size=7)
+    expected = bias((300, 3), (2, 2))
+    torch.testing.assert_close(bias.bfloat16()((300, 3), (2, 2)).float(), expected, rtol=0, atol=5e-4)
+
+
 def test_each_window_is_an_image_of_its_own():
     mixer = perturbed(agents=4, trained_size=4)
     windows = Windows(mixer, window=4)
