@@ -52,7 +52,7 @@ IN_CI = {
     "ONNX, batch and size": FIRST,
     "torch.export, batch and size": FIRST,
     "TorchScript, batch": set(ATTOS),
-    "AOTInductor, batch and size": {"s2aformer_atto"},
+    "AOTInductor, batch and size": {"van_atto"},
     "OpenVINO": {"attnet_atto", "crossformer_atto", "s2aformer_atto"},
     "ExecuTorch": {"s2aformer_atto"},
 }
