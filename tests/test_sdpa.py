@@ -50,9 +50,12 @@ def test_every_mixer_splits_its_batch(mixer, batch_sizes):
     assert max(batch_sizes) == 5
 
 
-@pytest.mark.parametrize("keys", [1, 9, 49])
+@pytest.mark.parametrize("keys", [1, 9, 16, 49, 64, 65])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-def test_attention_to_few_keys(keys, dtype, tolerance):
+@pytest.mark.parametrize("split", [False, True])
+def test_attention_to_few_keys(keys, dtype, tolerance, split, monkeypatch):
+    if split:
+        monkeypatch.setattr(sdpa, "_SCORES", 1)  # each image alone
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (50, keys, keys))
     bias = torch.randn(1, 3, keys, 50, dtype=dtype, requires_grad=True)

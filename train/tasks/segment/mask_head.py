@@ -28,12 +28,12 @@ class MaskHead(MaskClassifier):
 
     def loss(self, features: Sequence[Tensor], samples: Sequence[Any], train_cfg: Any) -> dict[str, Tensor]:
         """The losses for the masks `gt_sem_seg.data` [1, H, W] of the samples."""
-        return compare(self.criterion, self(features), samples)
+        return losses(self.criterion, self(features), samples)
 
 
 @torch.compiler.disable(reason="it would be compiled again for each new number of classes in an image")
-def compare(criterion: MaskLoss, outputs: MaskOutputs, samples: Sequence[Any]) -> dict[str, Tensor]:
-    """The losses of these predictions."""
+def losses(criterion: MaskLoss, outputs: MaskOutputs, samples: Sequence[Any]) -> dict[str, Tensor]:
+    """The losses of `outputs` for the masks of the samples, as `MaskHead.loss` returns them."""
     return criterion(outputs, [semantic_target(sample.gt_sem_seg.data[0]) for sample in samples])
 
 
