@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..kernels.precision import acc_dtype
 from ..kernels.sdpa import fused_attention
 from .explanation import Explanation, Pixel, qkv_attention
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 # share of the old value in the running mean of the factors
@@ -70,11 +71,11 @@ class AffineScaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.weighted(self.project(x), self.factors(x))
-        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y.flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
-        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
 
     def factors(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, H, W, heads]`: a."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.sdpa import attention_to_few, fused_attention
 from ..kernels.tables import Grid, cache_tensors
+from .linear import apply_linear
 from .pooling import adaptive_pool
 from .registry import by_stage, heads, token_mixer
 
@@ -135,14 +136,14 @@ class Agent(nn.Module):
     def forward(self, x: Tensor, size: Grid | None = None) -> Tensor:
         shape = x.shape[2:]
         size, first = (shape[0], shape[1]) if size is None else size, int(self.class_token)
-        q, k, v = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2).chunk(3, -1)  # [B, tokens, C]
+        q, k, v = apply_linear(self.qkv, x.permute(0, 2, 3, 1)).flatten(1, 2).chunk(3, -1)  # [B, tokens, C]
         agents = adaptive_pool(as_map(q[:, first:], size), self.agent_grid).flatten(2).transpose(1, 2)
         q, k, values, agents = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, agents))
         gathered = fused_attention(agents, k, values, self.gather_bias(size, self.agent_grid)[None])
         y = attention_to_few(q, agents, gathered, self.read_bias(size, self.agent_grid)[None])
         local = self.local(as_map(v[:, first:], size)).permute(0, 2, 3, 1).flatten(1, 2)
         y = y.transpose(1, 2).flatten(2) + (F.pad(local, (0, 0, 1, 0)) if self.class_token else local)
-        return self.proj(y).unflatten(1, shape).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).unflatten(1, shape).permute(0, 3, 1, 2)
 
 
 def as_map(tokens: Tensor, size: Grid) -> Tensor:

@@ -6,9 +6,11 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import aggregated_attention
+from ..kernels.linear import linear
 from ..kernels.tables import Grid
 from .explanation import Explanation, Pixel, attention, gradient_at, spread
 from .length_scaled_cosine import LogPositionBias, reset_query
+from .linear import apply_linear
 from .plain import is_plain
 from .pooling import adaptive_pool
 from .registry import by_stage, heads, token_mixer
@@ -86,12 +88,12 @@ class Aggregated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # only for a contiguous map the layer is a single operation
         y = self.attend(*self.project(x)).contiguous()
-        return self.proj(y.flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y.flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, H, W]` to q, k and v `[B, H, W, 3, heads, head_dim]`, and k and v of the pooled map."""
         x = x.permute(0, 2, 3, 1)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
         return qkv, self._pool(x, self._grid((x.shape[1], x.shape[2])))
 
     def attend(self, qkv: Tensor, pooled: Tensor) -> Tensor:
@@ -130,9 +132,9 @@ class Aggregated(nn.Module):
         """`[B, H, W, C]` to keys and values of the pooled map, `[B, rows, columns, 2, heads, head_dim]`."""
         if is_plain(self.sr):
             # a 1x1 convolution is a linear layer, which is faster on channels_last maps
-            full = F.linear(x, self.sr.weight.flatten(1), self.sr.bias).permute(0, 3, 1, 2)
+            full = linear(x, self.sr.weight.flatten(1), self.sr.bias).permute(0, 3, 1, 2)
         else:
             full = self.sr(x.permute(0, 3, 1, 2))
         pooled = adaptive_pool(F.gelu(full), grid).permute(0, 2, 3, 1)
         # the layer is called, though the queries are not needed: an adapter has an effect only if it is
-        return self.qkv(self.norm(pooled)).unflatten(-1, (3, self.num_heads, -1))[:, :, :, 1:]
+        return apply_linear(self.qkv, self.norm(pooled)).unflatten(-1, (3, self.num_heads, -1))[:, :, :, 1:]

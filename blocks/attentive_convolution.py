@@ -6,6 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.recording import exporting
+from .linear import apply_linear
 from .pooling import bin_weights
 from .registry import token_mixer
 
@@ -45,9 +46,9 @@ class AttentiveConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        values = self.x_proj(x)
+        values = apply_linear(self.x_proj, x)
         y = correlate(values, self.kernels(x).to(values.dtype), self.kernel)
-        return self.proj(y).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).permute(0, 3, 1, 2)
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels of a map `[B, H, W, C]`, as `[B, C, kernel**2]`."""

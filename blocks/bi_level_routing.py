@@ -12,6 +12,7 @@ from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import as_matrix, crop
 from ..kernels.tables import Grid
 from .explanation import Explanation, Pixel, attention, gradient_at
+from .linear import apply_linear
 from .padding import pad_to
 from .registry import by_stage, heads, token_mixer
 
@@ -51,7 +52,7 @@ class BiLevelRouting(nn.Module):
         y = self.attend(qkv.unflatten(-1, (3, self.num_heads, -1)), self.choose(qkv, size), size).flatten(3)
         v = qkv.chunk(3, -1)[2]
         y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(crop(y, *size)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, crop(y, *size)).permute(0, 3, 1, 2)
 
     def attend(self, qkv: Tensor, chosen: Tensor, size: Grid) -> Tensor:
         """Attention to the `chosen` regions, `[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`.
@@ -83,7 +84,7 @@ class BiLevelRouting(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """q, k and v side by side, padded to whole regions: `[B, C, H, W] -> [B, H', W', 3*C]`."""
-        return self.qkv(pad_to(x.permute(0, 2, 3, 1), *self._padded(x)))
+        return apply_linear(self.qkv, pad_to(x.permute(0, 2, 3, 1), *self._padded(x)))
 
     def choose(self, qkv: Tensor, size: Grid) -> Tensor:
         """The topk regions of each region by their mean q and k: `[B, H', W', 3*C] -> [B, R, topk]`.
@@ -131,7 +132,7 @@ class FlooredBiLevelRouting(BiLevelRouting):
         return (rows, columns), (region_height, region_width)
 
     def project(self, x: Tensor) -> Tensor:
-        return pad_to(self.qkv(x.permute(0, 2, 3, 1)), *self._padded(x))
+        return pad_to(apply_linear(self.qkv, x.permute(0, 2, 3, 1)), *self._padded(x))
 
     def _means(self, x: Tensor, size: Grid) -> Tensor:
         (rows, columns), region = self.regions(*size)

@@ -1,13 +1,14 @@
 """Channel attention (DaViT's channel group attention): the channels of a head attend to each other."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels.linear import linear
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import exporting
 from .explanation import Explanation, Pixel
+from .linear import apply_linear
 from .plain import is_plain
 from .registry import heads, token_mixer
 
@@ -49,21 +50,21 @@ class Channel(nn.Module):
 
     def explain(self, x: Tensor, query: Pixel) -> Explanation:
         """The attention between channels, the same for all queries."""
-        kv = self.qkv(x.permute(0, 2, 3, 1).flatten(1, 2)).split((self.dim, 2 * self.dim), -1)[1]
+        kv = apply_linear(self.qkv, x.permute(0, 2, 3, 1).flatten(1, 2)).split((self.dim, 2 * self.dim), -1)[1]
         return Explanation(torch.block_diag(*self.attention(kv)[0]), "channels", "channel attention")
 
     def direct(self, x: Tensor) -> Tensor:
         """The definition: q, k and v of each token, `[B, N, C] -> [B, N, C]`."""
-        q, kv = self.qkv(x).split((self.dim, 2 * self.dim), -1)
+        q, kv = apply_linear(self.qkv, x).split((self.dim, 2 * self.dim), -1)
         q = q.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)  # [B, heads, d, N]
         y = self.attention(kv).to(q.dtype) @ q
-        return self.proj(y.permute(0, 3, 1, 2).flatten(2))
+        return apply_linear(self.proj, y.permute(0, 3, 1, 2).flatten(2))
 
     def merged(self, x: Tensor) -> Tensor:
         """The same with one matrix for q, attention and output of each image, `[B, N, C] -> [B, N, C]`."""
         w_q, w_kv = self.qkv.weight.split((self.dim, 2 * self.dim))
         b_q, b_kv = self.qkv.bias.split((self.dim, 2 * self.dim))
-        attention = self.attention(F.linear(x, w_kv, b_kv)).to(w_q.dtype)
+        attention = self.attention(linear(x, w_kv, b_kv)).to(w_q.dtype)
         with without_autocast(x):
             per_head = self.proj.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [heads, C, d]
             mix = (per_head @ attention).transpose(1, 2).flatten(2)  # [B, C, C]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from .explanation import Explanation, Pixel, qkv_attention
+from .linear import apply_linear
 from .plain import is_plain
 from .registry import by_stage, heads, token_mixer
 
@@ -51,7 +52,7 @@ class CrossShapedWindow(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
         windows = self.windows
         if is_plain(*self.lepe):
             lepe = [(conv.weight, conv.bias) for conv in self.lepe]
@@ -60,7 +61,7 @@ class CrossShapedWindow(nn.Module):
             values = qkv[:, :, :, 2].flatten(3).chunk(len(windows), -1)
             parts = [conv_by_window(*part) for part in zip(self.lepe, values, windows, strict=True)]
             y = window_attention(qkv, windows=windows).flatten(3) + torch.cat(parts, -1)
-        return self.proj(y).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).permute(0, 3, 1, 2)
 
     @property
     def windows(self) -> tuple[tuple[int | None, int | None], ...]:
@@ -70,7 +71,7 @@ class CrossShapedWindow(nn.Module):
 
     def explain(self, x: Tensor, query: Pixel) -> Explanation:
         """The attention weights of the query, which are zero outside its stripes; without `lepe`."""
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
         return qkv_attention(lambda qkv: window_attention(qkv, windows=self.windows), qkv, query)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels.linear import linear
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import exporting
 
@@ -51,7 +52,7 @@ class DeformableConv(nn.Module):
         shift = self.offset(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, 2))
         with without_autocast(x):
             patches = _sample(x.permute(0, 2, 3, 1).to(dtype), shift.to(dtype))
-            y = F.linear(patches.flatten(3), self.weight.flatten(1).to(dtype), self.bias.to(dtype))
+            y = linear(patches.flatten(3), self.weight.flatten(1).to(dtype), self.bias.to(dtype))
         return y.to(x.dtype).permute(0, 3, 1, 2)
 
 

@@ -4,6 +4,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 
@@ -37,11 +38,11 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
+        qkv = apply_linear(self.qkv, x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, H*W, 3*C]
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         y = self.attention(q, k, v).to(qkv.dtype)
         y = y.transpose(1, 2).flatten(2).unflatten(1, (height, width))
-        return self.proj(y).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).permute(0, 3, 1, 2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[B, heads, N, d]` each, to the same shape in float32 or wider."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels.sdpa import fused_attention
 from .explanation import Explanation, Pixel, qkv_attention
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 
@@ -44,11 +45,11 @@ class FullAttention(nn.Module):
             y = y + self.local(x).permute(0, 2, 3, 1)
         if self.lepe is not None:
             y = y + self.lepe(qkv[:, :, :, 2].flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(y).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
-        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..kernels import halo_attention
 from .explanation import Explanation, Pixel, attention, gradient_at
+from .linear import apply_linear
 from .registry import divisor, token_mixer
 
 
@@ -81,7 +82,7 @@ class Halo(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, H, W]` to queries `[B, h, w, heads, head_dim]`, and keys and values side by side `[B, H, W, ...]`."""
         x, step = x.permute(0, 2, 3, 1), self.query_stride
-        q, kv = self.q(x[:, ::step, ::step]), self.kv(x)
+        q, kv = apply_linear(self.q, x[:, ::step, ::step]), apply_linear(self.kv, x)
         return q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:

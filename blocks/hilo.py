@@ -9,6 +9,7 @@ from ..kernels import window_attention
 from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
 from .explanation import Explanation, Pixel, attention, gradient_at, spread
+from .linear import apply_linear
 from .padding import pad_to_multiple
 from .registry import by_stage, heads, token_mixer
 
@@ -61,19 +62,19 @@ class HiLo(nn.Module):
 
     def _high(self, x: Tensor, padded: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        return self.h_proj(crop(windowed(self._high_qkv(padded), self.window), height, width).flatten(3))
+        return apply_linear(self.h_proj, crop(windowed(self._high_qkv(padded), self.window), height, width).flatten(3))
 
     def _high_qkv(self, padded: Tensor) -> Tensor:
-        return self.h_qkv(padded).unflatten(-1, (3, self.high_heads, self.head_dim))
+        return apply_linear(self.h_qkv, padded).unflatten(-1, (3, self.high_heads, self.head_dim))
 
     def _low(self, x: Tensor, padded: Tensor) -> Tensor:
-        return self.l_proj(low_attention(*self._low_q_kv(x, padded)).flatten(3))
+        return apply_linear(self.l_proj, low_attention(*self._low_q_kv(x, padded)).flatten(3))
 
     def _low_q_kv(self, x: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
         # no queries for the padding, whose outputs would be cropped
-        q = self.l_q(x).unflatten(-1, (self.low_heads, self.head_dim))
+        q = apply_linear(self.l_q, x).unflatten(-1, (self.low_heads, self.head_dim))
         pooled = self._pool(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return q, self.l_kv(pooled).unflatten(-1, (2, self.low_heads, self.head_dim))
+        return q, apply_linear(self.l_kv, pooled).unflatten(-1, (2, self.low_heads, self.head_dim))
 
     def _pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, self.window) if self.window > 1 else x

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.tables import Grid
 from .attentive_convolution import correlate
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 
@@ -48,7 +49,7 @@ class InLine(nn.Module):
 
     def forward(self, x: Tensor, size: Grid | None = None, *, source: Tensor | None = None) -> Tensor:
         shape, first = x.shape[2:], 0 if size is None else 1
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, tokens, 3*C]
+        qkv = apply_linear(self.qkv, x.permute(0, 2, 3, 1)).flatten(1, 2)  # [B, tokens, 3*C]
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         y = injective_attention(q, k, v).transpose(1, 2).flatten(2)
         taps = self.filter((x if source is None else source).mean((2, 3), keepdim=True)).flatten(1)
@@ -58,7 +59,7 @@ class InLine(nn.Module):
             local = local + self.local(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         local = local.flatten(1, 2)
         y = y + (local if size is None else F.pad(local, (0, 0, 1, 0)))
-        return self.proj(y).unflatten(1, shape).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, y).unflatten(1, shape).permute(0, 3, 1, 2)
 
 
 def injective_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import depthwise
+from .linear import apply_linear
 from .registry import token_mixer
 
 
@@ -38,7 +39,7 @@ class LargeKernel(nn.Module):
         self.proj_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = F.gelu(self.proj_in(x.permute(0, 2, 3, 1)))
+        u = F.gelu(apply_linear(self.proj_in, x.permute(0, 2, 3, 1)))
         gate = self.dilated(self.local(u.permute(0, 3, 1, 2)))
-        y = self.proj_out(u * self.pointwise(gate.permute(0, 2, 3, 1)))
+        y = apply_linear(self.proj_out, u * apply_linear(self.pointwise, gate.permute(0, 2, 3, 1)))
         return y.permute(0, 3, 1, 2) + x

@@ -14,6 +14,7 @@ from ..kernels.sdpa import fused_attention
 from ..kernels.tables import BiasTable, Grid, cache_tensors, expand_bias
 from ..kernels.working_size import working_bytes
 from .explanation import Explanation, Pixel, qkv_attention
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 # the hidden layer of the position bias is computed in slices of this many bytes on the CPU, which fit into the cache
@@ -166,11 +167,11 @@ class LengthScaledCosine(nn.Module):
         reset_query(self.temperature, self.query_embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
-        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.precision import acc_dtype, without_autocast
 from .explanation import Explanation, Pixel, qkv_attention
+from .linear import apply_linear
 from .registry import heads, token_mixer
 
 
@@ -43,11 +44,11 @@ class LinearGlobal(nn.Module):
         nn.init.constant_(self.temperature, (self.proj.in_features // self.num_heads) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, self.attend(self.project(x)).flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, H, W, 3, heads, head_dim]`: q, k and v."""
-        return self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
+        return apply_linear(self.qkv, x.permute(0, 2, 3, 1)).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """`[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]`."""

@@ -11,6 +11,7 @@ from ..kernels.recording import compact, crop, is_open
 from ..kernels.sdpa import fused_attention
 from ..kernels.tables import Grid, cache_tensors, expand_bias
 from ..kernels.window import window_kernels_run
+from .linear import apply_linear
 from .padding import pad_to_multiple
 from .registry import by_stage, heads, token_mixer
 from .residual import block
@@ -100,9 +101,10 @@ class LongShortDistance(nn.Module):
 
     def _attend_in_place(self, x: Tensor, window: Grid, interval: int) -> Tensor:
         """The same for the map `x: [B, H, W, C]`, which is neither padded nor divided into groups."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
         bias = self.position(window, x)
-        return self.proj(window_attention(qkv, windows=(window,), bias=bias, stride=interval, start=0).flatten(3))
+        y = window_attention(qkv, windows=(window,), bias=bias, stride=interval, start=0)
+        return apply_linear(self.proj, y.flatten(3))
 
     def _as_one_group(self, x: Tensor) -> Tensor:
         return compact(self._attend(x, (x.shape[1], x.shape[2], 1)))
@@ -119,12 +121,12 @@ class LongShortDistance(nn.Module):
     def _attend(self, x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> Tensor:
         """Attention within the groups of `x: [B, H, W, C]`; `mask` is added to the bias of every image."""
         tokens = split(x, grouping)
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.position(grouping[:2], tokens).to(v.dtype)[None]
         if mask is not None:
             bias = (bias + mask.to(v.dtype)).repeat(x.shape[0], 1, 1, 1)
-        y = self.proj(fused_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        y = apply_linear(self.proj, fused_attention(q, k, v, bias).transpose(1, 2).flatten(2))
         return merge(y, x.shape, grouping)
 
 

@@ -10,6 +10,7 @@ from ..kernels.recording import exporting
 from ..kernels.tables import cache_tensors
 from .auxiliary import AuxiliaryLoss
 from .full_attention import FullAttention
+from .linear import apply_linear
 from .plain import is_plain
 from .registry import Place, heads, token_mixer
 
@@ -129,4 +130,4 @@ class MixtureOfHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.attention(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         gates = self.gates(x.permute(0, 2, 3, 1)).unsqueeze(-1)
-        return self.proj((y * gates.to(y.dtype)).flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, (y * gates.to(y.dtype)).flatten(3)).permute(0, 3, 1, 2)

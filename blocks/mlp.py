@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.recomputing import recomputed
+from .linear import apply_linear, apply_linear_gelu
 
 
 class Mlp(nn.Module):
@@ -19,7 +20,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc2(self.act(self.fc1(x.permute(0, 2, 3, 1))))
+        y = apply_linear(self.fc2, apply_linear_gelu(self.fc1, self.act, x.permute(0, 2, 3, 1)))
         return y.permute(0, 3, 1, 2)
 
 
@@ -38,9 +39,9 @@ class DepthwiseMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = apply_linear(self.fc1, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.act(self.dwconv(y)).permute(0, 2, 3, 1)
-        return self.fc2(y).permute(0, 3, 1, 2)
+        return apply_linear(self.fc2, y).permute(0, 3, 1, 2)
 
 
 # the gate of ConvGlu is computed again in the backward pass where one image's hidden map is larger than this: in
@@ -67,10 +68,10 @@ class ConvGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        gate, value = (layer(x).permute(0, 3, 1, 2) for layer in (self.gate, self.value))
+        gate, value = (apply_linear(layer, x).permute(0, 3, 1, 2) for layer in (self.gate, self.value))
         y = self.norm(recomputed(self._gated, gate, value, above=RECOMPUTE_BYTES))
         # only for a contiguous map the layer is a single operation
-        return self.fc2(y.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        return apply_linear(self.fc2, y.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
     def _gated(self, gate: Tensor, value: Tensor) -> Tensor:
         return F.gelu(self.dwconv(gate)) * value

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..kernels import neighborhood_attention
 from ..kernels.recording import crop
 from .explanation import Explanation, Pixel, attention, gradient_at
+from .linear import apply_linear
 from .padding import pad_to_size
 from .registry import heads, token_mixer
 
@@ -53,12 +54,13 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         y = self.attend(self.project(x))
-        return self.proj(crop(y, height, width).flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, crop(y, height, width).flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
         """q, k and v of the map, padded to the span of a neighborhood: `[B, H', W', 3, heads, head_dim]`."""
         span = self.kernel_size * self.dilation
-        return self.qkv(pad_to_size(x.permute(0, 2, 3, 1), span, span)).unflatten(-1, (3, self.num_heads, -1))
+        padded = pad_to_size(x.permute(0, 2, 3, 1), span, span)
+        return apply_linear(self.qkv, padded).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """`[B, H', W', 3, heads, head_dim] -> [B, H', W', heads, head_dim]`."""

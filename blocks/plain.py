@@ -13,6 +13,11 @@ def is_plain(*layers: nn.Module) -> bool:
     return all(
         type(layer) in (nn.Linear, nn.Conv2d)
         and type(layer.weight) in (nn.Parameter, FakeTensor)  # the latter stands for a parameter while exporting
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not has_hooks(layer)
         for layer in layers
     )
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody is told when this layer is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import apply_linear
+
 
 class PrototypeAttention(nn.Module):
     """PEM-CA (section 3.2): queries are fused with their prototypes, the most similar pixels, by a product.
@@ -54,7 +56,7 @@ class PrototypeAttention(nn.Module):
         """
         x = x if position is None else x + position
         positioned = query if query_position is None else query + query_position
-        pixels = self.pixels(self.depthwise(self.norm_pixels(x)).flatten(2).transpose(1, 2))
+        pixels = apply_linear(self.pixels, self.depthwise(self.norm_pixels(x)).flatten(2).transpose(1, 2))
         pixels = F.normalize(pixels, dim=-1)  # [B, N, C]
         asked = F.normalize(self.query(self.norm_query(positioned)), dim=-1)
         index = self.choose(asked.detach(), pixels.detach(), mask)

@@ -13,6 +13,7 @@ from ..kernels.sdpa import fused_attention
 from ..kernels.tables import cache_tensors
 from ..kernels.window import window_kernels_run
 from ..kernels.window.placed import roll
+from .linear import apply_linear
 from .padding import pad_to_multiple
 from .registry import heads, token_mixer
 
@@ -81,23 +82,25 @@ class ShiftedWindow(nn.Module):
         if isinstance(shift, int) and window_kernels_run(x, num_heads=heads, window=(side, side)):
             return crop(self._attend_in_place(x, shift), height, width).permute(0, 3, 1, 2)
         cells = compact(roll(x, -shift).reshape(batch, rows, side, columns, side, dim).transpose(2, 3))
-        qkv = self.qkv(cells.reshape(batch, windows, area, dim)).view(batch, windows, area, 3, heads, dim // heads)
+        qkv = apply_linear(self.qkv, cells.reshape(batch, windows, area, dim))
+        qkv = qkv.view(batch, windows, area, 3, heads, dim // heads)
         # windows and heads are one axis, so that one bias serves all images
         q, k, v = (
             compact(qkv.permute(3, 0, 1, 4, 2, 5)).reshape(3, batch, windows * heads, area, dim // heads).unbind(0)
         )
         y = fused_attention(q, k, v, self._bias(x, shift).reshape(1, windows * heads, area, area))
         y = compact(y.reshape(batch, windows, heads, area, dim // heads).transpose(2, 3))
-        y = self.proj(y.reshape(batch, windows, area, dim)).view(batch, rows, columns, side, side, dim)
+        y = apply_linear(self.proj, y.reshape(batch, windows, area, dim)).view(batch, rows, columns, side, side, dim)
         y = compact(y.transpose(2, 3)).reshape(batch, rows * side, columns * side, dim)
         return crop(roll(y, shift), height, width).permute(0, 3, 1, 2)
 
     def _attend_in_place(self, x: Tensor, shift: int) -> Tensor:
         """The same for the padded map `x: [B, H, W, C]`, which is neither moved nor divided into windows."""
         side, heads = self.window, self.num_heads
-        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))
+        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, heads, -1))
         table = self.bias_table.T.unflatten(1, (2 * side - 1, 2 * side - 1))
-        return self.proj(window_attention(qkv, windows=((side, side),), bias=table, start=shift).flatten(3))
+        y = window_attention(qkv, windows=((side, side),), bias=table, start=shift)
+        return apply_linear(self.proj, y.flatten(3))
 
     def _shift(self, height: int, width: int, like: Tensor) -> int | Tensor:
         """The shift of a map of this size; a tensor where the graph being exported leaves the size open."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..kernels.recording import crop
 from ..kernels.sdpa import fused_attention
 from .explanation import Explanation, Pixel, attention, gradient_at, spread
+from .linear import apply_linear
 from .padding import pad_to_multiple
 from .registry import by_stage, heads, token_mixer
 
@@ -47,14 +48,15 @@ class Strip(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(*self.project(x)).flatten(3)).permute(0, 3, 1, 2)
+        return apply_linear(self.proj, self.attend(*self.project(x)).flatten(3)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, C, H, W]` to q `[B, H, W, heads, qk_dim]`, and k and v of the downsampled map."""
         x = x.permute(0, 2, 3, 1)
         padded = pad_to_multiple(x, self.reduction, self.reduction)
         reduced = self.reduce(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q(x), self.k(reduced), self.v(reduced)))
+        layers = ((self.q, x), (self.k, reduced), (self.v, reduced))
+        q, k, v = (apply_linear(layer, t).unflatten(-1, (self.num_heads, -1)) for layer, t in layers)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

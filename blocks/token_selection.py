@@ -11,6 +11,7 @@ from ..kernels.precision import acc_dtype, without_autocast
 from ..kernels.recording import is_open
 from ..kernels.sdpa import fused_attention
 from .depthwise import depthwise
+from .linear import apply_linear
 from .residual import Residual
 
 
@@ -40,9 +41,9 @@ class ScoredAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         y = fused_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(y), first_row(q, k)
+        return apply_linear(self.proj, y), first_row(q, k)
 
 
 def first_row(q: Tensor, k: Tensor) -> Tensor:

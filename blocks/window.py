@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from ..kernels.recording import compact, crop
 from .explanation import Explanation, Pixel, attention, gradient_at
+from .linear import apply_linear
 from .padding import pad_to_multiple
 from .registry import heads, token_mixer
 
@@ -43,8 +44,9 @@ class Window(nn.Module):
         x = pad_to_multiple(x.permute(0, 2, 3, 1), win_h, win_w)
         # x is divided into windows before the linear layer, since q, k and v are three times as wide
         cells = compact(x.reshape(batch, rows, win_h, cols, win_w, dim).transpose(2, 3))
-        qkv = self.qkv(cells.reshape(batch * rows * cols, win_h, win_w, dim)).unflatten(-1, (3, self.num_heads, -1))
-        y = self.proj(window_attention(qkv, windows=(self.window,)).flatten(3))
+        qkv = apply_linear(self.qkv, cells.reshape(batch * rows * cols, win_h, win_w, dim))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        y = apply_linear(self.proj, window_attention(qkv, windows=(self.window,)).flatten(3))
         y = compact(y.view(batch, rows, cols, win_h, win_w, dim).transpose(2, 3))
         y = y.reshape(batch, rows * win_h, cols * win_w, dim)
         return crop(y, height, width).permute(0, 3, 1, 2)

@@ -8,6 +8,7 @@ from timm.layers import ClassifierHead, LayerNorm2d, register_notrace_module, tr
 from torch import Tensor, nn
 
 from ..blocks import Mlp, Residual, ShiftedWindow, block, drop_path_rates
+from ..blocks.linear import apply_linear
 from ..blocks.padding import PadToMultiple, pad_to_multiple
 from ._backbone import BackboneParts, Branch, Stage
 from ._family import DenseNorm
@@ -45,7 +46,7 @@ class Merge(nn.Module):
         x = pad_to_multiple(x.permute(0, 2, 3, 1), 2, 2)
         # column by column: (0, 0), (1, 0), (0, 1), (1, 1)
         patches = torch.cat([x[:, row::2, column::2] for column in range(2) for row in range(2)], -1)
-        return self.reduction(self.norm(patches)).permute(0, 3, 1, 2)
+        return apply_linear(self.reduction, self.norm(patches)).permute(0, 3, 1, 2)
 
 
 def window_branch(cfg: SwinConfig, stage: int, index: int, drop_path: float) -> nn.Module:

@@ -13,6 +13,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..blocks import block
+from ..blocks.linear import apply_linear
 from ..blocks.padding import PadToMultiple, pad_to_multiple
 from ._backbone import Backbone, BackboneParts
 from ._family import Family
@@ -57,7 +58,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x.permute(0, 2, 3, 1), 2, 2)
         patches = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
-        return self.reduction(self.norm(patches)).permute(0, 3, 1, 2)
+        return apply_linear(self.reduction, self.norm(patches)).permute(0, 3, 1, 2)
 
 
 def stem(in_chans: int, dim: int) -> nn.Module:
