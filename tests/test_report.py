@@ -1,8 +1,6 @@
-"""The report: its sections, what it leaves out and why, its charts and attention maps."""
+"""The report: its sections, what it leaves out and why, and its code."""
 
 import base64
-import dataclasses
-import itertools
 import json
 import re
 import shutil
@@ -16,12 +14,9 @@ import pytest
 import timm
 import torch
 import trainer
-import yaml
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
+from report_run import EVERY, STEPS, make_run, save_predictions
 
 from tessel.train.data.sources.digits import load_digits
 from tessel.train.distributed.world import World
@@ -29,9 +24,8 @@ from tessel.train.recipe.load import load_recipe
 from tessel.train.recipe.registry import task_spec
 from tessel.train.report import __main__ as report
 from tessel.train.report import attention_maps, classify, curves, dense
-from tessel.train.report.page import NARROW, STYLE, duration
+from tessel.train.report.page import STYLE, duration
 from tessel.train.report.runs import RunRecord, read_run
-from tessel.train.tasks.export import export_classifier
 
 SECTIONS = {
     "Training": ["loss", "metric", "lr", "grad_norm", "images_per_second"],
@@ -41,8 +35,6 @@ SECTIONS = {
     "Use this model": [],
 }
 PICTURES = sum(SECTIONS.values(), [])
-STEPS, EVERY, STEP_SECONDS = 20, 5, 0.25
-DATA = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 32, 32), "crop_pct": 1.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,44 +67,6 @@ def undrawn(monkeypatch):
     """Skip the drawing in tests of the text."""
     for module in (classify, curves):
         monkeypatch.setattr(module, "picture", lambda folder, name, alt, draw: f"<i>{name}</i>")
-
-
-def make_run(path, *, wrong):
-    """wrong: indices of the images that are classified as the next class."""
-    path.mkdir()
-    recipe = {
-        "run": {"name": path.name, "out": str(path.parent), "seed": 3},
-        "model": {"name": "biformer_atto"},
-        "data": {"source": "digits", "size": 32, "batch": 64},
-        "sched": {"steps": STEPS},
-    }
-    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    lines = []
-    for step in range(EVERY, STEPS + 1, EVERY):
-        common = {"step": step, "epoch": step / 22, "loss": 3 / step, "time": 1.8e9 + step}
-        speed = {"images_per_second": 256.0, "data_wait": 0.03, "step_seconds": STEP_SECONDS}
-        lines += [{"kind": "train", "lr": 1e-3, "grad_norm": 1.5, **speed, **common}]
-        lines += [{"kind": "eval", "top1": 80.0 + step / 2, "top5": 99.0, "count": 360, **common}]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_predictions(path, wrong)
-    model = timm.create_model("biformer_atto", num_classes=10)
-    export_classifier(model, path / "export", classes=load_digits("val").classes, data_config=DATA)
-    (path / "DONE").write_text(json.dumps({"top1": 88.0, "count": 360, "step": STEPS}))
-    return path
-
-
-def save_predictions(path, wrong):
-    target = np.array(load_digits("val").targets)
-    prediction = target.copy()
-    prediction[wrong] = (target[wrong] + 1) % 10
-    probability = np.full((360, 10), 0.02)
-    probability[np.arange(360), prediction] = 0.82 - np.arange(360) / 1000
-    (path / "evaluation").mkdir(exist_ok=True)
-    np.savez_compressed(
-        path / "evaluation/predictions.npz", target=target, prediction=prediction, probability=probability
-    )
-    scores = {"top1": 100 * (1 - len(wrong) / 360), "top5": 100.0, "loss": 0.1, "count": 360, "step": STEPS}
-    (path / "evaluation/evaluation.json").write_text(json.dumps(scores))
 
 
 class Page(HTMLParser):
@@ -342,79 +296,6 @@ def test_several_runs_are_compared(finished, tmp_path):
     np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [82.5, 85.0, 87.5, 90.0])
 
 
-@pytest.mark.parametrize("count", [1, curves.FEW_POINTS + 1])
-def test_few_points_have_markers(run, count):
-    """A line through a single point is invisible."""
-    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    lines = (json.dumps(line | {"step": step}) + "\n" for step in range(count))
-    (run / "metrics.jsonl").write_text("".join(lines))
-    record = read_run(run)
-    figures = [curves.draw_loss([record]), *(curves.draw_key([record], key) for key in curves.TITLES)]
-    for figure in figures:
-        assert (figure.axes[0].lines[0].get_marker() == "None") == (count > 1)
-
-
-@pytest.mark.parametrize(
-    ("values", "start"), [([12.0, 88.0], 0), ([81.0, 84.5], 70), ([99.2], 80), ([40.0], 0), ([60.0, 300.0], 0)]
-)
-def test_an_axis_starts_at_0_or_says_where(finished, values, start):
-    evals = [{"step": 5 * n, "top1": value} for n, value in enumerate(values, 1)]
-    record = dataclasses.replace(read_run(finished), evals=evals)
-    (axes,) = curves.draw_metric([record]).axes
-    assert axes.get_ylim()[0] == start and axes.get_ylim()[1] > max(values)
-    assert axes.get_ylabel() == ("%" if start == 0 else f"% (axis starts at {start})")
-    for key in curves.TITLES:
-        assert curves.draw_key([record], key).axes[0].get_ylim()[0] == 0
-
-
-def texts_outside(figure):
-    """Texts of a figure that are cut off by its edge, and pairs that overlap."""
-    figure.canvas.draw()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True):
-            label.set_visible(low <= place <= high)  # matplotlib has ticks beyond the axis, which it does not draw
-    width, height = figure.bbox.size
-    drawn = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn]
-    outside = [name for name, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
-    overlap = [
-        (one[0], other[0])
-        for one, other in itertools.combinations(boxes, 2)
-        if min(one[1].x1, other[1].x1) - max(one[1].x0, other[1].x0) > 1
-        and min(one[1].y1, other[1].y1) - max(one[1].y0, other[1].y0) > 1
-    ]
-    return outside, overlap
-
-
-@pytest.mark.parametrize("classes", [["a", "b"], [f"a long class name {n}" for n in range(20)]])
-def test_texts_of_charts_are_whole_and_do_not_overlap(finished, classes):
-    counts = np.random.default_rng(0).integers(1, 30, (len(classes), len(classes)))
-    record = read_run(finished)
-    with rc_context(STYLE):
-        figures = [
-            classify.draw_recall(counts, classes),
-            classify.draw_confusion(counts, classes),
-            dense.draw_classes({"iou": dict.fromkeys(classes, 30.0)}, classes),
-            curves.draw_loss([record]),
-            curves.draw_metric([record, record]),
-            *(curves.draw_key([record], key) for key in curves.TITLES),
-        ]
-        for figure in figures:
-            assert figure.get_figwidth() <= NARROW
-            FigureCanvasAgg(figure)
-            assert texts_outside(figure) == ([], [])
-
-
-def test_the_value_beside_the_curve_is_that_of_the_export(finished):
-    record = read_run(finished)
-    early = dataclasses.replace(record, done={"step": EVERY, "top1": 82.5, "count": 360})
-    for run, text in ((record, "90.0"), (early, "82.5"), (dataclasses.replace(record, done=None), "90.0")):
-        with rc_context(STYLE):
-            (axes,) = curves.draw_metric([run]).axes
-        assert [one.get_text() for one in axes.texts] == [text]
-
-
 def run_code(html, folder, monkeypatch):
     """Execute the code block with an image in the working directory."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "image.jpg")
@@ -520,24 +401,6 @@ def test_a_failure_keeps_the_old_report(run, monkeypatch, capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("size", "written"), [(3, 3), (20, 20), (30, 0), (100, 0)])
-def test_confusion_matrices_of_every_size(size, written):
-    counts, names = 5 * np.eye(size, dtype=int), ["a rather long name"] * size
-    (matrix,), (recall,) = classify.draw_confusion(counts, names).axes, classify.draw_recall(counts, names).axes
-    assert [text.get_text() for text in matrix.texts] == ["5"] * written
-    assert len(matrix.get_xticklabels()) == (size if size <= classify.MAX_NAMED else 0)
-    np.testing.assert_array_equal(recall.lines[1].get_xdata(), 100)
-
-
-def test_confusion_with_an_empty_class_and_one_always_wrong():
-    counts, names = np.array([[4, 0, 0], [0, 0, 0], [1, 3, 0]]), list("abc")
-    (matrix,), (recall,) = classify.draw_confusion(counts, names).axes, classify.draw_recall(counts, names).axes
-    cells = {text.get_position(): text.get_text() for text in matrix.texts}
-    assert cells == {(0, 0): "4", (0, 2): "1", (1, 2): "3"}
-    np.testing.assert_array_equal(recall.lines[1].get_xdata(), [100, np.nan, 0])
-    assert recall.get_xlim()[0] < 0, "the marker at 0 % is inside"
 
 
 def test_focus_is_on_the_subject_and_on_the_background():
