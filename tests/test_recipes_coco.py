@@ -208,7 +208,7 @@ def test_recipe_has_mmdetections_conventions_where_torchvision_lets_it(name):
         assert "four convolutions with batch norm" in " ".join(comments(name).replace("#", "").split())
     elif detect.detector == "mask_rcnn":
         assert detect.roi_align == "mmdetection" and detect.kwargs == {"rpn_post_nms_top_n_train": 1000}
-        assert "the box losses are L1 (here smooth L1 with beta 1/9)" in " ".join(
+        assert "The box losses are smooth L1 with beta 1/9; in mmdetection they are L1." in " ".join(
             comments(name).replace("#", "").split()
         )
     else:
