@@ -23,9 +23,11 @@ SMALLEST = 1 << 22
 
 def _maker() -> str:
     """The vendor of the CPU as it names itself: `GenuineIntel`, `AuthenticAMD`."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.exists() else platform.processor()
-    return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("vendor_id")), text)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "unknown")
 
 
 def _is_onednn_faster() -> bool:
