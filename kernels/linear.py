@@ -50,7 +50,8 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
         onednn_is_faster
         and dispatch.default_backend != "reference"
         and type(x) in (Tensor, nn.Parameter)  # no subclass: it may compute linear layers in its own way
-        and x.device.type == "cpu"
+        and x.device.type == weight.device.type == "cpu"
+        and x.shape[-1:] == weight.shape[1:]  # else torch's error is the clearer one
         and x.dtype == weight.dtype == autocast_dtype(x) == torch.float32
         and not exporting()
         and not transformed(x)

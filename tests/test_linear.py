@@ -101,6 +101,11 @@ def test_only_single_precision_on_the_cpu_takes_onednn(onednn):
         assert not kernel.takes_onednn(x, weight)
 
 
+def test_operands_that_do_not_fit_raise_the_error_of_torch(onednn):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        kernel.linear(torch.randn(3, 8), torch.randn(6, 9))
+
+
 def test_reference_backend_takes_the_choice_of_torch(onednn, monkeypatch):
     x, weight, bias = operands(3, 8, outputs=6)
     assert calls(kernel.linear, x, weight, bias) == ["tessel.linear.default"]
