@@ -1,4 +1,4 @@
-"""The call of a linear layer by the faster of the CPU's libraries (kernels/linear.py)."""
+"""The call of linear layers and 1x1 convolutions by the faster of the CPU's libraries (kernels/linear.py)."""
 
 from typing import Any
 
@@ -25,3 +25,22 @@ def apply_linear_gelu(layer: Any, act: nn.Module, x: Tensor) -> Tensor:
     if is_gelu and not torch.is_grad_enabled() and is_plain(layer) and takes_onednn(x, layer.weight):
         return onednn_linear_gelu(x, layer.weight, layer.bias)
     return act(apply_linear(layer, x))
+
+
+def apply_conv(conv: Any, x: Tensor) -> Tensor:
+    """`conv(x)`, `[B, K, H, W] -> [B, M, H', W']`.
+
+    Without gradients a 1x1 convolution of a channels_last map is computed as a linear layer where oneDNN is faster:
+    PyTorch computes it by MKL for a few images on one thread, and otherwise copies the weight first.
+    """
+    takes_linear = isinstance(x, Tensor) and not torch.is_grad_enabled() and is_plain(conv) and _is_pointwise(conv)
+    if takes_linear and x.is_contiguous(memory_format=torch.channels_last):
+        rows, columns = conv.stride
+        pixels, weight = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1), conv.weight.flatten(1)
+        if takes_onednn(pixels, weight):
+            return onednn_linear(pixels, weight, conv.bias).permute(0, 3, 1, 2)
+    return conv(x)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .depthwise import depthwise
+from .linear import apply_conv
 from .registry import token_mixer
 
 
@@ -26,4 +27,4 @@ class LocalMhra(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.affinity(self.value(x)))
+        return apply_conv(self.proj, self.affinity(apply_conv(self.value, x)))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessel.blocks import Mlp
-from tessel.blocks.linear import apply_linear, apply_linear_gelu
+from tessel.blocks.linear import apply_conv, apply_linear, apply_linear_gelu
 from tessel.kernels import dispatch
 from tessel.kernels import linear as kernel
 
@@ -163,6 +163,42 @@ def test_gelu_is_part_of_the_product_without_gradients_only(onednn):
         act.register_forward_hook(lambda *args: seen.append(args))
         torch.testing.assert_close(apply_linear_gelu(layer, act, x), exact)
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)], ids=str)
+def test_pointwise_convolution_is_a_linear_layer_without_gradients(onednn, stride, bias):
+    conv = nn.Conv2d(8, 6, 1, stride, bias=bias)
+    x = torch.randn(2, 8, 5, 7).to(memory_format=torch.channels_last)
+    exact = conv(x)
+    assert calls(apply_conv, conv, x) == []
+    with torch.no_grad():
+        assert calls(apply_conv, conv, x) == ["tessel.linear.default"]
+        y = apply_conv(conv, x)
+    torch.testing.assert_close(y, exact.detach())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3}, {"kernel_size": 1, "padding": 1}, {"kernel_size": 1, "groups": 2}]
+)
+def test_other_convolutions_are_called(onednn, options):
+    conv = nn.Conv2d(8, 6, **options)
+    x = torch.randn(2, 8, 5, 7).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert calls(apply_conv, conv, x) == []
+        torch.testing.assert_close(apply_conv(conv, x), conv(x))
+
+
+def test_pointwise_convolution_is_called_for_other_layouts_and_hooks(onednn):
+    conv, x = nn.Conv2d(8, 6, 1), torch.randn(2, 8, 5, 7)
+    seen = []
+    with torch.no_grad():
+        assert calls(apply_conv, conv, x) == calls(apply_conv, conv, x[0]) == []
+        assert apply_conv(conv, x[0]).shape == (6, 5, 7)
+        conv.register_forward_hook(lambda *args: seen.append(args))
+        assert calls(apply_conv, conv, x.to(memory_format=torch.channels_last)) == []
+    assert len(seen) == 1
 
 
 def test_compiled_block_is_one_graph(onednn):

@@ -7,7 +7,7 @@ import torch
 from timm.layers import ClassifierHead, NormMlpClassifierHead, create_act_layer
 from torch import Tensor, nn
 
-from ..blocks import block
+from ..blocks.linear import apply_conv
 from ._keymap import Edit
 
 # weights of 1x1 convolutions <-> our linear layers
@@ -42,16 +42,20 @@ def activation(name: str) -> nn.Module:
     return layer
 
 
-def conv_norm_act(in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1, act: str = "") -> nn.Sequential:
+class ConvNormAct(nn.Module):
     """Convolution without bias, batch norm and, unless `act` is empty, timm's activation of that name.
 
     `[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]` for odd kernels.
     """
-    conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
-    layer = block(conv=conv, norm=nn.BatchNorm2d(out_chs))
-    if act:
-        layer.add_module("act", activation(act))
-    return layer
+
+    def __init__(self, in_chs: int, out_chs: int, *, kernel: int = 1, stride: int = 1, act: str = ""):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(out_chs)
+        self.act = activation(act) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(apply_conv(self.conv, x)))
 
 
 class FinalConvHead(ClassifierHead):
@@ -62,7 +66,7 @@ class FinalConvHead(ClassifierHead):
 
     def __init__(self, in_chs: int, width: int, num_classes: int, *, act: str, pool_type: str, drop_rate: float):
         super().__init__(width, num_classes, pool_type=pool_type, drop_rate=drop_rate)
-        self.final_conv = conv_norm_act(in_chs, width, act=act)
+        self.final_conv = ConvNormAct(in_chs, width, act=act)
 
     def reset(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import AdaptiveFrequencyFilter, Residual, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import FinalConvHead, conv_norm_act, initialize_conv
+from ._convolution import ConvNormAct, FinalConvHead, initialize_conv
 from ._family import Family
 from ._keymap import KeyRule
 from ._registry import register
@@ -76,8 +76,8 @@ class Fusion(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.norm = GroupNorm1(dim)
-        self.proj = conv_norm_act(dim, dim)
-        self.fusion = conv_norm_act(2 * dim, dim, act="silu")
+        self.proj = ConvNormAct(dim, dim)
+        self.fusion = ConvNormAct(2 * dim, dim, act="silu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion(torch.cat([x, self.proj(self.norm(self.blocks(x)))], 1))
@@ -117,7 +117,7 @@ def build(
         head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)
     return BackboneParts(
         stem=block(
-            conv=conv_norm_act(in_chans, cfg.stem[0], kernel=3, stride=2, act="silu"),
+            conv=ConvNormAct(in_chans, cfg.stem[0], kernel=3, stride=2, act="silu"),
             block=inverted_residual(cfg.stem[0], cfg.stem[1], expansion=cfg.expansion),
         ),
         stages=stages,

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..blocks import AttentiveConvolution, ConvGlu, Residual, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import AS_LINEAR, conv_norm_act, pooled_norm_head
+from ._convolution import AS_LINEAR, ConvNormAct, pooled_norm_head
 from ._family import Family
 from ._keymap import Edit, KeyRule
 from ._registry import register
@@ -75,13 +75,13 @@ def build(
             )
             for rate in rates[i]
         ]
-        down = conv_norm_act(cfg.dims[i - 1], dim, kernel=3, stride=2) if i else None
+        down = ConvNormAct(cfg.dims[i - 1], dim, kernel=3, stride=2) if i else None
         stages.append(Stage(blocks, dim=dim, stride=2 if i else 1, down=down))
     width = cfg.dims[0]
     return BackboneParts(
         stem=block(
-            conv1=conv_norm_act(in_chans, width // 2, kernel=3, stride=2, act="gelu"),
-            conv2=conv_norm_act(width // 2, width, kernel=3, stride=2),
+            conv1=ConvNormAct(in_chans, width // 2, kernel=3, stride=2, act="gelu"),
+            conv2=ConvNormAct(width // 2, width, kernel=3, stride=2),
         ),
         stages=stages,
         head=pooled_norm_head(cfg.dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm=head_norm),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Halo, block, drop_path_rates
 from ._backbone import Backbone, BackboneParts, Stage
-from ._convolution import FinalConvHead, activation, conv_norm_act, initialize_conv
+from ._convolution import ConvNormAct, FinalConvHead, activation, initialize_conv
 from ._family import Family
 from ._keymap import Edit, KeyRule
 from ._registry import register
@@ -121,7 +121,7 @@ class Bottleneck(nn.Module):
         self.branch = branch
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         changes = in_chs != out_chs or stride != 1
-        self.shortcut = conv_norm_act(in_chs, out_chs, stride=stride) if changes else nn.Identity()
+        self.shortcut = ConvNormAct(in_chs, out_chs, stride=stride) if changes else nn.Identity()
         self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def stem(cfg: HaloNetConfig, in_chans: int) -> nn.Sequential:
     last = len(cfg.stem) - 1
     for i, (in_chs, width) in enumerate(zip((in_chans, *cfg.stem), cfg.stem, strict=False)):
         stride = 2 if i == 0 or (i == last and not cfg.stem_pool) else 1
-        conv = conv_norm_act(in_chs, width, kernel=cfg.stem_kernel, stride=stride, act=cfg.act)
+        conv = ConvNormAct(in_chs, width, kernel=cfg.stem_kernel, stride=stride, act=cfg.act)
         layers.add_module(f"conv{i + 1}", conv)
     if cfg.stem_pool:
         layers.add_module("pool", nn.MaxPool2d(3, 2, 1))
@@ -147,7 +147,7 @@ def stem(cfg: HaloNetConfig, in_chans: int) -> nn.Sequential:
 def bottleneck(cfg: HaloNetConfig, stage: int, kind: str, *, in_chs: int, stride: int, drop_path: float) -> Bottleneck:
     width, heads = cfg.widths[stage], cfg.num_heads[stage]
     out_chs = make_divisible(width * cfg.rb[stage])
-    parts: dict[str, nn.Module] = {"reduce": conv_norm_act(in_chs, width, act=cfg.act)}
+    parts: dict[str, nn.Module] = {"reduce": ConvNormAct(in_chs, width, act=cfg.act)}
     if kind == "A":
         mixed = int(width * cfg.rv)
         parts["mixer"] = Halo(
@@ -163,10 +163,10 @@ def bottleneck(cfg: HaloNetConfig, stage: int, kind: str, *, in_chs: int, stride
         parts["norm"], parts["act"] = nn.BatchNorm2d(mixed), activation(cfg.act)
     else:
         mixed = width
-        parts["conv"] = conv_norm_act(width, width, kernel=3, stride=stride, act=cfg.act)
+        parts["conv"] = ConvNormAct(width, width, kernel=3, stride=stride, act=cfg.act)
         if cfg.se:
             parts["se"] = SEModule(width)
-    branch = block(**parts, expand=conv_norm_act(mixed, out_chs))
+    branch = block(**parts, expand=ConvNormAct(mixed, out_chs))
     return Bottleneck(branch, in_chs=in_chs, out_chs=out_chs, stride=stride, act=cfg.act, drop_path=drop_path)
 
 

@@ -36,7 +36,7 @@ from ..blocks import (
 )
 from ..blocks.padding import PadToSize
 from ._backbone import Backbone, BackboneParts, Stage, class_token_first, feature_map, joined
-from ._convolution import conv_norm_act, initialize_grouped_conv
+from ._convolution import ConvNormAct, initialize_grouped_conv
 from ._deit import TokenHead
 from ._family import Family
 from ._keymap import PACK_QKV, Edit, KeyRule, transformer_keys
@@ -189,9 +189,9 @@ register_notrace_module(TokenLabelHead)
 def stem(in_chans: int, width: int, dim: int) -> nn.Sequential:
     """`[B, in_chans, H, W] -> [B, dim, ~H/4, ~W/4]`: four convolutions, the first and the last of stride 2."""
     return block(
-        conv1=conv_norm_act(in_chans, width, kernel=7, stride=2, act="relu"),
-        conv2=conv_norm_act(width, width, kernel=3, act="relu"),
-        conv3=conv_norm_act(width, width, kernel=3, act="relu"),
+        conv1=ConvNormAct(in_chans, width, kernel=7, stride=2, act="relu"),
+        conv2=ConvNormAct(width, width, kernel=3, act="relu"),
+        conv3=ConvNormAct(width, width, kernel=3, act="relu"),
         down=conv_norm(width, dim, kernel=3, stride=2, norm=embed_norm),
     )
 
