@@ -34,6 +34,14 @@ def fused_attention(
     Returns:
         `[U, N, L, E]`.
     """
+    if (
+        bias is not None
+        and bias.requires_grad
+        and torch.is_grad_enabled()
+        and q.device.type == "cpu"
+        and not exporting()
+    ):
+        return _attention_with_learned_bias(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     # an exported graph must not fix the number of launches, that is, its batch size
     if exporting() or q.shape[0] <= MAX_BATCH:
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
@@ -43,6 +51,14 @@ def fused_attention(
         chunk_bias = bias if bias is None or bias.shape[0] == 1 else bias[chunk]
         outputs.append(F.scaled_dot_product_attention(q[chunk], k[chunk], v[chunk], chunk_bias, scale=scale))
     return torch.cat(outputs)
+
+
+def _attention_with_learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    # PyTorch has no fused attention for this on the CPU; its products also look for rows that are masked completely
+    rows, keys = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(bias.expand(*q.shape[:3], -1).flatten(0, 1), rows * scale, keys)
+    weights = scores.softmax(2, dtype=acc_dtype(scores)).to(v.dtype)
+    return (weights @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 def attention_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

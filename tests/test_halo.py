@@ -105,6 +105,18 @@ def test_gradients_match_the_definition(masked):
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(dtype):
+    torch.manual_seed(0)
+    mixer = Halo(16, num_heads=2, block_size=2, halo_size=1).to(dtype)
+    x = torch.randn(2, 16, 5, 6, dtype=dtype, requires_grad=True)
+    exact = copy.deepcopy(mixer).double(), x.detach().double().requires_grad_()
+    dx, dkv = torch.autograd.grad(mixer(x).sum(), [x, mixer.kv.weight])
+    want = torch.autograd.grad(exact[0](exact[1]).sum(), [exact[1], exact[0].kv.weight])
+    for one, other in zip((dx, dkv), want, strict=True):
+        assert (one.double() - other).abs().max() < 0.03 * other.abs().max()
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "block_size": 3}, {"mask_border": True}], ids=str)
 def test_gradcheck(options):
     torch.manual_seed(0)

@@ -46,8 +46,25 @@ def test_split_batch_gives_the_same_result(biased, batch_sizes):
     ids=lambda mixer: type(mixer).__name__,
 )
 def test_every_mixer_splits_its_batch(mixer, batch_sizes):
-    mixer(torch.randn(7, 16, 8, 8))
+    with torch.no_grad():
+        mixer(torch.randn(7, 16, 8, 8))
     assert max(batch_sizes) == 5
+
+
+@pytest.mark.parametrize("entries", [1, 12])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 5e-2)])
+def test_learned_bias_on_the_cpu(entries, dtype, tolerance, batch_sizes):
+    torch.manual_seed(0)
+    tensors = [torch.randn(12, 2, n, 8, dtype=dtype, requires_grad=True) for n in (3, 4, 4)]
+    tensors.append(torch.randn(entries, 2, 3, 4, dtype=dtype, requires_grad=True))
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    q, k, v, bias = exact
+    y, want = sdpa.fused_attention(*tensors, scale=0.3), (0.3 * q @ k.mT + bias).softmax(-1) @ v
+    assert y.dtype == dtype and not batch_sizes
+    dy = torch.randn_like(want)
+    ours, theirs = torch.autograd.grad(y, tensors, dy.to(dtype)), torch.autograd.grad(want, exact, dy)
+    for a, b in zip((y, *ours), (want, *theirs), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("keys", [1, 9, 16, 49, 64, 65])

@@ -4,10 +4,13 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, NormMlpClassifierHead, create_act_layer
 from torch import Tensor, nn
 
 from ..blocks.linear import apply_conv
+from ..blocks.plain import has_hooks, is_plain
+from ..kernels.recording import exporting, transformed
 from ._keymap import Edit
 
 # weights of 1x1 convolutions <-> our linear layers
@@ -32,14 +35,21 @@ def initialize_grouped_conv(conv: nn.Conv2d) -> None:
 
 
 def activation(name: str) -> nn.Module:
-    """timm's activation layer `name`, in place where possible. Raises ValueError for an unknown name."""
+    """timm's activation layer `name`, in place where that is faster. Raises ValueError for an unknown name."""
     try:
-        layer = create_act_layer(name, inplace=True)
+        layer = SiLU() if name in ("silu", "swish") else create_act_layer(name, inplace=True)
     except KeyError:
         layer = None
     if layer is None:
         raise ValueError(f"act={name!r} is not an activation of timm, such as 'relu' or 'silu'")
     return layer
+
+
+class SiLU(nn.SiLU):
+    """`x * sigmoid(x)`, in place unless gradients are enabled: then PyTorch would copy the input first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ConvNormAct(nn.Module):
@@ -55,7 +65,31 @@ class ConvNormAct(nn.Module):
         self.act = activation(act) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(apply_conv(self.conv, x)))
+        x = apply_conv(self.conv, x)
+        # is_plain: hooks of the convolution may keep its result
+        in_place = is_plain(self.conv) and _normalizes_in_place(self.norm, x)
+        return self.act(batch_norm_in_place(self.norm, x) if in_place else self.norm(x))
+
+
+def batch_norm_in_place(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """`norm(x)` with the running statistics, `[B, C, H, W]`, written over `x`."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    return torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=x)
+
+
+def _normalizes_in_place(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `batch_norm_in_place` computes the same as `norm`, in less time: allocating a large map takes longest."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and not (norm.training or has_hooks(norm) or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype == norm.running_var.dtype == norm.weight.dtype
+        and x.dtype in (torch.float32, torch.float64)  # in half precision PyTorch's scale is more exact
+        and not exporting()
+        and not transformed(x)
+    )
 
 
 class FinalConvHead(ClassifierHead):

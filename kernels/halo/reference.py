@@ -76,7 +76,7 @@ def attend_windows(q_WssND: Tensor, kv_WKKNF: Tensor, tables: tuple[Tensor, Tens
     q_WNqD = q_WssND.flatten(1, 2).transpose(1, 2)
     kv_WNkF = kv_WKKNF.flatten(1, 2).transpose(1, 2)
     head_dim = q_WssND.shape[-1]
-    k_WNkD, v_WNkE = kv_WNkF[..., :head_dim], kv_WNkF[..., head_dim:]
+    k_WNkD, v_WNkE = kv_WNkF.split((head_dim, kv_WNkF.shape[-1] - head_dim), -1)
     return fused_attention(q_WNqD, k_WNkD, v_WNkE, bias_WNqk).transpose(1, 2)
 
 
@@ -119,6 +119,11 @@ def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) 
     window = block_size + 2 * halo_size
     heads = kv.shape[3:]
     kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below)).flatten(3)
+    if kv.device.type == "cpu" and not exporting():
+        # on the CPU the backward of `unfold` takes ten times as long as that of a lookup
+        pixels = torch.arange(kv[..., 0].numel()).view(kv.shape[:3])
+        pixels = pixels.unfold(1, window, block_size).unfold(2, window, block_size)
+        return F.embedding(pixels.flatten(0, 2), kv.flatten(0, 2)).unflatten(-1, heads)
     windows = kv.unfold(1, window, block_size).unfold(2, window, block_size)  # [B, rows, cols, N*F, K, K]
     return compact(windows.permute(0, 1, 2, 4, 5, 3)).flatten(0, 2).unflatten(-1, heads)
 

@@ -1,0 +1,100 @@
+"""Convolution, batch norm and activation of the convolutional families: in place only where nobody notices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tessel.zoo._convolution import ConvNormAct, activation
+
+
+def layer(act: str = "") -> ConvNormAct:
+    torch.manual_seed(0)
+    layer = ConvNormAct(8, 6, kernel=3, act=act)
+    for tensor in (layer.norm.weight, layer.norm.bias, layer.norm.running_mean, layer.norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return layer.eval()
+
+
+def image(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 8, 5, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def uses_batch_norm(function) -> bool:
+    """Whether a call dispatches PyTorch's batch norm."""
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append("batch_norm" in str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        function()
+    return any(seen)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_norm_in_place_gives_the_same_values(dtype, layout):
+    ours, x = layer().to(dtype), image(dtype).to(memory_format=layout)
+    want = ours(x).detach()  # with gradients: the layers one after the other
+    with torch.no_grad():
+        assert not uses_batch_norm(lambda: ours(x))
+        torch.testing.assert_close(ours(x), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), want)
+
+
+@pytest.mark.parametrize("act", ["silu", "relu", "gelu"])
+def test_activation_follows_the_norm(act):
+    ours, x = layer(act), image()
+    want = getattr(F, act)(ours.norm(ours.conv(x))).detach()
+    torch.testing.assert_close(ours(x).detach(), want)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), want)
+
+
+def test_batch_norm_is_called_in_training_and_under_hooks():
+    ours, x = layer(), image()
+    with torch.no_grad():
+        assert uses_batch_norm(lambda: ours.train()(x))
+        ours.eval()
+        kept = []
+        handle = ours.conv.register_forward_hook(lambda module, args, y: kept.append(y))
+        assert uses_batch_norm(lambda: ours(x))
+        torch.testing.assert_close(kept[0], F.conv2d(x, ours.conv.weight, padding=1))
+        handle.remove()
+        ours.norm.register_forward_hook(lambda *args: None)
+        assert uses_batch_norm(lambda: ours(x))
+
+
+def test_batch_norm_of_another_class_is_called():
+    ours, x = layer(), image()
+    ours.norm = nn.InstanceNorm2d(6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), ours.norm(ours.conv(x)))
+
+
+def test_batch_norm_is_called_in_half_precision():
+    ours, x = layer(), image()
+    with torch.no_grad():
+        assert uses_batch_norm(lambda: ours.bfloat16()(x.bfloat16()))
+    ours.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert uses_batch_norm(lambda: ours(x))
+
+
+def test_silu_overwrites_its_input_without_gradients_only():
+    act, x = activation("silu"), image()
+    y = act(x)
+    torch.testing.assert_close(y, F.silu(image()))
+    assert torch.equal(x, image())
+    with torch.no_grad():
+        assert act(x) is x
+    torch.testing.assert_close(x, y)
+
+
+def test_unknown_activation_is_an_error():
+    with pytest.raises(ValueError, match="act='sillu' is not an activation of timm"):
+        activation("sillu")
