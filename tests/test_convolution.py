@@ -69,9 +69,12 @@ def test_batch_norm_is_called_in_training_and_under_hooks():
         assert uses_batch_norm(lambda: ours(x))
 
 
-def test_batch_norm_of_another_class_is_called():
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d(6), nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(6, track_running_stats=False)]
+)
+def test_other_norms_are_called(norm):
     ours, x = layer(), image()
-    ours.norm = nn.InstanceNorm2d(6)
+    ours.norm = norm
     with torch.no_grad():
         torch.testing.assert_close(ours(x), ours.norm(ours.conv(x)))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,24 +72,27 @@ class ConvNormAct(nn.Module):
         return self.act(batch_norm_in_place(self.norm, x) if in_place else self.norm(x))
 
 
-def batch_norm_in_place(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def batch_norm_in_place(norm: Any, x: Tensor) -> Tensor:
     """`norm(x)` with the running statistics, `[B, C, H, W]`, written over `x`."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
     return torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=x)
 
 
-def _normalizes_in_place(norm: nn.Module, x: Tensor) -> bool:
+def _normalizes_in_place(norm: Any, x: Tensor) -> bool:
     """Whether `batch_norm_in_place` computes the same as `norm`, in less time: allocating a large map takes longest."""
     return (
         type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
         and not (norm.training or has_hooks(norm) or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype == norm.running_var.dtype == norm.weight.dtype
+        and x.dtype == norm.weight.dtype
         and x.dtype in (torch.float32, torch.float64)  # in half precision PyTorch's scale is more exact
         and not exporting()
         and not transformed(x)
+        and not transformed(norm.weight)
     )
 
 
