@@ -1,4 +1,8 @@
-"""`F.scaled_dot_product_attention` for batches that are larger than one launch on a GPU allows, and for few keys."""
+"""Attention by `F.scaled_dot_product_attention`, or by products where that takes longer or fails.
+
+It fails for batches that are larger than one launch on a GPU allows, and takes longer on the CPU for few keys and for a
+bias that is learned.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +59,9 @@ def fused_attention(
 
 def _attention_with_learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     # PyTorch has no fused attention for this on the CPU; its products also look for rows that are masked completely
-    rows, keys = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
-    scores = torch.baddbmm(bias.expand(*q.shape[:3], -1).flatten(0, 1), rows * scale, keys)
-    weights = scores.softmax(2, dtype=acc_dtype(scores)).to(v.dtype)
-    return (weights @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    scores = (q * scale) @ k.transpose(2, 3)
+    scores += bias
+    return scores.softmax(3, dtype=acc_dtype(scores)).to(v.dtype) @ v
 
 
 def attention_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
