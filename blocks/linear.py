@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear import onednn_linear, onednn_linear_gelu, takes_onednn
+from ..kernels.recording import transformed
 from .plain import has_hooks, is_plain
 
 
@@ -33,8 +34,7 @@ def apply_conv(conv: Any, x: Tensor) -> Tensor:
     Without gradients a 1x1 convolution of a channels_last map is computed as a linear layer where oneDNN is faster:
     PyTorch computes it by MKL for a few images on one thread, and otherwise copies the weight first.
     """
-    takes_linear = isinstance(x, Tensor) and not torch.is_grad_enabled() and is_plain(conv) and _is_pointwise(conv)
-    if takes_linear and x.is_contiguous(memory_format=torch.channels_last):
+    if is_plain(conv) and _is_pointwise(conv, x) and not torch.is_grad_enabled():
         rows, columns = conv.stride
         pixels, weight = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1), conv.weight.flatten(1)
         if takes_onednn(pixels, weight):
@@ -42,5 +42,13 @@ def apply_conv(conv: Any, x: Tensor) -> Tensor:
     return conv(x)
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+def _is_pointwise(conv: Any, x: Tensor) -> bool:
+    """Whether `conv` computes each pixel of `x` alone, and the channels of a pixel are side by side in memory."""
+    return (
+        isinstance(x, Tensor)  # not a proxy of torch.fx
+        and not transformed(x)  # torch.func.vmap does not know how its maps lie in memory
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and conv.kernel_size == (1, 1)
+        and conv.groups == 1
+        and conv.padding == (0, 0)
+    )

@@ -201,6 +201,19 @@ def test_pointwise_convolution_is_called_for_other_layouts_and_hooks(onednn):
     assert len(seen) == 1
 
 
+def test_other_layers_in_the_place_of_a_convolution_are_called(onednn):
+    x = torch.randn(2, 8, 5, 7).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert apply_conv(nn.Identity(), x) is x
+
+
+def test_pointwise_convolution_below_vmap(onednn):
+    conv, x = nn.Conv2d(8, 6, 1), torch.randn(3, 2, 8, 5, 7)
+    with torch.no_grad():
+        y = torch.func.vmap(lambda x: apply_conv(conv, x))(x)
+        torch.testing.assert_close(y, conv(x.flatten(0, 1)).unflatten(0, (3, 2)))
+
+
 def test_compiled_block_is_one_graph(onednn):
     mlp, x = Mlp(16), torch.randn(2, 16, 5, 6).requires_grad_()
     compiled = torch.compile(mlp, fullgraph=True)
