@@ -2,6 +2,7 @@
 
 from torch import nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules import module as hooks
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -13,11 +14,14 @@ def is_plain(*layers: nn.Module) -> bool:
     return all(
         type(layer) in (nn.Linear, nn.Conv2d)
         and type(layer.weight) in (nn.Parameter, FakeTensor)  # the latter stands for a parameter while exporting
-        and not has_hooks(layer)
+        and is_called_as_defined(layer)
         for layer in layers
     )
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody is told when this layer is called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def is_called_as_defined(layer: nn.Module) -> bool:
+    """Whether calling this layer does what its class defines and nothing else: no hooks, no `forward` of its own."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    forward = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    backward = hooks._global_backward_hooks or hooks._global_backward_pre_hooks
+    return not (own or forward or backward or "forward" in layer.__dict__)

@@ -44,7 +44,7 @@ def _is_onednn_faster() -> bool:
 onednn_is_faster = _is_onednn_faster()
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes this product by oneDNN. `TESSEL_KERNELS=reference` prevents it."""
     return (
         onednn_is_faster
@@ -56,13 +56,14 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
         and not exporting()
         and not transformed(x)
         and not transformed(weight)
+        and (bias is None or not transformed(bias))
         and (torch.compiler.is_compiling() or x.numel() * weight.shape[0] >= SMALLEST)
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight^T + bias`: `x: [..., K]`, `weight: [M, K]`, `bias: [M]` -> `[..., M]`."""
-    return onednn_linear(x, weight, bias) if takes_onednn(x, weight) else F.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias) if takes_onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 
 # An operator of its own: in a graph of torch.compile oneDNN's takes constant weights only, and it has no backward.
@@ -80,6 +81,8 @@ def _empty(x, weight, bias):
 def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """`dy^T x`: `[rows, K]`, `[rows, M]` -> `[M, K]`, contiguous as the weight is."""
     rows, outputs = dy.shape
+    if rows == 0:  # oneDNN refuses sums over nothing
+        return dy.t() @ x
     if outputs > x.shape[1] and rows >= 2048:  # then the transposed product is faster, though it is copied
         return onednn_linear(x.t(), dy.t(), None).t().contiguous()
     return onednn_linear(dy.t(), x.t(), None)

@@ -7,6 +7,7 @@ contain operators of this package, and must not depend on the value of a size th
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 
 def exporting() -> bool:
@@ -15,8 +16,8 @@ def exporting() -> bool:
 
 
 def transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func (grad, vmap, ...) works on `x`."""
-    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
+    """Whether a transform of torch.func (grad, vmap, ...) works on `x`, or derivatives are computed in forward mode."""
+    return not torch.compiler.is_compiling() and (is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0)
 
 
 def is_open(size: int) -> bool:

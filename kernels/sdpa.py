@@ -1,6 +1,6 @@
-"""Attention by `F.scaled_dot_product_attention`, or by products where that takes longer or fails.
+"""Attention by `F.scaled_dot_product_attention`, or by products where that takes longer.
 
-It fails for batches that are larger than one launch on a GPU allows, and takes longer on the CPU for few keys and for a
+Batches larger than one launch on a GPU allows are split. On the CPU, products take less time for few keys, and for a
 bias that is learned.
 """
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import acc_dtype
-from .recording import exporting
+from .precision import acc_dtype, autocast_dtype
+from .recording import exporting, transformed
 
 # CUDA limits a grid axis to 65,535 blocks, and the fused kernels put the batch on such an axis
 MAX_BATCH = 65535
@@ -38,13 +38,7 @@ def fused_attention(
     Returns:
         `[U, N, L, E]`.
     """
-    if (
-        bias is not None
-        and bias.requires_grad
-        and torch.is_grad_enabled()
-        and q.device.type == "cpu"
-        and not exporting()
-    ):
+    if bias is not None and _takes_products(q, bias):
         return _attention_with_learned_bias(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     # an exported graph must not fix the number of launches, that is, its batch size
     if exporting() or q.shape[0] <= MAX_BATCH:
@@ -57,11 +51,23 @@ def fused_attention(
     return torch.cat(outputs)
 
 
+def _takes_products(q: Tensor, bias: Tensor) -> bool:
+    """Whether the bias is learned on the CPU, in single or double precision (PyTorch rounds less in half precision)."""
+    return (
+        q.device.type == "cpu"
+        and bias.requires_grad
+        and torch.is_grad_enabled()
+        and acc_dtype(q) == q.dtype == autocast_dtype(q)
+        and not exporting()
+        and not transformed(bias)
+    )
+
+
 def _attention_with_learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    # PyTorch has no fused attention for this on the CPU; its products also look for rows that are masked completely
+    # PyTorch has no fused attention for this on the CPU. Its own products search for rows that are masked completely.
     scores = (q * scale) @ k.transpose(2, 3)
     scores += bias
-    return scores.softmax(3, dtype=acc_dtype(scores)).to(v.dtype) @ v
+    return scores.softmax(3) @ v
 
 
 def attention_to_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -88,6 +88,49 @@ def test_batch_norm_is_called_in_half_precision():
         assert uses_batch_norm(lambda: ours(x))
 
 
+def test_replaced_forward_and_global_hooks_see_their_own_result():
+    ours, x = layer(), image()
+    exact = ours.norm(ours.conv(x)).detach()
+    kept = []
+    with torch.no_grad():
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: kept.append((module, y)))
+        ours(x)
+        handle.remove()
+        torch.testing.assert_close(next(y for module, y in kept if module is ours.conv), ours.conv(x))
+        ours.norm.forward = lambda x: nn.BatchNorm2d.forward(ours.norm, x) + 5
+        torch.testing.assert_close(ours(x), exact + 5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_vmap_over_a_tensor_of_the_norm(name):
+    ours, x = layer(), image()
+    tensors = torch.rand(3, 6) + 0.5
+    with torch.no_grad():
+        y = torch.func.vmap(lambda t: torch.func.functional_call(ours, {f"norm.{name}": t}, (x,)))(tensors)
+        for one, tensor in zip(y, tensors, strict=True):
+            torch.testing.assert_close(one, torch.func.functional_call(ours, {f"norm.{name}": tensor}, (x,)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # PyTorch itself calls it
+def test_derivatives_in_forward_mode_without_gradients():
+    ours, x = layer("silu").double(), image(torch.float64)
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(ours, (x,), (torch.ones_like(x),))
+    step = 1e-6
+    torch.testing.assert_close(tangent, (ours(x + step) - ours(x - step)).detach() / (2 * step), atol=1e-6, rtol=1e-6)
+
+
+def test_maps_of_three_axes_raise_the_error_of_torch():
+    with torch.no_grad(), pytest.raises(ValueError, match="expected 4D input"):
+        layer()(image()[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_trace_is_the_same_with_and_without_gradients():
+    ours, x = layer("silu"), image()
+    torch.testing.assert_close(torch.jit.trace(ours, x)(x), ours(x))
+
+
 def test_silu_overwrites_its_input_without_gradients_only():
     act, x = activation("silu"), image()
     y = act(x)
@@ -96,6 +139,9 @@ def test_silu_overwrites_its_input_without_gradients_only():
     with torch.no_grad():
         assert act(x) is x
     torch.testing.assert_close(x, y)
+    act.inplace = False
+    with torch.no_grad():
+        assert act(x) is not x
 
 
 def test_unknown_activation_is_an_error():

@@ -139,6 +139,36 @@ def test_layer_is_called_where_somebody_looks_at_it(onednn):
     assert len(seen) == 1
 
 
+def test_layer_with_a_forward_of_its_own_is_called(onednn):
+    layer, x = nn.Linear(8, 6), torch.randn(3, 8)
+    layer.forward = lambda x: nn.Linear.forward(layer, x) + 5
+    torch.testing.assert_close(apply_linear(layer, x), F.linear(x, layer.weight, layer.bias) + 5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # PyTorch itself calls it
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_derivatives_in_forward_mode(onednn, name):
+    layer, x = nn.Linear(8, 6), torch.randn(3, 8)
+    tensor = getattr(layer, name).detach()
+
+    def call(tensor):
+        tensors = {"weight": layer.weight, "bias": layer.bias, name: tensor}
+        return kernel.linear(x, tensors["weight"], tensors["bias"])
+
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(call, (tensor,), (torch.ones_like(tensor),))
+    want = x.sum(1, keepdim=True).expand(3, 6) if name == "weight" else torch.ones(3, 6)
+    torch.testing.assert_close(tangent, want.clone())
+    gradient = torch.func.grad(lambda tensor: call(tensor).sum())(tensor)
+    assert gradient.shape == tensor.shape and gradient.abs().sum() > 0
+
+
+def test_no_rows(onednn):
+    x, weight, bias = operands(0, 8, outputs=6)
+    dx, dweight, dbias = torch.autograd.grad(torch.compile(kernel.linear)(x, weight, bias).sum(), [x, weight, bias])
+    assert dx.shape == (0, 8) and not dweight.any() and not dbias.any()
+
+
 def test_layer_of_another_class_is_called(onednn):
     class Doubled(nn.Linear):
         def forward(self, x):

@@ -10,7 +10,7 @@ from timm.layers import ClassifierHead, NormMlpClassifierHead, create_act_layer
 from torch import Tensor, nn
 
 from ..blocks.linear import apply_conv
-from ..blocks.plain import has_hooks, is_plain
+from ..blocks.plain import is_called_as_defined, is_plain
 from ..kernels.recording import exporting, transformed
 from ._keymap import Edit
 
@@ -49,8 +49,11 @@ def activation(name: str) -> nn.Module:
 class SiLU(nn.SiLU):
     """`x * sigmoid(x)`, in place unless gradients are enabled: then PyTorch would copy the input first."""
 
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
+        return F.silu(x, inplace=self.inplace and not (torch.is_grad_enabled() or exporting()))
 
 
 class ConvNormAct(nn.Module):
@@ -80,20 +83,27 @@ def batch_norm_in_place(norm: Any, x: Tensor) -> Tensor:
 
 
 def _normalizes_in_place(norm: Any, x: Tensor) -> bool:
-    """Whether `batch_norm_in_place` computes the same as `norm`, in less time: allocating a large map takes longest."""
+    """Whether `batch_norm_in_place` computes what calling `norm` does.
+
+    It takes less time, most of which `norm` spends on memory for a large result.
+    """
     return (
         type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
-        and not (norm.training or has_hooks(norm) or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and is_called_as_defined(norm)
+        and not (norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
         and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype == norm.weight.dtype
+        and x.ndim == 4
         and x.dtype in (torch.float32, torch.float64)  # in half precision PyTorch's scale is more exact
-        and not exporting()
+        and x.device.type == "cpu"
         and not transformed(x)
-        and not transformed(norm.weight)
+        and all(t.dtype == x.dtype and t.device == x.device and not transformed(t) for t in _tensors(norm))
     )
+
+
+def _tensors(norm: Any) -> tuple[Tensor, ...]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 class FinalConvHead(ClassifierHead):

@@ -121,7 +121,7 @@ def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) 
     kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below)).flatten(3)
     if kv.device.type == "cpu" and not exporting():
         # on the CPU the backward of `unfold` takes much longer than that of a lookup
-        pixels = torch.arange(kv[..., 0].numel()).view(kv.shape[:3])
+        pixels = torch.arange(kv[..., 0].numel(), device=kv.device).view(kv.shape[:3])
         pixels = pixels.unfold(1, window, block_size).unfold(2, window, block_size)
         return F.embedding(pixels.flatten(0, 2), kv.flatten(0, 2)).unflatten(-1, heads)
     windows = kv.unfold(1, window, block_size).unfold(2, window, block_size)  # [B, rows, cols, N*F, K, K]
