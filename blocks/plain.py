@@ -2,7 +2,6 @@
 
 from torch import nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules import module as hooks
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -20,8 +19,9 @@ def is_plain(*layers: nn.Module) -> bool:
 
 
 def is_called_as_defined(layer: nn.Module) -> bool:
-    """Whether calling this layer does what its class defines and nothing else: no hooks, no `forward` of its own."""
-    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    forward = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-    backward = hooks._global_backward_hooks or hooks._global_backward_pre_hooks
-    return not (own or forward or backward or "forward" in layer.__dict__)
+    """Whether calling this layer does what its class defines and nothing else: no hooks, no `forward` of its own.
+
+    Hooks of all modules at once do not count: torch's counter of FLOPs sets them and must count what is computed.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not (hooks or "forward" in layer.__dict__)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, NormMlpClassifierHead, create_act_layer
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from ..blocks.linear import apply_conv
 from ..blocks.plain import is_called_as_defined, is_plain
@@ -92,6 +93,7 @@ def _normalizes_in_place(norm: Any, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and is_called_as_defined(norm)
+        and not module._global_forward_hooks  # they may keep the result of the convolution
         and not (norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
         and type(x) is Tensor
         and x.ndim == 4
