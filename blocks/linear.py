@@ -1,4 +1,4 @@
-"""The call of linear layers and 1x1 convolutions by the faster of the CPU's libraries (kernels/linear.py)."""
+"""Calls linear layers and 1x1 convolutions, or computes them by oneDNN where it is faster (kernels/linear.py)."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ def apply_linear_gelu(layer: Any, act: nn.Module, x: Tensor) -> Tensor:
 def apply_conv(conv: Any, x: Tensor) -> Tensor:
     """`conv(x)`, `[B, K, H, W] -> [B, M, H', W']`.
 
-    Without gradients a 1x1 convolution of a channels_last map is computed as a linear layer where oneDNN is faster.
-    PyTorch takes MKL for it (a few images on one thread), or oneDNN's convolution, which copies the weight first.
+    Without gradients, a 1x1 convolution of a channels_last map is computed as a linear layer by oneDNN where that is
+    faster. PyTorch would compute it by MKL, or by oneDNN's convolution, which copies the weight at every call.
     """
     if is_plain(conv) and _is_pointwise(conv, x) and not torch.is_grad_enabled():
         rows, columns = conv.stride
@@ -43,11 +43,11 @@ def apply_conv(conv: Any, x: Tensor) -> Tensor:
 
 
 def _is_pointwise(conv: Any, x: Tensor) -> bool:
-    """Whether `conv` computes each pixel of `x` alone, and the channels of a pixel are side by side in memory."""
+    """Whether `conv` is a 1x1 convolution without groups and padding, and `x` is in the channels_last format."""
     return (
         isinstance(x, Tensor)  # not a proxy of torch.fx
         and not exporting()
-        and not transformed(x)  # torch.func.vmap does not know how its maps lie in memory
+        and not transformed(x)  # is_contiguous raises an error below torch.func.vmap
         and x.is_contiguous(memory_format=torch.channels_last)
         and conv.kernel_size == (1, 1)
         and conv.groups == 1

@@ -19,9 +19,10 @@ def is_plain(*layers: nn.Module) -> bool:
 
 
 def is_called_as_defined(layer: nn.Module) -> bool:
-    """Whether calling this layer does what its class defines and nothing else: no hooks, no `forward` of its own.
+    """Whether calling this layer runs the `forward` of its class and nothing else: no hooks, no replaced `forward`.
 
-    Hooks of all modules at once do not count: torch's counter of FLOPs sets them and must count what is computed.
+    Global hooks (`register_module_forward_hook`) are ignored. PyTorch's FlopCounterMode sets them, and if they counted,
+    it would count other operations than those that run without it.
     """
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not (hooks or "forward" in layer.__dict__)

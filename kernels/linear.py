@@ -81,7 +81,7 @@ def _empty(x, weight, bias):
 def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """`dy^T x`: `[rows, K]`, `[rows, M]` -> `[M, K]`, contiguous as the weight is."""
     rows, outputs = dy.shape
-    if rows == 0:  # oneDNN refuses sums over nothing
+    if rows == 0:  # oneDNN raises an error for a product over zero rows
         return dy.t() @ x
     if outputs > x.shape[1] and rows >= 2048:  # then the transposed product is faster, though it is copied
         return onednn_linear(x.t(), dy.t(), None).t().contiguous()

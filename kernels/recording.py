@@ -16,7 +16,7 @@ def exporting() -> bool:
 
 
 def transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func (grad, vmap, ...) works on `x`, or derivatives are computed in forward mode."""
+    """Whether a transform of torch.func (grad, vmap, ...) acts on `x`, or forward-mode differentiation is active."""
     return not torch.compiler.is_compiling() and (is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0)
 
 

@@ -1,7 +1,7 @@
-"""Attention by `F.scaled_dot_product_attention`, or by products where that takes longer.
+"""Attention by `F.scaled_dot_product_attention`, or by matrix products and a softmax where those take less time.
 
-Batches larger than one launch on a GPU allows are split. On the CPU, products take less time for few keys, and for a
-bias that is learned.
+They take less time on the CPU in two cases: for few keys, and for a bias that is learned. A batch that is too large for
+one launch on a GPU is split.
 """
 
 import torch
@@ -52,7 +52,10 @@ def fused_attention(
 
 
 def _takes_products(q: Tensor, bias: Tensor) -> bool:
-    """Whether the bias is learned on the CPU, in single or double precision (PyTorch rounds less in half precision)."""
+    """Whether the bias is learned on the CPU, in single or double precision.
+
+    In half precision PyTorch's function is more exact, since it keeps the scores in single precision.
+    """
     return (
         q.device.type == "cpu"
         and bias.requires_grad
@@ -64,7 +67,8 @@ def _takes_products(q: Tensor, bias: Tensor) -> bool:
 
 
 def _attention_with_learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    # PyTorch has no fused attention for this on the CPU. Its own products search for rows that are masked completely.
+    # PyTorch has no fused kernel for this on the CPU. It also computes products, and takes longer, because it searches
+    # for rows in which every key is masked.
     scores = (q * scale) @ k.transpose(2, 3)
     scores += bias
     return scores.softmax(3) @ v

@@ -1,8 +1,9 @@
-"""Convolution, batch norm and activation of the convolutional families: in place only where nobody notices."""
+"""ConvNormAct gives the results of its layers, and overwrites a map only if nothing else can read that map."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import operators
 from torch import nn
 
 from tessel.zoo._convolution import ConvNormAct, activation
@@ -22,16 +23,7 @@ def image(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def uses_batch_norm(function) -> bool:
     """Whether a call dispatches PyTorch's batch norm."""
-    seen = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append("batch_norm" in str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
-        function()
-    return any(seen)
+    return any("batch_norm" in name for name in operators(function))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import operators
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -35,16 +36,7 @@ def operands(*shape: int, outputs: int, bias: bool = True) -> list[torch.Tensor]
 
 def calls(function, *args) -> list[str]:
     """Names of the operators of this package that a call dispatches."""
-    names = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
-        function(*args)
-    return [name for name in names if name.startswith("tessel")]
+    return [name for name in operators(function, *args) if name.startswith("tessel")]
 
 
 @given(rows=st.lists(st.integers(0, 5), max_size=3), inputs=st.integers(1, 40), outputs=st.integers(1, 40))

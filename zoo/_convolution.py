@@ -37,7 +37,10 @@ def initialize_grouped_conv(conv: nn.Conv2d) -> None:
 
 
 def activation(name: str) -> nn.Module:
-    """timm's activation layer `name`, in place where that is faster. Raises ValueError for an unknown name."""
+    """timm's activation layer `name`, which overwrites its input where that is faster.
+
+    Raises ValueError for an unknown name.
+    """
     try:
         layer = SiLU() if name in ("silu", "swish") else create_act_layer(name, inplace=True)
     except KeyError:
@@ -48,7 +51,7 @@ def activation(name: str) -> nn.Module:
 
 
 class SiLU(nn.SiLU):
-    """`x * sigmoid(x)`, in place unless gradients are enabled: then PyTorch would copy the input first."""
+    """`x * sigmoid(x)`. It overwrites its input without gradients only: with gradients PyTorch would copy it first."""
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
@@ -71,29 +74,29 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = apply_conv(self.conv, x)
-        # is_plain: hooks of the convolution may keep its result
+        # a hook of the convolution may keep its result, which must not be overwritten then
         in_place = is_plain(self.conv) and _normalizes_in_place(self.norm, x)
         return self.act(batch_norm_in_place(self.norm, x) if in_place else self.norm(x))
 
 
 def batch_norm_in_place(norm: Any, x: Tensor) -> Tensor:
-    """`norm(x)` with the running statistics, `[B, C, H, W]`, written over `x`."""
+    """`norm(x)` with the running statistics: `[B, C, H, W] -> [B, C, H, W]`. The result overwrites `x`."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
     return torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=x)
 
 
 def _normalizes_in_place(norm: Any, x: Tensor) -> bool:
-    """Whether `batch_norm_in_place` computes what calling `norm` does.
+    """Whether `batch_norm_in_place(norm, x)` has the result of `norm(x)`.
 
-    It takes less time, most of which `norm` spends on memory for a large result.
+    It takes less time on the CPU, because `norm` allocates a new map, which takes longer than computing it.
     """
     return (
         type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
         and is_called_as_defined(norm)
-        and not module._global_forward_hooks  # they may keep the result of the convolution
+        and not module._global_forward_hooks  # a global hook may keep the convolution's result
         and not (norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
         and type(x) is Tensor
         and x.ndim == 4

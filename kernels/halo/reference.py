@@ -120,7 +120,7 @@ def _windows(kv: Tensor, block_size: int, halo_size: int, rows: int, cols: int) 
     heads = kv.shape[3:]
     kv = F.pad(kv, (0, 0, 0, 0, halo_size, right, halo_size, below)).flatten(3)
     if kv.device.type == "cpu" and not exporting():
-        # on the CPU the backward of `unfold` takes much longer than that of a lookup
+        # on the CPU the backward of `unfold` takes much longer than the backward of an embedding
         pixels = torch.arange(kv[..., 0].numel(), device=kv.device).view(kv.shape[:3])
         pixels = pixels.unfold(1, window, block_size).unfold(2, window, block_size)
         return F.embedding(pixels.flatten(0, 2), kv.flatten(0, 2)).unflatten(-1, heads)
