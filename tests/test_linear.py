@@ -7,6 +7,7 @@ from dispatched import operators
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessel.blocks import Mlp
@@ -153,6 +154,15 @@ def test_derivatives_in_forward_mode(onednn, name):
     torch.testing.assert_close(tangent, want.clone())
     gradient = torch.func.grad(lambda tensor: call(tensor).sum())(tensor)
     assert gradient.shape == tensor.shape and gradient.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # PyTorch itself calls it
+def test_derivatives_of_dual_tensors(onednn):
+    x, weight, bias = (t.detach() for t in operands(3, 8, outputs=6))
+    tangent = torch.randn(3, 8)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = kernel.linear(forward_ad.make_dual(x, tangent), weight, bias)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, tangent @ weight.T)
 
 
 def test_no_rows(onednn):
